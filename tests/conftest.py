@@ -1,0 +1,73 @@
+"""Shared by all tests: small trainings on the generated stand-in, and the real CIFAR-10 where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tune_cifar.data import DataSource, TrainVal, find_data, load_train_val
+from tune_cifar.errors import DataError
+from tune_cifar.numerics import resolve_numerics
+from tune_cifar.schema import Numerics, TrainConfig
+
+SHAPES = DataSource("shapes", None)
+
+
+def make_config(**changes: Any) -> TrainConfig:
+    """A small s7 training: 4 steps of 32 images an epoch, 2 epochs, every op of the augmentation on."""
+    values: dict[str, Any] = {
+        "model": "s7",
+        "optimizer": "sgd",
+        "schedule": "onecycle",
+        "max_lr": 0.01,
+        "batch_size": 32,
+        "epochs": 2,
+        "train_size": 120,
+        "val_size": 100,
+        "dropout": 0.05,
+        "hflip_p": 0.3,
+        "shift_scale_rotate_p": 0.5,
+        "shift_limit": 0.1,
+        "scale_limit": 0.1,
+        "rotate_limit": 30.0,
+        "cutout_p": 0.5,
+        "cutout_size": 16,
+        "gray_p": 0.5,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="session")
+def fp32() -> Numerics:
+    """One thread, fp32: the same arithmetic on every processor of one kind."""
+    return resolve_numerics("cpu", "fp32", threads=1)
+
+
+@pytest.fixture(scope="session")
+def shapes() -> TrainVal:
+    """The stand-in images that make_config trains on."""
+    return load_train_val(SHAPES, 120, 100)
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> DataSource:
+    """The real CIFAR-10; skips where TUNE_CIFAR_DATA does not lead to it."""
+    if "TUNE_CIFAR_DATA" not in os.environ:
+        pytest.skip("TUNE_CIFAR_DATA is not set: no real CIFAR-10 here")
+    try:
+        return find_data(os.environ["TUNE_CIFAR_DATA"])
+    except DataError as exc:
+        pytest.skip(f"no real CIFAR-10: {exc}")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a run store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNE_CIFAR_RUNS", str(tmp_path / "runs"))
+    return tmp_path

@@ -1,0 +1,203 @@
+"""Dropout: how often, how strongly, from which dice, in which layout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tune_cifar.errors import ConfigError
+from tune_cifar.models.layers import Dropout
+
+SHAPE = (16, 32, 20, 20)
+CHANNELS_LAST = torch.channels_last
+
+
+def make_dropout(p: float, seed: int = 0, whole_channels: bool = False, device: str = "cpu") -> Dropout:
+    layer = Dropout(p, whole_channels)
+    layer.generator = torch.Generator(device).manual_seed(seed)
+    return layer
+
+
+def count_dropped(output: Tensor) -> int:
+    return int((output == 0).sum())
+
+
+def assert_count_is_binomial(count: int, num: int, p: float) -> None:
+    """Within 5 standard deviations: one seed in two million would fail."""
+    assert abs(count - num * p) <= 5 * math.sqrt(num * p * (1 - p))
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([first.flatten().double(), second.flatten().double()]))[0, 1])
+
+
+@pytest.mark.parametrize("p", [0.001, 0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_with_probability_p(p: float, dtype: torch.dtype) -> None:
+    ones = torch.ones(SHAPE, dtype=dtype)
+    assert_count_is_binomial(count_dropped(make_dropout(p)(ones)), ones.numel(), p)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_dropout_rounds_p_to_16_bits_and_scales_by_the_rounded_one(p: float) -> None:
+    layer = make_dropout(p)
+    rounded = layer.threshold / 2**16
+    assert abs(rounded - p) <= 2**-17
+    assert layer.scale == pytest.approx(1 / (1 - rounded), rel=1e-15)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5])
+def test_dropout_keeps_the_expectation(p: float) -> None:
+    images = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    difference = make_dropout(p)(images) - images
+    standard_error = float(difference.std()) / math.sqrt(difference.numel())
+    assert abs(float(difference.mean())) <= 5 * standard_error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_output_is_zero_or_the_scaled_input_rounded_once(dtype: torch.dtype) -> None:
+    images = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    layer = make_dropout(0.1)
+    output = layer(images)
+    kept = output != 0
+    assert torch.equal(output[kept], (images.float() * layer.scale).to(dtype)[kept])
+
+
+def test_dropout_gradient_is_the_mask_times_the_scale() -> None:
+    images = torch.ones(SHAPE, requires_grad=True)
+    output = make_dropout(0.3)(images)
+    weights = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    (output * weights).sum().backward()
+    assert torch.allclose(images.grad, weights * output.detach(), rtol=1e-6)  # the input is 1: output = mask x scale
+
+
+@pytest.mark.parametrize("whole_channels", [False, True])
+def test_dropout_passes_gradcheck(whole_channels: bool) -> None:
+    layer = make_dropout(0.3, whole_channels=whole_channels)
+    state = layer.generator.get_state()
+
+    def forward(x: Tensor) -> Tensor:
+        layer.generator.set_state(state)
+        return layer(x)
+
+    images = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(forward, images.requires_grad_())
+
+
+@pytest.mark.parametrize("whole_channels", [False, True])
+def test_dropout_of_two_layers_and_two_calls_is_uncorrelated(whole_channels: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = Dropout(0.5, whole_channels), Dropout(0.5, whole_channels)
+    first.generator = second.generator = generator
+    ones = torch.ones(512, 64, 2, 2) if whole_channels else torch.ones(SHAPE)
+    masks = [layer(ones)[..., :1, :1] if whole_channels else layer(ones) for layer in (first, second, first)]
+    bound = 5 / math.sqrt(masks[0].numel())
+    pairs = [(masks[0], masks[1]), (masks[0], masks[2]), (masks[1], masks[2])]
+    assert all(abs(correlation(*pair)) <= bound for pair in pairs)
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 32])
+def test_dropout_of_neighbours_in_the_drawn_words_is_uncorrelated(lag: int) -> None:
+    mask = make_dropout(0.5)(torch.ones(SHAPE)).movedim(1, -1).flatten()
+    assert abs(correlation(mask[:-lag], mask[lag:])) <= 5 / math.sqrt(mask.numel() - lag)
+
+
+def test_dropout_of_neighbouring_seeds_is_uncorrelated() -> None:
+    first, second = (make_dropout(0.5, seed)(torch.ones(SHAPE)) for seed in (7, 8))
+    assert abs(correlation(first, second)) <= 5 / math.sqrt(first.numel())
+
+
+def test_dropout_draws_the_same_mask_again_from_the_same_generator_state() -> None:
+    layer, ones = make_dropout(0.2), torch.ones(SHAPE)
+    layer(ones)
+    state = layer.generator.get_state()
+    expected = [layer(ones), layer(ones)]
+    resumed = make_dropout(0.2, seed=99)
+    resumed.generator.set_state(state)
+    assert all(torch.equal(resumed(ones), output) for output in expected)
+    assert not torch.equal(expected[0], expected[1])
+
+
+def test_dropout_mask_depends_on_neither_precision_nor_memory_format_nor_threads_nor_the_global_generator() -> None:
+    ones, threads = torch.ones(SHAPE), torch.get_num_threads()
+    expected = make_dropout(0.2)(ones) != 0
+    variants = (ones.to(memory_format=CHANNELS_LAST), ones.bfloat16(), ones.double().to(memory_format=CHANNELS_LAST))
+    try:
+        for num_threads, variant in enumerate(variants, start=1):
+            torch.set_num_threads(num_threads)
+            torch.manual_seed(num_threads)
+            assert torch.equal(make_dropout(0.2)(variant) != 0, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_dropout_leaves_the_global_generator_alone_when_given_its_own() -> None:
+    before = torch.get_rng_state()
+    make_dropout(0.2)(torch.ones(SHAPE))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_draws_from_the_global_generator_when_given_none() -> None:
+    layer = Dropout(0.2)
+    with torch.random.fork_rng():
+        outputs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            outputs.append(layer(torch.ones(SHAPE)))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("whole_channels", [False, True])
+def test_dropout_keeps_memory_format_and_dtype(memory_format: torch.memory_format, whole_channels: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        images = torch.ones(SHAPE, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+        output = make_dropout(0.2, whole_channels=whole_channels)(images)
+        assert output.dtype == dtype and output.stride() == images.stride()
+        output.backward(torch.ones_like(output))
+        assert images.grad.stride() == images.stride()
+
+
+def test_dropout_of_whole_channels_drops_them_together_with_probability_p() -> None:
+    output = make_dropout(0.1, whole_channels=True)(torch.ones(128, 64, 5, 5))
+    dropped = output[:, :, 0, 0] == 0
+    assert torch.equal((output == 0), dropped[:, :, None, None].expand(output.shape))
+    assert_count_is_binomial(int(dropped.sum()), dropped.numel(), 0.1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 512), (2, 3, 5), (1, 3, 3, 7)])
+def test_dropout_takes_any_number_of_activations(shape: tuple[int, ...]) -> None:
+    layer = make_dropout(0.5)
+    drops = sum(count_dropped(layer(torch.ones(shape))) for _ in range(200))
+    assert layer(torch.ones(shape)).shape == shape
+    assert_count_is_binomial(drops, 200 * math.prod(shape), 0.5)
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False), (0.0, False)])
+def test_dropout_is_the_identity_and_draws_nothing_when_off(p: float, training: bool) -> None:
+    layer, images = make_dropout(p).train(training), torch.randn(4, 3, 2, 2)
+    before = layer.generator.get_state()
+    assert layer(images) is images
+    assert torch.equal(layer.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, -0.1, math.nan])
+def test_dropout_refuses_a_p_outside_its_range(p: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^dropout: 0 <= p < 1 must hold, got {p}\. "):
+        Dropout(p)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_cuda_draws_on_the_device_from_the_generator(dtype: torch.dtype) -> None:
+    ones = torch.ones(SHAPE, dtype=dtype, device="cuda").to(memory_format=CHANNELS_LAST)
+    layer = make_dropout(0.1, device="cuda")
+    state = layer.generator.get_state()
+    output = layer(ones)
+    layer.generator.set_state(state)
+    assert torch.equal(layer(ones.contiguous()), output) and output.stride() == ones.stride()
+    assert_count_is_binomial(count_dropped(output), ones.numel(), 0.1)

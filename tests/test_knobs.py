@@ -1,0 +1,105 @@
+"""Every knob does something: changing it changes what can be observed, with everything else held still."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import SHAPES, make_config
+from tune_cifar.data import load_train_val
+from tune_cifar.engine import Trainer
+from tune_cifar.schema import KNOBS, Numerics, TrainConfig
+
+# For each knob: another value, and what must hold for the knob to be alive.
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model": ("s8", {}),
+    "dropout": (0.5, {}),
+    "optimizer": ("adam", {}),
+    "nesterov": (True, {}),
+    "momentum": (0.5, {"schedule": "constant"}),
+    "weight_decay": (0.1, {}),
+    "decoupled_weight_decay": (0.5, {"optimizer": "adamw"}),
+    "schedule": ("cosine", {}),
+    "max_lr": (0.05, {}),
+    "pct_start": (0.6, {}),
+    "div_factor": (2.0, {}),
+    "final_div_factor": (1.0, {}),
+    "anneal_strategy": ("linear", {}),
+    "cycle_momentum": (False, {}),
+    "base_momentum": (0.2, {}),
+    "max_momentum": (0.99, {}),
+    "milestone_fractions": ((0.25,), {"schedule": "step"}),
+    "gamma": (0.5, {"schedule": "step"}),
+    "batch_size": (16, {}),
+    "epochs": (4, {}),
+    "label_smoothing": (0.2, {}),
+    "train_size": (60, {}),
+    "val_size": (50, {}),
+    "seed": (1, {}),
+    "augment_backend": ("albumentations", {}),
+    "crop_pad": (4, {}),
+    "hflip_p": (1.0, {}),
+    "shift_scale_rotate_p": (1.0, {}),
+    "shift_limit": (0.4, {}),
+    "scale_limit": (0.4, {}),
+    "rotate_limit": (120.0, {}),
+    "cutout_p": (1.0, {}),
+    "cutout_size": (4, {}),
+    "gray_p": (1.0, {}),
+}
+
+
+def observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
+    """Everything visible of a training: shapes, losses, weights and optimizer settings over all its steps, and the
+    sizes of what it reads. One training is 8 steps of the small config."""
+    data = load_train_val(SHAPES, config.train_size, config.val_size)
+    trainer = Trainer(config, data, numerics)
+    groups = []
+    losses = []
+    trainer.model.train()
+    order = torch.arange(config.train_size)
+    for step in range(6):
+        group = {k: v for k, v in trainer._optimizer.param_groups[0].items() if k != "params"}
+        groups.append(repr(sorted(group.items())))
+        start = step * config.batch_size % max(1, config.train_size - config.batch_size)
+        losses.append(trainer._train_step(order[start : start + config.batch_size])[0].item())
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    return {
+        "optimizer": groups,
+        "losses": losses,
+        "weights": (len(weights), weights.double().sum().item()),
+        "images": (len(data.train), len(data.val) if data.val else 0),
+    }
+
+
+def test_every_knob_has_a_change() -> None:
+    assert set(CHANGES) == set(KNOBS)
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_changed_knob_changes_something(knob: str, fp32: Numerics) -> None:
+    value, context = CHANGES[knob]
+    before = make_config(**context)
+    after = make_config(**{**context, knob: value})
+    assert before.fingerprint != after.fingerprint
+    assert observe(before, fp32) != observe(after, fp32)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "context"),
+    [
+        ("momentum", 0.5, {}),
+        ("pct_start", 0.6, {"schedule": "constant"}),
+        ("gamma", 0.5, {}),
+        ("decoupled_weight_decay", 0.5, {}),
+        ("rotate_limit", 120.0, {"shift_scale_rotate_p": 0.0}),
+        ("cutout_size", 4, {"cutout_p": 0.0}),
+    ],
+)
+def test_a_dead_knob_changes_nothing(knob: str, value: Any, context: dict[str, Any], fp32: Numerics) -> None:
+    before = make_config(**context)
+    after = make_config(**{**context, knob: value})
+    assert before.fingerprint == after.fingerprint
+    assert observe(before, fp32) == observe(after, fp32)

@@ -1,0 +1,122 @@
+"""What a configuration's augmentation knobs become, and that a policy is plain data with right constants."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tune_cifar.augment.policies import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    MEAN_COLOR,
+    Crop,
+    Cutout,
+    Gray,
+    HFlip,
+    Normalize,
+    ShiftScaleRotate,
+    make_policy,
+    split_policy,
+)
+from tune_cifar.data import DataSource, load_train_val
+from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig, dead_knobs
+
+ALL_KNOBS: dict[str, Any] = {
+    "crop_pad": 4,
+    "hflip_p": 0.3,
+    "shift_scale_rotate_p": 0.5,
+    "shift_limit": 0.1,
+    "scale_limit": 0.2,
+    "rotate_limit": 30.0,
+    "cutout_p": 0.4,
+    "cutout_size": 16,
+    "gray_p": 0.6,
+}
+
+
+def make_config(**knobs: Any) -> TrainConfig:
+    required: dict[str, Any] = {"model": "s7", "optimizer": "sgd", "schedule": "constant", "max_lr": 0.01}
+    return TrainConfig(**required, batch_size=128, epochs=1, **knobs)
+
+
+def test_policy_of_a_configuration_without_augmentation_is_just_normalize() -> None:
+    assert make_policy(make_config()) == (Normalize(CIFAR_MEAN, CIFAR_STD),)
+
+
+def test_policy_holds_every_knob_in_the_one_order() -> None:
+    assert make_policy(make_config(**ALL_KNOBS)) == (
+        Crop(pad=4),
+        HFlip(p=0.3),
+        ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=30.0, p=0.5),
+        Cutout(size=16, p=0.4, fill=MEAN_COLOR),
+        Gray(p=0.6),
+        Normalize(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("knobs", "op"),
+    [
+        ({"crop_pad": 0}, Crop),
+        ({"hflip_p": 0.0}, HFlip),
+        ({"shift_scale_rotate_p": 0.0}, ShiftScaleRotate),
+        ({"shift_limit": 0.0, "scale_limit": 0.0, "rotate_limit": 0.0}, ShiftScaleRotate),
+        ({"cutout_p": 0.0}, Cutout),
+        ({"cutout_size": 0}, Cutout),
+        ({"gray_p": 0.0}, Gray),
+    ],
+)
+def test_policy_drops_exactly_the_operation_whose_strength_is_zero(knobs: dict[str, Any], op: type) -> None:
+    complete = make_policy(make_config(**ALL_KNOBS))
+    assert make_policy(make_config(**ALL_KNOBS | knobs)) == tuple(o for o in complete if not isinstance(o, op))
+
+
+@pytest.mark.parametrize("knob", ["shift_limit", "scale_limit", "rotate_limit"])
+def test_warp_stays_when_only_one_of_its_limits_is_left(knob: str) -> None:
+    limits = dict.fromkeys(("shift_limit", "scale_limit", "rotate_limit"), 0.0) | {knob: 0.25}
+    warp = make_policy(make_config(**ALL_KNOBS | limits))[2]
+    assert warp == ShiftScaleRotate(**limits, p=0.5)
+
+
+def test_each_living_knob_changes_the_policy_and_each_dead_one_does_not() -> None:
+    other = {"cutout_size": 8, "crop_pad": 2} | {name: 0.125 for name in ALL_KNOBS if name.endswith(("_p", "_limit"))}
+    for name, value in other.items():
+        living = make_config(**ALL_KNOBS)
+        assert make_policy(make_config(**ALL_KNOBS | {name: value})) != make_policy(living), name
+        dead = make_config(**{name: value})
+        if name in dead_knobs(dead):
+            assert make_policy(dead) == (Normalize(),), name
+
+
+def test_backend_does_not_change_the_policy() -> None:
+    albumentations = make_config(**ALL_KNOBS, augment_backend="albumentations")
+    assert make_policy(albumentations) == make_policy(make_config(**ALL_KNOBS))
+
+
+@pytest.mark.real_data
+def test_constants_are_the_pixel_statistics_of_the_50000_training_images(cifar10: DataSource) -> None:
+    images_NCHW = load_train_val(cifar10, NUM_TRAIN_IMAGES, 0).train.images_NCHW
+    level = torch.arange(256, dtype=torch.float64) / 255
+    for channel, (mean, std) in enumerate(zip(CIFAR_MEAN, CIFAR_STD, strict=True)):
+        share = images_NCHW[:, channel].flatten().bincount(minlength=256).double() / images_NCHW[:, channel].numel()
+        measured_mean = (share * level).sum()
+        measured_std = (share * (level - measured_mean) ** 2).sum().sqrt()
+        assert abs(measured_mean - mean) <= 5e-5 and abs(measured_std - std) <= 5e-5
+
+
+def test_mean_color_is_the_nearest_pixel_to_the_mean() -> None:
+    assert MEAN_COLOR == (125, 123, 114)
+    assert all(abs(pixel - 255 * mean) <= 0.5 for pixel, mean in zip(MEAN_COLOR, CIFAR_MEAN, strict=True))
+
+
+@pytest.mark.parametrize("policy", [(), (HFlip(0.5),), (Normalize(), HFlip(0.5)), (Normalize(), Normalize())])
+def test_split_policy_refuses_a_policy_whose_normalize_is_not_once_at_the_end(policy: Any) -> None:
+    with pytest.raises(ValueError, match="Normalize once, at the end, must hold"):
+        split_policy(policy)
+
+
+def test_policies_are_readable_without_torch() -> None:
+    code = "import sys, tune_cifar.augment.policies; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,285 @@
+"""TrainConfig: bounds and their messages, dead knobs, the fingerprint; the records beside it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+from pydantic import ValidationError
+
+from tune_cifar.errors import ConfigError
+from tune_cifar.schema import (
+    KNOBS,
+    EpochResult,
+    Frozen,
+    TrainConfig,
+    dead_knobs,
+    describe_validation_error,
+    nearest_name,
+)
+
+# Every op of the augmentation on, so that no strength is dead.
+ONECYCLE: dict[str, Any] = {
+    "model": "s7",
+    "optimizer": "sgd",
+    "schedule": "onecycle",
+    "max_lr": 0.01,
+    "batch_size": 128,
+    "epochs": 4,
+    "shift_scale_rotate_p": 0.5,
+    "shift_limit": 0.1,
+    "scale_limit": 0.1,
+    "rotate_limit": 30.0,
+    "cutout_p": 0.5,
+    "cutout_size": 8,
+}
+BASES = {
+    "onecycle": ONECYCLE,
+    "onecycle_adam": {**ONECYCLE, "optimizer": "adam"},
+    "onecycle_fixed_momentum": {**ONECYCLE, "cycle_momentum": False},
+    "step": {**ONECYCLE, "schedule": "step"},
+    "cosine": {**ONECYCLE, "schedule": "cosine"},
+    "constant_adamw": {**ONECYCLE, "schedule": "constant", "optimizer": "adamw"},
+    "no_warp_probability": {**ONECYCLE, "shift_scale_rotate_p": 0.0},
+    "no_warp_limits": {**ONECYCLE, "shift_limit": 0.0, "scale_limit": 0.0, "rotate_limit": 0.0},
+    "no_cutout_probability": {**ONECYCLE, "cutout_p": 0.0},
+    "no_cutout_size": {**ONECYCLE, "cutout_size": 0},
+}
+# A value for each knob that no base has; changing it turns no operation on or off.
+OTHER: dict[str, Any] = {
+    "model": "s8",
+    "dropout": 0.1,
+    "optimizer": "sgd",
+    "nesterov": True,
+    "momentum": 0.8,
+    "weight_decay": 1e-3,
+    "decoupled_weight_decay": 1e-3,
+    "schedule": "onecycle",
+    "max_lr": 0.02,
+    "pct_start": 0.2,
+    "div_factor": 10.0,
+    "final_div_factor": 10.0,
+    "anneal_strategy": "linear",
+    "cycle_momentum": False,
+    "base_momentum": 0.8,
+    "max_momentum": 0.9,
+    "milestone_fractions": (0.25, 0.75),
+    "gamma": 0.2,
+    "batch_size": 64,
+    "epochs": 5,
+    "label_smoothing": 0.1,
+    "train_size": 1000,
+    "val_size": 1000,
+    "seed": 1,
+    "augment_backend": "albumentations",
+    "crop_pad": 4,
+    "hflip_p": 0.5,
+    "shift_scale_rotate_p": 0.4,
+    "shift_limit": 0.2,
+    "scale_limit": 0.2,
+    "rotate_limit": 20.0,
+    "cutout_p": 0.4,
+    "cutout_size": 12,
+    "gray_p": 0.5,
+}
+ONECYCLE_ONLY = {"pct_start", "div_factor", "final_div_factor", "anneal_strategy", "cycle_momentum"}
+CYCLED = {"base_momentum", "max_momentum"}
+STEP_ONLY = {"milestone_fractions", "gamma"}
+WARP = {"shift_limit", "scale_limit", "rotate_limit"}
+
+
+def make_config(base: str = "onecycle", **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**BASES[base], **changes})
+
+
+@pytest.mark.parametrize(
+    ("base", "dead"),
+    [
+        ("onecycle", {"momentum", "decoupled_weight_decay"} | STEP_ONLY),
+        ("onecycle_adam", {"momentum", "decoupled_weight_decay", "nesterov"} | STEP_ONLY),
+        ("onecycle_fixed_momentum", {"decoupled_weight_decay"} | CYCLED | STEP_ONLY),
+        ("step", {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY),
+        ("cosine", {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY),
+        ("constant_adamw", {"weight_decay", "nesterov"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY),
+        ("no_warp_probability", {"momentum", "decoupled_weight_decay"} | STEP_ONLY | WARP),
+        ("no_warp_limits", {"momentum", "decoupled_weight_decay", "shift_scale_rotate_p"} | STEP_ONLY),
+        ("no_cutout_probability", {"momentum", "decoupled_weight_decay", "cutout_size"} | STEP_ONLY),
+        ("no_cutout_size", {"momentum", "decoupled_weight_decay", "cutout_p"} | STEP_ONLY),
+    ],
+)
+def test_dead_knobs_are_exactly_those_that_nothing_uses(base: str, dead: set[str]) -> None:
+    assert set(dead_knobs(make_config(base))) == dead
+
+
+def test_dead_knob_comes_with_its_reason() -> None:
+    dead = dead_knobs(make_config())
+    assert dead["momentum"] == "OneCycle cycles momentum between base_momentum and max_momentum"
+    assert dead_knobs(make_config("step"))["pct_start"] == "schedule step is not onecycle"
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", KNOBS)
+def test_fingerprint_changes_with_a_living_knob_and_ignores_a_dead_one(base: str, name: str) -> None:
+    before, after = make_config(base), make_config(base, **{name: OTHER[name]})
+    if before == after:
+        assert name in ("optimizer", "schedule", "cycle_momentum")  # the base has the other value already
+    elif name in dead_knobs(before) and name in dead_knobs(after):
+        assert after.fingerprint == before.fingerprint
+    else:
+        assert after.fingerprint != before.fingerprint
+
+
+def test_fingerprint_is_16_hexadecimal_digits_that_outlive_a_round_trip() -> None:
+    config = make_config("step")
+    again = TrainConfig(**config.model_dump(mode="json"))
+    assert again == config
+    assert again.fingerprint == config.fingerprint
+    assert len(config.fingerprint) == 16
+    assert int(config.fingerprint, 16) >= 0
+
+
+def test_fingerprint_of_a_known_configuration_stays_what_it_is() -> None:
+    """A changed fingerprint orphans recorded runs: change it knowingly, with a [results] entry in the changelog."""
+    assert make_config().fingerprint == "029dfb26661d5b75"
+
+
+def test_last_smaller_batch_counts_as_a_step() -> None:
+    assert make_config(train_size=1000, batch_size=128).num_steps_per_epoch == 8
+    assert make_config(train_size=1024, batch_size=128).num_steps_per_epoch == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_lr": 0.0}, "max_lr > 0 must hold, got 0.0."),
+        ({"dropout": -0.1}, "dropout >= 0 must hold, got -0.1."),
+        ({"momentum": 1.0}, "momentum < 1 must hold, got 1.0."),
+        ({"crop_pad": 17}, "crop_pad <= 16 must hold, got 17."),
+        ({"max_lr": "1e-3"}, "max_lr: input should be a valid number, got '1e-3'."),
+        ({"max_lr": float("nan")}, "max_lr: input should be a finite number, got nan."),
+        ({"max_lr": True}, "max_lr: input should be a valid number, got True."),
+        ({"epochs": 2.0}, "epochs: input should be a valid integer, got 2.0."),
+        ({"nesterov": 1}, "nesterov: input should be a valid boolean, got 1."),
+        ({"milestone_fractions": 0.5}, "milestone_fractions: input should be a valid tuple, got 0.5."),
+        ({"milestone_fractions": ["a"]}, "milestone_fractions.0: input should be a valid number, got 'a'."),
+        (
+            {"milestone_fractions": [0.5, 0.5]},
+            "milestone_fractions increasing within (0, 1) must hold, got (0.5, 0.5).",
+        ),
+        ({"milestone_fractions": [0, 0.5]}, "milestone_fractions increasing within (0, 1) must hold, got (0.0, 0.5)."),
+        ({"milestone_fractions": [0.5, 1]}, "milestone_fractions increasing within (0, 1) must hold, got (0.5, 1.0)."),
+        ({"max_rl": 0.1}, "max_rl is not a known name. Did you mean max_lr?"),
+        ({"zzz": 0.1}, "zzz is not a known name."),
+        (
+            {"schedule": "onecylce"},
+            "schedule must be 'onecycle', 'cosine', 'step' or 'constant', got 'onecylce'. Did you mean onecycle?",
+        ),
+        ({"model": "vgg"}, "model must be 's6', 's7', 's8', 's10' or 's10_postact', got 'vgg'."),
+        (
+            {"train_size": 50_000},
+            "val_size = 0 exactly when train_size = 50000 must hold, got val_size 5000 and train_size 50000.",
+        ),
+        (
+            {"val_size": 0},
+            "val_size = 0 exactly when train_size = 50000 must hold, got val_size 0 and train_size 45000.",
+        ),
+        ({"train_size": 45_001}, "train_size <= 45000 or train_size = 50000 must hold, got 45001."),
+        (
+            {"batch_size": 128, "train_size": 100},
+            "batch_size <= train_size must hold, got batch_size 128 and train_size 100.",
+        ),
+        (
+            {"base_momentum": 0.96},
+            "base_momentum <= max_momentum must hold, got base_momentum 0.96 and max_momentum 0.95.",
+        ),
+    ],
+)
+def test_broken_rule_is_one_sentence_with_rule_and_value(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(**changes)
+    assert str(caught.value) == f"configuration: {sentence}"
+
+
+def test_missing_knob_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^configuration: optimizer must be given\.$"):
+        TrainConfig(**{name: value for name, value in ONECYCLE.items() if name != "optimizer"})
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "refused"),
+    [
+        ("dropout", (0.0, 0.9), (-1e-9, 0.91)),
+        ("pct_start", (1e-6, 0.999), (0.0, 1.0)),
+        ("div_factor", (1.0, 1e6), (0.99, 1.1e6)),
+        ("momentum", (0.0, 0.999), (1.0,)),
+        ("batch_size", (2, 45_000), (1, 50_001)),
+        ("epochs", (1, 1000), (0, 1001)),
+        ("label_smoothing", (0.0, 0.9), (-0.1, 0.95)),
+        ("train_size", (128, 45_000), (9, 50_001)),
+        ("val_size", (1, 5000), (-1, 5001)),
+        ("seed", (0, 2**31 - 1), (-1, 2**31)),
+        ("cutout_size", (0, 32), (-1, 33)),
+        ("hflip_p", (0.0, 1.0), (-0.01, 1.01)),
+    ],
+)
+def test_bounds_include_and_exclude_what_they_say(
+    name: str, accepted: tuple[Any, ...], refused: tuple[Any, ...]
+) -> None:
+    for value in accepted:
+        assert getattr(make_config(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(ConfigError, match=name):
+            make_config(**{name: value})
+
+
+def test_whole_data_set_without_validation_is_a_configuration() -> None:
+    config = make_config(train_size=50_000, val_size=0)
+    assert config.num_steps_per_epoch == 391
+
+
+def test_integer_given_for_a_real_knob_becomes_a_float() -> None:
+    assert repr(make_config(max_lr=1).max_lr) == "1.0"
+
+
+def test_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        make_config().max_lr = 1.0  # type: ignore[misc]
+
+
+def test_every_knob_has_a_label_and_a_room_that_uses_it() -> None:
+    rooms = {"models", "optim", "engine", "data", "augment"}
+    for name in KNOBS:
+        extra = TrainConfig.model_fields[name].json_schema_extra
+        assert isinstance(extra, dict)
+        assert extra["label"]
+        assert extra["used_by"] in rooms
+
+
+def test_nearest_name_is_silent_when_nothing_is_close() -> None:
+    assert nearest_name("max_lrr", KNOBS) == " Did you mean max_lr?"
+    assert nearest_name("qqq", KNOBS) == ""
+
+
+class Inner(Frozen):
+    """A record inside a record."""
+
+    kind: Literal["a", "b"]
+
+
+class Outer(Frozen):
+    """The record around it."""
+
+    inner: Inner
+
+
+def test_literal_below_the_top_level_is_described_without_a_hint() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate({"inner": {"kind": "x"}})
+    assert describe_validation_error(caught.value, Outer) == "inner.kind must be 'a' or 'b', got 'x'."
+
+
+def test_epoch_result_refuses_what_json_cannot_hold() -> None:
+    numbers = dict.fromkeys(EpochResult.model_fields, 1)
+    assert EpochResult(**numbers).epoch == 1
+    with pytest.raises(ValidationError, match="finite"):
+        EpochResult(**{**numbers, "train_loss": float("inf")})

@@ -1,0 +1,129 @@
+"""A policy: what may happen to a training image, as ordered operations with their numbers, before Normalize.
+
+Operations work on uint8 pixels of CIFAR-10's 32x32 images, in pixels, degrees and probabilities; an interpreter
+(`batched`, `reference`) applies them. All five source systems use a subsequence of one order, kept by `make_policy`:
+crop, hflip, shift_scale_rotate, cutout, gray, normalize. Borders are mirrored without repeating the edge pixel
+(reflect-101: d c b | a b c d | c b a), as in all sources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tune_cifar.schema import TrainConfig
+
+# Height and width of a CIFAR-10 image, in pixels: the interval from which holes are placed.
+IMAGE_SIDE = 32
+
+# Mean and standard deviation of each channel over all pixels of the 50,000 training images, scaled to [0, 1]:
+# population std of 51.2 M values a channel, not the mean of per-image stds (the often-seen 0.2023, 0.1994, 0.2010).
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+
+# The data set's mean colour in uint8 pixel units, rounded to the nearest. Given to albumentations as whole numbers
+# too: a fraction would be cut off there (122.96 -> 122).
+MEAN_COLOR = (round(255 * CIFAR_MEAN[0]), round(255 * CIFAR_MEAN[1]), round(255 * CIFAR_MEAN[2]))
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Pad every side by reflection, then cut a window of the original size at a uniformly drawn place.
+
+    Origin: `s10`, `s10_postact`. Deviates from s10: 4 px, as its assignment asked; its code padded by 2.
+    """
+
+    pad: int
+    """Pixels on each side, from 1 to 16."""
+
+
+@dataclass(frozen=True)
+class HFlip:
+    """Swap left and right. Origin: all five; s6 swapped top and bottom by mistake, because its arrays were CHW."""
+
+    p: float
+    """Probability that an image is flipped."""
+
+
+@dataclass(frozen=True)
+class ShiftScaleRotate:
+    """Rotate and scale about the image's centre ((W - 1) / 2, (H - 1) / 2), then shift; bilinear, rounded to uint8.
+
+    Both axes share the scale; each has its own shift, a real number of pixels. Origin: `s6`, `s7`, `s8`, through
+    albumentations 1.x. Deviates from albumentations 2.0.8: that one cuts the shift to whole pixels (0 twice as likely).
+    """
+
+    shift_limit: float
+    """The shift of an axis is uniform in +- this fraction of the side."""
+    scale_limit: float
+    """The scale is uniform in 1 +- this."""
+    rotate_limit: float
+    """The angle is uniform in +- this many degrees; positive turns the picture counter-clockwise."""
+    p: float
+    """Probability that an image is warped."""
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """Fill one square hole, wholly inside the image, at a uniformly drawn place.
+
+    Origin: all five, as CoarseDropout. Deviates from s7 and s10: they gave the fill in the units of normalized
+    pixels (s7's holes were black); here it is the mean colour in pixel units, hence 0 after Normalize (to 0.01).
+    """
+
+    size: int
+    """Side of the hole in pixels, from 1 to 32."""
+    p: float
+    """Probability that an image gets a hole."""
+    fill: tuple[int, int, int] = MEAN_COLOR
+    """Red, green and blue of the hole, uint8."""
+
+
+@dataclass(frozen=True)
+class Gray:
+    """Replace the three channels by 0.299 R + 0.587 G + 0.114 B, rounded to uint8. Origin: `s7` (ToGray)."""
+
+    p: float
+    """Probability that an image loses its colours."""
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(pixel / 255 - mean) / std per channel, to float32. Origin: all but s6, which trained on inputs in [0, 1]."""
+
+    mean: tuple[float, float, float] = CIFAR_MEAN
+    std: tuple[float, float, float] = CIFAR_STD
+
+
+PixelOp = Crop | HFlip | ShiftScaleRotate | Cutout | Gray
+Op = PixelOp | Normalize
+Policy = tuple[Op, ...]
+
+
+def make_policy(config: TrainConfig) -> Policy:
+    """The operations whose strength is not 0 in this configuration, in the one order; Normalize is always the last."""
+    ops: list[Op] = []
+    if config.crop_pad:
+        ops.append(Crop(config.crop_pad))
+    if config.hflip_p:
+        ops.append(HFlip(config.hflip_p))
+    limits = (config.shift_limit, config.scale_limit, config.rotate_limit)
+    if config.shift_scale_rotate_p and any(limits):
+        ops.append(ShiftScaleRotate(*limits, config.shift_scale_rotate_p))
+    if config.cutout_p and config.cutout_size:
+        ops.append(Cutout(config.cutout_size, config.cutout_p))
+    if config.gray_p:
+        ops.append(Gray(config.gray_p))
+    return (*ops, Normalize())
+
+
+def split_policy(policy: Policy) -> tuple[tuple[PixelOp, ...], Normalize]:
+    """The operations on pixels, and the Normalize behind them.
+
+    Raises:
+        ValueError: Normalize does not stand exactly once, at the end: holes would be filled in the wrong units.
+    """
+    pixel_ops = tuple(op for op in policy if not isinstance(op, Normalize))
+    last = policy[-1] if policy else None
+    if not isinstance(last, Normalize) or len(pixel_ops) != len(policy) - 1:
+        raise ValueError(f"policy: Normalize once, at the end, must hold, got {policy}.")
+    return pixel_ops, last

@@ -1,0 +1,101 @@
+"""A policy through albumentations, one image at a time: the judge of `batched`, and a selectable backend.
+
+Takes the numbers `batched.draw_policy` drew, never albumentations' own dice (`Compose` hands all its children one
+generator, so that flips fire together). The only room that imports albumentations (2.0.8; unmaintained since 2025).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# albumentations asks the package index for updates when it is imported, unless told before.
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+
+import albumentations as A
+import albumentations.augmentations.crops.functional as crops
+import albumentations.augmentations.geometric.functional as geometric
+import cv2
+from numpy.typing import NDArray
+
+from tune_cifar.augment.batched import Draws
+from tune_cifar.augment.policies import (
+    Crop,
+    Cutout,
+    Gray,
+    HFlip,
+    PixelOp,
+    Policy,
+    ShiftScaleRotate,
+    split_policy,
+)
+
+# One thread per trial; OpenCV's own threads would fight for the core.
+cv2.setNumThreads(0)
+
+Image = NDArray[np.uint8]
+
+
+def apply_policy_reference(
+    policy: Policy, images_NCHW: Tensor, draws: Draws, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """`batched.apply_policy` through albumentations: same arguments, same dice, same result.
+
+    Equal on uint8 for crop, flip, cutout and gray, within OpenCV's fixed-point interpolation for the warp, within 1e-6
+    for normalize. Computes on the CPU and returns to the images' device.
+    """
+    _, normalize = split_policy(policy)
+    images_NHWC = apply_pixel_ops_reference(policy, images_NCHW, draws).permute(0, 2, 3, 1).numpy()
+    transform = A.Normalize(mean=normalize.mean, std=normalize.std, max_pixel_value=255.0)
+    normalized = np.stack([transform.apply(image) for image in images_NHWC])
+    result = torch.from_numpy(normalized).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    return result.to(images_NCHW.device)
+
+
+def apply_pixel_ops_reference(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor:
+    """The part before Normalize: uint8 (N, 3, 32, 32) to the same, on the CPU."""
+    pixel_ops, _ = split_policy(policy)
+    images: list[Image] = list(images_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    for op, drawn in zip(pixel_ops, draws, strict=True):
+        numbers = zip(*(column.tolist() for column in drawn), strict=True)
+        images = [
+            apply_op_reference(op, image, dict(zip(drawn._fields, row, strict=True)))
+            for image, row in zip(images, numbers, strict=True)
+        ]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def apply_op_reference(op: PixelOp, image: Image, drawn: dict[str, Any]) -> Image:
+    """One operation on one HWC image with its drawn numbers, named as in the draws' columns."""
+    if not drawn.get("selected", True):
+        return image
+    height, width = image.shape[:2]
+    result: Image
+    match op:
+        case Crop(pad):
+            padded = geometric.pad_with_params(image, pad, pad, pad, pad, cv2.BORDER_REFLECT_101, 0)
+            top, left = drawn["top"], drawn["left"]
+            result = crops.crop(padded, left, top, left + width, top + height)
+        case HFlip():
+            result = A.HorizontalFlip(p=1.0).apply(image)
+        case ShiftScaleRotate():
+            matrix = geometric.create_affine_transformation_matrix(
+                translate={"x": drawn["shift_x"] * width, "y": drawn["shift_y"] * height},
+                shear={"x": 0.0, "y": 0.0},
+                scale={"x": drawn["scale"], "y": drawn["scale"]},
+                rotate=drawn["angle"],
+                shift=geometric.center(image.shape),
+            )
+            warp = A.Affine(interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+            result = warp.apply(image, matrix=matrix, output_shape=(height, width))
+        case Cutout(size, _, fill):
+            top, left = drawn["top"], drawn["left"]
+            hole = np.array([[left, top, left + size, top + size]])
+            result = A.CoarseDropout(fill=fill, p=1.0).apply(image, holes=hole, seed=0)
+        case Gray():
+            result = A.ToGray(p=1.0).apply(image)
+    return result

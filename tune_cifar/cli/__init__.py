@@ -1,0 +1,47 @@
+"""The command line: each command parses, calls one function of the package and shows what came back.
+
+Our own errors are one line on stderr and exit status 1, wrong usage exits 2, Ctrl-C 130; bugs keep their traceback.
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from tune_cifar.cli import data, look, reproduce, search, spaces, train
+from tune_cifar.cli.terminal import stderr
+from tune_cifar.errors import TuneCifarError
+
+app = typer.Typer(
+    name="tune_cifar",
+    help="Hyperparameter search for CIFAR-10: every recipe corrected, searched fast, judged honestly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(search.search)
+app.command()(train.train)
+app.command()(reproduce.reproduce)
+app.command()(look.leaderboard)
+app.command()(look.ui)
+app.command()(look.models)
+app.command()(look.preview)
+app.add_typer(spaces.app, name="spaces")
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m tune_cifar`."""
+    try:
+        app(prog_name="python -m tune_cifar")
+    except TuneCifarError as exc:
+        stderr().print(f"[bold red]error[/] {_escape(str(exc))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,62 @@
+"""Options that several commands share, each said once. All are runtime options: none changes a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Space = Annotated[
+    str, typer.Option("--space", help="A name from `spaces list`, or the path of a space file.", rich_help_panel="What")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KNOB=VALUE", help="Pin a knob; may be given again.", rich_help_panel="What"),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="CIFAR-10's folder, or the word `shapes` for the generated stand-in. "
+        "Default: $TUNE_CIFAR_DATA, ./data, the user cache.",
+        rich_help_panel="Where",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage", metavar="DIR", help="Run store. Default: $TUNE_CIFAR_RUNS, ./runs.", rich_help_panel="Where"
+    ),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow's address. Default: a SQLite file in the run store.",
+        rich_help_panel="Where",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto takes CUDA where it is.", rich_help_panel="How")
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="auto|fp32|bf16",
+        help="auto takes bf16 where the hardware multiplies it.",
+        rich_help_panel="How",
+    ),
+]
+Cpus = Annotated[
+    int, typer.Option("--cpus-per-trial", metavar="N", help="Threads of one training.", rich_help_panel="How")
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="Deterministic kernels only: equal bits on one GPU too.", rich_help_panel="How"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

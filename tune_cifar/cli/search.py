@@ -1,0 +1,102 @@
+"""`search`: the main job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tune_cifar.cli import options
+from tune_cifar.cli.terminal import stderr, stdout, this_command
+
+
+def search(
+    space: options.Space,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            "--tier", metavar="full|cpu", help="Budget. Default: full with a GPU, else cpu.", rich_help_panel="What"
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", help="At most N trials.", rich_help_panel="What")
+    ] = None,
+    max_time: Annotated[
+        str | None, typer.Option("--max-time", metavar="8m", help="Such as 90s, 8m, 2h.", rich_help_panel="What")
+    ] = None,
+    settings: options.Settings = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Of the sampler.", rich_help_panel="What")
+    ] = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    cpus_per_trial: options.Cpus = 1,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU.", rich_help_panel="How"
+        ),
+    ] = None,
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(
+            "--max-concurrent", metavar="N", help="Trials at once. Default: as fit.", rich_help_panel="How"
+        ),
+    ] = None,
+    deterministic: options.Deterministic = False,
+    data: options.Data = None,
+    tracking_uri: options.TrackingUri = None,
+    storage: options.Storage = None,
+) -> None:
+    """Search a space: Optuna proposes, parallel trials train, the hopeless are stopped early, validation chooses.
+
+    Example: python -m tune_cifar search --space s10 --max-time 8m
+    """
+    from tune_cifar.data import find_data
+    from tune_cifar.live import SearchView, format_seconds, print_search_summary, print_stand_in_banner
+    from tune_cifar.record import find_storage
+    from tune_cifar.search import SearchRequest, prepare_search, run_search
+    from tune_cifar.space import load_space, parse_duration, parse_setting
+
+    console = stdout()
+    request = SearchRequest(
+        source=find_data(data),
+        storage=find_storage(storage),
+        name=name,
+        device=device,
+        precision=precision,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        max_concurrent=max_concurrent,
+        deterministic=deterministic,
+        seed=seed,
+        command=this_command(),
+        tracking_uri=tracking_uri,
+    )
+    pinned = dict(parse_setting(setting) for setting in settings or [])
+    if tier is None:
+        tier = request.default_tier
+        if tier == "cpu":
+            stderr().print("No GPU here: tier cpu, a small budget (--tier full for the real one).", highlight=False)
+    found = load_space(space, tier, pinned).limit(trials, parse_duration(max_time) if max_time else None)
+    print_stand_in_banner(console, request.source.name)
+    with console.status("measuring 20 training steps and starting the workers ..."):
+        plan = prepare_search(found, request)
+    console.print(plan.describe(), highlight=False, soft_wrap=True)
+    view = SearchView(
+        console,
+        plan.epoch_seconds,
+        plan.epochs_per_trial,
+        found.budget.max_time_seconds,
+        found.budget.trials,
+        plan.resources.max_concurrent,
+    )
+    with view:
+        state, faults = run_search(plan, view.hear)
+    print_search_summary(console, state, faults, list(found.dropped))
+    if state.finished is not None and state.finished.reason == "interrupted":
+        console.print(f"interrupted after {format_seconds(state.finished.wall_seconds)}; nothing is lost.")
+        raise typer.Exit(130)

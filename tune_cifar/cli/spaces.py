@@ -1,0 +1,80 @@
+"""`spaces list | show | check`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tune_cifar.cli import options
+from tune_cifar.cli.terminal import print_json, stdout
+
+app = typer.Typer(help="The search spaces: list them, read one, check a file of your own.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="A name from `spaces list`, or a path.")]
+Tier = Annotated[str, typer.Option("--tier", help="full or cpu: the budget tier whose knobs are shown.")]
+
+
+@app.command("list")
+def list_(as_json: options.Json = False) -> None:
+    """List the search spaces that can be named.
+
+    Example: python -m tune_cifar spaces list
+    """
+    from rich.table import Table
+
+    from tune_cifar.space import list_spaces, load_header
+
+    headers = [(path, load_header(path)) for path in list_spaces()]
+    if as_json:
+        print_json([{"path": str(path), **header.model_dump(mode="json")} for path, header in headers])
+        return
+    table = Table("space", "source", "published", box=None, header_style="bold")
+    for _, header in headers:
+        table.add_row(header.space, header.source, header.describe_published())
+    stdout().print(table)
+
+
+@app.command()
+def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None:
+    """Show a space: its source, what its baseline corrects, and every searched knob.
+
+    Example: python -m tune_cifar spaces show s10 --tier cpu
+    """
+    from rich.table import Table
+
+    from tune_cifar.schema import KNOBS, dead_knobs
+    from tune_cifar.space import describe_distribution, load_space
+
+    space = load_space(name, tier)
+    searched = {knob: describe_distribution(found) for knob, found in space.distributions.items()}
+    baseline = space.baseline.model_dump(mode="json")
+    if as_json:
+        header = space.header.model_dump(mode="json")
+        budget = space.budget.model_dump(mode="json")
+        print_json({**header, "tier": tier, "baseline": baseline, "search": searched, "budget": budget})
+        return
+    dead = dead_knobs(space.baseline)
+    console = stdout()
+    console.print(f"[bold]{space.name}[/] ({tier})  {space.header.source}", highlight=False)
+    console.print(f"published: {space.header.describe_published()}", highlight=False)
+    for sentence in space.header.corrects:
+        console.print(f"corrects: {sentence}", highlight=False)
+    table = Table("knob", "baseline", "searched", box=None, header_style="bold")
+    for knob in KNOBS:
+        if knob in searched or knob not in dead:
+            table.add_row(knob, str(baseline[knob]), searched.get(knob, ""))
+    console.print(table)
+    console.print(f"budget: {space.budget.describe()}", highlight=False)
+
+
+@app.command()
+def check(name: Name) -> None:
+    """Check a space file, in every tier: says what is wrong and where, or that it is sound.
+
+    Example: python -m tune_cifar spaces check my_space.yaml
+    """
+    from tune_cifar.space import TIERS, find_space, load_space
+
+    path = find_space(name)
+    knobs = [f"{len(load_space(str(path), tier).distributions)} knobs in tier {tier}" for tier in TIERS]
+    stdout().print(f"{path}: sound ({', '.join(knobs)})", highlight=False, soft_wrap=True)

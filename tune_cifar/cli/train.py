@@ -1,0 +1,76 @@
+"""`train`: one training with a record of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tune_cifar.cli import options
+from tune_cifar.cli.terminal import stdout, this_command
+
+
+def train(
+    space: options.Space,
+    settings: options.Settings = None,
+    tier: Annotated[
+        str,
+        typer.Option(
+            "--tier", metavar="full|cpu", help="Whose epochs and train_size to take.", rich_help_panel="What"
+        ),
+    ] = "full",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the run. Default: space and time.", rich_help_panel="What")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --name from its newest checkpoint.", rich_help_panel="What")
+    ] = False,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    cpus_per_trial: options.Cpus = 1,
+    deterministic: options.Deterministic = False,
+    data: options.Data = None,
+    tracking_uri: options.TrackingUri = None,
+    storage: options.Storage = None,
+) -> None:
+    """Train one configuration: a space's baseline with your changes. Checkpoints each minute; --resume goes on.
+
+    Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
+    """
+    from tune_cifar.data import find_data
+    from tune_cifar.live import TrainingView, format_percent, print_stand_in_banner
+    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.record import EpochReported, Event, SearchState, find_storage
+    from tune_cifar.space import load_space, parse_setting
+    from tune_cifar.tracking import Shipper, make_tracking_uri
+    from tune_cifar.train import open_training, run_training
+
+    console = stdout()
+    folder = find_storage(storage)
+    source = find_data(data)
+    found = load_space(space, tier, dict(parse_setting(setting) for setting in settings or []))
+    numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic)
+    print_stand_in_banner(console, source.name)
+    record, loaded = open_training(found, source, numerics, folder, name, this_command(), resume)
+    with record, TrainingView(console, loaded.info) as view:
+        state = record.state
+        run = f"{state.header.name}:0"
+        console.print(f"run {run}, fingerprint {found.baseline.fingerprint}", highlight=False)
+        shipper = Shipper(make_tracking_uri(folder, tracking_uri), folder, state)
+
+        def hear(state: SearchState, event: Event) -> None:
+            shipper.hear(state, event)
+            if isinstance(event, EpochReported):
+                view.say(event.result)
+
+        try:
+            run_training(record, loaded, numerics, hear, view.watch)
+        except KeyboardInterrupt:
+            again = f"python -m tune_cifar train --space {space} --name {state.header.name} --resume"
+            console.print(f"interrupted; go on with: {again}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+        for fault in shipper.close():
+            console.print(fault, highlight=False, soft_wrap=True)
+    trial = state.trials[0]
+    console.print(f"{run}: {trial.status}, val_acc {format_percent(trial.val_acc)}", highlight=False)
+    console.print(f"next: python -m tune_cifar reproduce {run}", highlight=False, soft_wrap=True)

@@ -1,0 +1,236 @@
+"""The one training loop. Iterating a `Trainer` trains and yields an `EpochResult` per epoch; the consumer decides
+when to stop. Search, train, reproduce and confirm all use it as it is.
+
+Data lie on the device as uint8 for the whole training; a batch is gathered, augmented and normalised there. Nothing
+waits for the device inside an epoch on CUDA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tune_cifar.augment import select_interpreter
+from tune_cifar.augment.batched import apply_normalize, draw_policy
+from tune_cifar.augment.policies import make_policy
+from tune_cifar.data import Split, TrainVal
+from tune_cifar.errors import CheckpointError, Diverged
+from tune_cifar.models import build_model
+from tune_cifar.numerics import apply_numerics, autocast, memory_format
+from tune_cifar.optim import make_optimizer, make_schedule
+from tune_cifar.schema import EpochResult, Numerics, TrainConfig
+
+# Images in one forward pass of an evaluation. Fixed: bits of a validation loss depend on it.
+EVAL_BATCH_SIZE = 500
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose (init, order, augment, dropout): streams of different purposes are unrelated."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+class Trainer:
+    """One training of one config, from the first epoch or from a checkpoint's state.
+
+    Args:
+        config: the recipe.
+        data: uint8 images; `data.val` may be None, then val_loss and val_acc are None.
+        numerics: applied to this process (thread count, deterministic flags) at construction.
+
+    Attributes:
+        model: the network on the numerics' device.
+        epoch: epochs done.
+        step: optimizer steps done; read by progress displays while an epoch runs.
+        results: the EpochResults of all epochs done.
+
+    Yields:
+        an EpochResult after each epoch, until config.epochs are done.
+
+    Raises:
+        Diverged: when a training loss is not finite.
+        ConfigError: when the schedule cannot be built.
+    """
+
+    def __init__(self, config: TrainConfig, data: TrainVal, numerics: Numerics) -> None:
+        apply_numerics(numerics)
+        self.config = config
+        self.numerics = numerics
+        self._device = torch.device(numerics.device)
+        self._memory_format = memory_format(numerics)
+        self._train = _move_to(data.train, self._device)
+        self._val = _move_to(data.val, self._device) if data.val else None
+        self._policy = make_policy(config)
+        self._apply_policy = select_interpreter(config.augment_backend)
+        # Order on the CPU, so that a GPU training sees the same batches; the others where they are used.
+        self._generators = {
+            "order": torch.Generator().manual_seed(derive_seed(config.seed, "order")),
+            "augment": torch.Generator(self._device).manual_seed(derive_seed(config.seed, "augment")),
+            "dropout": torch.Generator(self._device).manual_seed(derive_seed(config.seed, "dropout")),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "init"))
+            model = build_model(config, self._generators["dropout"])
+        self.model = model.to(self._device, memory_format=self._memory_format)  # type: ignore[call-overload]
+        self._optimizer = make_optimizer(self.model.parameters(), config)
+        self._schedule = make_schedule(self._optimizer, config)
+        self.epoch = 0
+        self.step = 0
+        self.results: list[EpochResult] = []
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.config.epochs * self.config.num_steps_per_epoch
+
+    def __iter__(self) -> Iterator[EpochResult]:
+        while self.epoch < self.config.epochs:
+            yield self._run_epoch()
+
+    def _run_epoch(self) -> EpochResult:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        train_loss, train_acc, lr = self._train_epoch()
+        trained = time.perf_counter()
+        val_loss, val_acc = self.evaluate(self._val) if self._val else (None, None)
+        self.epoch += 1
+        result = EpochResult(
+            epoch=self.epoch,
+            step=self.step,
+            train_loss=train_loss,
+            train_acc=train_acc,
+            val_loss=val_loss,
+            val_acc=val_acc,
+            lr=lr,
+            epoch_seconds=time.perf_counter() - start,
+            images_per_second=len(self._train) / (trained - start),
+            peak_memory_mb=_peak_memory_mb(self._device),
+        )
+        self.results.append(result)
+        return result
+
+    def _train_epoch(self) -> tuple[float, float, float]:
+        """Train every image once; returns mean loss per image, accuracy and the last step's LR."""
+        self.model.train()
+        num_images = len(self._train)
+        order = torch.randperm(num_images, generator=self._generators["order"]).to(self._device)
+        losses: list[Tensor] = []
+        num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        lr = 0.0
+        for indices in torch.split(order, self.config.batch_size):
+            lr = self._optimizer.param_groups[0]["lr"]
+            loss, correct = self._train_step(indices)
+            losses.append(loss * len(indices))
+            num_correct += correct
+            if self._device.type == "cpu":  # reading a GPU's loss would wait for it: there the epoch's end tells
+                self._check_finite(losses[-1:], self.step)
+        self._check_finite(losses, self.step - len(losses) + 1)
+        return torch.stack(losses).sum().item() / num_images, num_correct.item() / num_images, lr
+
+    def _train_step(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer and schedule step; returns the mean loss and the number of right answers, on the device."""
+        images, labels = self.make_batch(indices)
+        with autocast(self.numerics):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self.step += 1
+        if self.step < self.total_steps:
+            self._schedule.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def make_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network sees in training: the images at these indices (N,), augmented and normalised (N, 3, 32, 32)
+        float32, and their labels (N,). Advances the augmentation's generator."""
+        images_NCHW = self._train.images_NCHW.index_select(0, indices)
+        draws = draw_policy(self._policy, len(indices), self._generators["augment"])
+        batch = self._apply_policy(self._policy, images_NCHW, draws, self._memory_format)
+        return batch, self._train.labels_N[indices]
+
+    def _check_finite(self, losses: list[Tensor], first_step: int) -> None:
+        bad = (~torch.stack(losses).isfinite()).nonzero()
+        if len(bad):
+            raise Diverged(self.epoch + 1, first_step + int(bad[0, 0]))
+
+    @torch.inference_mode()
+    def evaluate(self, split: Split) -> tuple[float, float]:
+        """Mean cross-entropy per image (no label smoothing) and accuracy of the current weights; Normalize alone is
+        applied to the images, and nothing random happens."""
+        split = _move_to(split, self._device)
+        self.model.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        batches = zip(
+            torch.split(split.images_NCHW, EVAL_BATCH_SIZE), torch.split(split.labels_N, EVAL_BATCH_SIZE), strict=True
+        )
+        for images_NCHW, labels in batches:
+            images = apply_normalize(images_NCHW, memory_format=self._memory_format)
+            with autocast(self.numerics):
+                logits = self.model(images).float()
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            num_correct += (logits.argmax(1) == labels).sum()
+        return loss.item() / len(split), num_correct.item() / len(split)
+
+    def measure_step_seconds(self, num_steps: int = 20) -> float:
+        """Median seconds of a training step, measured by training: use a Trainer of its own for it."""
+        self.model.train()
+        order = torch.arange(len(self._train), device=self._device)
+        seconds = []
+        for i in range(num_steps):
+            start = time.perf_counter()
+            self._train_step(order.roll(-i * self.config.batch_size)[: self.config.batch_size])
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return sorted(seconds)[num_steps // 2]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed training needs to go on bit for bit (CPU), as tensors and plain containers."""
+        return {
+            "fingerprint": self.config.fingerprint,
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "generators": {name: generator.get_state() for name, generator in self._generators.items()},
+            "results": [result.model_dump() for result in self.results],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state.
+
+        Raises:
+            CheckpointError: when the state belongs to another config.
+        """
+        if state["fingerprint"] != self.config.fingerprint:
+            raise CheckpointError(
+                f"checkpoint: fingerprint {self.config.fingerprint} must match, got {state['fingerprint']}. "
+                "It belongs to another configuration."
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        for name, generator in self._generators.items():
+            generator.set_state(state["generators"][name])
+        self.results = [EpochResult(**result) for result in state["results"]]
+
+
+def _move_to(split: Split, device: torch.device) -> Split:
+    return Split(split.images_NCHW.to(device), split.labels_N.to(device))
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kilobytes on Linux

@@ -1,0 +1,287 @@
+"""What a search and a training look like while they run, and the words at their end. Views of the record: nothing is
+decided here. Plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tune_cifar.errors import TrackingError
+from tune_cifar.record import EpochReported, Event, SearchState, TrialEnded, TrialStarted, TrialState
+from tune_cifar.schema import DataInfo, EpochResult, Status
+
+if TYPE_CHECKING:
+    from tune_cifar.engine import Trainer
+
+STYLES: dict[Status, str] = {
+    "running": "cyan",
+    "complete": "green",
+    "stopped": "dim",
+    "diverged": "yellow",
+    "failed": "bold red",
+}
+# Rows of the live table: enough to see what happens, few enough for a small window.
+NUM_ROWS = 14
+NUM_KNOBS = 4
+
+
+def print_stand_in_banner(console: Console, data_name: str) -> None:
+    """Say, so that nobody can miss it, that this is not CIFAR-10."""
+    if data_name != "shapes":
+        return
+    text = (
+        "[bold]NOT CIFAR-10[/]\nGenerated shapes stand in for the images. The tool works as it will; its accuracies say "
+        "nothing about CIFAR-10.\nFor the real thing: python -m tune_cifar data fetch"
+    )
+    console.print(Panel(text, title="stand-in data", border_style="bold yellow", padding=(1, 4)))
+
+
+def format_seconds(seconds: float) -> str:
+    """Hours, minutes and seconds without fractions."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def format_percent(accuracy: float | None) -> str:
+    """An accuracy for people; a dash where there is none."""
+    return "-" if accuracy is None else f"{100 * accuracy:.2f} %"
+
+
+def format_value(value: object) -> str:
+    """A knob's value, floats to three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class SearchView:
+    """Shows a running search; a listener of its record and a context manager.
+
+    Args:
+        epoch_seconds: estimate of one epoch of the baseline, until real ones are known.
+        epochs_per_trial: expected epochs of a trial under the rungs.
+        max_seconds: the search's time limit, None for none.
+        num_trials: of the budget.
+        num_concurrent: trials at once.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        epoch_seconds: float,
+        epochs_per_trial: float,
+        max_seconds: float | None,
+        num_trials: int,
+        num_concurrent: int,
+    ) -> None:
+        self._console = console
+        self._epoch_seconds = epoch_seconds
+        self._epochs_per_trial = epochs_per_trial
+        self._max_seconds = max_seconds
+        self._num_trials = num_trials
+        self._num_concurrent = num_concurrent
+        self._start = time.monotonic()
+        self._state: SearchState | None = None
+        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render, transient=True)
+
+    def __enter__(self) -> SearchView:
+        self._start = time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def hear(self, state: SearchState, event: Event) -> None:
+        """Listener for the record's events."""
+        self._state = state
+        if not self._console.is_terminal:
+            line = self._describe(state, event)
+            if line:
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def eta_seconds(self) -> float:
+        """Expected seconds to the end: expected epochs left at the mean epoch's price, never beyond the time limit."""
+        state, elapsed = self._state, time.monotonic() - self._start
+        trials = list(state.trials.values()) if state else []
+        results = [result for trial in trials for result in trial.epochs]
+        price = sum(r.epoch_seconds for r in results) / len(results) if results else self._epoch_seconds
+        ended = [trial for trial in trials if trial.status != "running"]
+        per_trial = self._epochs_per_trial
+        if len(ended) >= 3:
+            per_trial = sum(trial.epochs_done for trial in ended) / len(ended)
+        expected = max(0.0, self._num_trials * per_trial - len(results)) * price / self._num_concurrent
+        return expected if self._max_seconds is None else min(expected, max(0.0, self._max_seconds - elapsed))
+
+    def _describe(self, state: SearchState, event: Event) -> str:
+        clock = f"[{format_seconds(time.monotonic() - self._start)}]"
+        if isinstance(event, TrialStarted):
+            knobs = ", ".join(f"{name} {format_value(value)}" for name, value in event.params.items())
+            return f"{clock} trial {event.trial} starts ({event.origin}): {knobs}"
+        if isinstance(event, EpochReported):
+            trial = state.trials[event.trial]
+            acc = format_percent(event.result.val_acc)
+            return f"{clock} trial {event.trial} epoch {event.result.epoch}/{trial.config.epochs}: val_acc {acc}"
+        if isinstance(event, TrialEnded):
+            end = f"{clock} trial {event.trial} {event.status} ({event.reason})"
+            best = state.best
+            if best is None:
+                return end
+            eta = format_seconds(self.eta_seconds())
+            return f"{end}; best so far {format_percent(best.score)} (trial {best.number}), about {eta} to go"
+        return ""
+
+    def _render(self) -> RenderableType:
+        if self._state is None:
+            return Text("waiting for the first worker ...", style="dim")
+        state = self._state
+        rows = sorted(state.trials.values(), key=lambda t: (t.status != "running", -t.number))[:NUM_ROWS]
+        return Group(make_trial_table(state, rows), self._status_line(state))
+
+    def _status_line(self, state: SearchState) -> Text:
+        counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count)
+        line = f"{len(state.trials)}/{self._num_trials} trials: {counts}"
+        if state.best is not None:
+            line += f"   best {format_percent(state.best.score)} (trial {state.best.number})"
+            if state.baseline_score is not None and state.best.score is not None:
+                line += f", {100 * (state.best.score - state.baseline_score):+.2f} points over the baseline"
+        elapsed = format_seconds(time.monotonic() - self._start)
+        return Text(f"{line}   {elapsed} gone, about {format_seconds(self.eta_seconds())} to go")
+
+
+def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
+    """Rows of trials: number, status, epoch, val_acc and the first searched knobs."""
+    knobs = list(state.header.distributions)[:NUM_KNOBS]
+    table = Table("trial", "status", "epoch", "val_acc", *knobs, box=None, header_style="bold")
+    for trial in trials:
+        table.add_row(
+            str(trial.number) + (" (baseline)" if trial.origin == "baseline" else ""),
+            Text(trial.status, style=STYLES[trial.status]),
+            f"{trial.epochs_done}/{trial.config.epochs}",
+            format_percent(trial.val_acc),
+            *(format_value(getattr(trial.config, knob)) for knob in knobs),
+        )
+    return table
+
+
+def print_search_summary(console: Console, state: SearchState, tracking_faults: list[str], dropped: list[str]) -> None:
+    """What a finished search found, what it must be read against, what went wrong, and what to do next."""
+    assert state.finished is not None
+    header = state.header
+    counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count) or "none"
+    took = format_seconds(state.finished.wall_seconds)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(f"\n[bold]{header.name}[/] ended after {took} ({state.finished.reason}): {len(state.trials)} trials, {counts}")
+    if header.pinned:
+        say("pinned for all trials: " + ", ".join(f"{k} = {format_value(v)}" for k, v in header.pinned.items()))
+    if dropped:
+        say("not searched, since the pins leave them without effect: " + ", ".join(dropped))
+    best = state.best
+    if best is None:
+        say("No trial reached its last epoch: there is no score to compare. Give it more --max-time.")
+    else:
+        say(f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.epochs_done} epochs")
+        console.print(_knob_table(state, best))
+        say(_gain_sentence(state, best))
+    failed = [trial for trial in state.trials.values() if trial.error_file]
+    if failed:
+        say(f"{len(failed)} failed; tracebacks: " + ", ".join(str(state.folder / (t.error_file or "")) for t in failed))
+    for fault in dict.fromkeys(tracking_faults):
+        say(f"[yellow]{TrackingError.__name__}[/] {fault}")
+    _say_next(say, state)
+
+
+def _knob_table(state: SearchState, best: TrialState) -> Table:
+    table = Table("knob", "baseline", "best", box=None, header_style="bold", padding=(0, 2))
+    for knob in state.header.distributions:
+        table.add_row(knob, format_value(state.header.baseline[knob]), format_value(getattr(best.config, knob)))
+    return table
+
+
+def _gain_sentence(state: SearchState, best: TrialState) -> str:
+    """The gain beside the noise of the validation set: an accuracy p on n images has sd sqrt(p (1 - p) / n), the
+    difference of two about 1.4 times that; and the best of many is chosen partly by luck."""
+    if best.score is None or state.baseline_score is None:
+        return "The baseline did not finish: no gain can be told."
+    gain = 100 * (best.score - state.baseline_score)
+    sd = 100 * (2 * best.score * (1 - best.score) / best.config.val_size) ** 0.5
+    verdict = "within" if abs(gain) <= 2 * sd else "beyond"
+    return (
+        f"gain over the baseline ({format_percent(state.baseline_score)}): {gain:+.2f} points, {verdict} twice the "
+        f"{sd:.2f} points that {best.config.val_size} validation images alone scatter; one seed, best of "
+        f"{state.counts['complete']}: an upper guess until it is confirmed over seeds"
+    )
+
+
+def _say_next(say: Callable[[str], None], state: SearchState) -> None:
+    data = " --data shapes" if state.header.data.name == "shapes" else ""
+    say("\nnext:")
+    if state.best is not None:
+        say(f"  python -m tune_cifar reproduce --best --search {state.header.name}{data}")
+    say(f"  python -m tune_cifar leaderboard --search {state.header.name}")
+    say("  python -m tune_cifar ui")
+
+
+class TrainingView:
+    """A progress bar over the steps of one training, fed by the Trainer's own counter; a line per epoch."""
+
+    def __init__(self, console: Console, data: DataInfo) -> None:
+        self._console = console
+        self._stand_in = " (stand-in data)" if data.name == "shapes" else ""
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        self._progress = _StepProgress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
+
+    def __enter__(self) -> TrainingView:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def watch(self, trainer: Trainer) -> None:
+        """Start to show this Trainer's steps."""
+        self._progress.trainer = trainer
+        self._progress.add_task("train", total=trainer.total_steps, epoch="")
+
+    def say(self, result: EpochResult, note: str = "") -> None:
+        """One line for a finished epoch, with the time that is left at its pace."""
+        trainer = self._progress.trainer
+        left = (trainer.config.epochs - result.epoch) * result.epoch_seconds if trainer else 0.0
+        self._console.print(
+            f"epoch {result.epoch}: train_loss {result.train_loss:.4f}, train_acc {format_percent(result.train_acc)}, "
+            f"val_acc {format_percent(result.val_acc)}, lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
+            f"about {format_seconds(left)} to go{self._stand_in}{note}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+class _StepProgress(Progress):
+    """A progress bar that reads the Trainer's step whenever it draws itself."""
+
+    trainer: Trainer | None = None
+
+    def get_renderables(self) -> list[RenderableType]:
+        if self.trainer is not None:
+            epoch = f"{min(self.trainer.epoch + 1, self.trainer.config.epochs)}/{self.trainer.config.epochs}"
+            for task_id in self.task_ids:
+                self.update(task_id, completed=self.trainer.step, epoch=epoch)
+        return list(super().get_renderables())

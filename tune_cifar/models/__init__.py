@@ -1,0 +1,36 @@
+"""The five networks. A table of constructors: `MODELS[name](dropout=p)` gives images (N, 3, 32, 32) -> logits (N, 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tune_cifar.models.layers import set_dropout_generator
+from tune_cifar.models.s6 import S6Net
+from tune_cifar.models.s7 import S7Net
+from tune_cifar.models.s8 import S8Net
+from tune_cifar.models.s10 import S10Net, S10PostactNet
+from tune_cifar.schema import TrainConfig
+
+__all__ = ["MODELS", "build_model", "set_dropout_generator"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "s6": S6Net,
+    "s7": S7Net,
+    "s8": S8Net,
+    "s10": S10Net,
+    "s10_postact": S10PostactNet,
+}
+
+
+def build_model(config: TrainConfig, dropout_generator: torch.Generator | None = None) -> nn.Module:
+    """The configuration's network on the CPU, in training mode; initial weights come from torch's global generator.
+
+    Args:
+        dropout_generator: the dice of every Dropout, on the device where the model will run; None: torch's default.
+    """
+    model = MODELS[config.model](dropout=config.dropout)
+    set_dropout_generator(model, dropout_generator)
+    return model

@@ -1,0 +1,54 @@
+"""The network of ERA V3 session 8: three equal stages that end in a strided and dilated conv, ReLU before BN.
+
+115,360 parameters, 19.9 M MACs an image, receptive field 113. Only the depthwise conv and its pointwise have a bias.
+Shapes (channels x side): 3x32 -> stage 32x32, 32x32, 32x16 -> stage 32x16, 32x16, 32x8 -> stage 32x8, 32x8, 32x4
+-> depthwise 32x4 -> pointwise 64x4 -> 64x4 -> average 64x1 -> 10x1 -> 10 logits.
+Dropout stands after each of the nine ReLU-BN pairs of the stages. The source has none: baseline dropout 0.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from tune_cifar.models.layers import Dropout, stack
+
+WIDTH = 32
+
+
+def conv_relu_bn(conv: nn.Conv2d) -> nn.Sequential:
+    return stack(conv=conv, relu=nn.ReLU(inplace=True), bn=nn.BatchNorm2d(conv.out_channels))
+
+
+def make_stage(num_in: int, dropout: float) -> nn.Sequential:
+    """Two convs, then one of stride 2 and dilation 2 that halves the side."""
+
+    def block(conv: nn.Conv2d) -> nn.Sequential:
+        layers = conv_relu_bn(conv)
+        layers.add_module("dropout", Dropout(dropout))
+        return layers
+
+    return stack(
+        conv1=block(nn.Conv2d(num_in, WIDTH, 3, padding=1, bias=False)),
+        conv2=block(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)),
+        strided=block(nn.Conv2d(WIDTH, WIDTH, 3, stride=2, dilation=2, padding=2, bias=False)),
+    )
+
+
+class S8Net(nn.Sequential):
+    """Images (N, 3, 32, 32) to logits (N, 10); dropout is the probability of losing an activation."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        layers: dict[str, nn.Module] = {
+            "stage1": make_stage(3, dropout),
+            "stage2": make_stage(WIDTH, dropout),
+            "stage3": make_stage(WIDTH, dropout),
+            "depthwise": nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH),
+            "pointwise": conv_relu_bn(nn.Conv2d(WIDTH, 64, 1)),
+            "conv": conv_relu_bn(nn.Conv2d(64, 64, 3, padding=1, bias=False)),
+            "gap": nn.AvgPool2d(4),
+            "classify": nn.Conv2d(64, 10, 1, bias=False),
+            "flatten": nn.Flatten(),
+        }
+        super().__init__(OrderedDict(layers))

@@ -1,0 +1,228 @@
+"""A recorded run, trained again, and the word that compares the two: identical, within tolerance or different.
+
+Under equal Numerics every recorded figure must come back bit for bit. Under others (another processor, another
+version of torch) the accuracies must lie within three standard deviations of that space's seed noise, and what
+differed is named. The test set is opened here and in confirm only, and every opening is written down.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from tune_cifar.checkpoint import load_weights
+from tune_cifar.data import DataSource, TrainVal, load_test, load_train_val
+from tune_cifar.engine import Trainer
+from tune_cifar.errors import ConfigError, DataError, RecordError
+from tune_cifar.numerics import compare_numerics, describe_environment, resolve_numerics
+from tune_cifar.record import SearchState, TrialState
+from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
+
+Verdict = Literal["identical", "within tolerance", "different"]
+
+# Accuracies under other Numerics may differ by this many standard deviations of the space's seed noise.
+TOLERANCE_SDS = 3
+SEED_NOISE_FILE = Path(__file__).with_name("seed_noise.json")
+OPENINGS_FILE = "TEST_OPENINGS.csv"
+OPENINGS_COLUMNS = tuple("date commit fingerprint seed run_id data images test_acc test_loss command".split())
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came out of training a run again.
+
+    Attributes:
+        verdict: in one word.
+        epochs: how many were compared.
+        first_different: the first epoch that differs, from 1, or None.
+        detail: in words: which figure, recorded and now.
+        numerics: what differs in the Numerics, as `name: recorded -> current`.
+    """
+
+    verdict: Verdict
+    epochs: int
+    first_different: int | None
+    detail: str
+    numerics: tuple[str, ...]
+
+
+def load_seed_noise(space: str) -> float | None:
+    """Standard deviation of val_acc over seeds, as measured for the space by benchmarks/seed_noise.py, or None."""
+    table = json.loads(SEED_NOISE_FILE.read_text(encoding="utf-8"))
+    return float(table["spaces"][space]["sd_val_acc"]) if space in table["spaces"] else None
+
+
+def compare_epoch(recorded: EpochResult, fresh: EpochResult, tolerance: float | None) -> str | None:
+    """What differs between two results of one epoch, or None.
+
+    Args:
+        tolerance: None asks for equal bits in every reproducible field; a number is the largest allowed difference of
+            the validation accuracy (of the training accuracy where there is no validation).
+    """
+    if tolerance is None:
+        for name in REPRODUCIBLE_FIELDS:
+            before, now = getattr(recorded, name), getattr(fresh, name)
+            if before != now:
+                return f"epoch {recorded.epoch}: {name} recorded {before!r}, now {now!r}"
+        return None
+    name = "train_acc" if recorded.val_acc is None else "val_acc"
+    before, now = getattr(recorded, name), getattr(fresh, name)
+    if abs(before - now) <= tolerance:
+        return None
+    return f"epoch {recorded.epoch}: {name} recorded {before:.4f}, now {now:.4f}, more than {tolerance:.4f} apart"
+
+
+def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
+    """The recorded settings on this machine: what can be chosen is restored, what cannot (processor, versions) is this
+    machine's own.
+
+    Raises:
+        ConfigError: when the recorded device is not here.
+    """
+    here = resolve_numerics(device or recorded.device, recorded.precision, recorded.threads, recorded.deterministic)
+    return here.model_copy(update={"memory_format": recorded.memory_format})
+
+
+def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource) -> TrainVal:
+    """The run's images, checked to be the recorded ones.
+
+    Raises:
+        DataError: when the data or the split are not those of the record.
+    """
+    data = load_train_val(source, trial.config.train_size, trial.config.val_size)
+    if data.info != state.header.data:
+        raise DataError(
+            f"{trial.run_id}: the data must be the recorded {state.header.data.name} with split "
+            f"{state.header.data.split_hash}, got {data.info.name} with {data.info.split_hash}. "
+            + ("Give --data shapes." if state.header.data.name == "shapes" else "Point --data at CIFAR-10.")
+        )
+    return data
+
+
+def reproduce_run(
+    state: SearchState,
+    trial: TrialState,
+    data: TrainVal,
+    numerics: Numerics,
+    on_epoch: Callable[[EpochResult, EpochResult, str | None], None],
+    on_trainer: Callable[[Trainer], None] | None = None,
+) -> tuple[Reproduction, Trainer]:
+    """Train a recorded run again, epoch by epoch, until all its epochs are compared or one differs.
+
+    Args:
+        numerics: of this training, from `restore_numerics`; equal to the recorded ones or not decides the rule.
+        on_epoch: hears of each pair of results and what differs.
+
+    Returns:
+        the comparison, and the Trainer as it stands at the end (its model may be judged on the test set).
+
+    Raises:
+        RecordError: when the run has no epoch to compare.
+        ConfigError: when Numerics differ and the space's seed noise has not been measured.
+    """
+    if not trial.epochs:
+        raise RecordError(f"{trial.run_id}: at least one recorded epoch must be there to compare, got none.")
+    changed = tuple(compare_numerics(state.header.numerics, numerics))
+    tolerance = None
+    if changed:
+        sd = load_seed_noise(state.header.space)
+        if sd is None:
+            raise ConfigError(
+                f"{trial.run_id}: the Numerics differ ({'; '.join(changed)}) and the seed noise of space "
+                f"{state.header.space} is not in {SEED_NOISE_FILE.name}. Measure it: python benchmarks/seed_noise.py."
+            )
+        tolerance = TOLERANCE_SDS * sd
+    trainer = Trainer(trial.config, data, numerics)
+    if on_trainer is not None:
+        on_trainer(trainer)
+    for recorded, fresh in zip(trial.epochs, trainer, strict=False):
+        difference = compare_epoch(recorded, fresh, tolerance)
+        on_epoch(recorded, fresh, difference)
+        if difference is not None:
+            return Reproduction("different", recorded.epoch, recorded.epoch, difference, changed), trainer
+        if recorded is trial.epochs[-1]:  # stop here: asking for one more would train one more
+            break
+    verdict: Verdict = "within tolerance" if changed else "identical"
+    return Reproduction(verdict, len(trial.epochs), None, "", changed), trainer
+
+
+def load_trained(state: SearchState, trial: TrialState, data: TrainVal, numerics: Numerics) -> Trainer:
+    """A Trainer that carries the run's kept weights.
+
+    Raises:
+        RecordError: when the run's weights were not kept.
+    """
+    path = state.folder / (trial.weights_file or "")
+    if trial.weights_file is None or not path.exists():
+        raise RecordError(
+            f"{trial.run_id}: weights must have been kept, got none (only a search's best trial keeps them). "
+            "Leave out --no-retrain to train it again."
+        )
+    trainer = Trainer(trial.config, data, numerics)
+    trainer.model.load_state_dict(load_weights(path))
+    return trainer
+
+
+@dataclass(frozen=True)
+class TestOpening:
+    """One look at the test set, as it stands in TEST_OPENINGS.csv."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    date: str
+    commit: str
+    fingerprint: str
+    seed: int
+    run_id: str
+    data: str
+    images: int
+    test_acc: float
+    test_loss: float
+    command: str
+
+
+def find_openings_file(storage: Path, data_name: str) -> Path:
+    """./analysis/TEST_OPENINGS.csv where a checkout is worked in, else in the run store; the stand-in's openings are
+    never mixed with CIFAR-10's."""
+    folder = Path("analysis").resolve()
+    return folder / OPENINGS_FILE if folder.is_dir() and data_name == "cifar10" else storage / OPENINGS_FILE
+
+
+def load_openings(path: Path, fingerprint: str) -> list[TestOpening]:
+    """Earlier openings for a training, oldest first."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["fingerprint"] == fingerprint]
+    numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
+    return [TestOpening(**{name: numbers.get(name, str)(row[name]) for name in OPENINGS_COLUMNS}) for row in rows]
+
+
+def open_test(trainer: Trainer, trial: TrialState, source: DataSource, openings_file: Path, command: str) -> TestOpening:
+    """Evaluate the trainer's weights on the test set, once, and append the opening to the file."""
+    split = load_test(source)
+    test_loss, test_acc = trainer.evaluate(split)
+    opening = TestOpening(
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        commit=describe_environment().get("git_commit", ""),
+        fingerprint=trial.fingerprint,
+        seed=trial.config.seed,
+        run_id=trial.run_id,
+        data=source.name,
+        images=len(split),
+        test_acc=test_acc,
+        test_loss=test_loss,
+        command=command,
+    )
+    is_new = not openings_file.exists()
+    with openings_file.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(OPENINGS_COLUMNS)
+        writer.writerow([getattr(opening, name) for name in OPENINGS_COLUMNS])
+    return opening

@@ -1,0 +1,150 @@
+"""What to try next: an in-memory Optuna study, rebuilt from the record whenever a search goes on.
+
+A proposal depends only on the seed, the trial's number and what was told before: the sampler is seeded anew with
+(seed + number) for each trial, and a quasi-random point is the sequence's number-th. So an interrupted search, its past
+told again, proposes what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import Trial, TrialState
+
+from tune_cifar.schema import CHANCE_ACCURACY, EpochResult, Status
+from tune_cifar.space import SearchSpace
+
+Origin = Literal["baseline", "point", "sampler"]
+
+
+class PastTrial(Protocol):
+    """What the sampler needs of a recorded trial (record.TrialState)."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def params(self) -> dict[str, Any]: ...
+    @property
+    def status(self) -> Status: ...
+    @property
+    def score(self) -> float | None: ...
+    @property
+    def epochs(self) -> list[EpochResult]: ...
+
+
+class Sampler:
+    """Proposes trial after trial, in the order of their numbers: the baseline, the space's points, then Optuna.
+
+    Args:
+        space: distributions, baseline, points and the sampler's kind.
+        seed: of the proposals.
+        history: the recorded trials of an interrupted search, running ones included; they are told again.
+
+    Raises:
+        ConfigError: when the space's pins left nothing to search.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int, history: Iterable[PastTrial] = ()) -> None:
+        space.check_searchable()
+        self._space = space
+        self._seed = seed
+        self._study = _make_study(RandomSampler(seed=seed))
+        self._trials: list[Trial] = []
+        self._fixed = [space.baseline_params, *space.points]
+        self._sequence = _Sequence(space.distributions, seed) if space.budget.sampler.kind == "qmc" else None
+        for trial in sorted(history, key=lambda trial: trial.number):
+            self._start(trial.number, trial.params)
+            if trial.status != "running":
+                scores = {result.epoch: result.val_acc for result in trial.epochs if result.val_acc is not None}
+                rungs = {rung: scores[rung] for rung in space.budget.rungs if rung in scores}
+                self.tell(trial.number, trial.status, rungs, trial.score)
+
+    def ask(self, number: int) -> tuple[dict[str, Any], Origin]:
+        """The searched knobs of a trial and where the values come from.
+
+        Args:
+            number: of the trial; numbers come without a gap, from 0 or from the end of the history.
+        """
+        if number < len(self._fixed):
+            return self._start(number, self._fixed[number]), "baseline" if number == 0 else "point"
+        if self._sequence is not None:
+            return self._start(number, self._sequence.point(number)), "sampler"
+        self._study.sampler = self._make_sampler(self._seed + number)
+        return self._start(number, None), "sampler"
+
+    def tell(self, number: int, status: Status, rung_scores: dict[int, float], score: float | None) -> None:
+        """Let the sampler learn how a trial ended.
+
+        A stopped trial counts with its scores at the rungs; one that was cut before its first rung says nothing about
+        its knobs and counts as little as a failed one. A diverged trial counts as a guesser.
+
+        Args:
+            rung_scores: val_acc by epoch of the rungs that the trial reached.
+            score: val_acc of the last epoch of a complete trial.
+        """
+        trial = self._trials[number]
+        if status == "complete":
+            self._study.tell(trial, score)
+        elif status == "diverged":
+            self._study.tell(trial, CHANCE_ACCURACY)
+        elif status == "stopped" and rung_scores:
+            for epoch, value in sorted(rung_scores.items()):
+                trial.report(value, step=epoch)
+            self._study.tell(trial, state=TrialState.PRUNED)
+        elif status in ("failed", "stopped"):
+            self._study.tell(trial, state=TrialState.FAIL)
+        else:
+            raise ValueError(f"a trial that is told must have ended, got {status}")
+
+    def _start(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
+        """A new running trial of the study, with these values or with proposed ones."""
+        if number != len(self._trials):
+            raise ValueError(f"trials must be asked for in order: {len(self._trials)} comes next, got {number}")
+        if params is not None:
+            self._study.enqueue_trial(params)
+        trial = self._study.ask(self._space.distributions)
+        self._trials.append(trial)
+        return dict(trial.params)
+
+    def _make_sampler(self, seed: int) -> BaseSampler:
+        if self._space.budget.sampler.kind == "random":
+            return RandomSampler(seed=seed)
+        # Optuna 5's defaults are meant: all knobs at once, and running trials count as bad so that proposals spread.
+        return TPESampler(seed=seed, n_startup_trials=self._space.budget.sampler.startup)
+
+
+class _Sequence:
+    """The points of a scrambled Sobol sequence by number: a study of its own that is only ever asked, so that point n
+    does not depend on what became of the others. Point 0 is not of the sequence (Optuna draws it at random to learn
+    the space); trial 0 is the baseline and never needs it."""
+
+    def __init__(self, distributions: dict[str, BaseDistribution], seed: int) -> None:
+        self._distributions = distributions
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            sampler = QMCSampler(
+                qmc_type="sobol", scramble=True, seed=seed, independent_sampler=RandomSampler(seed=seed)
+            )
+        self._study = _make_study(sampler)
+        self._points: list[dict[str, Any]] = []
+
+    def point(self, number: int) -> dict[str, Any]:
+        while len(self._points) <= number:
+            self._points.append(self._study.ask(self._distributions).params)
+        return self._points[number]
+
+
+def _make_study(sampler: BaseSampler) -> optuna.Study:
+    """An in-memory study to be maximised, made without Optuna's notice of it."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(direction="maximize", sampler=sampler)
+    finally:
+        optuna.logging.set_verbosity(verbosity)

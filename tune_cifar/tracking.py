@@ -1,0 +1,257 @@
+"""Every MLflow call and every key name. Runs are shipped from the record by the driver alone, in one background thread;
+trainings never talk to MLflow, and a tracking fault never hurts a search.
+
+What stands where: one experiment per space; one parent run per search (or per single training's record); one child run
+per trial, with the living knobs as params, the epoch's figures as metrics and the config, Numerics and environment as
+artifacts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from tune_cifar.errors import TrackingError
+from tune_cifar.record import Event, SearchEnded, SearchState, TrialEnded, TrialState
+from tune_cifar.schema import EpochResult, Status, dead_knobs
+
+# Metrics of a child run, one point per epoch (the metric's step is the epoch); `score` once, when the trial is complete.
+EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
+# MLflow's own word for each of our states.
+RUN_STATUS: dict[Status, str] = {
+    "complete": "FINISHED",
+    "stopped": "KILLED",
+    "diverged": "FAILED",
+    "failed": "FAILED",
+    "running": "RUNNING",
+}
+# A log_batch call takes at most this many metrics.
+MAX_METRICS_PER_BATCH = 1000
+
+
+def make_tracking_uri(storage: Path, option: str | None) -> str:
+    """The tracking address: the option, else an absolute SQLite address under the run store."""
+    return option or f"sqlite:///{storage}/mlflow.db"
+
+
+class Tracker:
+    """Ships one record's runs to MLflow. All calls are made from one thread.
+
+    Raises:
+        TrackingError: from every method, when MLflow cannot be reached or refuses.
+    """
+
+    def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
+        self._state = state
+        self._client = _make_client(tracking_uri)
+        header = state.header
+        self._experiment = header.space if header.data.name == "cifar10" else f"{header.space} ({header.data.name})"
+        local = tracking_uri.startswith("sqlite:")
+        self._artifact_location = (storage / "mlartifacts" / self._experiment).as_uri() if local else None
+        self._parent: str | None = None
+        self._children: dict[int, str] = {}
+
+    def ship_parent(self) -> None:
+        """Create the search's parent run."""
+        header = self._state.header
+        tags = {
+            "search": header.name,
+            "kind": header.kind,
+            "tier": header.tier or "",
+            "data": header.data.name,
+            "data_digest": header.data.digest,
+            "split_hash": header.data.split_hash,
+            "seed": str(header.seed),
+            "git_commit": header.environment.get("git_commit", ""),
+            "mlflow.note.content": f"`{header.command}`",
+        }
+        experiment_id = self._find_experiment()
+        self._parent = self._client.create_run(experiment_id, run_name=header.name, tags=tags).info.run_id
+        self._log_artifacts(
+            self._parent,
+            {
+                "space.yaml": header.space_text,
+                "numerics.json": header.numerics.model_dump_json(indent=2),
+                "header.json": header.model_dump_json(indent=2),
+            },
+        )
+
+    def ship_trial(self, trial: TrialState) -> None:
+        """Create an ended trial's child run, whole: params, all epochs in one batch, artifacts, status."""
+        from mlflow.entities import Param
+
+        if self._parent is None:
+            self.ship_parent()
+        header = self._state.header
+        tags = {
+            "mlflow.parentRunId": self._parent or "",
+            "search": header.name,
+            "run_id": trial.run_id,
+            "status": trial.status,
+            "reason": trial.reason or "",
+            "origin": trial.origin,
+            "fingerprint": trial.fingerprint,
+            "data": header.data.name,
+            "split_hash": header.data.split_hash,
+            "git_commit": header.environment.get("git_commit", ""),
+        }
+        name = f"{header.name}:{trial.number:03d}"
+        run_id: str = self._client.create_run(self._find_experiment(), run_name=name, tags=tags).info.run_id
+        self._children[trial.number] = run_id
+        dead = dead_knobs(trial.config)
+        living = {knob: value for knob, value in trial.config.model_dump(mode="json").items() if knob not in dead}
+        metrics = _make_metrics(trial)
+        params = [Param(knob, str(value)) for knob, value in living.items()]
+        self._client.log_batch(run_id, metrics[:MAX_METRICS_PER_BATCH], params)
+        for start in range(MAX_METRICS_PER_BATCH, len(metrics), MAX_METRICS_PER_BATCH):
+            self._client.log_batch(run_id, metrics[start : start + MAX_METRICS_PER_BATCH])
+        self._log_artifacts(
+            run_id,
+            {
+                "config.json": trial.config.model_dump_json(indent=2),
+                "numerics.json": header.numerics.model_dump_json(indent=2),
+                "environment.json": _to_json(header.environment | {"split_hash": header.data.split_hash}),
+            },
+        )
+        if trial.error_file is not None:
+            self._client.log_artifact(run_id, str(self._state.folder / trial.error_file))
+        self._client.set_terminated(run_id, status=RUN_STATUS[trial.status])
+
+    def ship_end(self) -> None:
+        """Close the parent run: best score, gain, the best trial's weights."""
+        if self._parent is None:
+            self.ship_parent()
+        assert self._parent is not None and self._state.finished is not None
+        best = self._state.best
+        if best is not None and best.score is not None:
+            self._client.log_metric(self._parent, "best_val_acc", best.score)
+            self._client.set_tag(self._parent, "best_run_id", best.run_id)
+            if self._state.baseline_score is not None:
+                self._client.log_metric(self._parent, "gain_over_baseline", best.score - self._state.baseline_score)
+            weights = self._state.folder / (best.weights_file or "")
+            if best.weights_file and weights.exists() and best.number in self._children:
+                self._client.log_artifact(self._children[best.number], str(weights))
+        self._client.set_tag(self._parent, "end", self._state.finished.reason)
+        interrupted = self._state.finished.reason == "interrupted"
+        self._client.set_terminated(self._parent, status="KILLED" if interrupted else "FINISHED")
+
+    def _find_experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self._client.create_experiment(self._experiment, artifact_location=self._artifact_location))
+
+    def _log_artifacts(self, run_id: str, texts: dict[str, str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in texts.items():
+                Path(folder, name).write_text(text, encoding="utf-8")
+            self._client.log_artifacts(run_id, folder)
+
+
+class Shipper:
+    """A background thread that hears the record's events and ships what they complete.
+
+    Faults are kept, never raised: `close` returns them as sentences.
+    """
+
+    def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
+        self._arguments = (tracking_uri, storage, state)
+        self._events: queue.Queue[Event | None] = queue.Queue()
+        self._faults: list[str] = []
+        self._thread = threading.Thread(target=self._run, name="mlflow-shipper", daemon=True)
+        self._thread.start()
+
+    def hear(self, state: SearchState, event: Event) -> None:
+        """Listener for record events; returns at once."""
+        self._events.put(event)
+
+    def close(self, timeout_seconds: float = 60.0) -> list[str]:
+        """Wait until everything heard is shipped, at most this long; returns what went wrong, one sentence each."""
+        self._events.put(None)
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            self._faults.append(f"MLflow did not take everything within {timeout_seconds:g} s; the record is whole.")
+        return self._faults
+
+    def _run(self) -> None:
+        tracker: Tracker | None = None
+        while (event := self._events.get()) is not None:
+            try:
+                tracker = tracker or Tracker(*self._arguments)
+                if isinstance(event, TrialEnded):
+                    tracker.ship_trial(self._arguments[2].trials[event.trial])
+                elif isinstance(event, SearchEnded):
+                    tracker.ship_end()
+            except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
+                self._faults.append(f"MLflow: {type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}")
+
+
+def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
+    """Start MLflow's UI on loopback; returns the process and the page's address.
+
+    Raises:
+        TrackingError: when the store is a SQLite file that does not exist.
+    """
+    path = Path(tracking_uri.removeprefix("sqlite:///"))
+    if tracking_uri.startswith("sqlite:///") and not path.exists():
+        raise TrackingError(f"{path}: an MLflow database must be there, got none. Run a search first, or give --storage.")
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
+    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], env=os.environ | MLFLOW_ENVIRONMENT)
+    return process, f"http://127.0.0.1:{port}"
+
+
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def _make_client(tracking_uri: str) -> Any:
+    """A client that never touches MLflow's global state; bounded retries, no telemetry, no migration chatter."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()})
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri)
+
+
+def _make_metrics(trial: TrialState) -> list[Any]:
+    from mlflow.entities import Metric
+    from mlflow.utils.time import get_current_time_millis
+
+    now = get_current_time_millis()
+    metrics = [
+        Metric(name, value, now, result.epoch)
+        for result in trial.epochs
+        for name in EPOCH_METRICS
+        if (value := _read(result, name)) is not None
+    ]
+    if trial.score is not None and trial.status == "complete":
+        metrics.append(Metric("score", trial.score, now, trial.epochs_done))
+    return metrics
+
+
+def _read(result: EpochResult, name: str) -> float | None:
+    value: float | None = getattr(result, name)
+    return value
+
+
+def _to_json(values: dict[str, str]) -> str:
+    import json
+
+    return json.dumps(values, indent=2, sort_keys=True)

@@ -1,0 +1,194 @@
+"""One training with checkpoints, as search, train and confirm run it; and a single training with a record of its own.
+
+`train_trial` is the one generator behind every trial: it goes on from the newest checkpoint in the trial's folder,
+saves at most once a minute, and leaves the weights when the last epoch is done.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from tune_cifar.checkpoint import CheckpointFolder, save_weights
+from tune_cifar.data import DataSource, TrainVal, load_train_val
+from tune_cifar.engine import Trainer
+from tune_cifar.errors import ConfigError, Diverged
+from tune_cifar.numerics import compare_numerics, describe_environment
+from tune_cifar.record import (
+    EpochReported,
+    Event,
+    Header,
+    Record,
+    SearchEnded,
+    SearchState,
+    TrialEnded,
+    TrialStarted,
+    search_folder,
+)
+from tune_cifar.schema import CHANCE_ACCURACY, DataInfo, EpochResult, Numerics, TrainConfig
+from tune_cifar.space import SearchSpace
+
+Listener = Callable[[SearchState, Event], None]
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights.safetensors"
+ERROR = "error.txt"
+
+
+def train_trial(
+    config: TrainConfig,
+    data: TrainVal,
+    numerics: Numerics,
+    folder: Path,
+    on_trainer: Callable[[Trainer], None] | None = None,
+) -> Iterator[EpochResult]:
+    """Train, checkpointing into `folder/checkpoints`, and leave `folder/weights.safetensors` at the end.
+
+    A resumed training first yields the results stored in its checkpoint again, so that a consumer which died between
+    a checkpoint and its own note of the result loses nothing.
+
+    Args:
+        on_trainer: called once with the Trainer before the first epoch; a display may read its `step`.
+    """
+    trainer = Trainer(config, data, numerics)
+    checkpoints = CheckpointFolder(folder / CHECKPOINTS)
+    state, _ = checkpoints.load_newest()
+    if state is not None:
+        trainer.load_state_dict(state)
+    if on_trainer is not None:
+        on_trainer(trainer)
+    yield from trainer.results
+    for result in trainer:
+        is_last = result.epoch == config.epochs
+        if is_last:
+            save_weights(folder / WEIGHTS, trainer.model.state_dict())
+        if is_last or checkpoints.is_due():
+            checkpoints.save(trainer.state_dict())
+        yield result
+
+
+def run_training(
+    record: Record,
+    data: TrainVal,
+    numerics: Numerics,
+    listener: Listener,
+    on_trainer: Callable[[Trainer], None] | None = None,
+) -> None:
+    """Train the baseline of a record of kind `train` as its trial 0, or go on with it where it was interrupted.
+
+    Every epoch is in the record before the listener hears of it. A diverged training ends as a result; any other
+    exception is written to the trial's folder, recorded as failed and raised again.
+    """
+    start = time.monotonic()
+    config = TrainConfig(**record.state.header.baseline)
+
+    def append(event: Event) -> None:
+        record.append(event)
+        listener(record.state, event)
+
+    if 0 not in record.state.trials:
+        dump = config.model_dump(mode="json")
+        append(TrialStarted(trial=0, origin="train", params={}, config=dump, fingerprint=config.fingerprint))
+    trial = record.state.trials[0]
+    folder = record.state.trial_folder(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    reported = trial.epochs_done
+    try:
+        for result in train_trial(config, data, numerics, folder, on_trainer):
+            if result.epoch > reported:
+                append(EpochReported(trial=0, result=result))
+    except Diverged as exc:
+        append(TrialEnded(trial=0, status="diverged", score=CHANCE_ACCURACY, reason=str(exc)))
+    except Exception as exc:
+        error_file = write_error(folder, traceback.format_exc())
+        append(TrialEnded(trial=0, status="failed", reason=repr(exc), error_file=relative(record, error_file)))
+        raise
+    else:
+        score = trial.epochs[-1].val_acc
+        weights_file = relative(record, folder / WEIGHTS)
+        append(TrialEnded(trial=0, status="complete", score=score, reason="all epochs", weights_file=weights_file))
+    append(SearchEnded(reason="trained", wall_seconds=time.monotonic() - start))
+
+
+def write_error(folder: Path, text: str) -> Path:
+    """Keep a trial's traceback where the summary says it lies."""
+    path = folder / ERROR
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def relative(record: Record, path: Path) -> str:
+    """A path below a search's folder as the record stores it."""
+    return str(path.relative_to(record.state.folder))
+
+
+def make_header(
+    kind: Literal["search", "train"],
+    name: str,
+    space: SearchSpace,
+    seed: int,
+    data: DataInfo,
+    numerics: Numerics,
+    command: str,
+) -> Header:
+    """The first line of a record: everything that was settled before the first trial."""
+    return Header(
+        name=name,
+        kind=kind,
+        space=space.name,
+        tier=space.tier,
+        created=datetime.now(UTC).isoformat(),
+        seed=seed,
+        baseline=space.baseline.model_dump(mode="json"),
+        distributions=space.describe_distributions(),
+        budget=space.budget.model_dump(mode="json"),
+        pinned=dict(space.pinned),
+        space_text=space.text,
+        data=data,
+        numerics=numerics,
+        environment=describe_environment(),
+        command=command,
+    )
+
+
+def open_training(
+    space: SearchSpace,
+    source: DataSource,
+    numerics: Numerics,
+    storage: Path,
+    name: str | None,
+    command: str,
+    resume: bool,
+) -> tuple[Record, TrainVal]:
+    """The record of a single training, new or to be gone on with, and its images.
+
+    Raises:
+        ConfigError: when --resume finds another configuration or other Numerics than the recorded ones.
+        RecordError: when the name is taken (or, with resume, unknown).
+    """
+    config = space.baseline
+    data = load_train_val(source, config.train_size, config.val_size)
+    if not resume:
+        name = name or f"train-{space.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        header = make_header("train", name, space, config.seed, data.info, numerics, command)
+        return Record.create(search_folder(storage, name), header), data
+    if name is None:
+        raise ConfigError("--resume: needs --name, got none. Names stand in `leaderboard`.")
+    record = Record.open(search_folder(storage, name))
+    header = record.state.header
+    changes = compare_numerics(header.numerics, numerics)
+    recorded = TrainConfig(**header.baseline)
+    if recorded != config:
+        changes += [f"{k}: {getattr(recorded, k)} -> {v}" for k, v in config if getattr(recorded, k) != v]
+    if header.data != data.info:
+        changes.append(f"data: {header.data.name} -> {data.info.name}")
+    if changes or record.state.finished is not None:
+        record.close()
+        reason = "; ".join(changes) or "a finished training"
+        raise ConfigError(f"--resume: {name} must be unfinished and as it was recorded, got {reason}.")
+    return record, data
