@@ -3,7 +3,8 @@
     python benchmarks/vs_stock.py [--pairs 3] [--trials 24] [--epochs 3] [--train-size 8000] [--json FILE]
 
 stock: Ray Tune as its PyTorch tutorial does it: a function trainable, a DataLoader whose dataset applies albumentations
-image by image, fp32, NCHW, a new worker process for every trial, Ray's MLflow callback. ours: `run_search` with one rung.
+image by image, fp32, NCHW, a new worker process for every trial, Ray's MLflow callback.
+ours: `run_search` with one rung at the last epoch.
 Both train the same model class on the same images; both run in a process of their own; pairs are taken in turn.
 Reported per side: wall time of the whole process, wall time from the first trial's start to the last trial's end, and
 training images per second over that span. The ratio is the median over pairs.
@@ -201,7 +202,10 @@ def main() -> None:
         "without_start_up": [pair["stock"]["span"] / pair["ours"]["span"] for pair in pairs],
     }
     for name, values in ratios.items():
-        print(f"{name}: {statistics.median(values):.2f}x (median of {len(values)}: {min(values):.2f} to {max(values):.2f})")
+        print(
+            f"{name}: {statistics.median(values):.2f}x "
+            f"(median of {len(values)}: {min(values):.2f} to {max(values):.2f})"
+        )
     if arguments.json:
         facts = {
             "date": datetime.now(UTC).date().isoformat(),

@@ -77,7 +77,7 @@ def test_constant_schedule_never_moves() -> None:
 
 def test_onecycle_refuses_a_warm_up_of_one_step_or_less() -> None:
     config = make_config(pct_start=0.1)
-    with pytest.raises(ConfigError, match="pct_start x total steps > 1 must hold, got 0.1 x 8"):
+    with pytest.raises(ConfigError, match=r"pct_start x total steps > 1 must hold, got 0\.1 x 8"):
         make_schedule(make_optimizer([nn.Parameter(torch.zeros(1))], config), config)
 
 

@@ -95,14 +95,14 @@ def make_result(epoch: int, val_acc: float | None = 0.5, **changes: float) -> Ep
     return EpochResult(**{**values, **changes})
 
 
-def make_start(number: int, config: TrainConfig = CONFIG, **changes: Any) -> TrialStarted:
+def make_start(number: int, recipe: TrainConfig = CONFIG, **changes: Any) -> TrialStarted:
     """Trial 0 is the baseline, the others are the sampler's."""
     values: dict[str, Any] = {
         "trial": number,
         "origin": "baseline" if number == 0 else "sampler",
-        "params": {"max_lr": config.max_lr},
-        "config": config.model_dump(mode="json"),
-        "fingerprint": config.fingerprint,
+        "params": {"max_lr": recipe.max_lr},
+        "config": recipe.model_dump(mode="json"),
+        "fingerprint": recipe.fingerprint,
     }
     return TrialStarted(**{**values, **changes})
 
@@ -146,7 +146,8 @@ def folder(tmp_path: Path) -> Path:
 
 def make_line(seq: int, kind: str, body: Any, crc: str | None = None) -> bytes:
     """A line by the documented format, not by the room's own code."""
-    canonical = json.dumps({"body": body, "kind": kind, "seq": seq}, sort_keys=True, separators=(",", ":"))
+    line = {"body": body, "kind": kind, "seq": seq}
+    canonical = json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     found = f"{zlib.crc32(canonical.encode()):08x}" if crc is None else crc
     return json.dumps({"seq": seq, "crc": found, "kind": kind, "body": body}).encode() + b"\n"
 
@@ -218,13 +219,13 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(params=st.dictionaries(st.text(st.characters(codec="utf-8")), plain, max_size=4), loss=finite, lr=finite)
 def test_numbers_and_texts_come_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, params: dict[str, Any], loss: float, lr: float
 ) -> None:
     result = make_result(1, train_loss=loss, lr=lr)
-    events = [make_start(0, params=params), EpochReported(trial=0, result=result)]
+    events: list[Event] = [make_start(0, params=params), EpochReported(trial=0, result=result)]
     written = write_record(tmp_path_factory.mktemp("runs"), make_header(), events)
     trial = read_state(written.folder).trials[0]
     assert repr(trial.params) == repr(params)  # repr tells -0.0 from 0.0 and 1 from 1.0
@@ -325,7 +326,7 @@ def test_a_damaged_last_line_is_cut_but_refused_in_the_middle(folder: Path, line
         assert (folder / "record.jsonl").read_bytes() == damaged
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_a_flipped_bit_is_refused_or_means_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -336,8 +337,8 @@ def test_a_flipped_bit_is_refused_or_means_the_same(
     written = write_record(runs, make_header(), events)
     path = written.folder / "record.jsonl"
     content = bytearray(path.read_bytes())
-    last_line = content.rindex(b"\n", 0, -1) + 1
-    content[data.draw(st.integers(0, last_line - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    last_newline = content.rindex(b"\n", 0, -1)  # without it the last two lines are one torn line
+    content[data.draw(st.integers(0, last_newline - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
     try:
         found = read_state(written.folder)
@@ -805,7 +806,7 @@ def test_ten_thousand_events_replay_in_two_seconds(tmp_path: Path) -> None:
         events += make_trial(number, [0.1 + epoch / 7 for epoch in range(24)], "complete", config)
     kinds = {Header: "header", TrialStarted: "trial", EpochReported: "epoch", TrialEnded: "end"}
     lines = [make_line(seq, kinds[type(event)], event.model_dump()) for seq, event in enumerate(events, 1)]
-    (folder / "record.jsonl").write_bytes(b"".join(lines).replace(b"\\u", b"\\u"))
+    (folder / "record.jsonl").write_bytes(b"".join(lines))
     start = time.process_time()
     state = read_state(folder)
     assert time.process_time() - start < 2.0

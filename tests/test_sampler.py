@@ -31,7 +31,7 @@ class Past:
 
 
 def make_result(epoch: int, val_acc: float) -> EpochResult:
-    numbers = dict.fromkeys(EpochResult.model_fields, 1.0)
+    numbers: dict[str, Any] = dict.fromkeys(EpochResult.model_fields, 1.0)
     return EpochResult(**{**numbers, "epoch": epoch, "step": epoch, "val_acc": val_acc})
 
 
@@ -43,7 +43,7 @@ def make_space(sampler: SamplerBudget, name: str = "s10", points: bool = True) -
 
 def measure(params: dict[str, Any]) -> float:
     """A smooth accuracy with its optimum away from the baseline of s10, at max_lr 5e-3."""
-    loss = 0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2 + 2 * (params["dropout"] - 0.1) ** 2
+    loss: float = 0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2 + 2 * (params["dropout"] - 0.1) ** 2
     loss += 2 * (params["pct_start"] - 0.25) ** 2 + 0.02 * (math.log10(params["div_factor"]) - 1) ** 2
     return 0.8 - loss - 0.01 * (math.log10(params["final_div_factor"]) - 3) ** 2
 
@@ -145,8 +145,7 @@ def test_no_proposal_repeats_another(budget: SamplerBudget) -> None:
 
 
 def test_quasi_random_points_fill_every_dimension_evenly() -> None:
-    """Sobol': of 32 consecutive points that start at a multiple of 32, one lies in each 32nd of every axis. The sequence
-    starts with trial 1, so numbers 1 to 32 are its first 32 points."""
+    """Sobol': of the first 32 points one lies in each 32nd of every axis. Trial 1 has the first point."""
     space = make_space(KINDS[2], points=False)
     sampler = Sampler(space, seed=11)
     params = [sampler.ask(number)[0] for number in range(33)][1:]
@@ -166,6 +165,19 @@ def test_stopped_trials_teach_tpe_through_their_rung_scores() -> None:
         sampler.tell(number, "stopped", {1: 1 - params["dropout"]}, None)
         dropouts.append(params["dropout"])
     assert statistics.mean(dropouts[20:]) < 0.1 < statistics.mean(dropouts[1:6])
+
+
+def test_trial_cut_before_its_first_rung_counts_as_little_as_a_failed_one() -> None:
+    proposals = []
+    ends: tuple[Status, ...] = ("stopped", "failed", "complete")
+    for end in ends:
+        sampler = Sampler(make_space(KINDS[0], points=False), seed=0)
+        for number in range(20):
+            params, _ = sampler.ask(number)
+            status = "complete" if number % 2 == 0 else end
+            sampler.tell(number, status, {}, params["dropout"] if status == "complete" else None)
+        proposals.append(sampler.ask(20)[0])
+    assert proposals[0] == proposals[1] != proposals[2]
 
 
 def test_diverged_trials_drive_tpe_away() -> None:

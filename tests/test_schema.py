@@ -279,7 +279,37 @@ def test_literal_below_the_top_level_is_described_without_a_hint() -> None:
 
 
 def test_epoch_result_refuses_what_json_cannot_hold() -> None:
-    numbers = dict.fromkeys(EpochResult.model_fields, 1)
+    numbers: dict[str, Any] = dict.fromkeys(EpochResult.model_fields, 1)
     assert EpochResult(**numbers).epoch == 1
     with pytest.raises(ValidationError, match="finite"):
         EpochResult(**{**numbers, "train_loss": float("inf")})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "off"),
+    [
+        ({"cutout_p": 0.0, "cutout_size": 0}, [{"cutout_size": 8}, {"cutout_p": 0.5}]),
+        (
+            {"shift_scale_rotate_p": 0.0, "shift_limit": 0.0, "scale_limit": 0.0, "rotate_limit": 0.0},
+            [{"rotate_limit": 30.0}, {"shift_scale_rotate_p": 0.5}],
+        ),
+    ],
+)
+def test_fingerprint_is_the_same_however_an_operation_is_switched_off(
+    knobs: dict[str, Any], off: list[dict[str, Any]]
+) -> None:
+    values = {"model": "s7", "optimizer": "sgd", "schedule": "onecycle", "max_lr": 0.1, "batch_size": 8, "epochs": 1}
+    fingerprints = {TrainConfig(**{**values, **knobs, **change}).fingerprint for change in ({}, *off)}
+    assert len(fingerprints) == 1
+
+
+def test_config_refuses_nesterov_without_momentum() -> None:
+    values = {"model": "s7", "optimizer": "sgd", "schedule": "constant", "max_lr": 0.1, "batch_size": 8, "epochs": 1}
+    with pytest.raises(ConfigError, match="momentum > 0 must hold with nesterov, got 0"):
+        TrainConfig(**values, nesterov=True, momentum=0.0)
+
+
+def test_config_names_the_misspelt_knob_before_the_missing_one() -> None:
+    values = {"model": "s7", "optimizer": "sgd", "schedule": "constant", "batch_size": 8, "epochs": 1}
+    with pytest.raises(ConfigError, match=r"max_l is not a known name\. Did you mean max_lr\?"):
+        TrainConfig(**values, max_l=0.1)

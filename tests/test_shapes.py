@@ -13,8 +13,8 @@ from tune_cifar.schema import NUM_CLASSES
 
 # SHA-256 of chunk 0 and of chunk 59 (the last test images). Whoever means to change a pixel bumps GENERATOR_VERSION.
 GOLDEN = {
-    0: "03b7e9d039acf4c350e6de8a4083883e096b7bbc6e1a916da136ff1572aee091",
-    59: "ef968463ee3ce358be6c76e40b478aa27e18acaae7f9e79eafa5979a630e64d5",
+    0: "23f34029eb5e088f45b1f883bead0af5c2239f10587c93646ea70b4c762e65dd",
+    59: "2f49f7aa8e9fcf3e7c820fbf103f0ae4b45856709ab3bf2ccad94151f3735749",
 }
 
 
@@ -67,12 +67,12 @@ def test_validation_images_are_the_first_generated_ones_and_training_follows() -
 
 
 def test_every_class_is_told_from_every_other_when_turned_or_mirrored() -> None:
-    # 1 would be the same form. A disk and a square of the same area overlap by 0.84, the most of all pairs.
+    # 1 would be the same form. Ring and frame overlap by 0.66, the most of all pairs.
     for label in range(NUM_CLASSES):
         turned = [render(label, degrees, flip) for degrees in range(-45, 46, 15) for flip in (False, True)]
         for other in range(label + 1, NUM_CLASSES):
             overlap = max(measure_overlap(mask, render(other)) for mask in turned)
-            assert overlap < 0.85, (shapes.SHAPE_NAMES[label], shapes.SHAPE_NAMES[other], overlap)
+            assert overlap < 0.7, (shapes.SHAPE_NAMES[label], shapes.SHAPE_NAMES[other], overlap)
 
 
 def test_forms_stay_within_the_image_at_their_middle_place(chunk: npt.NDArray[np.uint8]) -> None:

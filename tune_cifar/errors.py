@@ -48,7 +48,9 @@ class Diverged(TuneCifarError):  # noqa: N818  (a result, not a fault: it keeps 
     """
 
     def __init__(self, epoch: int, step: int) -> None:
-        super().__init__(f"training: the loss must be finite, got nan or inf at epoch {epoch}, step {step}. Lower max_lr.")
+        super().__init__(
+            f"training: the loss must be finite, got nan or inf at epoch {epoch}, step {step}. Lower max_lr."
+        )
         self.epoch = epoch
         self.step = step
 

@@ -47,4 +47,6 @@ def expected_epochs(rungs: tuple[int, ...], reduction_factor: int) -> float:
     The first few trials of a search cost more: the rule keeps at least one at every rung.
     """
     starts = (0, *rungs)
-    return sum((end - start) / float(reduction_factor) ** i for i, (start, end) in enumerate(itertools.pairwise(starts)))
+    return sum(
+        (end - start) / float(reduction_factor) ** i for i, (start, end) in enumerate(itertools.pairwise(starts))
+    )

@@ -4,7 +4,7 @@ decided here. Plain lines where there is no terminal."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from tune_cifar.errors import TrackingError
 from tune_cifar.record import EpochReported, Event, SearchState, TrialEnded, TrialStarted, TrialState
 from tune_cifar.schema import DataInfo, EpochResult, Status
 
@@ -39,10 +38,11 @@ def print_stand_in_banner(console: Console, data_name: str) -> None:
     """Say, so that nobody can miss it, that this is not CIFAR-10."""
     if data_name != "shapes":
         return
-    text = (
-        "[bold]NOT CIFAR-10[/]\nGenerated shapes stand in for the images. The tool works as it will; its accuracies say "
-        "nothing about CIFAR-10.\nFor the real thing: python -m tune_cifar data fetch"
+    words = (
+        "\nGenerated shapes stand in for the images. The tool works as it will; its accuracies say nothing about "
+        "CIFAR-10.\nFor the real thing: python -m tune_cifar data fetch"
     )
+    text = Text.assemble(("NOT CIFAR-10", "bold"), words)
     console.print(Panel(text, title="stand-in data", border_style="bold yellow", padding=(1, 4)))
 
 
@@ -105,7 +105,8 @@ class SearchView:
 
     def hear(self, state: SearchState, event: Event) -> None:
         """Listener for the record's events."""
-        self._state = state
+        # The display reads in a thread of its own: it gets a dict that never grows under its hands.
+        self._state = replace(state, trials=dict(state.trials))
         if not self._console.is_terminal:
             line = self._describe(state, event)
             if line:
@@ -115,13 +116,12 @@ class SearchView:
         """Expected seconds to the end: expected epochs left at the mean epoch's price, never beyond the time limit."""
         state, elapsed = self._state, time.monotonic() - self._start
         trials = list(state.trials.values()) if state else []
-        results = [result for trial in trials for result in trial.epochs]
-        price = sum(r.epoch_seconds for r in results) / len(results) if results else self._epoch_seconds
-        ended = [trial for trial in trials if trial.status != "running"]
-        per_trial = self._epochs_per_trial
-        if len(ended) >= 3:
-            per_trial = sum(trial.epochs_done for trial in ended) / len(ended)
-        expected = max(0.0, self._num_trials * per_trial - len(results)) * price / self._num_concurrent
+        seconds = [result.epoch_seconds for trial in trials for result in trial.epochs]
+        price = sum(seconds) / len(seconds) if seconds else self._epoch_seconds
+        ended = [trial.epochs_done for trial in trials if trial.status != "running"]
+        per_trial = sum(ended) / len(ended) if len(ended) >= 3 else self._epochs_per_trial
+        num_left = (self._num_trials - len(ended)) * per_trial - (len(seconds) - sum(ended))
+        expected = max(0.0, num_left) * price / self._num_concurrent
         return expected if self._max_seconds is None else min(expected, max(0.0, self._max_seconds - elapsed))
 
     def _describe(self, state: SearchState, event: Event) -> str:
@@ -156,8 +156,9 @@ class SearchView:
             line += f"   best {format_percent(state.best.score)} (trial {state.best.number})"
             if state.baseline_score is not None and state.best.score is not None:
                 line += f", {100 * (state.best.score - state.baseline_score):+.2f} points over the baseline"
-        elapsed = format_seconds(time.monotonic() - self._start)
-        return Text(f"{line}   {elapsed} gone, about {format_seconds(self.eta_seconds())} to go")
+        is_training = any(trial.epochs for trial in state.trials.values())
+        left = f"about {format_seconds(self.eta_seconds())} to go" if is_training else "the workers are starting"
+        return Text(f"{line}   {format_seconds(time.monotonic() - self._start)} gone, {left}")
 
 
 def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
@@ -175,17 +176,33 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
     return table
 
 
-def print_search_summary(console: Console, state: SearchState, tracking_faults: list[str], dropped: list[str]) -> None:
-    """What a finished search found, what it must be read against, what went wrong, and what to do next."""
+def print_search_summary(
+    console: Console,
+    state: SearchState,
+    tracking_faults: list[str],
+    dropped: list[str],
+    data_option: str = "",
+    storage_option: str = "",
+) -> None:
+    """What a finished search found, what it must be read against, what went wrong, and what to do next.
+
+    Args:
+        tracking_faults: what MLflow did not take, a sentence each.
+        dropped: searched knobs that the pins left without effect.
+        data_option, storage_option: as the next commands must repeat them, with a space before each; may be empty.
+    """
     assert state.finished is not None
     header = state.header
     counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count) or "none"
     took = format_seconds(state.finished.wall_seconds)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+    def say(text: str, style: str | None = None) -> None:
+        """Brackets are taken literally (paths and MLflow's messages hold some); only a terminal breaks lines."""
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
-    say(f"\n[bold]{header.name}[/] ended after {took} ({state.finished.reason}): {len(state.trials)} trials, {counts}")
+    say(f"\n{header.name} ended after {took} ({state.finished.reason}): {len(state.trials)} trials, {counts}", "bold")
+    if header.data.name == "shapes":
+        say("NOT CIFAR-10: these accuracies were measured on the generated stand-in.", "bold yellow")
     if header.pinned:
         say("pinned for all trials: " + ", ".join(f"{k} = {format_value(v)}" for k, v in header.pinned.items()))
     if dropped:
@@ -197,12 +214,12 @@ def print_search_summary(console: Console, state: SearchState, tracking_faults: 
         say(f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.epochs_done} epochs")
         console.print(_knob_table(state, best))
         say(_gain_sentence(state, best))
-    failed = [trial for trial in state.trials.values() if trial.error_file]
+    failed = [str(state.folder / trial.error_file) for trial in state.trials.values() if trial.error_file]
     if failed:
-        say(f"{len(failed)} failed; tracebacks: " + ", ".join(str(state.folder / (t.error_file or "")) for t in failed))
+        say("\n  ".join([f"{len(failed)} failed; tracebacks:", *failed]), "red")
     for fault in dict.fromkeys(tracking_faults):
-        say(f"[yellow]{TrackingError.__name__}[/] {fault}")
-    _say_next(say, state)
+        say(fault, "yellow")
+    _print_next(console, state, data_option, storage_option)
 
 
 def _knob_table(state: SearchState, best: TrialState) -> Table:
@@ -217,6 +234,8 @@ def _gain_sentence(state: SearchState, best: TrialState) -> str:
     difference of two about 1.4 times that; and the best of many is chosen partly by luck."""
     if best.score is None or state.baseline_score is None:
         return "The baseline did not finish: no gain can be told."
+    if best.origin == "baseline":
+        return f"No trial beat the baseline ({format_percent(state.baseline_score)}): there is no gain."
     gain = 100 * (best.score - state.baseline_score)
     sd = 100 * (2 * best.score * (1 - best.score) / best.config.val_size) ** 0.5
     verdict = "within" if abs(gain) <= 2 * sd else "beyond"
@@ -227,13 +246,13 @@ def _gain_sentence(state: SearchState, best: TrialState) -> str:
     )
 
 
-def _say_next(say: Callable[[str], None], state: SearchState) -> None:
-    data = " --data shapes" if state.header.data.name == "shapes" else ""
-    say("\nnext:")
-    if state.best is not None:
-        say(f"  python -m tune_cifar reproduce --best --search {state.header.name}{data}")
-    say(f"  python -m tune_cifar leaderboard --search {state.header.name}")
-    say("  python -m tune_cifar ui")
+def _print_next(console: Console, state: SearchState, data_option: str, storage_option: str) -> None:
+    """Commands to paste: never broken into lines."""
+    name = state.header.name
+    commands = [f"reproduce --best --search {name}{data_option}{storage_option}"] if state.best is not None else []
+    commands += [f"leaderboard --search {name}{storage_option}", f"ui{storage_option}"]
+    lines = "\n".join(f"  python -m tune_cifar {command}" for command in commands)
+    console.print(f"\nnext:\n{lines}", markup=False, highlight=False, soft_wrap=True)
 
 
 class TrainingView:
@@ -269,8 +288,9 @@ class TrainingView:
             f"epoch {result.epoch}: train_loss {result.train_loss:.4f}, train_acc {format_percent(result.train_acc)}, "
             f"val_acc {format_percent(result.val_acc)}, lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
             f"about {format_seconds(left)} to go{self._stand_in}{note}",
+            markup=False,
             highlight=False,
-            soft_wrap=True,
+            soft_wrap=not self._console.is_terminal,
         )
 
 

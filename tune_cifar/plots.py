@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:

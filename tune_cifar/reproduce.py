@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from typing import Literal
 from tune_cifar.checkpoint import load_weights
 from tune_cifar.data import DataSource, TrainVal, load_test, load_train_val
 from tune_cifar.engine import Trainer
-from tune_cifar.errors import ConfigError, DataError, RecordError
+from tune_cifar.errors import ConfigError, DataError, Diverged, RecordError
 from tune_cifar.numerics import compare_numerics, describe_environment, resolve_numerics
 from tune_cifar.record import SearchState, TrialState
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
@@ -29,7 +30,6 @@ Verdict = Literal["identical", "within tolerance", "different"]
 TOLERANCE_SDS = 3
 SEED_NOISE_FILE = Path(__file__).with_name("seed_noise.json")
 OPENINGS_FILE = "TEST_OPENINGS.csv"
-OPENINGS_COLUMNS = tuple("date commit fingerprint seed run_id data images test_acc test_loss command".split())
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def reproduce_run(
     on_epoch: Callable[[EpochResult, EpochResult, str | None], None],
     on_trainer: Callable[[Trainer], None] | None = None,
 ) -> tuple[Reproduction, Trainer]:
-    """Train a recorded run again, epoch by epoch, until all its epochs are compared or one differs.
+    """Train a recorded run again, epoch by epoch, until all its epochs are compared or one differs. A diverged run must
+    diverge again, under equal Numerics at the same step.
 
     Args:
         numerics: of this training, from `restore_numerics`; equal to the recorded ones or not decides the rule.
@@ -122,10 +123,10 @@ def reproduce_run(
         the comparison, and the Trainer as it stands at the end (its model may be judged on the test set).
 
     Raises:
-        RecordError: when the run has no epoch to compare.
+        RecordError: when the run has nothing to compare: no epoch, and it did not diverge.
         ConfigError: when Numerics differ and the space's seed noise has not been measured.
     """
-    if not trial.epochs:
+    if not trial.epochs and trial.status != "diverged":
         raise RecordError(f"{trial.run_id}: at least one recorded epoch must be there to compare, got none.")
     changed = tuple(compare_numerics(state.header.numerics, numerics))
     tolerance = None
@@ -140,15 +141,33 @@ def reproduce_run(
     trainer = Trainer(trial.config, data, numerics)
     if on_trainer is not None:
         on_trainer(trainer)
-    for recorded, fresh in zip(trial.epochs, trainer, strict=False):
-        difference = compare_epoch(recorded, fresh, tolerance)
-        on_epoch(recorded, fresh, difference)
+    epochs = iter(trainer)
+    for recorded in trial.epochs:
+        try:
+            fresh = next(epochs)
+        except Diverged as exc:
+            difference: str | None = f"epoch {recorded.epoch}: recorded as finite, now {exc}"
+        else:
+            difference = compare_epoch(recorded, fresh, tolerance)
+            on_epoch(recorded, fresh, difference)
         if difference is not None:
             return Reproduction("different", recorded.epoch, recorded.epoch, difference, changed), trainer
-        if recorded is trial.epochs[-1]:  # stop here: asking for one more would train one more
-            break
-    verdict: Verdict = "within tolerance" if changed else "identical"
-    return Reproduction(verdict, len(trial.epochs), None, "", changed), trainer
+    num_epochs = len(trial.epochs)
+    difference = _compare_divergence(trial, epochs, changed) if trial.status == "diverged" else None
+    if difference is not None:
+        return Reproduction("different", num_epochs + 1, num_epochs + 1, difference, changed), trainer
+    return Reproduction("within tolerance" if changed else "identical", num_epochs, None, "", changed), trainer
+
+
+def _compare_divergence(trial: TrialState, epochs: Iterator[EpochResult], changed: tuple[str, ...]) -> str | None:
+    """What differs in the epoch in which the recorded run diverged, or None."""
+    try:
+        next(epochs)
+    except Diverged as exc:
+        if changed or str(exc) == trial.reason:
+            return None
+        return f"recorded: {trial.reason} Now: {exc}"
+    return f"epoch {trial.epochs_done + 1}: recorded {trial.reason} Now the loss stayed finite."
 
 
 def load_trained(state: SearchState, trial: TrialState, data: TrainVal, numerics: Numerics) -> Trainer:
@@ -186,6 +205,9 @@ class TestOpening:
     command: str
 
 
+OPENINGS_COLUMNS = tuple(column.name for column in fields(TestOpening))
+
+
 def find_openings_file(storage: Path, data_name: str) -> Path:
     """./analysis/TEST_OPENINGS.csv where a checkout is worked in, else in the run store; the stand-in's openings are
     never mixed with CIFAR-10's."""
@@ -193,36 +215,74 @@ def find_openings_file(storage: Path, data_name: str) -> Path:
     return folder / OPENINGS_FILE if folder.is_dir() and data_name == "cifar10" else storage / OPENINGS_FILE
 
 
-def load_openings(path: Path, fingerprint: str) -> list[TestOpening]:
-    """Earlier openings for a training, oldest first."""
-    if not path.exists():
+def load_openings(path: Path, fingerprint: str, data_name: str) -> list[TestOpening]:
+    """Earlier openings for a training on these data, oldest first.
+
+    Raises:
+        RecordError: when the file is not what `open_test` writes.
+    """
+    if not path.exists() or path.stat().st_size == 0:
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["fingerprint"] == fingerprint]
+        header, *rows = csv.reader(file)
+    try:
+        if tuple(header) != OPENINGS_COLUMNS:
+            raise ValueError(f"the columns {', '.join(header) or 'none'}")
+        openings = [_read_opening(row) for row in rows]
+    except (ValueError, TypeError) as exc:
+        columns = ", ".join(OPENINGS_COLUMNS)
+        raise RecordError(f"{path}: rows of {columns} must stand there, got {exc}. Mend it or move it away.") from exc
+    return [opening for opening in openings if (opening.fingerprint, opening.data) == (fingerprint, data_name)]
+
+
+def _read_opening(row: list[str]) -> TestOpening:
     numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
-    return [TestOpening(**{name: numbers.get(name, str)(row[name]) for name in OPENINGS_COLUMNS}) for row in rows]
+    cells = dict(zip(OPENINGS_COLUMNS, row, strict=True))
+    return TestOpening(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})  # type: ignore[arg-type]
 
 
-def open_test(trainer: Trainer, trial: TrialState, source: DataSource, openings_file: Path, command: str) -> TestOpening:
-    """Evaluate the trainer's weights on the test set, once, and append the opening to the file."""
+def check_testable(trial: TrialState) -> None:
+    """Refuse a test of a training that has no end to be judged.
+
+    Raises:
+        RecordError: when the training did not run to its last epoch.
+    """
+    if trial.status != "complete":
+        raise RecordError(f"{trial.run_id}: only a complete training may be tested, got a {trial.status} one.")
+
+
+def open_test(
+    trainer: Trainer, trial: TrialState, source: DataSource, openings_file: Path, command: str
+) -> TestOpening:
+    """Evaluate the trainer's weights on the test set, once, and append the opening to the file.
+
+    Raises:
+        DataError: when the test file is missing or not genuine.
+        RecordError: when the opening could not be written down; nothing is judged then.
+    """
     split = load_test(source)
-    test_loss, test_acc = trainer.evaluate(split)
-    opening = TestOpening(
-        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        commit=describe_environment().get("git_commit", ""),
-        fingerprint=trial.fingerprint,
-        seed=trial.config.seed,
-        run_id=trial.run_id,
-        data=source.name,
-        images=len(split),
-        test_acc=test_acc,
-        test_loss=test_loss,
-        command=command,
-    )
-    is_new = not openings_file.exists()
-    with openings_file.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if is_new:
+    try:
+        file = openings_file.open("a", newline="", encoding="utf-8")
+    except OSError as exc:
+        raise RecordError(f"{openings_file}: every opening must be written down, got {exc.strerror!r}.") from exc
+    with file:
+        test_loss, test_acc = trainer.evaluate(split)
+        opening = TestOpening(
+            date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            commit=describe_environment().get("git_commit", ""),
+            fingerprint=trial.fingerprint,
+            seed=trial.config.seed,
+            run_id=trial.run_id,
+            data=source.name,
+            images=len(split),
+            test_acc=test_acc,
+            test_loss=test_loss,
+            command=command,
+        )
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
             writer.writerow(OPENINGS_COLUMNS)
-        writer.writerow([getattr(opening, name) for name in OPENINGS_COLUMNS])
+        writer.writerow(astuple(opening))
+        file.flush()
+        os.fsync(file.fileno())
     return opening

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 from typing import Any, Literal, get_args
 
@@ -142,13 +143,15 @@ class TrainConfig(Frozen):
             raise ValueError(
                 f"batch_size <= train_size must hold, got batch_size {self.batch_size} and train_size {self.train_size}"
             )
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("momentum > 0 must hold with nesterov, got 0")
         if self.base_momentum > self.max_momentum:
             raise ValueError(
                 "base_momentum <= max_momentum must hold, "
                 f"got base_momentum {self.base_momentum} and max_momentum {self.max_momentum}"
             )
         fractions = (0.0, *self.milestone_fractions, 1.0)
-        if any(a >= b for a, b in zip(fractions, fractions[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(fractions)):
             raise ValueError(f"milestone_fractions increasing within (0, 1) must hold, got {self.milestone_fractions}")
         return self
 
@@ -160,8 +163,8 @@ class TrainConfig(Frozen):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the training: SHA-256 of all living knobs in canonical JSON."""
-        dead = dead_knobs(self)
-        living = {name: value for name, value in self.model_dump(mode="json").items() if name not in dead}
+        silent = {*dead_knobs(self), *_knobs_of_idle_ops(self)}
+        living = {name: value for name, value in self.model_dump(mode="json").items() if name not in silent}
         return hashlib.sha256(json.dumps(living, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -197,6 +200,16 @@ def dead_knobs(config: TrainConfig) -> dict[str, str]:
     return dead
 
 
+def _knobs_of_idle_ops(config: TrainConfig) -> list[str]:
+    """All knobs of the operations that never act, however they are switched off: equal trainings, equal names."""
+    names: list[str] = []
+    if config.cutout_p == 0 or config.cutout_size == 0:
+        names += ["cutout_p", "cutout_size"]
+    if config.shift_scale_rotate_p == 0 or not any((config.shift_limit, config.scale_limit, config.rotate_limit)):
+        names += ["shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"]
+    return names
+
+
 def nearest_name(name: str, names: tuple[str, ...] | list[str]) -> str:
     """` Did you mean X?` for the closest of names, or an empty string when none is close."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -204,8 +217,10 @@ def nearest_name(name: str, names: tuple[str, ...] | list[str]) -> str:
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a pydantic error as `rule must hold, got value. Hint`."""
-    return describe_problem(error.errors(include_url=False)[0], model)
+    """The first problem of a pydantic error as `rule must hold, got value. Hint`; an unknown name before a missing
+    one, since it is often the missing one misspelt."""
+    problems = error.errors(include_url=False)
+    return describe_problem(min(problems, key=lambda problem: problem["type"] != "extra_forbidden"), model)
 
 
 def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:

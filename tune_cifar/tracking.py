@@ -23,7 +23,7 @@ from tune_cifar.errors import TrackingError
 from tune_cifar.record import Event, SearchEnded, SearchState, TrialEnded, TrialState
 from tune_cifar.schema import EpochResult, Status, dead_knobs
 
-# Metrics of a child run, one point per epoch (the metric's step is the epoch); `score` once, when the trial is complete.
+# Metrics of a child run, one point per epoch (the metric's step is the epoch); a complete trial has its `score` too.
 EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
 # MLflow's own word for each of our states.
 RUN_STATUS: dict[Status, str] = {
@@ -202,13 +202,17 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
     """
     path = Path(tracking_uri.removeprefix("sqlite:///"))
     if tracking_uri.startswith("sqlite:///") and not path.exists():
-        raise TrackingError(f"{path}: an MLflow database must be there, got none. Run a search first, or give --storage.")
+        raise TrackingError(
+            f"{path}: an MLflow database must be there, got none. Run a search first, or give --storage."
+        )
     if port is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
-    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], env=os.environ | MLFLOW_ENVIRONMENT)
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)], env=os.environ | MLFLOW_ENVIRONMENT
+    )
     return process, f"http://127.0.0.1:{port}"
 
 

@@ -37,11 +37,8 @@ def main() -> None:
     try:
         app(prog_name="python -m tune_cifar")
     except TuneCifarError as exc:
-        stderr().print(f"[bold red]error[/] {_escape(str(exc))}", soft_wrap=True, highlight=False)
+        from rich.text import Text
+
+        sentence = " ".join(str(exc).splitlines())
+        stderr().print(Text.assemble(("error", "bold red"), " ", sentence), soft_wrap=True)
         sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, stdout
+from tune_cifar.cli.terminal import print_json, say, stdout
 
 app = typer.Typer(help="CIFAR-10: download it, check its files.", no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def fetch(
     from tune_cifar.data import fetch_data
 
     source = fetch_data(folder)
-    stdout().print(f"CIFAR-10 lies in {source.folder}", highlight=False, soft_wrap=True)
+    say(f"CIFAR-10 lies in {source.folder}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, stdout
+from tune_cifar.cli.terminal import print_json, say, stdout
 from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def leaderboard(
     elif as_csv:
         sys.stdout.write(str(trials.to_csv(index=False)))
     elif trials.empty:
-        stdout().print("No trial is recorded yet. Start with: python -m tune_cifar search --space smoke")
+        say("No trial is recorded yet. Start with: python -m tune_cifar search --space smoke")
     else:
         searched = list(dict.fromkeys(knob for state in states for knob in state.header.distributions))
         _print_groups(trials, searched, top)
@@ -68,7 +68,7 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
             table.add_row(str(row.run_id), str(row.status), str(row.epochs_done), format_percent(acc), *cells)
         stdout().print(table)
         if len(rows) > top:
-            stdout().print(f"... and {len(rows) - top} more (--top, --csv)\n", highlight=False)
+            say(f"... and {len(rows) - top} more (--top, --csv)\n")
 
 
 def ui(
@@ -84,7 +84,7 @@ def ui(
     from tune_cifar.tracking import make_tracking_uri, run_ui
 
     process, address = run_ui(make_tracking_uri(find_storage(storage), tracking_uri), port)
-    stdout().print(f"MLflow UI: {address}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+    say(f"MLflow UI: {address}  (Ctrl-C ends it)")
     try:
         raise typer.Exit(process.wait())
     except KeyboardInterrupt:
@@ -143,4 +143,4 @@ def preview(
     images = load_train_val(source, NUM_PREVIEW_ROWS, NUM_PREVIEW_ROWS).train.images_NCHW
     pictures = make_preview(found.baseline, images).numpy()
     save_preview(pictures, f"{found.name} on {source.name}: what the network sees", path)
-    stdout().print(f"{path}", highlight=False, soft_wrap=True)
+    say(str(path))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, stdout, this_command
-from tune_cifar.errors import ConfigError
+from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
+from tune_cifar.errors import DataError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tune_cifar.record import SearchState, TrialState
     from tune_cifar.reproduce import TestOpening
 
@@ -48,16 +51,18 @@ def reproduce(
 
     if (run is None) == (not best) or (best and space is None and search is None):
         raise typer.BadParameter("Give a run id, or --best with --space or --search.")
-    if no_retrain and not test:
-        raise ConfigError("--no-retrain: needs --test, got it alone. Add --test.")
+    for option, is_given in {"--no-retrain": no_retrain, "--again": again}.items():
+        if is_given and not test:
+            raise typer.BadParameter(f"{option} belongs to --test.")
     folder = find_storage(storage)
     if run is not None:
         state, trial = find_run(folder, run)
     else:
         state, trial = find_best(load_searches(folder), space, search)
-    if data is None and state.header.data.name == "shapes":
-        raise ConfigError(f"{trial.run_id}: it was trained on the generated stand-in. Add --data shapes to train it again.")
-    answer = _reproduce(state, trial, find_data(data), device, test, no_retrain, again, as_json)
+    if state.header.data.name == "shapes" and "shapes" not in (data, os.environ.get("TUNE_CIFAR_DATA")):
+        raise DataError(f"{trial.run_id}: it was trained on the generated stand-in. Give --data shapes.")
+    console = stderr() if as_json else stdout()
+    answer = _reproduce(state, trial, find_data(data), device, test, no_retrain, again, console)
     if as_json:
         print_json(answer)
     if answer.get("verdict") == "different":
@@ -72,10 +77,11 @@ def _reproduce(
     test: bool,
     no_retrain: bool,
     again: bool,
-    quiet: bool,
+    console: Console,
 ) -> dict[str, Any]:
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
     from tune_cifar.reproduce import (
+        check_testable,
         find_openings_file,
         load_openings,
         load_recorded_data,
@@ -84,41 +90,40 @@ def _reproduce(
         restore_numerics,
     )
 
-    console = stdout()
-    console.quiet = quiet
-    storage = state.folder.parent.parent
-    openings_file = find_openings_file(storage, source.name)
+    openings_file = find_openings_file(state.folder.parent.parent, source.name)
     answer: dict[str, Any] = {"run_id": trial.run_id, "search": state.header.name, "fingerprint": trial.fingerprint}
-    if test and not again:
-        earlier = load_openings(openings_file, trial.fingerprint)
-        if earlier:
-            _say_opening(earlier[-1], f"opened before, on {earlier[-1].date}; --again opens it once more")
-            return answer | {"test": earlier[-1].__dict__}
-    numerics = restore_numerics(state.header.numerics, device)
-    loaded = load_recorded_data(state, trial, source)
-    if no_retrain:
-        trainer = load_trained(state, trial, loaded, numerics)
+    earlier = []
+    if test:
+        check_testable(trial)
+        earlier = [] if again else load_openings(openings_file, trial.fingerprint, state.header.data.name)
+    if not (no_retrain and earlier):
+        numerics = restore_numerics(state.header.numerics, device)
+        loaded = load_recorded_data(state, trial, source)
+        if no_retrain:
+            trainer = load_trained(state, trial, loaded, numerics)
+        else:
+            trainer = _retrain(state, trial, loaded, numerics, answer, console)
+    if not test or answer.get("verdict") == "different":
+        return answer
+    if earlier:
+        opening = earlier[-1]
+        _say_opening(opening, f"opened before, for {opening.run_id} on {opening.date}; --again opens it again", console)
     else:
-        trainer = _retrain(state, trial, loaded, numerics, answer)
-    if test and answer.get("verdict") != "different":
-        if trainer.epoch not in (0, trial.config.epochs):
-            raise ConfigError(f"{trial.run_id}: a test needs a complete training, got {trainer.epoch} epochs.")
         opening = open_test(trainer, trial, source, openings_file, this_command())
-        _say_opening(opening, f"written into {openings_file}")
-        answer["test"] = opening.__dict__
-    return answer
+        _say_opening(opening, f"written into {openings_file}", console)
+    return answer | {"test": opening.__dict__, "test_opened_before": bool(earlier)}
 
 
-def _retrain(state: SearchState, trial: TrialState, loaded: Any, numerics: Any, answer: dict[str, Any]) -> Any:
+def _retrain(
+    state: SearchState, trial: TrialState, loaded: Any, numerics: Any, answer: dict[str, Any], console: Console
+) -> Any:
     from tune_cifar.live import TrainingView
     from tune_cifar.reproduce import reproduce_run
 
-    console = stdout()
-    console.print(
+    say(
         f"{trial.run_id} ({state.header.space}, {trial.origin}, {trial.status}, {trial.epochs_done} epochs) is trained "
         f"again, fingerprint {trial.fingerprint}",
-        highlight=False,
-        soft_wrap=True,
+        console,
     )
     with TrainingView(console, loaded.info) as view:
         outcome, trainer = reproduce_run(
@@ -130,11 +135,11 @@ def _retrain(state: SearchState, trial: TrialState, loaded: Any, numerics: Any, 
             on_trainer=view.watch,
         )
     style = {"identical": "bold green", "within tolerance": "green", "different": "bold red"}[outcome.verdict]
-    console.print(f"[{style}]{outcome.verdict}[/] over {outcome.epochs} epochs", highlight=False)
+    say(f"{outcome.verdict} over {outcome.epochs} epochs", console, style)
     if outcome.detail:
-        console.print(outcome.detail, highlight=False, soft_wrap=True)
+        say(outcome.detail, console)
     for change in outcome.numerics:
-        console.print(f"numerics differ: {change}", highlight=False, soft_wrap=True)
+        say(f"numerics differ: {change}", console)
     answer |= {
         "verdict": outcome.verdict,
         "epochs": outcome.epochs,
@@ -145,9 +150,10 @@ def _retrain(state: SearchState, trial: TrialState, loaded: Any, numerics: Any, 
     return trainer
 
 
-def _say_opening(opening: TestOpening, where: str) -> None:
-    stdout().print(
-        f"test accuracy {100 * opening.test_acc:.2f} % on {opening.images} images, loss {opening.test_loss:.4f} ({where})",
-        highlight=False,
-        soft_wrap=True,
+def _say_opening(opening: TestOpening, where: str, console: Console) -> None:
+    stand_in = " (stand-in data, NOT CIFAR-10)" if opening.data == "shapes" else ""
+    say(
+        f"test accuracy {100 * opening.test_acc:.2f} % on {opening.images} images{stand_in}, "
+        f"loss {opening.test_loss:.4f} ({where})",
+        console,
     )

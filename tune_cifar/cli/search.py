@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import stderr, stdout, this_command
+from tune_cifar.cli.terminal import repeat_options, say, stderr, stdout, this_command
 
 
 def search(
@@ -36,15 +36,11 @@ def search(
     cpus_per_trial: options.Cpus = 1,
     gpus_per_trial: Annotated[
         float | None,
-        typer.Option(
-            "--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU.", rich_help_panel="How"
-        ),
+        typer.Option("--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU.", rich_help_panel="How"),
     ] = None,
     max_concurrent: Annotated[
         int | None,
-        typer.Option(
-            "--max-concurrent", metavar="N", help="Trials at once. Default: as fit.", rich_help_panel="How"
-        ),
+        typer.Option("--max-concurrent", metavar="N", help="Trials at once. Default: as fit.", rich_help_panel="How"),
     ] = None,
     deterministic: options.Deterministic = False,
     data: options.Data = None,
@@ -80,12 +76,12 @@ def search(
     if tier is None:
         tier = request.default_tier
         if tier == "cpu":
-            stderr().print("No GPU here: tier cpu, a small budget (--tier full for the real one).", highlight=False)
+            say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
     found = load_space(space, tier, pinned).limit(trials, parse_duration(max_time) if max_time else None)
     print_stand_in_banner(console, request.source.name)
     with console.status("measuring 20 training steps and starting the workers ..."):
         plan = prepare_search(found, request)
-    console.print(plan.describe(), highlight=False, soft_wrap=True)
+    say(plan.describe())
     view = SearchView(
         console,
         plan.epoch_seconds,
@@ -96,7 +92,8 @@ def search(
     )
     with view:
         state, faults = run_search(plan, view.hear)
-    print_search_summary(console, state, faults, list(found.dropped))
+    given = repeat_options(data=data), repeat_options(storage=storage)
+    print_search_summary(console, state, faults, list(found.dropped), *given)
     if state.finished is not None and state.finished.reason == "interrupted":
-        console.print(f"interrupted after {format_seconds(state.finished.wall_seconds)}; nothing is lost.")
+        say(f"interrupted after {format_seconds(state.finished.wall_seconds)}; nothing is lost.")
         raise typer.Exit(130)

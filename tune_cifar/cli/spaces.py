@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, stdout
+from tune_cifar.cli.terminal import print_json, say, stdout
 
 app = typer.Typer(help="The search spaces: list them, read one, check a file of your own.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A name from `spaces list`, or a path.")]
@@ -54,17 +54,16 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
         print_json({**header, "tier": tier, "baseline": baseline, "search": searched, "budget": budget})
         return
     dead = dead_knobs(space.baseline)
-    console = stdout()
-    console.print(f"[bold]{space.name}[/] ({tier})  {space.header.source}", highlight=False)
-    console.print(f"published: {space.header.describe_published()}", highlight=False)
+    say(f"{space.name} ({tier})  {space.header.source}")
+    say(f"published: {space.header.describe_published()}")
     for sentence in space.header.corrects:
-        console.print(f"corrects: {sentence}", highlight=False)
+        say(f"corrects: {sentence}")
     table = Table("knob", "baseline", "searched", box=None, header_style="bold")
     for knob in KNOBS:
         if knob in searched or knob not in dead:
             table.add_row(knob, str(baseline[knob]), searched.get(knob, ""))
-    console.print(table)
-    console.print(f"budget: {space.budget.describe()}", highlight=False)
+    stdout().print(table)
+    say(f"budget: {space.budget.describe()}")
 
 
 @app.command()
@@ -77,4 +76,4 @@ def check(name: Name) -> None:
 
     path = find_space(name)
     knobs = [f"{len(load_space(str(path), tier).distributions)} knobs in tier {tier}" for tier in TIERS]
-    stdout().print(f"{path}: sound ({', '.join(knobs)})", highlight=False, soft_wrap=True)
+    say(f"{path}: sound ({', '.join(knobs)})")

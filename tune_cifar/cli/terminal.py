@@ -6,6 +6,7 @@ import functools
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
 
 @functools.cache
 def stdout() -> Console:
-    """Results. Lines are never cut when the output is not a terminal."""
+    """Results. Brackets are taken literally (paths and messages hold some); without a terminal no line is cut."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
 
 
 @functools.cache
@@ -25,7 +26,13 @@ def stderr() -> Console:
     """Notes and errors."""
     from rich.console import Console
 
-    return Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    return Console(stderr=True, width=None if sys.stderr.isatty() else 200, markup=False, highlight=False)
+
+
+def say(text: str, console: Console | None = None, style: str | None = None) -> None:
+    """A line for people, on stdout by default; on a terminal it breaks between words, elsewhere never."""
+    console = console or stdout()
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
 def print_json(value: Any) -> None:
@@ -33,6 +40,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def this_command() -> str:
-    """The command as the user typed it, for the record."""
-    return "python -m tune_cifar " + shlex.join(sys.argv[1:])
+def this_command(more: Iterable[str] = ()) -> str:
+    """The command as the user typed it, for the record, with more words at its end."""
+    return "python -m tune_cifar " + shlex.join([*sys.argv[1:], *more])
+
+
+def repeat_options(**given: str | None) -> str:
+    """The options that the user gave, as a further command must repeat them; each with a space before it."""
+    named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    return "".join(f" --{name} {shlex.quote(value)}" for name, value in named.items())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import stdout, this_command
+from tune_cifar.cli.terminal import repeat_options, say, stdout, this_command
+
+if TYPE_CHECKING:
+    from tune_cifar.record import SearchState
 
 
 def train(
@@ -15,9 +19,7 @@ def train(
     settings: options.Settings = None,
     tier: Annotated[
         str,
-        typer.Option(
-            "--tier", metavar="full|cpu", help="Whose epochs and train_size to take.", rich_help_panel="What"
-        ),
+        typer.Option("--tier", metavar="full|cpu", help="Whose epochs and train_size to take.", rich_help_panel="What"),
     ] = "full",
     name: Annotated[
         str | None, typer.Option("--name", help="Of the run. Default: space and time.", rich_help_panel="What")
@@ -38,9 +40,9 @@ def train(
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
     from tune_cifar.data import find_data
-    from tune_cifar.live import TrainingView, format_percent, print_stand_in_banner
+    from tune_cifar.live import TrainingView, print_stand_in_banner
     from tune_cifar.numerics import resolve_numerics
-    from tune_cifar.record import EpochReported, Event, SearchState, find_storage
+    from tune_cifar.record import EpochReported, Event, find_storage
     from tune_cifar.space import load_space, parse_setting
     from tune_cifar.tracking import Shipper, make_tracking_uri
     from tune_cifar.train import open_training, run_training
@@ -53,10 +55,8 @@ def train(
     print_stand_in_banner(console, source.name)
     record, loaded = open_training(found, source, numerics, folder, name, this_command(), resume)
     with record, TrainingView(console, loaded.info) as view:
-        state = record.state
-        run = f"{state.header.name}:0"
-        console.print(f"run {run}, fingerprint {found.baseline.fingerprint}", highlight=False)
-        shipper = Shipper(make_tracking_uri(folder, tracking_uri), folder, state)
+        say(f"run {record.state.header.name}:0, fingerprint {found.baseline.fingerprint}")
+        shipper = Shipper(make_tracking_uri(folder, tracking_uri), folder, record.state)
 
         def hear(state: SearchState, event: Event) -> None:
             shipper.hear(state, event)
@@ -66,11 +66,26 @@ def train(
         try:
             run_training(record, loaded, numerics, hear, view.watch)
         except KeyboardInterrupt:
-            again = f"python -m tune_cifar train --space {space} --name {state.header.name} --resume"
-            console.print(f"interrupted; go on with: {again}", highlight=False, soft_wrap=True)
+            say("interrupted; go on with:")
+            console.print("  " + _describe_resume(record.state.header.name), soft_wrap=True)
             raise typer.Exit(130) from None
-        for fault in shipper.close():
-            console.print(fault, highlight=False, soft_wrap=True)
+        finally:
+            for fault in shipper.close():
+                say(fault, style="yellow")
+    _say_end(record.state, repeat_options(data=data, storage=storage))
+
+
+def _describe_resume(name: str) -> str:
+    """The command that goes on with this training: the one typed, for --resume asks for the same options again."""
+    typed = sys.argv[1:]
+    named = any(word.split("=")[0] == "--name" for word in typed)
+    return this_command([*([] if named else ["--name", name]), *([] if "--resume" in typed else ["--resume"])])
+
+
+def _say_end(state: SearchState, given: str) -> None:
+    from tune_cifar.live import format_percent
+
     trial = state.trials[0]
-    console.print(f"{run}: {trial.status}, val_acc {format_percent(trial.val_acc)}", highlight=False)
-    console.print(f"next: python -m tune_cifar reproduce {run}", highlight=False, soft_wrap=True)
+    reason = f" ({trial.reason})" if trial.status == "diverged" else ""
+    say(f"{trial.run_id}: {trial.status}, val_acc {format_percent(trial.val_acc)}{reason}")
+    stdout().print(f"next: python -m tune_cifar reproduce {trial.run_id}{given}", soft_wrap=True)

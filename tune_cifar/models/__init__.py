@@ -1,4 +1,4 @@
-"""The five networks. A table of constructors: `MODELS[name](dropout=p)` gives images (N, 3, 32, 32) -> logits (N, 10)."""
+"""The five networks: `MODELS[name](dropout=p)` turns images (N, 3, 32, 32) into logits (N, 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few blocks that the networks share: dropout with explicit dice, named stacks, a depthwise conv that suits CPUs."""
+"""The few blocks that the networks share: dropout with explicit dice, named stacks, residual sums."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def draw_keep_mask(shape: tuple[int, ...], threshold: int, like: Tensor, generat
     On the CPU one number from `generator` seeds numpy's SFC64 (numpy promises never to change that stream), whose words
     give 16 bits to each activation; drawn in the order N, H, W, C whatever the layout of `like`.
 
-    Measured on one thread of an EPYC Zen 5, 2026-11-20, for (128, 32, 32, 32) = 4.2 M activations in bf16, best of 15, in
-    ms: bernoulli_ 18, torch's random_ read as lanes 4.8, SFC64 read as lanes 2.2; then the comparison 0.8 (5.7 by way of
-    a bool mask) and the product with its scale 1.3, backward 1.3 (nn.Dropout: 18.5 in all, backward 5.6). The whole s7
-    step of 128 images, p 0.01, bf16 + channels_last, best of 30: nn.Dropout 129, random_ 91-95, SFC64 88, none 69.
+    Measured on one thread of an EPYC Zen 5, 2026-11-20, for (128, 32, 32, 32) = 4.2 M activations in bf16, best of 15,
+    in ms: bernoulli_ 18, torch's random_ in lanes 4.8, SFC64 in lanes 2.2; then the comparison 0.8 (5.7 by way
+    of a bool mask) and the product with its scale 1.3, backward 1.3 (nn.Dropout: 18.5 in all, backward 5.6). The whole
+    s7 step of 128 images, p 0.01, bf16 + channels_last, best of 30: nn.Dropout 129, random_ 91-95, SFC64 88, none 69.
     """
     channels_last = (shape[0], *shape[2:], shape[1])
     if like.device.type != "cpu":

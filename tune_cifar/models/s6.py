@@ -10,7 +10,6 @@ Baseline: dropout 0.1.
 from __future__ import annotations
 
 from collections import OrderedDict
-
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class Depthwise5x5(nn.Conv2d):
         assert self.bias is not None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
         arguments = (tensor.to(dtype) for tensor in (input, self.weight, self.bias))
-        result: Tensor = TiledDepthwise5x5.apply(*arguments)  # type: ignore[no-untyped-call]
+        result: Tensor = TiledDepthwise5x5.apply(*arguments)
         return result
 
 
@@ -61,9 +60,10 @@ class TiledDepthwise5x5(torch.autograd.Function):
         for row in (0, 2):
             for column in (0, 2):
                 window = x[:, :, row : row + rows, column : column + columns]
-                corner = conv2d_weight(window, (groups, 1, 3, 3), grad, groups=groups)
+                corner = conv2d_weight(window, (groups, 1, 3, 3), grad, groups=groups)  # type: ignore[no-untyped-call]
                 grad_weight[:, :, row : row + 3, column : column + 3] = corner
-        return conv2d_input(list(x.shape), weight, grad, groups=groups), grad_weight, grad.sum((0, 2, 3))
+        grad_x: Tensor = conv2d_input(x.shape, weight, grad, groups=groups)  # type: ignore[no-untyped-call]
+        return grad_x, grad_weight, grad.sum((0, 2, 3))
 
 
 class S6Net(nn.Sequential):

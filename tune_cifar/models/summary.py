@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -29,12 +31,12 @@ class LayerRow:
     name: str
     """Dotted path in the model."""
     kind: str
-    """Class of the module."""
+    """Class of the module; Conv2d for our variants of it too."""
     output_shape: tuple[int, ...]
     """For one image, without the batch."""
     params: int
     macs: int
-    """Multiply-accumulates with weights for one image; biases, BN and additions, which torchinfo counts, are not in."""
+    """Multiply-accumulates of one image with conv and linear weights; torchinfo's own count adds biases and BN."""
     receptive_field: int
     """Side in pixels, from the image to this layer's output; dilation, strides and pooling counted, padding not."""
 
@@ -75,10 +77,10 @@ def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
     rows = tuple(
         LayerRow(
             name=names[layer.layer_id],
-            kind=layer.class_name,
+            kind="Conv2d" if isinstance(layer.module, nn.Conv2d) else layer.class_name,
             output_shape=tuple(layer.output_size[1:]),
             params=layer.num_params,
-            macs=count_macs(layer.module, layer.macs),
+            macs=count_macs(layer.module, layer.output_size),
             receptive_field=walk.reaches[layer.layer_id].size,
         )
         for layer in info.summary_list
@@ -87,18 +89,18 @@ def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
     return ModelSummary(name, info.total_params, sum(row.macs for row in rows), rows[-1].receptive_field, rows)
 
 
-def count_macs(module: nn.Module, torchinfo_macs: int) -> int:
-    """torchinfo's count (all parameters x output positions) less the biases and the whole of BN."""
+def count_macs(module: nn.Module, output_shape: Sequence[int]) -> int:
+    """Weights x output positions of a conv or linear layer."""
     if not isinstance(module, nn.Conv2d | nn.Linear):
         return 0
-    return torchinfo_macs * module.weight.numel() // sum(p.numel() for p in module.parameters())
+    return module.weight.numel() * math.prod(output_shape[2:])
 
 
 class ReachWalk:
     """While open, follows an image through the leaf modules and notes each one's Reach under id(module) in `reaches`.
 
-    Paths that meet (a module with several inputs) see as far as the farthest of them. Every tensor must come from a leaf
-    module: an operation between modules would break the trail (KeyError).
+    Paths that meet (a module with several inputs) see as far as the farthest of them. Every tensor must come from a
+    leaf module: an operation between modules would break the trail (KeyError).
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

@@ -68,14 +68,21 @@ def parse_space(text: str, path: Path) -> SpaceFile:
 
 
 def _translate(doc: Document, exc: ValidationError) -> SpaceError:
-    """Pydantic's first problem with file and line; named by its last name, since the line says where."""
-    problem = exc.errors(include_url=False)[0]
+    """One of pydantic's problems with file and line, named by its last name, since the line says where.
+
+    An unknown name goes first: what it was meant to be is missing then, too.
+    """
+    problems = exc.errors(include_url=False)
+    problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     loc = problem["loc"]
     models: dict[str, type[BaseModel]] = {"published": Published, "budget": TierText} if len(loc) > 1 else {}
     model = SamplerBudget if "sampler" in loc[:-1] else models.get(str(loc[0]), SpaceText)
     last = max(i for i, part in enumerate(loc) if isinstance(part, str))
     problem["loc"] = loc[last:]
-    return doc.error(loc, describe_problem(problem, model))
+    sentence = describe_problem(problem, model)
+    return doc.error(
+        loc, sentence.replace("a valid tuple", "a list").replace("a valid dictionary", "names with values")
+    )
 
 
 def _read_knobs(doc: Document, where: Where, values: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +226,7 @@ def _check_tier(
         raise doc.error((*where, "set"), problem)
     config = TrainConfig(**values)
     if config.val_size == 0:
-        raise doc.error(where, "val_size >= 1 must hold in a search, got 0. Trials are compared on it.")
+        raise doc.error((*where, "set", "val_size"), "val_size >= 1 must hold in a search, got 0. Trials need it.")
     dead = find_dead(config, search)
     for knob in (*settings, *search):
         if knob in dead:

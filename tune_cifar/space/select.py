@@ -252,7 +252,7 @@ def _find_obstacle(baseline: TrainConfig, search: Searched) -> str | None:
     if not search:
         return "--set: at least one searched knob must be left, got none. Use `train` for a single training."
     if baseline.val_size == 0:
-        return "--set: val_size >= 1 must hold in a search, got 0. Trials are compared on these images."
+        return "--set: val_size >= 1 must hold in a search, got 0. Trials are compared on it."
     if problem := find_conflict(baseline.model_dump(), search):
         return f"--set: everywhere in the search, {problem} Pin the other knob too."
     return None

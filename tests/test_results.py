@@ -1,0 +1,340 @@
+"""Tables from records, and which trial a run id or `--best` means. The records here are written by Record itself."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.test_record import CONFIG, make_header, make_result, make_start, make_trial, write_record
+from tune_cifar.errors import RecordError
+from tune_cifar.record import EpochReported, Event, Record, SearchEnded, SearchState
+from tune_cifar.results import (
+    best_so_far,
+    find_best,
+    find_run,
+    load_curves,
+    load_searches,
+    load_trials,
+    split_groups,
+)
+from tune_cifar.schema import KNOBS, DataInfo, EpochResult, TrainConfig
+
+SHAPES = DataInfo(name="shapes", digest="d0", split_hash="h0")
+FINISH = SearchEnded(reason="all trials", wall_seconds=60.0)
+TRIALS = [
+    *make_trial(0, [0.3, 0.5, 0.7], "complete"),
+    *make_trial(2, [0.2], "stopped"),
+    *make_trial(1, [0.4, 0.6, 0.8], "complete"),
+    *make_trial(3, [], "diverged"),
+    *make_trial(4, [0.9, 0.9], "failed"),
+    *make_trial(5, [0.4, 0.6, 0.8], "complete"),
+    *make_trial(6, [0.35], None),
+]
+
+
+def write_search(storage: Path, name: str, day: int, events: list[Event], **changes: Any) -> SearchState:
+    """A search of January."""
+    return write_record(storage, make_header(name, created=f"2026-01-{day:02d}T12:00:00+00:00", **changes), events)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> SearchState:
+    """An unfinished search with seven trials in every state."""
+    return write_search(tmp_path, "s7-1", 1, TRIALS)
+
+
+def test_load_trials_has_one_row_per_trial_in_the_order_of_the_starts(state: SearchState) -> None:
+    trials = load_trials([state])
+    assert list(trials["trial"]) == [0, 2, 1, 3, 4, 5, 6]
+    assert list(trials["run_id"]) == [f"s7-1:{number}" for number in trials["trial"]]
+    assert list(trials["status"]) == ["complete", "stopped", "complete", "diverged", "failed", "complete", "running"]
+    assert list(trials["epochs_done"]) == [3, 1, 3, 0, 2, 3, 1]
+    assert list(trials["train_seconds"]) == [6.0, 2.0, 6.0, 0.0, 4.0, 6.0, 2.0]
+    assert list(trials["origin"]) == ["baseline"] + ["sampler"] * 6
+    assert list(trials["val_acc"].fillna(-1)) == [0.7, 0.2, 0.8, -1, 0.9, 0.8, 0.35]
+    assert list(trials["score"].fillna(-1)) == [0.7, -1, 0.8, 0.1, -1, 0.8, -1]
+    assert list(trials["ended_seq"].fillna(-1)) == [6, 9, 14, 16, 20, 25, -1]
+    assert list(trials["reason"].iloc[:2]) == ["it complete", "it stopped"]
+
+
+def test_load_trials_tells_where_each_row_comes_from(state: SearchState, tmp_path: Path) -> None:
+    other = write_search(tmp_path, "t", 2, [make_start(0)], kind="train", tier=None, space="s10", data=SHAPES)
+    trials = load_trials([state, other])
+    row = trials.iloc[-1]
+    assert (row["search"], row["kind"], row["space"], row["data"]) == ("t", "train", "s10", "shapes")
+    assert (row["data_digest"], row["split_hash"], row["fingerprint"]) == ("d0", "h0", CONFIG.fingerprint)
+    assert row["tier"] is pd.NA
+    assert list(trials["search"].unique()) == ["s7-1", "t"]
+
+
+def test_load_trials_gives_every_knob_back_exactly(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_lr": 0.1 + 0.2, "milestone_fractions": (0.25, 0.5), "nesterov": True})
+    trials = load_trials([write_search(tmp_path, "s7-1", 1, [make_start(0, config)])])
+    row = trials.iloc[0].to_dict()
+    assert list(trials.columns[-len(KNOBS) :]) == list(KNOBS)
+    expected = dict(config) | {"milestone_fractions": "(0.25, 0.5)"}
+    assert {knob: row[knob] for knob in KNOBS} == expected
+
+
+def expected_dtype(annotation: Any) -> str:
+    """What a column of a schema's field must hold."""
+    return {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}.get(annotation, "string")
+
+
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_columns_have_the_dtypes_of_their_fields(state: SearchState, has_rows: bool) -> None:
+    states = [state] if has_rows else []
+    trials, curves = load_trials(states), load_curves(states)
+    for knob, field in TrainConfig.model_fields.items():
+        assert str(trials[knob].dtype) == expected_dtype(field.annotation), knob
+    for name, field in EpochResult.model_fields.items():
+        assert str(curves[name].dtype) == expected_dtype(field.annotation), name
+    dtypes = {name: str(dtype) for name, dtype in trials.dtypes.items()}
+    assert {dtypes[name] for name in ("trial", "epochs_done", "train_size", "epochs", "batch_size")} == {"int64"}
+    assert {dtypes[name] for name in ("val_acc", "score", "train_seconds", "max_lr")} == {"float64"}
+    assert {dtypes[name] for name in ("search", "tier", "status", "run_id", "fingerprint", "model")} == {"string"}
+    assert (dtypes["ended_seq"], dtypes["nesterov"], dtypes["milestone_fractions"]) == ("Int64", "boolean", "string")
+
+
+def test_load_curves_has_one_row_per_epoch_with_exact_figures(state: SearchState) -> None:
+    curves = load_curves([state])
+    assert len(curves) == sum(trial.epochs_done for trial in state.trials.values())
+    rows = curves[curves["trial"] == 1].drop(columns=["search", "trial", "run_id"]).to_dict(orient="records")
+    assert rows == [result.model_dump() for result in state.trials[1].epochs]
+    assert set(curves["search"]) == {"s7-1"}
+    assert list(curves["run_id"].unique()) == [f"s7-1:{number}" for number in (0, 2, 1, 4, 5, 6)]
+
+
+def test_an_epoch_without_validation_is_nan_in_the_curves(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"train_size": 50_000, "val_size": 0})
+    state = write_search(tmp_path, "t", 1, make_trial(0, [None, None, None], "complete", config))
+    assert load_curves([state])[["val_loss", "val_acc"]].isna().all(axis=None)
+    assert load_trials([state])[["val_acc", "score"]].isna().all(axis=None)
+
+
+def test_complete_trials_lead_their_group_by_score_and_equals_keep_the_lower_number_first(state: SearchState) -> None:
+    ((group, rows),) = split_groups(load_trials([state]))
+    assert list(rows["trial"]) == [1, 5, 0, 4, 6, 2, 3]
+    assert list(rows.index) == list(range(7))
+    assert group == {
+        "data": "cifar10",
+        "data_digest": "d1",
+        "split_hash": "h1",
+        "train_size": 500,
+        "val_size": 100,
+        "epochs": 3,
+    }
+    assert "competes" not in rows.columns
+
+
+def test_trials_of_different_data_split_length_or_size_stand_in_groups_apart(tmp_path: Path) -> None:
+    def write(name: str, data: DataInfo | None = None, **knobs: Any) -> SearchState:
+        config = CONFIG.model_copy(update=knobs)
+        accs: list[float | None] = [0.5] * config.epochs
+        header = {} if data is None else {"data": data}
+        return write_search(tmp_path, name, 1, make_trial(0, accs, "complete", config), **header)
+
+    states = [
+        write("stand-in", SHAPES, epochs=9),
+        write("plain"),
+        write("again"),
+        write("long", epochs=5),
+        write("small", train_size=400),
+        write("less-val", val_size=50),
+        write("split", DataInfo(name="cifar10", digest="d1", split_hash="h2")),
+        write("digest", DataInfo(name="cifar10", digest="d2", split_hash="h1")),
+    ]
+    groups = split_groups(load_trials(states))
+    found = [sorted(rows["search"]) for _, rows in groups]
+    assert found == [["long"], ["again", "plain"], ["digest"], ["split"], ["less-val"], ["small"], ["stand-in"]]
+    assert [group["data"] for group, _ in groups] == ["cifar10"] * 6 + ["shapes"]
+
+
+def test_no_trials_make_no_groups_and_no_course() -> None:
+    trials = load_trials([])
+    assert split_groups(trials) == []
+    assert len(best_so_far(trials)) == 0
+
+
+def test_best_so_far_follows_the_order_of_the_ends(tmp_path: Path) -> None:
+    first, second = make_trial(0, [0.3, 0.5, 0.7], "complete"), make_trial(1, [0.4, 0.6, 0.8], "complete")
+    diverged = make_trial(2, [], "diverged")
+    overtaken = [diverged[0], first[0], *second, *first[1:], diverged[1]]
+    overtaken += [*make_trial(3, [0.4, 0.6, 0.8], "complete"), make_start(4)]
+    overtaken += [*make_trial(5, [0.4, 0.6, 0.9], "complete")]
+    course = best_so_far(load_trials([write_search(tmp_path, "s7-1", 1, overtaken)]))
+    assert list(course["trial"]) == [1, 0, 2, 3, 5]
+    assert list(course["order"]) == [1, 2, 3, 4, 5]
+    assert list(course["epochs_spent"]) == [3, 6, 6, 9, 12]
+    assert list(course["score"].fillna(-1)) == [0.8, 0.7, -1, 0.8, 0.9]
+    assert list(course["best"]) == [0.8, 0.8, 0.8, 0.8, 0.9]
+    assert list(course["is_best"]) == [True, False, False, False, True]
+
+
+def test_best_so_far_is_absent_before_the_first_complete_trial_and_apart_for_each_search(tmp_path: Path) -> None:
+    late = write_search(tmp_path, "b", 2, [*make_trial(0, [0.9], "stopped"), *make_trial(1, [0, 0, 0.5], "complete")])
+    early = write_search(tmp_path, "a", 1, make_trial(0, [0, 0, 0.4], "complete"))
+    course = best_so_far(load_trials([late, early]))
+    assert list(course["run_id"]) == ["b:0", "b:1", "a:0"]
+    assert list(course["best"].fillna(-1)) == [-1, 0.5, 0.4]
+    assert list(course["is_best"]) == [False, True, True]
+    assert list(course["order"]) == [1, 2, 1]
+    dtypes = ["string", "int64", "string", "string", "int64", "int64", "float64", "float64", "boolean"]
+    assert [str(dtype) for dtype in course.dtypes] == dtypes
+
+
+def test_find_best_takes_the_newest_finished_search_on_cifar10(tmp_path: Path) -> None:
+    trial = make_trial(0, [0.3, 0.5, 0.7], "complete")
+    states = [
+        write_search(tmp_path, "old", 1, [*make_trial(0, [0.9, 0.9, 0.9], "complete"), FINISH]),
+        write_search(tmp_path, "newest", 2, [*trial, FINISH]),
+        write_search(tmp_path, "unfinished", 3, trial),
+        write_search(tmp_path, "stand-in", 4, [*trial, FINISH], data=SHAPES),
+        write_search(tmp_path, "single", 5, [*trial, FINISH], kind="train"),
+        write_search(tmp_path, "other", 6, [*trial, FINISH], space="s10"),
+    ]
+    for order in (states, states[::-1]):
+        state, found = find_best(order, space="s7")
+        assert (state.header.name, found.run_id) == ("newest", "newest:0")
+        assert find_best(order)[0].header.name == "other"
+
+
+def test_find_best_of_a_named_search_asks_neither_for_its_end_nor_for_cifar10(tmp_path: Path) -> None:
+    states = [write_search(tmp_path, name, 1, TRIALS, data=SHAPES) for name in ("a", "b")]
+    state, trial = find_best(states, search="b")
+    assert state.header.name == "b"
+    assert (trial.number, trial.score) == (1, 0.8)
+    assert find_best(states, space="s7", search="b") == (state, trial)
+
+
+def test_find_best_says_what_there_is_instead(tmp_path: Path) -> None:
+    trial = make_trial(0, [0.3, 0.5, 0.7], "complete")
+    stand_in = write_search(tmp_path, "smoke-1", 1, [*trial, FINISH], data=SHAPES)
+    running = write_search(tmp_path, "s7-2", 2, trial)
+    single = write_search(tmp_path, "single", 3, [*trial, FINISH], kind="train")
+    failed = write_search(tmp_path, "s7-3", 4, [*make_trial(0, [0.3], "failed"), FINISH])
+    empty = write_search(tmp_path, "s7-4", 5, [FINISH])
+    other = write_search(tmp_path, "wide", 6, [*trial, FINISH], space="s7b")
+    rule = "space s7: a finished search on CIFAR-10 must be recorded, got"
+    take = "Name one with --search to take it all the same."
+    for states, answer in (
+        ([stand_in], f"{rule} only on the stand-in (shapes): smoke-1. {take}"),
+        ([stand_in, running], f"{rule} only on the stand-in (shapes): smoke-1; unfinished: s7-2. {take}"),
+        ([running], f"{rule} unfinished: s7-2. {take}"),
+        ([single], f"{rule} none."),
+        ([other], f"{rule} none. Did you mean s7b?"),
+        ([], f"{rule} none."),
+        ([failed], "search s7-3: a complete trial must be there, got 1 failed. Name another search with --search."),
+        ([empty], "search s7-4: a complete trial must be there, got no trial. Name another search with --search."),
+    ):
+        with pytest.raises(RecordError) as error:
+            find_best(states, space="s7")
+        assert str(error.value) == answer
+    with pytest.raises(RecordError, match=r"^searches: a finished search on CIFAR-10 must be recorded, got none\.$"):
+        find_best([])
+
+
+def test_find_best_refuses_an_unknown_search_and_a_wrong_space(state: SearchState) -> None:
+    with pytest.raises(
+        RecordError, match=r"--search: a recorded search must be named, got 's7-2'. Did you mean s7-1\?"
+    ):
+        find_best([state], search="s7-2")
+    with pytest.raises(RecordError, match=r"search s7-1: its space must be s10, got s7\."):
+        find_best([state], space="s10", search="s7-1")
+
+
+@pytest.mark.parametrize("run_id", ["s7-1:4", "s7-1:004"])
+def test_find_run_finds_search_and_trial(state: SearchState, tmp_path: Path, run_id: str) -> None:
+    found, trial = find_run(tmp_path, run_id)
+    assert found == state
+    assert trial == state.trials[4]
+
+
+@pytest.mark.parametrize(
+    "run_id", ["", "s7-1", "s7-1:", ":4", "s7-1:x", "s7-1:-1", "../s7-1:4", "s7-1:4\n", "s7-1:1:2"]
+)
+def test_find_run_refuses_what_is_no_run_id(state: SearchState, tmp_path: Path, run_id: str) -> None:
+    with pytest.raises(RecordError, match=r"run id: NAME:TRIAL such as s10-cpu-1:7 must be given, got"):
+        find_run(tmp_path, run_id)
+
+
+def test_find_run_refuses_unknown_searches_and_trials(state: SearchState, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"must be recorded, got 's7-11'\. Did you mean s7-1\?"):
+        find_run(tmp_path, "s7-11:0")
+    with pytest.raises(RecordError, match=r"s7-1: a trial of the search must be named, got 7 of 7\."):
+        find_run(tmp_path, "s7-1:7")
+
+
+def test_load_searches_gives_the_newest_first_of_a_space_or_a_name(tmp_path: Path) -> None:
+    for name, day, space in (("a", 1, "s7"), ("b", 3, "s10"), ("c", 2, "s7")):
+        write_search(tmp_path, name, day, [], space=space)
+
+    def list_names(**choice: str) -> list[str]:
+        return [state.header.name for state in load_searches(tmp_path, **choice)]
+
+    assert list_names() == ["b", "c", "a"]
+    assert list_names(space="s7") == ["c", "a"]
+    assert list_names(search="a") == ["a"]
+    assert list_names(search="a", space="s7") == ["a"]
+    assert list_names(space="s8") == []
+    assert load_searches(tmp_path / "nowhere") == []
+
+
+def test_load_searches_refuses_an_unknown_name_and_a_wrong_space(state: SearchState, tmp_path: Path) -> None:
+    for name in ("s7-2", "../s7-1", ""):
+        with pytest.raises(RecordError, match="a search of the name must be recorded, got"):
+            load_searches(tmp_path, search=name)
+    with pytest.raises(RecordError, match=r"search s7-1: its space must be s10, got s7\."):
+        load_searches(tmp_path, space="s10", search="s7-1")
+
+
+def test_a_damaged_record_is_told_and_hides_no_other(
+    state: SearchState, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = write_search(tmp_path, "s7-2", 2, TRIALS)
+    path = damaged.folder / "record.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"0.35", b"0.36").replace(b"0.9", b"0.8"))
+    with caplog.at_level(logging.WARNING):
+        assert load_searches(tmp_path) == [state]
+    assert "left out: " in caplog.text
+    assert "s7-2/record.jsonl:" in caplog.text
+    with pytest.raises(RecordError, match=r"s7-2/record.jsonl:\d+: a line must be JSON that fits its CRC"):
+        load_searches(tmp_path, search="s7-2")
+
+
+def test_a_running_search_is_read_as_far_as_it_got(tmp_path: Path) -> None:
+    header = make_header("s7-1")
+    with Record.create(tmp_path / "searches" / "s7-1", header) as record:
+        record.append(make_start(0))
+        record.append(EpochReported(trial=0, result=make_result(1, 0.5)))
+        assert list(load_trials(load_searches(tmp_path))["epochs_done"]) == [1]
+        record.append(EpochReported(trial=0, result=make_result(2, 0.6)))
+        assert list(load_trials(load_searches(tmp_path))["val_acc"]) == [0.6]
+
+
+def test_finding_a_run_imports_nothing_heavy(state: SearchState, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tune_cifar.results import find_best, find_run, load_searches\n"
+        "find_run(Path(sys.argv[1]), 's7-1:0'), find_best(load_searches(Path(sys.argv[1])), search='s7-1')\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_the_tables_of_two_thousand_trials_are_there_at_once(state: SearchState) -> None:
+    start = time.process_time()
+    trials = load_trials([state] * 300)
+    split_groups(trials)
+    assert len(trials) == 2100
+    assert time.process_time() - start < 1.0
