@@ -52,7 +52,7 @@ ROOMS = {
     "torchinfo": {"models/summary"},
     "safetensors": {"checkpoint"},
     "typer": {"cli"},
-    "rich": {"live", "cli", "data"},  # data: the download's progress bar
+    "rich": {"live", "cli"},
 }
 
 

@@ -99,9 +99,9 @@ class FileCheck:
 class Split:
     """Images and labels in one fixed order. A view into this process's only copy: never write into it."""
 
-    images_NCHW: Tensor  # noqa: N815
+    images_NCHW: Tensor
     """uint8 in [0, 255]."""
-    labels_N: Tensor  # noqa: N815
+    labels_N: Tensor
     """int64 in [0, 10)."""
 
     def __len__(self) -> int:

@@ -238,7 +238,7 @@ def load_openings(path: Path, fingerprint: str, data_name: str) -> list[TestOpen
 def _read_opening(row: list[str]) -> TestOpening:
     numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
     cells = dict(zip(OPENINGS_COLUMNS, row, strict=True))
-    return TestOpening(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})  # type: ignore[arg-type]
+    return TestOpening(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})
 
 
 def check_testable(trial: TrialState) -> None:

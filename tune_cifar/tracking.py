@@ -8,20 +8,25 @@ artifacts.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tune_cifar.errors import TrackingError
 from tune_cifar.record import Event, SearchEnded, SearchState, TrialEnded, TrialState
-from tune_cifar.schema import EpochResult, Status, dead_knobs
+from tune_cifar.schema import Status, dead_knobs
 
 # Metrics of a child run, one point per epoch (the metric's step is the epoch); a complete trial has its `score` too.
 EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
@@ -35,6 +40,8 @@ RUN_STATUS: dict[Status, str] = {
 }
 # A log_batch call takes at most this many metrics.
 MAX_METRICS_PER_BATCH = 1000
+# Another search may hold the database's write lock for so long.
+SQLITE_TIMEOUT_SECONDS = 10.0
 
 
 def make_tracking_uri(storage: Path, option: str | None) -> str:
@@ -43,10 +50,11 @@ def make_tracking_uri(storage: Path, option: str | None) -> str:
 
 
 class Tracker:
-    """Ships one record's runs to MLflow. All calls are made from one thread.
+    """Ships one record's runs to MLflow. All calls are made from one thread; a call that failed may be made again.
 
     Raises:
-        TrackingError: from every method, when MLflow cannot be reached or refuses.
+        TrackingError: when the store is a SQLite file that cannot be there. MLflow's own exceptions pass through:
+            `Shipper` turns them into sentences.
     """
 
     def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
@@ -74,7 +82,8 @@ class Tracker:
             "mlflow.note.content": f"`{header.command}`",
         }
         experiment_id = self._find_experiment()
-        self._parent = self._client.create_run(experiment_id, run_name=header.name, tags=tags).info.run_id
+        created = round(1000 * datetime.fromisoformat(header.created).timestamp())
+        self._parent = self._client.create_run(experiment_id, created, tags, header.name).info.run_id
         self._log_artifacts(
             self._parent,
             {
@@ -90,6 +99,8 @@ class Tracker:
 
         if self._parent is None:
             self.ship_parent()
+        if trial.number in self._children:  # an attempt that broke off
+            self._client.delete_run(self._children.pop(trial.number))
         header = self._state.header
         tags = {
             "mlflow.parentRunId": self._parent or "",
@@ -104,11 +115,12 @@ class Tracker:
             "git_commit": header.environment.get("git_commit", ""),
         }
         name = f"{header.name}:{trial.number:03d}"
-        run_id: str = self._client.create_run(self._find_experiment(), run_name=name, tags=tags).info.run_id
+        start = round(1000 * (time.time() - sum(result.epoch_seconds for result in trial.epochs)))
+        run_id: str = self._client.create_run(self._find_experiment(), start, tags, name).info.run_id
         self._children[trial.number] = run_id
         dead = dead_knobs(trial.config)
         living = {knob: value for knob, value in trial.config.model_dump(mode="json").items() if knob not in dead}
-        metrics = _make_metrics(trial)
+        metrics = _make_metrics(trial, start)
         params = [Param(knob, str(value)) for knob, value in living.items()]
         self._client.log_batch(run_id, metrics[:MAX_METRICS_PER_BATCH], params)
         for start in range(MAX_METRICS_PER_BATCH, len(metrics), MAX_METRICS_PER_BATCH):
@@ -118,7 +130,7 @@ class Tracker:
             {
                 "config.json": trial.config.model_dump_json(indent=2),
                 "numerics.json": header.numerics.model_dump_json(indent=2),
-                "environment.json": _to_json(header.environment | {"split_hash": header.data.split_hash}),
+                "environment.json": json.dumps(header.environment | {"split_hash": header.data.split_hash}, indent=2),
             },
         )
         if trial.error_file is not None:
@@ -159,13 +171,16 @@ class Tracker:
 class Shipper:
     """A background thread that hears the record's events and ships what they complete.
 
-    Faults are kept, never raised: `close` returns them as sentences.
+    What MLflow did not take is tried again when the next trial ends, and once more at the end. Faults are kept, never
+    raised: `close` returns them as sentences.
     """
 
     def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
         self._arguments = (tracking_uri, storage, state)
+        self._tracker: Tracker | None = None
         self._events: queue.Queue[Event | None] = queue.Queue()
-        self._faults: list[str] = []
+        self._due: list[TrialEnded | SearchEnded] = []
+        self._fault = ""
         self._thread = threading.Thread(target=self._run, name="mlflow-shipper", daemon=True)
         self._thread.start()
 
@@ -177,21 +192,45 @@ class Shipper:
         """Wait until everything heard is shipped, at most this long; returns what went wrong, one sentence each."""
         self._events.put(None)
         self._thread.join(timeout_seconds)
+        whole = "The record is whole."
         if self._thread.is_alive():
-            self._faults.append(f"MLflow did not take everything within {timeout_seconds:g} s; the record is whole.")
-        return self._faults
+            return [f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {whole}"]
+        return (
+            [f"MLflow must take all runs, got {len(self._due)} left over: {self._fault}. {whole}"] if self._due else []
+        )
 
     def _run(self) -> None:
-        tracker: Tracker | None = None
-        while (event := self._events.get()) is not None:
+        is_over = False
+        while not is_over:
+            events = [self._events.get()]
+            while not self._events.empty():
+                events.append(self._events.get())
+            is_over = None in events
+            ended = [event for event in events if isinstance(event, TrialEnded | SearchEnded)]
+            self._due += ended
+            if ended or is_over:
+                self._ship_due()
+
+    def _ship_due(self) -> None:
+        """Try each due event once, in order; two faults in a row mean that it is not the run's fault: wait."""
+        num_faults = 0
+        for event in list(self._due):
             try:
-                tracker = tracker or Tracker(*self._arguments)
+                self._tracker = self._tracker or Tracker(*self._arguments)
                 if isinstance(event, TrialEnded):
-                    tracker.ship_trial(self._arguments[2].trials[event.trial])
-                elif isinstance(event, SearchEnded):
-                    tracker.ship_end()
+                    self._tracker.ship_trial(self._arguments[2].trials[event.trial])
+                else:
+                    self._tracker.ship_end()
             except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
-                self._faults.append(f"MLflow: {type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}")
+                self._fault = (
+                    f"{type(exc).__name__}: {str(exc).strip().splitlines()[0]}" if str(exc).strip() else repr(exc)
+                )
+                num_faults += 1
+                if num_faults == 2:
+                    return
+            else:
+                self._due.remove(event)
+                num_faults = 0
 
 
 def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
@@ -200,8 +239,8 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
     Raises:
         TrackingError: when the store is a SQLite file that does not exist.
     """
-    path = Path(tracking_uri.removeprefix("sqlite:///"))
-    if tracking_uri.startswith("sqlite:///") and not path.exists():
+    path = _find_sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
         raise TrackingError(
             f"{path}: an MLflow database must be there, got none. Run a search first, or give --storage."
         )
@@ -224,8 +263,29 @@ MLFLOW_ENVIRONMENT = {
 }
 
 
+def _find_sqlite_file(tracking_uri: str) -> Path | None:
+    """The database file of a SQLite address, None for a server's."""
+    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
+
+
+def _check_sqlite(path: Path) -> None:
+    """Refuse at once a database that cannot be written: MLflow itself would try for minutes.
+
+    Raises:
+        TrackingError: with SQLite's own words.
+    """
+    try:
+        with closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as exc:
+        raise TrackingError(f"{path}: a SQLite database must be writable there, got: {exc}") from exc
+
+
 def _make_client(tracking_uri: str) -> Any:
     """A client that never touches MLflow's global state; bounded retries, no telemetry, no migration chatter."""
+    path = _find_sqlite_file(tracking_uri)
+    if path is not None:
+        _check_sqlite(path)
     os.environ.update({name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()})
     from mlflow import MlflowClient
 
@@ -234,28 +294,17 @@ def _make_client(tracking_uri: str) -> Any:
     return MlflowClient(tracking_uri)
 
 
-def _make_metrics(trial: TrialState) -> list[Any]:
+def _make_metrics(trial: TrialState, start: int) -> list[Any]:
+    """All epochs' metrics; the time of an epoch's is `start` (milliseconds since 1970) plus the epochs' seconds."""
     from mlflow.entities import Metric
-    from mlflow.utils.time import get_current_time_millis
 
-    now = get_current_time_millis()
-    metrics = [
-        Metric(name, value, now, result.epoch)
-        for result in trial.epochs
-        for name in EPOCH_METRICS
-        if (value := _read(result, name)) is not None
-    ]
+    metrics, now = [], float(start)
+    for result in trial.epochs:
+        now += 1000 * result.epoch_seconds
+        values = {name: getattr(result, name) for name in EPOCH_METRICS}
+        metrics += [
+            Metric(name, value, round(now), result.epoch) for name, value in values.items() if value is not None
+        ]
     if trial.score is not None and trial.status == "complete":
-        metrics.append(Metric("score", trial.score, now, trial.epochs_done))
+        metrics.append(Metric("score", trial.score, round(now), trial.epochs_done))
     return metrics
-
-
-def _read(result: EpochResult, name: str) -> float | None:
-    value: float | None = getattr(result, name)
-    return value
-
-
-def _to_json(values: dict[str, str]) -> str:
-    import json
-
-    return json.dumps(values, indent=2, sort_keys=True)

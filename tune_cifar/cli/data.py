@@ -13,10 +13,11 @@ from tune_cifar.cli.terminal import print_json, say, stdout
 app = typer.Typer(help="CIFAR-10: download it, check its files.", no_args_is_help=True)
 
 
+Folder = Annotated[Path | None, typer.Argument(help="Where to put it. Default: $TUNE_CIFAR_DATA, else the user cache.")]
+
+
 @app.command()
-def fetch(
-    folder: Annotated[Path | None, typer.Argument(help="Where to put it. Default: the user cache.")] = None,
-) -> None:
+def fetch(folder: Folder = None) -> None:
     """Download CIFAR-10 (163 MB), check it and say where it lies. Does nothing when it is there already.
 
     Example: python -m tune_cifar data fetch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,10 +63,10 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         )
         knobs = [knob for knob in searched if rows[knob].nunique() > 1][:6]
         table = Table("run", "status", "epochs", "val_acc", *knobs, title=title, title_justify="left", box=None)
-        for row in rows.head(top).itertuples():
-            acc = None if row.val_acc != row.val_acc else row.val_acc
-            cells = [format_value(getattr(row, knob)) for knob in knobs]
-            table.add_row(str(row.run_id), str(row.status), str(row.epochs_done), format_percent(acc), *cells)
+        for row in rows.head(top).to_dict("records"):
+            acc = None if math.isnan(row["val_acc"]) else row["val_acc"]
+            cells = [format_value(row[knob]) for knob in knobs]
+            table.add_row(row["run_id"], row["status"], str(row["epochs_done"]), format_percent(acc), *cells)
         stdout().print(table)
         if len(rows) > top:
             say(f"... and {len(rows) - top} more (--top, --csv)\n")
