@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import SHAPES
 from tests.test_engine import curve
 from tune_cifar.checkpoint import CheckpointFolder, load_weights
-from tune_cifar.data import TrainVal
+from tune_cifar.data import DataSource, TrainVal
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record import EpochReported, Event, Record, SearchState, TrialEnded, read_state, search_folder
@@ -26,11 +26,16 @@ EXPLODING: dict[str, Any] = {"schedule": "constant", "max_lr": 5.0, "weight_deca
 
 
 def open_small(
-    storage: Path, numerics: Numerics, name: str | None = "small", resume: bool = False, **changes: Any
+    storage: Path,
+    numerics: Numerics,
+    name: str | None = "small",
+    resume: bool = False,
+    source: DataSource = SHAPES,
+    **changes: Any,
 ) -> tuple[Record, TrainVal]:
-    """A training of 3 epochs of 2 steps, as the command opens it."""
+    """A training of 3 epochs of 2 steps, as the command opens it; `changes` are knobs."""
     space = load_space("smoke", "full", {**SMALL, **changes})
-    return open_training(space, SHAPES, numerics, storage, name, "test", resume)
+    return open_training(space, source, numerics, storage, name, "test", resume)
 
 
 def hear_nothing(state: SearchState, event: Event) -> None:

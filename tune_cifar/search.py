@@ -2,7 +2,7 @@
 
 `SearchDriver` (driver.py) decides and records; it knows nothing of Ray. Three thin adapters hand Tune's calls to it:
 a Searcher (what to try next), a Scheduler (what a result means), a Stopper (when all is over). `TrialWorker` steps the
-training generator inside a worker. The record is written before anything else happens, and everything shown later reads it.
+training generator inside a worker. The record is written before anything else happens; everything shown later reads it.
 """
 
 from __future__ import annotations

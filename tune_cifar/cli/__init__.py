@@ -35,7 +35,7 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """Entry point of the console script and of `python -m tune_cifar`."""
     try:
-        app(prog_name="python -m tune_cifar")
+        app()
     except TuneCifarError as exc:
         from rich.text import Text
 

@@ -41,6 +41,8 @@ def verify(data: options.Data = None, as_json: options.Json = False) -> None:
     checks = verify_data(find_data(data))
     if as_json:
         print_json([check.__dict__ for check in checks])
+    elif not checks:
+        say("The stand-in is generated: it has no files.")
     else:
         table = Table("file", "bytes", "MD5", "verdict", box=None, header_style="bold")
         for check in checks:

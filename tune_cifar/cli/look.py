@@ -62,14 +62,14 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
             f"split {group['split_hash']}"
         )
         knobs = [knob for knob in searched if rows[knob].nunique() > 1][:6]
-        table = Table("run", "status", "epochs", "val_acc", *knobs, title=title, title_justify="left", box=None)
+        table = Table("run", "status", "epochs", "val_acc", *knobs, box=None, header_style="bold")
         for row in rows.head(top).to_dict("records"):
             acc = None if math.isnan(row["val_acc"]) else row["val_acc"]
             cells = [format_value(row[knob]) for knob in knobs]
             table.add_row(row["run_id"], row["status"], str(row["epochs_done"]), format_percent(acc), *cells)
+        say(title, style="bold")
         stdout().print(table)
-        if len(rows) > top:
-            say(f"... and {len(rows) - top} more (--top, --csv)\n")
+        say(f"... and {len(rows) - top} more (--top, --csv)\n" if len(rows) > top else "")
 
 
 def ui(

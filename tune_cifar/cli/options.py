@@ -6,8 +6,22 @@ from typing import Annotated
 
 import typer
 
+
+def complete_space() -> list[str]:
+    """The names that a shell offers after --space."""
+    from tune_cifar.space import list_spaces
+
+    return [path.stem for path in list_spaces()]
+
+
 Space = Annotated[
-    str, typer.Option("--space", help="A name from `spaces list`, or the path of a space file.", rich_help_panel="What")
+    str,
+    typer.Option(
+        "--space",
+        help="A name from `spaces list`, or the path of a space file.",
+        rich_help_panel="What",
+        autocompletion=complete_space,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -54,12 +54,17 @@ def search(
     from tune_cifar.data import find_data
     from tune_cifar.live import SearchView, format_seconds, print_search_summary, print_stand_in_banner
     from tune_cifar.record import find_storage
-    from tune_cifar.search import SearchRequest, prepare_search, run_search
     from tune_cifar.space import load_space, parse_duration, parse_setting
 
     console = stdout()
+    pinned = dict(parse_setting(setting) for setting in settings or [])
+    max_seconds = parse_duration(max_time) if max_time else None
+    source = find_data(data)
+    load_space(space, tier or "cpu", pinned).limit(trials, max_seconds)  # a mistake is told before Ray is imported
+    from tune_cifar.search import SearchRequest, prepare_search, run_search
+
     request = SearchRequest(
-        source=find_data(data),
+        source=source,
         storage=find_storage(storage),
         name=name,
         device=device,
@@ -72,13 +77,12 @@ def search(
         command=this_command(),
         tracking_uri=tracking_uri,
     )
-    pinned = dict(parse_setting(setting) for setting in settings or [])
     if tier is None:
         tier = request.default_tier
         if tier == "cpu":
             say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
-    found = load_space(space, tier, pinned).limit(trials, parse_duration(max_time) if max_time else None)
-    print_stand_in_banner(console, request.source.name)
+    found = load_space(space, tier, pinned).limit(trials, max_seconds)
+    print_stand_in_banner(console, source.name)
     with console.status("measuring 20 training steps and starting the workers ..."):
         plan = prepare_search(found, request)
     say(plan.describe())

@@ -10,7 +10,9 @@ from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stdout
 
 app = typer.Typer(help="The search spaces: list them, read one, check a file of your own.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="A name from `spaces list`, or a path.")]
+Name = Annotated[
+    str, typer.Argument(help="A name from `spaces list`, or a path.", autocompletion=options.complete_space)
+]
 Tier = Annotated[str, typer.Option("--tier", help="full or cpu: the budget tier whose knobs are shown.")]
 
 

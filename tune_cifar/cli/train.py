@@ -42,13 +42,15 @@ def train(
     from tune_cifar.data import find_data
     from tune_cifar.live import TrainingView, print_stand_in_banner
     from tune_cifar.numerics import resolve_numerics
-    from tune_cifar.record import EpochReported, Event, find_storage
+    from tune_cifar.record import EpochReported, Event, check_name, find_storage
     from tune_cifar.space import load_space, parse_setting
     from tune_cifar.tracking import Shipper, make_tracking_uri
     from tune_cifar.train import open_training, run_training
 
     console = stdout()
     folder = find_storage(storage)
+    if name is not None:
+        check_name(name)
     source = find_data(data)
     found = load_space(space, tier, dict(parse_setting(setting) for setting in settings or []))
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic)

@@ -1,0 +1,497 @@
+"""A recorded run trained again: identical, within tolerance or different; and the sealed test set."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SHAPES
+from tests.test_cli import invoke, refuse
+from tests.test_train import EXPLODING, interrupt_small, train_small
+from tune_cifar.checkpoint import load_weights
+from tune_cifar.data import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
+from tune_cifar.errors import ConfigError, DataError, RecordError
+from tune_cifar.numerics import resolve_numerics
+from tune_cifar.record import (
+    EpochReported,
+    Header,
+    Record,
+    SearchEnded,
+    SearchState,
+    TrialEnded,
+    TrialStarted,
+    TrialState,
+    read_state,
+    search_folder,
+)
+from tune_cifar.reproduce import (
+    OPENINGS_COLUMNS,
+    OPENINGS_FILE,
+    SEED_NOISE_FILE,
+    find_openings_file,
+    load_openings,
+    load_recorded_data,
+    load_seed_noise,
+    load_trained,
+    reproduce_run,
+    restore_numerics,
+)
+from tune_cifar.schema import EpochResult, Numerics
+from tune_cifar.space import list_spaces
+
+Change = Callable[[EpochResult], EpochResult]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
+    """A finished training of three epochs on the stand-in; tests copy it and leave it alone."""
+    return train_small(tmp_path_factory.mktemp("runs"), fp32)
+
+
+@pytest.fixture(scope="module")
+def exploded(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
+    """A training that diverged in its second epoch."""
+    return train_small(tmp_path_factory.mktemp("runs"), fp32, **EXPLODING)
+
+
+def keep(result: EpochResult) -> EpochResult:
+    """No change."""
+    return result
+
+
+def rewrite(storage: Path, state: SearchState, change: Change = keep, **header: Any) -> SearchState:
+    """The run recorded once more by the record room itself, with changed epochs or a changed header; weights copied."""
+    old = state.trials[0]
+    folder = search_folder(storage, state.header.name)
+    dump = old.config.model_dump(mode="json")
+    with Record.create(folder, Header(**{**dict(state.header), **header})) as record:
+        record.append(TrialStarted(trial=0, origin="train", params={}, config=dump, fingerprint=old.fingerprint))
+        for result in old.epochs:
+            record.append(EpochReported(trial=0, result=change(result)))
+        score = record.state.trials[0].val_acc if old.status == "complete" else old.score
+        end: dict[str, Any] = {"status": old.status, "reason": old.reason, "weights_file": old.weights_file}
+        record.append(TrialEnded(trial=0, score=score, **end))
+        record.append(SearchEnded(reason="trained", wall_seconds=1.0))
+    shutil.copytree(state.folder / "trials", folder / "trials")
+    return read_state(folder)
+
+
+def change_epoch(epoch: int, **values: Callable[[Any], Any]) -> Change:
+    """Changes the named figures of one epoch."""
+
+    def change(result: EpochResult) -> EpochResult:
+        changed = {name: f(getattr(result, name)) for name, f in values.items()}
+        return result.model_copy(update=changed) if result.epoch == epoch else result
+
+    return change
+
+
+def add_ulp(value: float) -> float:
+    return math.nextafter(value, math.inf)
+
+
+def reproduce(storage: Path, *words: str) -> Any:
+    return invoke("reproduce", "small:0", "--data", "shapes", "--storage", str(storage), *words)
+
+
+def with_torch(numerics: Numerics, torch_version: str) -> Numerics:
+    """The same Numerics, recorded by another version of torch: bits are equal here, and nobody can know it."""
+    return numerics.model_copy(update={"versions": {**numerics.versions, "torch": torch_version}})
+
+
+@pytest.fixture
+def noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that knows the seed noise of smoke: 0.01, so 0.03 is tolerated."""
+    path = tmp_path / "seed_noise.json"
+    path.write_text('{"spaces": {"smoke": {"sd_val_acc": 0.01}}}')
+    monkeypatch.setattr("tune_cifar.reproduce.SEED_NOISE_FILE", path)
+
+
+def test_a_run_trained_again_is_identical(tmp_path: Path, trained: SearchState) -> None:
+    rewrite(tmp_path, trained)
+    answer = reproduce(tmp_path)
+    assert answer.exit_code == 0, answer.output
+    lines = answer.stdout.splitlines()
+    assert lines[0].startswith("small:0 (smoke, train, complete, 3 epochs) is trained again, fingerprint ")
+    assert [line.endswith("agrees") for line in lines[1:4]] == [True] * 3
+    assert lines[4:] == ["identical over 3 epochs"]
+
+
+def test_reproduce_with_json_prints_one_document_on_stdout_and_progress_on_stderr(
+    tmp_path: Path, trained: SearchState
+) -> None:
+    rewrite(tmp_path, trained)
+    answer = reproduce(tmp_path, "--json")
+    assert answer.exit_code == 0
+    assert json.loads(answer.stdout) == {
+        "run_id": "small:0",
+        "search": "small",
+        "fingerprint": trained.trials[0].fingerprint,
+        "verdict": "identical",
+        "epochs": 3,
+        "first_different": None,
+        "detail": "",
+        "numerics": [],
+    }
+    assert "identical over 3 epochs" in answer.stderr
+
+
+@pytest.mark.parametrize("field", ["train_loss", "train_acc", "val_loss", "val_acc", "lr"])
+def test_one_ulp_in_a_recorded_figure_is_different_and_names_the_first_epoch(
+    tmp_path: Path, trained: SearchState, field: str
+) -> None:
+    state = rewrite(tmp_path, trained, change_epoch(2, **{field: add_ulp}))
+    before, now = (getattr(found.trials[0].epochs[1], field) for found in (state, trained))
+    answer = reproduce(tmp_path, "--json")
+    assert answer.exit_code == 1
+    found = json.loads(answer.stdout)
+    assert (found["verdict"], found["first_different"], found["epochs"]) == ("different", 2, 2)
+    assert found["detail"] == f"epoch 2: {field} recorded {before!r}, now {now!r}"
+    assert "different over 2 epochs" in answer.stderr and "DIFFERS" in answer.stderr
+
+
+def test_what_measures_the_machine_need_not_come_back(tmp_path: Path, trained: SearchState) -> None:
+    slower = change_epoch(1, epoch_seconds=lambda s: s + 9.0, images_per_second=lambda n: n / 2, peak_memory_mb=add_ulp)
+    rewrite(tmp_path, trained, slower)
+    assert reproduce(tmp_path).exit_code == 0
+
+
+@pytest.mark.usefixtures("noise")
+def test_under_other_numerics_the_verdict_is_within_tolerance_and_names_what_differs(
+    tmp_path: Path, trained: SearchState
+) -> None:
+    numerics = with_torch(trained.header.numerics, "2.0.0")
+    shift = change_epoch(3, val_acc=lambda acc: acc + 0.0299, train_loss=lambda loss: loss * 2)
+    rewrite(tmp_path, trained, shift, numerics=numerics)
+    answer = reproduce(tmp_path, "--json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    change = f"torch: 2.0.0 -> {trained.header.numerics.versions['torch']}"
+    assert (found["verdict"], found["numerics"]) == ("within tolerance", [change])
+    assert f"numerics differ: {change}" in answer.stderr
+
+
+@pytest.mark.usefixtures("noise")
+def test_under_other_numerics_more_than_three_sds_are_different(tmp_path: Path, trained: SearchState) -> None:
+    numerics = with_torch(trained.header.numerics, "2.0.0")
+    state = rewrite(tmp_path, trained, change_epoch(1, val_acc=lambda acc: acc + 0.0301), numerics=numerics)
+    answer = reproduce(tmp_path)
+    assert answer.exit_code == 1
+    before, now = (found.trials[0].epochs[0].val_acc for found in (state, trained))
+    assert f"epoch 1: val_acc recorded {before:.4f}, now {now:.4f}, more than 0.0300 apart" in answer.stdout
+    assert "different over 1 epochs" in answer.stdout
+
+
+def test_under_other_numerics_an_unmeasured_space_is_refused_with_the_way_to_measure_it(
+    tmp_path: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "none.json").write_text('{"spaces": {}}')
+    monkeypatch.setattr("tune_cifar.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
+    rewrite(tmp_path, trained, numerics=with_torch(trained.header.numerics, "2.0.0"))
+    sentence = refuse(ConfigError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path))
+    assert sentence.startswith("small:0: the Numerics differ (torch: 2.0.0 -> ")
+    assert sentence.endswith("Measure it: python benchmarks/seed_noise.py.")
+
+
+def test_the_committed_seed_noise_is_of_known_spaces_and_plausible() -> None:
+    table = json.loads(SEED_NOISE_FILE.read_text(encoding="utf-8"))["spaces"]
+    assert set(table) <= {path.stem for path in list_spaces()}
+    for space in table:
+        sd = load_seed_noise(space)
+        assert sd is not None and 0 < sd < 0.2
+    assert load_seed_noise("no such space") is None
+
+
+def test_recorded_numerics_are_restored_where_they_can_be(fp32: Numerics) -> None:
+    recorded = with_torch(fp32, "1.0").model_copy(
+        update={"precision": "bf16", "threads": 2, "memory_format": "contiguous", "device_name": "elsewhere"}
+    )
+    here = restore_numerics(recorded)
+    assert (here.precision, here.threads, here.memory_format) == ("bf16", 2, "contiguous")
+    assert (here.versions, here.device_name) == (fp32.versions, fp32.device_name)
+
+
+def test_a_diverged_run_that_diverges_again_at_the_same_step_is_identical(
+    tmp_path: Path, exploded: SearchState
+) -> None:
+    rewrite(tmp_path, exploded)
+    answer = reproduce(tmp_path)
+    assert answer.exit_code == 0, answer.output
+    assert "identical over 1 epochs" in answer.stdout
+
+
+def test_a_diverged_run_that_diverges_elsewhere_or_no_more_is_different(
+    shapes_small: Any, exploded: SearchState, trained: SearchState, fp32: Numerics
+) -> None:
+    old = exploded.trials[0]
+    elsewhere = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, old.epochs, "diverged")
+    elsewhere.reason = old.reason.replace("at epoch 2, step", "at epoch 2, step 1")
+    outcome, _ = reproduce_run(exploded, elsewhere, shapes_small, fp32, hear_pair)
+    assert (outcome.verdict, outcome.first_different) == ("different", 2)
+    assert outcome.detail == f"recorded: {elsewhere.reason} Now: {old.reason}"
+    sound = trained.trials[0]
+    no_more = TrialState(
+        0, sound.run_id, sound.origin, {}, sound.config, sound.fingerprint, sound.epochs[:1], "diverged"
+    )
+    outcome, _ = reproduce_run(trained, no_more, shapes_small, fp32, hear_pair)
+    assert (outcome.verdict, outcome.first_different) == ("different", 2)
+    assert outcome.detail.endswith("Now the loss stayed finite.")
+
+
+def test_a_run_that_diverges_now_and_did_not_then_is_different(
+    shapes_small: Any, exploded: SearchState, fp32: Numerics
+) -> None:
+    old = exploded.trials[0]
+    epochs = [old.epochs[0], old.epochs[0].model_copy(update={"epoch": 2})]
+    finite = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, epochs, "stopped")
+    outcome, _ = reproduce_run(exploded, finite, shapes_small, fp32, hear_pair)
+    assert (outcome.verdict, outcome.first_different) == ("different", 2)
+    assert outcome.detail == f"epoch 2: recorded as finite, now {old.reason}"
+
+
+def hear_pair(recorded: EpochResult, fresh: EpochResult, difference: str | None) -> None:
+    """Hears of epochs."""
+
+
+@pytest.fixture
+def shapes_small(trained: SearchState) -> Any:
+    return load_recorded_data(trained, trained.trials[0], SHAPES)
+
+
+def test_only_as_many_epochs_as_were_recorded_are_trained(
+    shapes_small: Any, trained: SearchState, fp32: Numerics
+) -> None:
+    old = trained.trials[0]
+    stopped = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, old.epochs[:1], "stopped")
+    outcome, trainer = reproduce_run(trained, stopped, shapes_small, fp32, hear_pair)
+    assert (outcome.verdict, outcome.epochs, trainer.epoch) == ("identical", 1, 1)
+
+
+def test_a_run_without_an_epoch_is_refused(tmp_path: Path, trained: SearchState) -> None:
+    rewrite(tmp_path, trained)
+    path = search_folder(tmp_path, "small") / "record.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    sentence = refuse(RecordError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path))
+    assert sentence == "small:0: at least one recorded epoch must be there to compare, got none."
+
+
+def test_an_unknown_run_is_refused_with_the_nearest_name(tmp_path: Path, trained: SearchState) -> None:
+    rewrite(tmp_path, trained)
+    words = ("--data", "shapes", "--storage", str(tmp_path))
+    assert "got 'smal'. Did you mean small?" in refuse(RecordError, "reproduce", "smal:0", *words)
+    assert "a trial of the search must be named, got 7 of 1" in refuse(RecordError, "reproduce", "small:7", *words)
+    assert "NAME:TRIAL such as s10-cpu-1:7 must be given" in refuse(RecordError, "reproduce", "small", *words)
+
+
+def test_a_run_on_the_stand_in_asks_for_the_stand_in(
+    tmp_path: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(tmp_path, trained)
+    sentence = refuse(DataError, "reproduce", "small:0", "--storage", str(tmp_path))
+    assert sentence == "small:0: it was trained on the generated stand-in. Give --data shapes."
+    monkeypatch.setenv("TUNE_CIFAR_DATA", "shapes")
+    assert invoke("reproduce", "small:0", "--storage", str(tmp_path)).exit_code == 0
+
+
+def test_a_run_on_cifar10_refuses_the_stand_in(tmp_path: Path, trained: SearchState) -> None:
+    info = trained.header.data.model_copy(update={"name": "cifar10", "split_hash": "0123"})
+    rewrite(tmp_path, trained, data=info)
+    sentence = refuse(DataError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path))
+    assert sentence.startswith("small:0: the data must be the recorded cifar10 with split 0123, got shapes with ")
+    assert sentence.endswith("Point --data at CIFAR-10.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("small:0", "--best"), ("--best",), ("small:0", "--no-retrain"), ("small:0", "--again")],
+    ids=" ".join,
+)
+def test_options_that_contradict_each_other_are_wrong_usage(tmp_path: Path, words: tuple[str, ...]) -> None:
+    answer = invoke("reproduce", *words, "--storage", str(tmp_path))
+    assert answer.exit_code == 2 and "Invalid value" in answer.stderr
+
+
+def test_reproduce_best_takes_the_best_trial_of_the_named_search(tmp_path: Path, trained: SearchState) -> None:
+    rewrite(tmp_path, trained)
+    words = ("reproduce", "--best", "--data", "shapes", "--storage", str(tmp_path), "--json")
+    answer = invoke(*words, "--search", "small")
+    assert answer.exit_code == 0 and json.loads(answer.stdout)["run_id"] == "small:0"
+    assert "a finished search on CIFAR-10 must be recorded" in refuse(RecordError, *words, "--space", "smoke")
+
+
+# The sealed test set
+
+
+def read_openings(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_asked(
+    workplace: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stand-in the openings stay in the run store, although ./analysis is there."""
+    monkeypatch.setattr("tune_cifar.shapes._NUM_TEST_IMAGES", 1000)  # of 10,000: judging all takes 10 s in fp32
+    (workplace / "analysis").mkdir()
+    storage = workplace / "runs"
+    rewrite(storage, trained)
+    words = ("reproduce", "small:0", "--data", "shapes", "--test", "--no-retrain")
+    first = invoke(*words)
+    assert first.exit_code == 0, first.output
+    path = storage / OPENINGS_FILE
+    (row,) = read_openings(path)
+    assert tuple(row) == OPENINGS_COLUMNS and b"\r" not in path.read_bytes()
+    assert (row["run_id"], row["fingerprint"], row["data"]) == ("small:0", trained.trials[0].fingerprint, "shapes")
+    assert (row["images"], row["seed"]) == ("1000", "0")
+    assert row["command"] == "python -m tune_cifar " + " ".join(words)
+    assert row["date"].endswith("Z") and 0 <= float(row["test_acc"]) <= 1
+    percent = f"test accuracy {100 * float(row['test_acc']):.2f} % on 1000 images (stand-in data, NOT CIFAR-10)"
+    assert percent in first.stdout and f"written into {path}" in first.stdout
+    assert list((workplace / "analysis").iterdir()) == []
+
+    content = path.read_bytes()
+    shutil.rmtree(search_folder(storage, "small") / "trials")  # without weights nothing could be judged again
+    second = invoke(*words, "--json")
+    assert second.exit_code == 0 and path.read_bytes() == content
+    found = json.loads(second.stdout)
+    assert (found["test_opened_before"], found["test"]["test_acc"]) == (True, float(row["test_acc"]))
+    assert f"opened before, for small:0 on {row['date']}; --again opens it again" in second.stderr
+
+    third = invoke("reproduce", "small:0", "--data", "shapes", "--test", "--again", "--json")
+    assert third.exit_code == 0, third.output
+    found = json.loads(third.stdout)
+    assert (found["verdict"], found["test_opened_before"]) == ("identical", False)
+    rows = read_openings(path)
+    assert len(rows) == 2 and rows[0] == row and rows[1]["test_acc"] == row["test_acc"]
+    assert rows[1]["test_loss"] == row["test_loss"], "the kept weights and the training done again are the same"
+
+
+def test_an_earlier_opening_does_not_spare_the_training_again(workplace: Path, trained: SearchState) -> None:
+    storage = workplace / "runs"
+    rewrite(storage, trained, change_epoch(1, train_loss=add_ulp))
+    write_opening(storage / OPENINGS_FILE, trained.trials[0], "shapes")
+    answer = reproduce(storage, "--test", "--json")
+    assert answer.exit_code == 1
+    found = json.loads(answer.stdout)
+    assert found["verdict"] == "different" and "test" not in found
+
+
+def write_opening(path: Path, trial: TrialState, data: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = [OPENINGS_COLUMNS, ("d", "c", trial.fingerprint, 0, trial.run_id, data, 10000, 0.5, 1.5, "x, y")]
+        csv.writer(file).writerows(rows)
+
+
+def test_openings_of_other_trainings_and_other_data_do_not_count(tmp_path: Path, trained: SearchState) -> None:
+    trial, path = trained.trials[0], tmp_path / OPENINGS_FILE
+    assert load_openings(path, trial.fingerprint, "shapes") == []
+    path.touch()
+    assert load_openings(path, trial.fingerprint, "shapes") == []
+    write_opening(path, trial, "shapes")
+    assert load_openings(path, "another", "shapes") == []
+    assert load_openings(path, trial.fingerprint, "cifar10") == []
+    (opening,) = load_openings(path, trial.fingerprint, "shapes")
+    assert (opening.test_acc, opening.images, opening.command) == (0.5, 10000, "x, y")
+
+
+@pytest.mark.parametrize("content", ["date,commit\n", ",".join(OPENINGS_COLUMNS) + "\nonly,three,cells\n"])
+def test_an_openings_file_that_was_damaged_by_hand_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / OPENINGS_FILE).write_text(content)
+    with pytest.raises(RecordError, match=r"TEST_OPENINGS\.csv: rows of date, commit, .* Mend it or move it away\.$"):
+        load_openings(tmp_path / OPENINGS_FILE, "f", "shapes")
+
+
+def test_openings_of_cifar10_lie_in_the_checkout_where_there_is_one(workplace: Path) -> None:
+    storage = workplace / "runs"
+    assert find_openings_file(storage, "cifar10") == storage / OPENINGS_FILE
+    (workplace / "analysis").mkdir()
+    assert find_openings_file(storage, "cifar10") == workplace / "analysis" / OPENINGS_FILE
+    assert find_openings_file(storage, "shapes") == storage / OPENINGS_FILE
+
+
+def test_nothing_is_judged_when_the_opening_cannot_be_written_down(tmp_path: Path, trained: SearchState) -> None:
+    rewrite(tmp_path, trained)
+    (tmp_path / OPENINGS_FILE).symlink_to(tmp_path / "no such folder" / "x.csv")
+    words = ("--data", "shapes", "--storage", str(tmp_path), "--test", "--no-retrain")
+    sentence = refuse(RecordError, "reproduce", "small:0", *words)
+    assert sentence.endswith("TEST_OPENINGS.csv: every opening must be written down, got 'No such file or directory'.")
+
+
+def test_a_training_that_is_not_complete_is_not_tested(tmp_path: Path, fp32: Numerics) -> None:
+    interrupt_small(tmp_path, fp32, epoch=1)
+    words = ("reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path), "--test")
+    sentence = "small:0: only a complete training may be tested, got a running one."
+    assert refuse(RecordError, *words) == refuse(RecordError, *words, "--no-retrain") == sentence
+
+
+def test_missing_weights_are_refused_with_the_way_out(tmp_path: Path, trained: SearchState) -> None:
+    state = rewrite(tmp_path, trained)
+    (state.folder / str(state.trials[0].weights_file)).unlink()
+    words = ("--data", "shapes", "--storage", str(tmp_path), "--test", "--no-retrain")
+    sentence = refuse(RecordError, "reproduce", "small:0", *words)
+    assert sentence.startswith("small:0: weights must have been kept, got none")
+    assert sentence.endswith("Leave out --no-retrain to train it again.")
+    assert not (tmp_path / OPENINGS_FILE).exists()
+
+
+def test_kept_weights_are_those_of_the_last_epoch(trained: SearchState, shapes_small: Any, fp32: Numerics) -> None:
+    trial = trained.trials[0]
+    trainer = load_trained(trained, trial, shapes_small, fp32)
+    assert trainer.evaluate(shapes_small.val) == (trial.epochs[-1].val_loss, trial.epochs[-1].val_acc)
+    assert set(load_weights(trained.folder / str(trial.weights_file))) == set(trainer.model.state_dict())
+
+
+@pytest.fixture
+def sealed(workplace: Path, cifar10: DataSource) -> Path:
+    """A folder with CIFAR-10 without its test file, by links."""
+    assert cifar10.folder is not None
+    folder = workplace / "data" / BATCHES_FOLDER
+    folder.mkdir(parents=True)
+    for name in FILES:
+        if name != TEST_FILE:
+            (folder / name).symlink_to(cifar10.folder / BATCHES_FOLDER / name)
+    return folder
+
+
+@pytest.mark.real_data
+def test_training_works_without_the_test_file_and_the_test_names_it_until_it_is_back(
+    workplace: Path, sealed: Path, cifar10: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)  # ./data is found by itself
+    (workplace / "analysis").mkdir()
+    source = DataSource("cifar10", sealed.parent)
+    quickest = resolve_numerics("cpu", "auto")
+    assert train_small(workplace / "runs", quickest, source=source).trials[0].status == "complete"
+    words = ("reproduce", "small:0", "--test", "--no-retrain")
+    path = workplace / "analysis" / OPENINGS_FILE
+    sentence = refuse(DataError, *words)
+    assert f"{sealed / TEST_FILE}: the file must exist, found none." in sentence
+    assert not path.exists()
+    assert cifar10.folder is not None
+    (sealed / TEST_FILE).symlink_to(cifar10.folder / BATCHES_FOLDER / TEST_FILE)
+    answer = invoke(*words)
+    assert answer.exit_code == 0, answer.output
+    (row,) = read_openings(path)
+    assert (row["data"], row["images"]) == ("cifar10", "10000") and "NOT CIFAR-10" not in answer.stdout
+    (sealed / TEST_FILE).unlink()
+    assert f"opened before, for small:0 on {row['date']}" in invoke(*words).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_search_works_without_the_test_file(workplace: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_cli import run_in_a_process
+
+    monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
+    words = ("search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "sealed", "--precision", "fp32")
+    answer = run_in_a_process(*words)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "sealed ended after" in answer.stdout and not (sealed / TEST_FILE).exists()
+    assert "identical over 2 epochs" in run_in_a_process("reproduce", "--best", "--space", "smoke").stdout
