@@ -231,9 +231,10 @@ def test_a_diverged_run_that_diverges_elsewhere_or_no_more_is_different(
     shapes_small: Any, exploded: SearchState, trained: SearchState, fp32: Numerics
 ) -> None:
     old = exploded.trials[0]
+    data = load_recorded_data(exploded, old, SHAPES)
     elsewhere = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, old.epochs, "diverged")
     elsewhere.reason = old.reason.replace("at epoch 2, step", "at epoch 2, step 1")
-    outcome, _ = reproduce_run(exploded, elsewhere, shapes_small, fp32, hear_pair)
+    outcome, _ = reproduce_run(exploded, elsewhere, data, fp32, hear_pair)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
     assert outcome.detail == f"recorded: {elsewhere.reason} Now: {old.reason}"
     sound = trained.trials[0]
@@ -245,13 +246,12 @@ def test_a_diverged_run_that_diverges_elsewhere_or_no_more_is_different(
     assert outcome.detail.endswith("Now the loss stayed finite.")
 
 
-def test_a_run_that_diverges_now_and_did_not_then_is_different(
-    shapes_small: Any, exploded: SearchState, fp32: Numerics
-) -> None:
+def test_a_run_that_diverges_now_and_did_not_then_is_different(exploded: SearchState, fp32: Numerics) -> None:
     old = exploded.trials[0]
+    data = load_recorded_data(exploded, old, SHAPES)
     epochs = [old.epochs[0], old.epochs[0].model_copy(update={"epoch": 2})]
     finite = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, epochs, "stopped")
-    outcome, _ = reproduce_run(exploded, finite, shapes_small, fp32, hear_pair)
+    outcome, _ = reproduce_run(exploded, finite, data, fp32, hear_pair)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
     assert outcome.detail == f"epoch 2: recorded as finite, now {old.reason}"
 
@@ -338,7 +338,9 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     workplace: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the stand-in the openings stay in the run store, although ./analysis is there."""
-    monkeypatch.setattr("tune_cifar.shapes._NUM_TEST_IMAGES", 1000)  # of 10,000: judging all takes 10 s in fp32
+    monkeypatch.setattr(
+        "tune_cifar.shapes._NUM_TEST_IMAGES", 1000
+    )  # a whole chunk, of 10,000: judging all takes 10 s in fp32
     (workplace / "analysis").mkdir()
     storage = workplace / "runs"
     rewrite(storage, trained)
@@ -490,7 +492,8 @@ def test_search_works_without_the_test_file(workplace: Path, sealed: Path, monke
     from tests.test_cli import run_in_a_process
 
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
-    words = ("search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "sealed", "--precision", "fp32")
+    words = ["search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "sealed"]
+    words += [f"--set={setting}" for setting in ("train_size=200", "val_size=100", "batch_size=50", "epochs=2")]
     answer = run_in_a_process(*words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "sealed ended after" in answer.stdout and not (sealed / TEST_FILE).exists()

@@ -105,3 +105,31 @@ def test_form_and_ground_are_both_dark_and_light_in_every_class(chunk: npt.NDArr
     corner = chunk[:, :, :3, :3].mean(axis=(1, 2, 3)) > 127
     for label in range(NUM_CLASSES):
         assert 0.2 < corner[label::NUM_CLASSES].mean() < 0.8
+
+
+@pytest.mark.slow
+def test_s7_learns_the_stand_in_in_a_few_epochs() -> None:
+    from tests.conftest import SHAPES
+    from tune_cifar.data import load_train_val
+    from tune_cifar.engine import Trainer
+    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.schema import TrainConfig
+
+    config = TrainConfig(
+        model="s7",
+        optimizer="sgd",
+        schedule="onecycle",
+        max_lr=0.05,
+        batch_size=32,
+        epochs=5,
+        train_size=2000,
+        val_size=1000,
+        hflip_p=0.3,
+        rotate_limit=30.0,
+        shift_limit=0.1,
+        scale_limit=0.1,
+        shift_scale_rotate_p=0.5,
+        gray_p=0.5,
+    )
+    *_, last = Trainer(config, load_train_val(SHAPES, 2000, 1000), resolve_numerics("cpu", "fp32"))
+    assert last.val_acc is not None and last.val_acc > 0.9

@@ -20,9 +20,9 @@ from tune_cifar.schema import Numerics
 from tune_cifar.space import load_space
 from tune_cifar.train import ERROR, WEIGHTS, Listener, open_training, run_training
 
-SMALL: dict[str, Any] = {"train_size": 60, "val_size": 50, "epochs": 3, "batch_size": 30}
+SMALL: dict[str, Any] = {"train_size": 20, "val_size": 20, "epochs": 3, "batch_size": 10}
 # Diverges in the middle of the second epoch (6 steps each): every step multiplies the weights by about -4.
-EXPLODING: dict[str, Any] = {"schedule": "constant", "max_lr": 5.0, "weight_decay": 1.0, "batch_size": 10}
+EXPLODING: dict[str, Any] = {"schedule": "constant", "max_lr": 5.0, "weight_decay": 1.0, "train_size": 60}
 
 
 def open_small(
@@ -141,7 +141,8 @@ def test_resume_with_a_changed_knob_is_refused_with_what_changed_and_frees_the_r
     with pytest.raises(ConfigError) as caught:
         open_small(tmp_path, fp32, resume=True, max_lr=0.02, seed=3)
     rule = "--resume: small must be unfinished and as it was recorded"
-    assert str(caught.value) == f"{rule}, got max_lr: 0.015 -> 0.02; seed: 0 -> 3."
+    recorded = load_space("smoke").baseline.max_lr
+    assert str(caught.value) == f"{rule}, got max_lr: {recorded} -> 0.02; seed: 0 -> 3."
     record, _ = open_small(tmp_path, fp32, resume=True)
     record.close()
 
@@ -153,9 +154,9 @@ def test_resume_under_other_numerics_is_refused_with_what_changed(tmp_path: Path
 
 
 def test_resume_of_a_finished_training_is_refused(tmp_path: Path, fp32: Numerics) -> None:
-    train_small(tmp_path, fp32, epochs=1, batch_size=10)
+    train_small(tmp_path, fp32, epochs=2)
     with pytest.raises(ConfigError, match=r"small must be unfinished .* got a finished training\.$"):
-        open_small(tmp_path, fp32, resume=True, epochs=1, batch_size=10)
+        open_small(tmp_path, fp32, resume=True, epochs=2)
 
 
 def test_resume_needs_the_name_of_a_record(tmp_path: Path, fp32: Numerics) -> None:

@@ -154,11 +154,12 @@ class SearchView:
         line = f"{len(state.trials)}/{self._num_trials} trials: {counts}"
         if state.best is not None:
             line += f"   best {format_percent(state.best.score)} (trial {state.best.number})"
-            if state.baseline_score is not None and state.best.score is not None:
-                line += f", {100 * (state.best.score - state.baseline_score):+.2f} points over the baseline"
+            score, baseline = state.best.score, state.baseline_score
+            if score is not None and baseline is not None and state.best.origin != "baseline":
+                line += f", {100 * (score - baseline):+.2f} points over the baseline"
         is_training = any(trial.epochs for trial in state.trials.values())
         left = f"about {format_seconds(self.eta_seconds())} to go" if is_training else "the workers are starting"
-        return Text(f"{line}   {format_seconds(time.monotonic() - self._start)} gone, {left}")
+        return Text(f"{line}\n{format_seconds(time.monotonic() - self._start)} gone, {left}")
 
 
 def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
@@ -260,7 +261,7 @@ class TrainingView:
 
     def __init__(self, console: Console, data: DataInfo) -> None:
         self._console = console
-        self._stand_in = " (stand-in data)" if data.name == "shapes" else ""
+        self._data = "" if data.name == "cifar10" else f" ({data.name})"
         columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
         self._progress = _StepProgress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
 
@@ -287,7 +288,7 @@ class TrainingView:
         self._console.print(
             f"epoch {result.epoch}: train_loss {result.train_loss:.4f}, train_acc {format_percent(result.train_acc)}, "
             f"val_acc {format_percent(result.val_acc)}, lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
-            f"about {format_seconds(left)} to go{self._stand_in}{note}",
+            f"{format_seconds(left)} left{self._data}{note}",
             markup=False,
             highlight=False,
             soft_wrap=not self._console.is_terminal,

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -234,25 +235,53 @@ class Shipper:
 
 
 def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
-    """Start MLflow's UI on loopback; returns the process and the page's address.
+    """Start MLflow's UI on loopback; returns the process and the page's address as soon as the page answers.
+
+    `stop_ui` ends it. It runs in a session of its own: a terminal's Ctrl-C reaches the caller alone.
 
     Raises:
-        TrackingError: when the store is a SQLite file that does not exist.
+        TrackingError: when the store is a SQLite file that does not exist, the port is in use, or MLflow ends instead
+            of answering.
     """
     path = _find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
-        raise TrackingError(
-            f"{path}: an MLflow database must be there, got none. Run a search first, or give --storage."
-        )
+        hint = "Run a search first, or give --storage."
+        raise TrackingError(f"{path}: an MLflow database must be there, got none. {hint}")
     if port is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)], env=os.environ | MLFLOW_ENVIRONMENT
-    )
+    elif _is_listening(port):
+        raise TrackingError(f"--port: a free port must be given, got {port}, which is in use. Leave it out.")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri, "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-opts", "--log-level warning"]
+    environment = os.environ | MLFLOW_ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # What it says on stdout is chatter; faults come on stderr.
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not _is_listening(port):
+            if process.poll() is not None:
+                raise TrackingError(f"ui: MLflow must keep running, got exit status {process.returncode}.")
+            time.sleep(0.1)
+    except BaseException:
+        stop_ui(process)
+        raise
     return process, f"http://127.0.0.1:{port}"
+
+
+def stop_ui(process: subprocess.Popen[bytes]) -> None:
+    """End the UI and every process that it started."""
+    for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+def _is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 MLFLOW_ENVIRONMENT = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,15 +83,23 @@ def ui(
     Example: python -m tune_cifar ui
     """
     from tune_cifar.record import find_storage
-    from tune_cifar.tracking import make_tracking_uri, run_ui
+    from tune_cifar.tracking import make_tracking_uri, run_ui, stop_ui
 
-    process, address = run_ui(make_tracking_uri(find_storage(storage), tracking_uri), port)
-    say(f"MLflow UI: {address}  (Ctrl-C ends it)")
+    # A closed terminal and `kill` end it as Ctrl-C does: nothing of MLflow stays behind.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    process = None
     try:
+        with stdout().status("starting MLflow's UI ..."):
+            process, address = run_ui(make_tracking_uri(find_storage(storage), tracking_uri), port)
+        say(f"MLflow UI: {address}  (Ctrl-C ends it)")
         raise typer.Exit(process.wait())
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait(timeout=10)
+        say("ended")
+    finally:
+        if process is not None:
+            stop_ui(process)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def models(

@@ -9,39 +9,43 @@ import typer
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import repeat_options, say, stderr, stdout, this_command
 
+Tier = Annotated[
+    str | None,
+    typer.Option(
+        "--tier", metavar="full|cpu", help="Budget. Default: full with a GPU, else cpu.", rich_help_panel="What"
+    ),
+]
+Trials = Annotated[int | None, typer.Option("--trials", metavar="N", help="At most N trials.", rich_help_panel="What")]
+MaxTime = Annotated[
+    str | None, typer.Option("--max-time", metavar="8m", help="Such as 90s, 8m, 2h.", rich_help_panel="What")
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What")
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of the sampler.", rich_help_panel="What")]
+Gpus = Annotated[
+    float | None,
+    typer.Option("--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU.", rich_help_panel="How"),
+]
+MaxConcurrent = Annotated[
+    int | None,
+    typer.Option("--max-concurrent", metavar="N", help="Trials at once. Default: as fit.", rich_help_panel="How"),
+]
+
 
 def search(
     space: options.Space,
-    tier: Annotated[
-        str | None,
-        typer.Option(
-            "--tier", metavar="full|cpu", help="Budget. Default: full with a GPU, else cpu.", rich_help_panel="What"
-        ),
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option("--trials", metavar="N", help="At most N trials.", rich_help_panel="What")
-    ] = None,
-    max_time: Annotated[
-        str | None, typer.Option("--max-time", metavar="8m", help="Such as 90s, 8m, 2h.", rich_help_panel="What")
-    ] = None,
+    tier: Tier = None,
+    trials: Trials = None,
+    max_time: MaxTime = None,
     settings: options.Settings = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Of the sampler.", rich_help_panel="What")
-    ] = None,
+    name: Name = None,
+    seed: Seed = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     cpus_per_trial: options.Cpus = 1,
-    gpus_per_trial: Annotated[
-        float | None,
-        typer.Option("--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU.", rich_help_panel="How"),
-    ] = None,
-    max_concurrent: Annotated[
-        int | None,
-        typer.Option("--max-concurrent", metavar="N", help="Trials at once. Default: as fit.", rich_help_panel="How"),
-    ] = None,
+    gpus_per_trial: Gpus = None,
+    max_concurrent: MaxConcurrent = None,
     deterministic: options.Deterministic = False,
     data: options.Data = None,
     tracking_uri: options.TrackingUri = None,
