@@ -8,6 +8,7 @@ waits for the device inside an epoch on CUDA.
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class Trainer:
         an EpochResult after each epoch, until config.epochs are done.
 
     Raises:
-        Diverged: when a training loss is not finite.
+        Diverged: when a training or validation loss is not finite.
         ConfigError: when the schedule cannot be built.
     """
 
@@ -100,6 +101,8 @@ class Trainer:
         train_loss, train_acc, lr = self._train_epoch()
         trained = time.perf_counter()
         val_loss, val_acc = self.evaluate(self._val) if self._val else (None, None)
+        if val_loss is not None and not math.isfinite(val_loss):
+            raise Diverged(self.epoch + 1, self.step)
         self.epoch += 1
         result = EpochResult(
             epoch=self.epoch,

@@ -16,7 +16,7 @@ from typing import Literal
 from tune_cifar.checkpoint import CheckpointFolder, save_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
-from tune_cifar.errors import ConfigError, Diverged
+from tune_cifar.errors import ConfigError, Diverged, RecordError
 from tune_cifar.numerics import compare_numerics, describe_environment
 from tune_cifar.record import (
     EpochReported,
@@ -98,19 +98,21 @@ def run_training(
     folder.mkdir(parents=True, exist_ok=True)
     reported = trial.epochs_done
     try:
-        for result in train_trial(config, data, numerics, folder, on_trainer):
-            if result.epoch > reported:
-                append(EpochReported(trial=0, result=result))
+        if trial.status == "running":
+            for result in train_trial(config, data, numerics, folder, on_trainer):
+                if result.epoch > reported:
+                    append(EpochReported(trial=0, result=result))
+            score, weights_file = trial.val_acc, relative(record, folder / WEIGHTS)
+            append(TrialEnded(trial=0, status="complete", score=score, reason="all epochs", weights_file=weights_file))
     except Diverged as exc:
         append(TrialEnded(trial=0, status="diverged", score=CHANCE_ACCURACY, reason=str(exc)))
-    except Exception as exc:
-        error_file = write_error(folder, traceback.format_exc())
-        append(TrialEnded(trial=0, status="failed", reason=repr(exc), error_file=relative(record, error_file)))
+    except RecordError:  # it cannot be written: there is no place to tell
         raise
-    else:
-        score = trial.epochs[-1].val_acc
-        weights_file = relative(record, folder / WEIGHTS)
-        append(TrialEnded(trial=0, status="complete", score=score, reason="all epochs", weights_file=weights_file))
+    except Exception as exc:
+        error_file = relative(record, write_error(folder, traceback.format_exc()))
+        append(TrialEnded(trial=0, status="failed", reason=repr(exc), error_file=error_file))
+        append(SearchEnded(reason="failed", wall_seconds=time.monotonic() - start))
+        raise
     append(SearchEnded(reason="trained", wall_seconds=time.monotonic() - start))
 
 
@@ -187,6 +189,8 @@ def open_training(
         changes += [f"{k}: {getattr(recorded, k)} -> {v}" for k, v in config if getattr(recorded, k) != v]
     if header.data != data.info:
         changes.append(f"data: {header.data.name} -> {data.info.name}")
+    if header.kind != "train":
+        changes.append("a whole search")
     if changes or record.state.finished is not None:
         record.close()
         reason = "; ".join(changes) or "a finished training"
