@@ -12,13 +12,13 @@ import pytest
 from tests.conftest import SHAPES
 from tests.test_engine import curve
 from tune_cifar.checkpoint import CheckpointFolder, load_weights
-from tune_cifar.data import DataSource, TrainVal
+from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record import EpochReported, Event, Record, SearchState, TrialEnded, read_state, search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space import load_space
-from tune_cifar.train import ERROR, WEIGHTS, Listener, open_training, run_training
+from tune_cifar.train import ERROR, WEIGHTS, Listener, make_header, open_training, run_training
 
 SMALL: dict[str, Any] = {"train_size": 20, "val_size": 20, "epochs": 3, "batch_size": 10}
 # Diverges in the middle of the second epoch (6 steps each): every step multiplies the weights by about -4.
@@ -203,3 +203,22 @@ def test_an_exception_is_recorded_as_failed_with_its_traceback_and_raised_again(
     assert [event.status for event in ended] == ["failed"]
     text = (search_folder(tmp_path, "small") / "trials" / "0000" / ERROR).read_text()
     assert "in break_down" in text and "no space left" in text
+
+
+def test_a_training_killed_before_its_last_line_is_only_closed_on_resume(tmp_path: Path, fp32: Numerics) -> None:
+    whole = train_small(tmp_path, fp32)
+    path = whole.folder / "record.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    record, data = open_small(tmp_path, fp32, resume=True)
+    with record:
+        run_training(record, data, fp32, hear_nothing)
+    state = read_state(path.parent)
+    assert state.finished is not None and state.trials[0] == whole.trials[0]
+
+
+def test_resume_of_a_whole_search_is_refused(tmp_path: Path, fp32: Numerics) -> None:
+    space = load_space("smoke", "full", SMALL)
+    header = make_header("search", "small", space, 0, load_train_val(SHAPES, 20, 20).info, fp32, "test")
+    Record.create(search_folder(tmp_path, "small"), header).close()
+    with pytest.raises(ConfigError, match="got a whole search"):
+        open_small(tmp_path, fp32, resume=True)
