@@ -19,7 +19,8 @@ def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
         pictures: (rows, columns, height, width, 3).
     """
     num_rows, num_columns = pictures.shape[:2]
-    figure, axes = plt.subplots(num_rows, num_columns, figsize=(num_columns, num_rows + 0.5), squeeze=False)
+    size = (num_columns, num_rows + 0.5)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
     for row in range(num_rows):
         for column in range(num_columns):
             axes[row, column].imshow(pictures[row, column], interpolation="nearest")
@@ -27,5 +28,5 @@ def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
     axes[0, 0].set_title("original", fontsize=8)
     axes[0, 1].set_title("augmented", fontsize=8, loc="left")
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -103,5 +103,5 @@ def search(
     given = repeat_options(data=data), repeat_options(storage=storage)
     print_search_summary(console, state, faults, list(found.dropped), *given)
     if state.finished is not None and state.finished.reason == "interrupted":
-        say(f"interrupted after {format_seconds(state.finished.wall_seconds)}; nothing is lost.")
+        say(f"interrupted after {format_seconds(state.finished.wall_seconds)}; all that had ended is recorded.")
         raise typer.Exit(130)
