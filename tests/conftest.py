@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit it: the tests mean to press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tune_cifar.data import DataSource, TrainVal, find_data, load_train_val
 from tune_cifar.errors import DataError

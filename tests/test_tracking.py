@@ -18,9 +18,6 @@ from tune_cifar.record import Event, Record, SearchEnded, TrialEnded, find_stora
 from tune_cifar.schema import DataInfo, TrainConfig, dead_knobs
 from tune_cifar.tracking import EPOCH_METRICS, Shipper, make_tracking_uri, run_ui
 
-# MLflow 3.18 with SQLAlchemy 2.1: their affair.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
 WEIGHTS = "trials/0001/weights.safetensors"
 
 
