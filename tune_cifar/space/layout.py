@@ -83,7 +83,7 @@ class Budget(TrialBudget):
         )
         text += f", sampler {self.sampler.kind}"
         text += f" (startup {self.sampler.startup})" if self.sampler.startup else ""
-        return text + (f", at most {self.max_time_seconds / 60:g} min" if self.max_time_seconds else "")
+        return text + (f", at most {self.max_time_seconds / 60:.3g} min" if self.max_time_seconds else "")
 
 
 class TierText(TrialBudget):
