@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.models.layers import Dropout
+from tune_cifar.models.layers import CACHED_ACTIVATIONS, Dropout, ReluDropout
 
 SHAPE = (16, 32, 20, 20)
 CHANNELS_LAST = torch.channels_last
@@ -201,3 +201,40 @@ def test_dropout_on_cuda_draws_on_the_device_from_the_generator(dtype: torch.dty
     layer.generator.set_state(state)
     assert torch.equal(layer(ones.contiguous()), output) and output.stride() == ones.stride()
     assert_count_is_binomial(count_dropped(output), ones.numel(), 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.5])
+def test_relu_dropout_is_relu_then_dropout_bit_for_bit(
+    p: float, memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    shape = (37, 24, 16, 16)
+    assert math.prod(shape) > CACHED_ACTIVATIONS, "more than one part must be drawn"
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(memory_format=memory_format)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype).to(memory_format=memory_format)
+
+    def run(layers: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        x = images.clone().requires_grad_()
+        y = layers(x * 1)  # ReluDropout overwrites what it gets
+        y.backward(grad)
+        assert x.grad is not None
+        return y, x.grad
+
+    both = ReluDropout(p)
+    both.generator = torch.Generator().manual_seed(3)
+    apart = torch.nn.Sequential(torch.nn.ReLU(), make_dropout(p, seed=3))
+    for one, other in zip(run(both), run(apart), strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
+def test_relu_dropout_is_a_relu_in_evaluation() -> None:
+    layer = ReluDropout(0.5).eval()
+    assert torch.equal(layer(torch.tensor([[-1.0, 2.0]])), torch.tensor([[0.0, 2.0]]))
+
+
+def test_relu_dropout_lets_nan_through_so_that_divergence_is_seen() -> None:
+    layer = ReluDropout(0.5)
+    layer.generator = torch.Generator().manual_seed(0)
+    assert layer(torch.full((4, 8, 2, 2), math.nan)).isnan().all()

@@ -91,9 +91,9 @@ S10_POSTACT_CONVS = [(*row[:-1], row[-1] + row[2]) for row in S10_CONVS]
 CONVS = {"s6": S6_CONVS, "s7": S7_CONVS, "s8": S8_CONVS, "s10": S10_CONVS, "s10_postact": S10_POSTACT_CONVS}
 
 # The layers after each conv (C) in forward order: B BN, R ReLU, D dropout, P pooling, A addition, L linear.
-CBR, CBRD, CRBD = "C B R", "C B R D", "C R B D"
+CBR, CBRD, CRBD = "C B R", "C B RD", "C R B D"
 ORDERS = {
-    "s6": f"{CBR} {CBR} {CBR} {CBRD} {CBRD} C {CBR} {CBR} {CBR} {CBR} {CBRD} C C P",
+    "s6": f"{CBR} {CBR} {CBR} {CBR} D {CBR} D C {CBR} {CBR} {CBR} {CBR} {CBR} D C C P",
     "s7": f"{CBRD} {CBRD} {CBRD} {CBRD} C {CBRD} C {CBRD} {CBRD} C {CBRD} C R C P",
     "s8": f"{' '.join([CRBD] * 9)} C C R B C R B P C",
     "s10": f"{CBR} C P B R {CBRD} {CBR} A C P B R C P B R {CBRD} {CBR} A P D L",
@@ -102,6 +102,7 @@ ORDERS = {
 LETTERS = {
     "BatchNorm2d": "B",
     "ReLU": "R",
+    "ReluDropout": "RD",
     "Dropout": "D",
     "MaxPool2d": "P",
     "AvgPool2d": "P",

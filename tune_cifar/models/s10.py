@@ -30,7 +30,7 @@ class S10Net(nn.Sequential):
             return stack(conv=conv3x3(num_in, num_out), pool=nn.MaxPool2d(2), bn=bn, relu=nn.ReLU(inplace=True))
 
         def residual(num: int) -> nn.Module:
-            first = conv_bn_relu(conv3x3(num, num), Dropout(dropout))
+            first = conv_bn_relu(conv3x3(num, num), dropout)
             if not postact:
                 return Residual(stack(first=first, second=conv_bn_relu(conv3x3(num, num))))
             second = stack(conv=conv3x3(num, num), bn=nn.BatchNorm2d(num))

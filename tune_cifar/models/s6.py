@@ -70,16 +70,18 @@ class S6Net(nn.Sequential):
     """Images (N, 3, 32, 32) to logits (N, 10); dropout is the probability of losing a channel."""
 
     def __init__(self, dropout: float = 0.0) -> None:
-        def drop() -> Dropout:
-            return Dropout(dropout, whole_channels=True)
+        def block(conv: nn.Conv2d) -> nn.Sequential:
+            layers = conv_bn_relu(conv)
+            layers.add_module("dropout", Dropout(dropout, whole_channels=True))
+            return layers
 
         layers: dict[str, nn.Module] = {
             "block1": stack(
                 conv1=conv_bn_relu(nn.Conv2d(3, 8, 3, padding=1)),
                 conv2=conv_bn_relu(nn.Conv2d(8, 16, 3, padding=1)),
                 conv3=conv_bn_relu(nn.Conv2d(16, 32, 3, padding=1)),
-                conv4=conv_bn_relu(nn.Conv2d(32, 64, 3, padding=1), drop()),
-                dilated=conv_bn_relu(nn.Conv2d(64, 64, 3, dilation=2), drop()),
+                conv4=block(nn.Conv2d(32, 64, 3, padding=1)),
+                dilated=block(nn.Conv2d(64, 64, 3, dilation=2)),
             ),
             "block2": stack(
                 depthwise=Depthwise5x5(64),
@@ -87,7 +89,7 @@ class S6Net(nn.Sequential):
                 conv1=conv_bn_relu(nn.Conv2d(8, 16, 3, padding=1)),
                 conv2=conv_bn_relu(nn.Conv2d(16, 24, 3, padding=1)),
                 conv3=conv_bn_relu(nn.Conv2d(24, 32, 3, padding=1)),
-                dilated=conv_bn_relu(nn.Conv2d(32, 64, 3, dilation=2), drop()),
+                dilated=block(nn.Conv2d(32, 64, 3, dilation=2)),
             ),
             "strided": nn.Conv2d(64, 64, 5, stride=2, padding=1),
             "classify": nn.Conv2d(64, 10, 1),

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from tune_cifar.models.layers import CpuFp32Conv2d, Dropout, conv_bn_relu, stack
+from tune_cifar.models.layers import CpuFp32Conv2d, conv_bn_relu, stack
 
 
 class S7Net(nn.Sequential):
@@ -24,7 +24,7 @@ class S7Net(nn.Sequential):
             return nn.Conv2d(num_in, num_out, 3, padding=1, bias=False, **options)
 
         def block(conv: nn.Conv2d) -> nn.Sequential:
-            return conv_bn_relu(conv, Dropout(dropout))
+            return conv_bn_relu(conv, dropout)
 
         layers: dict[str, nn.Module] = {
             "convblock1": stack(conv1=block(conv3x3(3, 32)), conv2=block(conv3x3(32, 32))),
