@@ -6,7 +6,9 @@ BIN := .venv/bin
 TUNE := $(BIN)/python -m tune_cifar
 READY := .venv/.ready
 
-.PHONY: search test test-default lint bench docs clean
+KILLS ?= 20
+
+.PHONY: search test test-default test-faults lint bench clean
 
 # CIFAR-10 where it can be had, else the generated stand-in: the command says so in a banner.
 search: $(READY)
@@ -24,8 +26,12 @@ test: test-default
 
 test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=--ignore=tests/test_%.py)
-	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=tests/test_%.py) $(COVERED:%=--cov=tune_cifar.%) --cov-branch \
-	  --cov-report=term-missing --cov-fail-under=100
+	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=tests/test_%.py) $(COVERED:%=--cov=tune_cifar.%) \
+	  --cov=tune_cifar.events --cov-branch --cov-report=term-missing --cov-fail-under=100
+
+# Every fault done to whole searches, KILLS of them by kill -9 at random moments.
+test-faults: $(READY)
+	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "(slow or faults) and not gpu" tests/faults --durations=0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -48,8 +48,9 @@ def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
 def run_ours(arguments: argparse.Namespace) -> dict[str, float]:
     """One search through run_search; returns the span of the trials and the images trained."""
     from tune_cifar.data import find_data
-    from tune_cifar.record import EpochReported, TrialStarted
-    from tune_cifar.search import SearchRequest, prepare_search, run_search
+    from tune_cifar.events import EpochReported, TrialStarted
+    from tune_cifar.plan import SearchRequest
+    from tune_cifar.search import prepare_search, run_search
 
     times: list[float] = []
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,38 @@ class Hostile:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_checkpoint_with_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
-    import hashlib
-    import io
+def write_payload(path: Path, payload: bytes) -> None:
+    """A checkpoint whose checksum fits, whatever is in it."""
+    path.write_bytes(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
+
+def make_hostile(mark: Path) -> bytes:
+    """A torch archive that would create `mark` if its pickle were obeyed."""
     buffer = io.BytesIO()
-    torch.save({"epoch": Hostile(tmp_path / "ran")}, buffer)
-    payload = buffer.getvalue()
-    digest = hashlib.sha256(payload).hexdigest().encode()
-    (tmp_path / "c.pt").write_bytes(MAGIC + digest + b"\n" + payload)
-    with pytest.raises((CheckpointError, pickle.UnpicklingError)):
+    torch.save({"epoch": Hostile(mark)}, buffer)
+    return buffer.getvalue()
+
+
+def test_checkpoint_with_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    write_payload(tmp_path / "c.pt", make_hostile(tmp_path / "ran"))
+    with pytest.raises(CheckpointError, match=r"c\.pt: tensors and plain values must be in it, got something else\."):
         load_checkpoint(tmp_path / "c.pt")
     assert not (tmp_path / "ran").exists()
+    torch.load(io.BytesIO(make_hostile(tmp_path / "ran")), weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.mark.parametrize("payload", [b"", b"junk", b"PK\x03\x04"], ids=["empty", "junk", "half an archive"])
+def test_checkpoint_of_something_else_is_refused(tmp_path: Path, payload: bytes) -> None:
+    write_payload(tmp_path / "c.pt", payload)
+    with pytest.raises(CheckpointError, match=r"c\.pt: .* must .*, got .*\.$"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_checkpoint_that_holds_no_state_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c.pt", [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"c\.pt: a training's state must be in it, got a list\."):
+        load_checkpoint(tmp_path / "c.pt")
 
 
 def test_folder_keeps_the_last_two_and_falls_back_when_the_newest_is_torn(tmp_path: Path) -> None:
@@ -76,6 +97,51 @@ def test_folder_keeps_the_last_two_and_falls_back_when_the_newest_is_torn(tmp_pa
     assert len(notes) == 1 and "checkpoint-0004.pt" in notes[0]
     folder.delete()
     assert folder.load_newest() == (None, [])
+
+
+def test_folder_tells_the_newest_whole_epoch_from_the_checksums_alone(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert folder.find_newest() == (None, [])
+    for epoch in (9, 10):
+        newest = folder.save(make_state(epoch))
+    assert folder.find_newest() == (10, [])
+    newest.write_bytes(b"")
+    epoch_found, notes = folder.find_newest()
+    assert (epoch_found, len(notes)) == (9, 1) and "checkpoint-0010.pt: the checksum must match" in notes[0]
+    write_payload(newest, make_hostile(tmp_path / "ran"))
+    assert folder.find_newest() == (10, [])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folder_takes_no_other_file_for_a_checkpoint(tmp_path: Path) -> None:
+    for name in ("checkpoint-abcd.pt", "checkpoint-.pt", "checkpoint-0003.pt.bak", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    folder = CheckpointFolder(tmp_path)
+    assert folder.find_newest() == folder.load_newest() == (None, [])
+    folder.save(make_state(1))
+    folder.delete()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_folder_deletes_what_a_killed_write_left_when_it_saves_and_when_it_is_deleted(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    (tmp_path / "checkpoint-0007.tmp").write_bytes(b"half")
+    folder.save(make_state(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0003.pt"]
+    (tmp_path / "checkpoint-0004.tmp").write_bytes(b"half")
+    folder.delete()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_prefers_its_new_checkpoints_to_damaged_ones_of_later_epochs(tmp_path: Path) -> None:
+    """A training that starts over must not have its first checkpoint deleted as the oldest."""
+    folder = CheckpointFolder(tmp_path)
+    for epoch in (8, 9):
+        folder.save(make_state(epoch)).write_bytes(b"damaged")
+    folder.save(make_state(1))
+    assert folder.find_newest() == (1, [])
+    folder.save(make_state(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001.pt", "checkpoint-0002.pt"]
 
 
 def test_folder_is_due_only_after_its_time(tmp_path: Path) -> None:

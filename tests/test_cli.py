@@ -102,7 +102,7 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     ("train --space smok", SpaceError, "a known name or a path must be given, got 'smok'. Did you mean smoke?"),
     ("search --space s77", SpaceError, "a known name or a path must be given, got 's77'. Did you mean s7?"),
     ("search --space s7 --max-time 8x", ConfigError, "a time such as 90s, 8m or 1h30m must be given, got '8x'."),
-    ("search --space s7 --trials 0", ConfigError, "--trials: a number >= 1 must be given, got 0."),
+    ("search --space s7 --trials 0", ConfigError, "--trials: a number >= 1 must be given, got '0'."),
     ("spaces show s11", SpaceError, "a known name or a path must be given, got 's11'."),
     ("spaces check no/such.yaml", SpaceError, "no/such.yaml: a space file must exist there, got none."),
     ("train --space s7 --set maxlr=1", ConfigError, "--set: 'maxlr' is not a known knob. Did you mean max_lr?"),
@@ -300,7 +300,7 @@ def test_train_tells_its_epochs_survives_a_dead_tracking_store_and_names_a_next_
     (fault,) = [
         line for line in lines if line.startswith("MLflow must take all runs, got 2 left over: TrackingError: ")
     ]
-    assert fault.endswith("got: unable to open database file. The record is whole.")
+    assert "got: unable to open database file. The record is whole. Complete MLflow from it: " in fault
     assert lines[-2] == f"t:0: complete, val_acc {100 * (state.trials[0].val_acc or 0):.2f} %"
     again = paste(lines[-1])
     assert again.exit_code == 0 and "identical over 3 epochs" in again.stdout

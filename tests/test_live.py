@@ -17,6 +17,7 @@ from tests.conftest import make_config
 from tests.test_record import CONFIG, make_header, make_result, make_start, make_trial
 from tune_cifar.data import TrainVal
 from tune_cifar.engine import Trainer
+from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
 from tune_cifar.live import (
     SearchView,
     TrainingView,
@@ -26,7 +27,7 @@ from tune_cifar.live import (
     print_search_summary,
     print_stand_in_banner,
 )
-from tune_cifar.record import EpochReported, Event, SearchEnded, SearchState, TrialEnded
+from tune_cifar.record import SearchState
 from tune_cifar.schema import DataInfo, Numerics
 
 SHAPES_INFO = DataInfo(name="shapes", digest="d2", split_hash="h2")

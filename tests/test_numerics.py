@@ -22,6 +22,7 @@ from tune_cifar.numerics import (
     describe_environment,
     memory_format,
     resolve_numerics,
+    restore_numerics,
 )
 from tune_cifar.schema import Numerics
 
@@ -105,6 +106,21 @@ def test_versions_are_those_of_the_libraries_that_compute(fp32: Numerics) -> Non
 
 def test_numerics_come_back_equal_through_json(fp32: Numerics) -> None:
     assert compare_numerics(fp32, Numerics(**json.loads(fp32.model_dump_json()))) == []
+
+
+def test_recorded_numerics_are_restored_where_they_can_be(fp32: Numerics) -> None:
+    recorded = fp32.model_copy(
+        update={
+            "precision": "bf16",
+            "threads": 2,
+            "memory_format": "contiguous",
+            "device_name": "elsewhere",
+            "versions": {"torch": "1.0"},
+        }
+    )
+    here = restore_numerics(recorded)
+    assert (here.precision, here.threads, here.memory_format) == ("bf16", 2, "contiguous")
+    assert (here.versions, here.device_name) == (fp32.versions, fp32.device_name)
 
 
 OTHER_VALUES: dict[str, Any] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -21,18 +23,23 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.record import (
+from tune_cifar.events import (
     EpochReported,
     Event,
     Header,
-    Record,
     SearchEnded,
-    SearchState,
+    SearchResumed,
     TrialEnded,
+    TrialRetried,
     TrialStarted,
+)
+from tune_cifar.record import (
+    Record,
+    SearchState,
     check_is_new,
     check_name,
     find_storage,
+    is_live,
     list_searches,
     read_state,
     search_folder,
@@ -272,6 +279,7 @@ def test_a_torn_last_line_is_cut_and_told_wherever_it_is_torn(folder: Path) -> N
     start = whole.rindex(b"\n", 0, -1) + 1
     expected = read_state(folder)
     expected.trials[5].epochs.pop()
+    del expected.arrivals[1][5]
     expected.num_events -= 1
     for end in [start + 1, *range(start + 10, len(whole) - 1, 60), len(whole) - 2, len(whole) - 1]:
         path.write_bytes(whole[:end])
@@ -489,12 +497,12 @@ def test_a_configuration_that_breaks_a_rule_leaves_no_trace(folder: Path) -> Non
         assert record.state == read_state(folder)
 
 
-def test_nothing_follows_the_end_of_a_search(folder: Path) -> None:
+def test_nothing_but_a_resume_follows_the_end_of_a_search(folder: Path) -> None:
     finish = SearchEnded(reason="time limit", wall_seconds=12.5)
     with Record.open(folder) as record:
         record.append(finish)
         for event in (make_start(6), report(5, 2), end(5, "failed"), finish):
-            with pytest.raises(RecordError, match="s7-1: nothing may follow the end of a search, got"):
+            with pytest.raises(RecordError, match="s7-1: nothing but a resume may follow the end of a search, got"):
                 record.append(event)
     assert read_state(folder).finished == finish
 
@@ -527,7 +535,7 @@ def test_append_after_close_is_refused(folder: Path) -> None:
 
 def test_a_search_has_one_driver_and_any_number_of_readers(folder: Path) -> None:
     with Record.open(folder) as record:
-        with pytest.raises(RecordError, match=r"s7-1: one driver alone must hold it, got .*Wait\.$"):
+        with pytest.raises(RecordError, match=r"s7-1: one driver alone must hold it, got .*Wait, or stop it\.$"):
             Record.open(folder)
         record.append(make_start(6))
         assert read_state(folder) == record.state
@@ -537,6 +545,35 @@ def test_a_search_has_one_driver_and_any_number_of_readers(folder: Path) -> None
 def test_a_new_search_is_held_by_its_creator(tmp_path: Path) -> None:
     with Record.create(search_folder(tmp_path, "s7-1"), make_header()) as record, pytest.raises(RecordError):
         Record.open(record.state.folder)
+
+
+def test_a_search_in_use_is_refused_with_the_name_of_its_owner(folder: Path) -> None:
+    with Record.open(folder):
+        assert is_live(folder)
+        owner = rf"got process {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d UTC\. Wait, or stop it"
+        with pytest.raises(RecordError, match=owner):
+            Record.open(folder)
+        (folder / "owner.json").write_text("torn {")
+        with pytest.raises(RecordError, match=r"got another process\. Wait"):
+            Record.open(folder)
+    assert not is_live(folder)
+
+
+def test_a_search_whose_folder_takes_no_owner_is_refused(folder: Path) -> None:
+    (folder / "owner.json").unlink()
+    (folder / "owner.json").mkdir()
+    with pytest.raises(RecordError, match=r"s7-1: its record must be writable, got 'Is a directory'"):
+        Record.open(folder)
+    assert not is_live(folder)
+
+
+def test_a_look_at_a_search_does_not_keep_its_driver_out(folder: Path) -> None:
+    with (folder / "record.jsonl").open("rb") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, lambda: fcntl.flock(look, fcntl.LOCK_UN))
+        timer.start()
+        Record.open(folder).close()
+        timer.join()
 
 
 def test_a_refused_record_is_not_left_locked(folder: Path) -> None:
@@ -714,7 +751,7 @@ def test_a_complete_trial_without_validation_images_has_no_score_and_does_not_co
     state = write_record(tmp_path, make_header(), make_trial(0, [None], "complete", config))
     assert state.trials[0].status == "complete"
     assert (state.trials[0].score, state.trials[0].val_acc, state.best) == (None, None, None)
-    assert state.rung_scores([1]) == {1: {}}
+    assert state.arrivals == {}
 
 
 def test_counts_name_every_status(folder: Path) -> None:
@@ -722,12 +759,68 @@ def test_counts_name_every_status(folder: Path) -> None:
     assert read_state(folder).counts == expected
 
 
-def test_rung_scores_hold_every_trial_that_reached_the_rung(folder: Path) -> None:
-    assert read_state(folder).rung_scores((1, 2, 3)) == {
-        1: {0: 0.3, 1: 0.2, 3: 0.4, 4: 0.4, 5: 0.35},
-        2: {0: 0.5, 3: 0.6, 4: 0.6},
-        3: {0: 0.7, 4: 0.8},
+def test_arrivals_hold_every_accuracy_in_the_order_it_was_told(tmp_path: Path) -> None:
+    events = [
+        make_start(0),
+        make_start(1),
+        *(EpochReported(trial=n, result=make_result(1, 0.5 - n / 10)) for n in (1, 0)),
+    ]
+    state = write_record(tmp_path, make_header(), [*events, EpochReported(trial=0, result=make_result(2, 0.75))])
+    assert [list(arrivals.items()) for arrivals in state.arrivals.values()] == [[(1, 0.4), (0, 0.5)], [(0, 0.75)]]
+
+
+def make_resume(trials: int = 9) -> SearchResumed:
+    return SearchResumed(
+        time="2026-02-01T12:00:00+00:00", trials=trials, changes=[], numerics=NUMERICS, environment={}, command="again"
+    )
+
+
+def test_a_resume_reopens_an_ended_search_and_says_how_many_trials_it_is_to_have(folder: Path) -> None:
+    with Record.open(folder) as record:
+        assert record.state.num_trials == 4
+        record.append(SearchEnded(reason="time limit", wall_seconds=1.0))
+        assert record.state.is_finished
+        record.append(make_resume())
+        assert not record.state.is_finished and record.state.num_trials == 9
+        record.append(report(5, 2))
+    assert read_state(folder).resumes == [make_resume()]
+
+
+def test_a_trial_knows_the_last_driver_that_it_ran_under(folder: Path) -> None:
+    with Record.open(folder) as record:
+        record.append(make_resume())
+        record.append(make_start(6))
+    state = read_state(folder)
+    assert {n: trial.driver is state.header for n, trial in state.trials.items()} == {
+        **dict.fromkeys(range(5), True),
+        **dict.fromkeys((5, 6), False),
     }
+    assert state.trials[5].driver == make_resume()
+
+
+def test_an_interrupted_search_is_ended_but_not_finished(folder: Path) -> None:
+    with Record.open(folder) as record:
+        record.append(SearchEnded(reason="interrupted", wall_seconds=1.0))
+    state = read_state(folder)
+    assert state.finished is not None and not state.is_finished
+    assert state.trials[5].status == "running"
+
+
+def test_a_retried_trial_goes_on_and_remembers_why(folder: Path) -> None:
+    retry = TrialRetried(trial=5, fault="worker died", text="killed")
+    with Record.open(folder) as record:
+        record.append(retry)
+        record.append(report(5, 2))
+        with pytest.raises(RecordError, match="s7-1:1: a stopped trial must tell no more, got 'retry'"):
+            record.append(TrialRetried(trial=1, fault="worker died", text=""))
+    assert read_state(folder).trials[5].retries == [retry]
+
+
+def test_times_of_a_trial_come_back(tmp_path: Path) -> None:
+    start, end_time = "2026-02-01T12:00:00+00:00", "2026-02-01T12:00:09.5+00:00"
+    ended = TrialEnded(trial=0, status="failed", reason="", time=end_time)
+    state = write_record(tmp_path, make_header(), [make_start(0, time=start), ended])
+    assert (state.trials[0].started, state.trials[0].ended) == (start, end_time)
 
 
 def test_a_trial_without_epochs_has_no_accuracy(folder: Path) -> None:

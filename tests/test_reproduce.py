@@ -7,30 +7,24 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import SHAPES
 from tests.test_cli import invoke, refuse
-from tests.test_train import EXPLODING, interrupt_small, train_small
+from tests.test_train import EXPLODING, SMALL, hear_nothing, interrupt_small, open_small, train_small
 from tune_cifar.checkpoint import load_weights
 from tune_cifar.data import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
-from tune_cifar.errors import ConfigError, DataError, RecordError
+from tune_cifar.errors import CheckpointError, ConfigError, DataError, RecordError
+from tune_cifar.events import EpochReported, Header, SearchEnded, TrialEnded, TrialStarted
+from tune_cifar.models import MODELS
+from tune_cifar.models.s7 import S7Net
 from tune_cifar.numerics import resolve_numerics
-from tune_cifar.record import (
-    EpochReported,
-    Header,
-    Record,
-    SearchEnded,
-    SearchState,
-    TrialEnded,
-    TrialStarted,
-    TrialState,
-    read_state,
-    search_folder,
-)
+from tune_cifar.record import Record, SearchState, TrialState, read_state, search_folder
 from tune_cifar.reproduce import (
     OPENINGS_COLUMNS,
     OPENINGS_FILE,
@@ -40,11 +34,12 @@ from tune_cifar.reproduce import (
     load_recorded_data,
     load_seed_noise,
     load_trained,
+    replay_failure,
     reproduce_run,
-    restore_numerics,
 )
 from tune_cifar.schema import EpochResult, Numerics
 from tune_cifar.space import list_spaces
+from tune_cifar.train import run_training
 
 Change = Callable[[EpochResult], EpochResult]
 
@@ -209,15 +204,6 @@ def test_the_committed_seed_noise_is_of_known_spaces_and_plausible() -> None:
     assert load_seed_noise("no such space") is None
 
 
-def test_recorded_numerics_are_restored_where_they_can_be(fp32: Numerics) -> None:
-    recorded = with_torch(fp32, "1.0").model_copy(
-        update={"precision": "bf16", "threads": 2, "memory_format": "contiguous", "device_name": "elsewhere"}
-    )
-    here = restore_numerics(recorded)
-    assert (here.precision, here.threads, here.memory_format) == ("bf16", 2, "contiguous")
-    assert (here.versions, here.device_name) == (fp32.versions, fp32.device_name)
-
-
 def test_a_diverged_run_that_diverges_again_at_the_same_step_is_identical(
     tmp_path: Path, exploded: SearchState
 ) -> None:
@@ -232,15 +218,12 @@ def test_a_diverged_run_that_diverges_elsewhere_or_no_more_is_different(
 ) -> None:
     old = exploded.trials[0]
     data = load_recorded_data(exploded, old, SHAPES)
-    elsewhere = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, old.epochs, "diverged")
-    elsewhere.reason = old.reason.replace("at epoch 2, step", "at epoch 2, step 1")
+    elsewhere = replace(old, reason=old.reason.replace("at epoch 2, step", "at epoch 2, step 1"))
     outcome, _ = reproduce_run(exploded, elsewhere, data, fp32, hear_pair)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
     assert outcome.detail == f"recorded: {elsewhere.reason} Now: {old.reason}"
     sound = trained.trials[0]
-    no_more = TrialState(
-        0, sound.run_id, sound.origin, {}, sound.config, sound.fingerprint, sound.epochs[:1], "diverged"
-    )
+    no_more = replace(sound, epochs=sound.epochs[:1], status="diverged")
     outcome, _ = reproduce_run(trained, no_more, shapes_small, fp32, hear_pair)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
     assert outcome.detail.endswith("Now the loss stayed finite.")
@@ -250,7 +233,7 @@ def test_a_run_that_diverges_now_and_did_not_then_is_different(exploded: SearchS
     old = exploded.trials[0]
     data = load_recorded_data(exploded, old, SHAPES)
     epochs = [old.epochs[0], old.epochs[0].model_copy(update={"epoch": 2})]
-    finite = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, epochs, "stopped")
+    finite = replace(old, epochs=epochs, status="stopped")
     outcome, _ = reproduce_run(exploded, finite, data, fp32, hear_pair)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
     assert outcome.detail == f"epoch 2: recorded as finite, now {old.reason}"
@@ -269,7 +252,7 @@ def test_only_as_many_epochs_as_were_recorded_are_trained(
     shapes_small: Any, trained: SearchState, fp32: Numerics
 ) -> None:
     old = trained.trials[0]
-    stopped = TrialState(0, old.run_id, old.origin, {}, old.config, old.fingerprint, old.epochs[:1], "stopped")
+    stopped = replace(old, epochs=old.epochs[:1], status="stopped")
     outcome, trainer = reproduce_run(trained, stopped, shapes_small, fp32, hear_pair)
     assert (outcome.verdict, outcome.epochs, trainer.epoch) == ("identical", 1, 1)
 
@@ -324,6 +307,126 @@ def test_reproduce_best_takes_the_best_trial_of_the_named_search(tmp_path: Path,
     answer = invoke(*words, "--search", "small")
     assert answer.exit_code == 0 and json.loads(answer.stdout)["run_id"] == "small:0"
     assert "a finished search on CIFAR-10 must be recorded" in refuse(RecordError, *words, "--space", "smoke")
+
+
+# Failed runs
+
+
+def make_faulty(step: int, exception: Exception) -> type[S7Net]:
+    """s7 with a training step (from 1) that raises."""
+
+    class Faulty(S7Net):
+        num_steps = 0
+
+        def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+            self.num_steps += self.training
+            if self.training and self.num_steps == step:
+                raise exception
+            return super().forward(images_NCHW)
+
+    return Faulty
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+NO_MEMORY_NOW = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.00 MiB.")
+STEPS_PER_EPOCH = SMALL["train_size"] // SMALL["batch_size"]
+
+
+def fail_small(storage: Path, numerics: Numerics, step: int = STEPS_PER_EPOCH + 1) -> SearchState:
+    """A training that runs out of memory, by default in its second epoch; what stands on disk afterwards."""
+    record, data = open_small(storage, numerics)
+    with pytest.MonkeyPatch.context() as patch, record:
+        patch.setitem(MODELS, "s7", make_faulty(step, NO_MEMORY))
+        with pytest.raises(torch.OutOfMemoryError):
+            run_training(record, data, numerics, hear_nothing)
+    return read_state(record.state.folder)
+
+
+def test_a_failed_run_fails_again_here_with_its_traceback_and_is_identical(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one type at one point: how much memory was asked for need not agree."""
+    assert fail_small(tmp_path, fp32).trials[0].status == "failed"
+    monkeypatch.setitem(MODELS, "s7", make_faulty(STEPS_PER_EPOCH + 1, NO_MEMORY_NOW))
+    answer = reproduce(tmp_path)
+    assert answer.exit_code == 0, answer.output
+    lines = answer.stdout.splitlines()
+    assert lines[0].startswith("small:0 (smoke, train, failed, 1 epochs) is trained again")
+    assert lines[1].endswith("agrees") and lines[2] == "Traceback (most recent call last):"
+    message = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 34.00 MiB."
+    assert lines[-3:] == [message, "identical over 1 epochs", f"It fails again: {message}"]
+    assert "in _train_step" in answer.stdout
+    found = json.loads(reproduce(tmp_path, "--json").stdout)
+    assert (found["verdict"], found["epochs"], found["first_different"]) == ("identical", 1, None)
+    assert found["traceback"].startswith("Traceback") and found["traceback"].endswith(f"{message}\n")
+
+
+def test_a_fault_that_does_not_come_back_is_different_and_not_the_configurations(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    fail_small(tmp_path, fp32)
+    answer = reproduce(tmp_path)
+    assert answer.exit_code == 1 and "different over 2 epochs" in answer.stdout
+    before = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB."
+    after = (
+        "does not fail now: the fault was not the configuration's, but the machine's (memory, disk, a killed process)"
+    )
+    assert f"It failed in epoch 2 ({before}) and {after}." in answer.stdout
+    assert json.loads(reproduce(tmp_path, "--json").stdout)["traceback"] == ""
+
+
+@pytest.mark.parametrize(
+    ("step", "exception", "detail"),
+    [
+        (1, NO_MEMORY, "epoch 1: recorded as finished, now torch.OutOfMemoryError: CUDA out of memory."),
+        (3, RuntimeError("odd"), "epoch 2: recorded as failed with torch.OutOfMemoryError: CUDA out of memory."),
+    ],
+)
+def test_a_failure_elsewhere_or_of_another_type_is_different_and_shown(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, step: int, exception: Exception, detail: str
+) -> None:
+    fail_small(tmp_path, fp32)
+    monkeypatch.setitem(MODELS, "s7", make_faulty(step, exception))
+    answer = reproduce(tmp_path)
+    assert answer.exit_code == 1 and "Traceback (most recent call last):" in answer.stdout
+    assert detail in answer.stdout.splitlines()[-1]
+
+
+def test_a_failed_run_whose_epochs_differ_is_different_before_its_failure(tmp_path: Path, fp32: Numerics) -> None:
+    state = rewrite(tmp_path, fail_small(tmp_path / "first", fp32), change_epoch(1, train_loss=add_ulp))
+    outcome = replay_failure(
+        state, state.trials[0], load_recorded_data(state, state.trials[0], SHAPES), fp32, hear_pair
+    )
+    assert (outcome.verdict, outcome.first_different, outcome.traceback) == ("different", 1, "")
+    assert outcome.detail.startswith("epoch 1: train_loss recorded ")
+
+
+def test_a_run_that_failed_before_its_first_epoch_is_replayed_under_any_numerics(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No epoch is compared: no seed noise need be known."""
+    (tmp_path / "none.json").write_text('{"spaces": {}}')
+    monkeypatch.setattr("tune_cifar.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
+    state = fail_small(tmp_path / "first", fp32, step=1)
+    rewrite(tmp_path, state, numerics=with_torch(fp32, "2.0.0"))
+    monkeypatch.setitem(MODELS, "s7", make_faulty(1, NO_MEMORY))
+    found = json.loads(reproduce(tmp_path, "--json").stdout)
+    assert (found["verdict"], found["epochs"]) == ("within tolerance", 0)
+    assert found["numerics"] == [f"torch: 2.0.0 -> {fp32.versions['torch']}"]
+
+
+def test_a_run_that_failed_when_it_was_trained_does_not_fail_now(tmp_path: Path, fp32: Numerics) -> None:
+    """A folder where the weights must go: writing them fails, whatever the user's rights."""
+    record, data = open_small(tmp_path, fp32)
+    with record:
+        (record.state.trial_folder(0) / "weights.safetensors").mkdir(parents=True)
+        with pytest.raises(CheckpointError, match="weights"):
+            run_training(record, data, fp32, hear_nothing)
+    state = read_state(record.state.folder)
+    assert (state.trials[0].status, state.trials[0].epochs_done) == ("failed", 2), "the third is told after them"
+    outcome = replay_failure(state, state.trials[0], data, fp32, hear_pair)
+    assert outcome.verdict == "different"
+    assert outcome.detail.startswith("It failed in epoch 3 (tune_cifar.errors.CheckpointError: ")
 
 
 # The sealed test set

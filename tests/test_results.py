@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,27 @@ import pytest
 
 from tests.test_record import CONFIG, make_header, make_result, make_start, make_trial, write_record
 from tune_cifar.errors import RecordError
-from tune_cifar.record import EpochReported, Event, Record, SearchEnded, SearchState
+from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded, TrialRetried
+from tune_cifar.record import Record, SearchState, check_name
 from tune_cifar.results import (
+    Failure,
     best_so_far,
     find_best,
     find_run,
+    group_failures,
+    list_rows,
     load_curves,
     load_searches,
     load_trials,
+    measure_folder,
+    parse_failure,
     split_groups,
 )
 from tune_cifar.schema import KNOBS, DataInfo, EpochResult, TrainConfig
 
 SHAPES = DataInfo(name="shapes", digest="d0", split_hash="h0")
 FINISH = SearchEnded(reason="all trials", wall_seconds=60.0)
+INTERRUPT = SearchEnded(reason="interrupted", wall_seconds=60.0)
 TRIALS = [
     *make_trial(0, [0.3, 0.5, 0.7], "complete"),
     *make_trial(2, [0.2], "stopped"),
@@ -196,6 +204,7 @@ def test_find_best_takes_the_newest_finished_search_on_cifar10(tmp_path: Path) -
         write_search(tmp_path, "old", 1, [*make_trial(0, [0.9, 0.9, 0.9], "complete"), FINISH]),
         write_search(tmp_path, "newest", 2, [*trial, FINISH]),
         write_search(tmp_path, "unfinished", 3, trial),
+        write_search(tmp_path, "interrupted", 7, [*trial, INTERRUPT]),
         write_search(tmp_path, "stand-in", 4, [*trial, FINISH], data=SHAPES),
         write_search(tmp_path, "single", 5, [*trial, FINISH], kind="train"),
         write_search(tmp_path, "other", 6, [*trial, FINISH], space="s10"),
@@ -218,6 +227,7 @@ def test_find_best_says_what_there_is_instead(tmp_path: Path) -> None:
     trial = make_trial(0, [0.3, 0.5, 0.7], "complete")
     stand_in = write_search(tmp_path, "smoke-1", 1, [*trial, FINISH], data=SHAPES)
     running = write_search(tmp_path, "s7-2", 2, trial)
+    interrupted = write_search(tmp_path, "s7-5", 7, [*trial, INTERRUPT])
     single = write_search(tmp_path, "single", 3, [*trial, FINISH], kind="train")
     failed = write_search(tmp_path, "s7-3", 4, [*make_trial(0, [0.3], "failed"), FINISH])
     empty = write_search(tmp_path, "s7-4", 5, [FINISH])
@@ -228,6 +238,7 @@ def test_find_best_says_what_there_is_instead(tmp_path: Path) -> None:
         ([stand_in], f"{rule} only on the stand-in (shapes): smoke-1. {take}"),
         ([stand_in, running], f"{rule} only on the stand-in (shapes): smoke-1; unfinished: s7-2. {take}"),
         ([running], f"{rule} unfinished: s7-2. {take}"),
+        ([interrupted], f"{rule} unfinished: s7-5. {take}"),
         ([single], f"{rule} none."),
         ([other], f"{rule} none. Did you mean s7b?"),
         ([], f"{rule} none."),
@@ -309,6 +320,189 @@ def test_a_damaged_record_is_told_and_hides_no_other(
         load_searches(tmp_path, search="s7-2")
 
 
+def test_every_search_is_a_row_that_tells_how_it_stands(tmp_path: Path) -> None:
+    trial = make_trial(0, [0.3, 0.5, 0.7], "complete")
+    write_search(tmp_path, "whole", 1, [*trial, *make_trial(1, [0.2], "stopped"), FINISH])
+    write_search(tmp_path, "stopped", 2, [*trial, INTERRUPT], data=SHAPES)
+    write_search(tmp_path, "killed", 3, make_trial(0, [0.3], None), kind="train", tier=None)
+    record = Record.create(tmp_path / "searches" / "live", make_header("live", created="2026-01-04T12:00:00+00:00"))
+    with record:
+        rows = list_rows(tmp_path)
+    names = [(row.name, row.stage, row.end) for row in rows]
+    assert names == [
+        ("live", "running", None),
+        ("killed", "driver died", None),
+        ("stopped", "interrupted", "interrupted"),
+        ("whole", "finished", "all trials"),
+    ]
+    whole, killed = rows[3], rows[1]
+    assert (whole.kind, whole.space, whole.tier, whole.data) == ("search", "s7", "full", "cifar10")
+    assert (whole.created, whole.best, whole.best_val_acc) == ("2026-01-01T12:00:00+00:00", "whole:0", 0.7)
+    assert whole.counts == {"running": 0, "complete": 1, "stopped": 1, "diverged": 0, "failed": 0}
+    assert (killed.kind, killed.tier, killed.best, killed.best_val_acc) == ("train", None, None, None)
+    assert whole.size_bytes == measure_folder(tmp_path / "searches" / "whole") > 1000
+
+
+def test_a_damaged_record_is_a_row_with_its_sentence(state: SearchState, tmp_path: Path) -> None:
+    """In the middle (its date can be read) and in the header (it comes last)."""
+    for day, name, old in ((2, "s7-2", b'"val_acc": 0.9'), (3, "s7-3", b"abc")):
+        path = write_search(tmp_path, name, day, TRIALS).folder / "record.jsonl"
+        path.write_bytes(path.read_bytes().replace(old, old.upper()))
+    middle, sound, header = list_rows(tmp_path)
+    assert (sound.name, sound.error) == ("s7-1", None)
+    for row, name in ((middle, "s7-2"), (header, "s7-3")):
+        assert (row.name, row.stage, row.kind, row.counts) == (name, "damaged", None, None)
+        assert row.error is not None and "a line must be JSON that fits its CRC" in row.error
+        assert row.size_bytes > 1000
+
+
+def test_the_size_of_a_folder_counts_its_files_and_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "big").write_bytes(bytes(10_000))
+    folder = tmp_path / "search"
+    (folder / "trials" / "0000").mkdir(parents=True)
+    (folder / "record").write_bytes(bytes(300))
+    (folder / "trials" / "0000" / "weights").write_bytes(bytes(4000))
+    assert measure_folder(folder) == 4300
+    (folder / "trials" / "0001").symlink_to(tmp_path / "away")
+    (folder / "linked").symlink_to(tmp_path / "away" / "big")
+    assert 4300 <= measure_folder(folder) < 5000
+    assert measure_folder(tmp_path / "nowhere") == 0
+
+
+def catch(action: Any) -> str:
+    """The traceback of an action that fails."""
+    try:
+        action()
+    except Exception:
+        return traceback.format_exc()
+    raise AssertionError("it did not fail")
+
+
+def misname_in_a_handler() -> None:
+    try:
+        int("x")
+    except ValueError:
+        check_name("../x")
+
+
+def test_a_traceback_tells_type_message_and_the_last_place_in_the_package() -> None:
+    failure = parse_failure(catch(lambda: check_name("../x")))
+    assert failure.kind == "RecordError"
+    assert failure.what.startswith("tune_cifar.errors.RecordError: a search's name: it must be 1 to 64 of ")
+    file, line, *function = failure.where.replace(":", " ").split()
+    assert (file, function) == ("record.py", ["in", "_must"]) and int(line) > 1
+    outside = parse_failure(catch(lambda: int("x")))
+    assert outside == Failure("ValueError", "ValueError: invalid literal for int() with base 10: 'x'", "")
+
+
+def test_of_exceptions_that_led_to_one_another_the_last_is_told() -> None:
+    assert parse_failure(catch(misname_in_a_handler)).kind == "RecordError"
+
+
+MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 MiB left.\nSee the docs."
+STEP = (
+    '  File "/x/tune_cifar/.venv/lib/tune_cifar/engine.py", line 131, in _train_step\n    logits = self.model(images)\n'
+)
+BELOW = '  File "/x/tune_cifar/.venv/lib/python3/site-packages/torch/nn.py", line 9, in forward\n    return f(x)\n'
+OUT_OF_MEMORY = f"Traceback (most recent call last):\n{STEP}{BELOW}torch.OutOfMemoryError: {MESSAGE}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        (
+            OUT_OF_MEMORY,
+            Failure(
+                "OutOfMemoryError",
+                "torch.OutOfMemoryError: " + MESSAGE.partition("\n")[0],
+                "engine.py:131 in _train_step",
+            ),
+        ),
+        ("worker process died\nActorDiedError(7)\nworker died, 3 times", Failure("", "worker process died", "")),
+        ("OSError(28, 'No space left')", Failure("OSError", "OSError(28, 'No space left')", "")),
+        ("KeyError: 'x'", Failure("KeyError", "KeyError: 'x'", "")),
+        ("", Failure("", "no word of what happened", "")),
+    ],
+)
+def test_words_about_a_fault_are_read(text: str, failure: Failure) -> None:
+    assert parse_failure(text) == failure
+
+
+def fail(number: int, text: str | None, storage: Path, before: list[Event] | None = None) -> list[Event]:
+    """A failed trial with its error file (without one: text is None)."""
+    path = storage / "searches" / "s7-1" / "trials" / f"{number:04d}" / "error.txt"
+    if text is not None:
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    start, *rest = make_trial(number, [], None)
+    reason = "ValueError: 3 channels"
+    file = f"trials/{number:04d}/error.txt"
+    end = TrialEnded(trial=number, status="failed", reason=reason, error_file=file)
+    return [start, *rest, *(before or []), end]
+
+
+def write_failures(storage: Path, make_events: Any) -> SearchState:
+    """A search whose trials have error files: the record makes the folder first."""
+    with Record.create(storage / "searches" / "s7-1", make_header()) as record:
+        for event in make_events():
+            record.append(event)
+        return record.state
+
+
+def test_failures_are_grouped_by_what_failed_and_where_and_the_most_frequent_comes_first(tmp_path: Path) -> None:
+    bigger = OUT_OF_MEMORY.replace("20.00", "1024.50").replace("GPU 0", "GPU 3")
+    elsewhere = OUT_OF_MEMORY.replace("in _train_step", "in evaluate")
+    other = OUT_OF_MEMORY.replace("torch.OutOfMemoryError", "RuntimeError")
+
+    def make_events() -> list[Event]:
+        return [
+            *make_trial(0, [0.3, 0.5, 0.7], "complete"),
+            *fail(1, elsewhere, tmp_path),
+            *fail(2, OUT_OF_MEMORY, tmp_path),
+            *fail(3, other, tmp_path),
+            *fail(4, bigger, tmp_path),
+        ]
+
+    memory, first, second = group_failures(write_failures(tmp_path, make_events))
+    assert memory.what == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
+    assert (memory.where, memory.count, memory.failed) == ("engine.py:131 in _train_step", 2, (2, 4))
+    assert (memory.retried, memory.run_id, memory.traceback) == ((), "s7-1:2", OUT_OF_MEMORY)
+    assert (first.where, first.failed) == ("engine.py:131 in evaluate", (1,))
+    assert "Tried to allocate 20.00 MiB" in first.what, "where the numbers agree they stand"
+    assert second.what.startswith("RuntimeError: ") and second.failed == (3,)
+
+
+def test_faults_that_trials_went_on_after_are_counted_with_those_that_ended_them(tmp_path: Path) -> None:
+    def retry(number: int) -> TrialRetried:
+        return TrialRetried(trial=number, fault="worker died", text=f"worker process died\nprocess {number}00")
+
+    dead = "worker process died\nprocess 7\nworker died, 3 times"
+
+    def make_events() -> list[Event]:
+        start, *rest = make_trial(0, [0.3, 0.5, 0.7], "complete")
+        return [start, retry(0), *rest, *fail(1, dead, tmp_path, [retry(1), retry(1)]), *fail(2, None, tmp_path)]
+
+    died, other = group_failures(write_failures(tmp_path, make_events))
+    assert (died.what, died.where, died.count) == ("worker process died", "", 4)
+    assert (died.failed, died.retried) == ((1,), (0,))
+    assert (died.run_id, died.traceback) == ("s7-1:1", dead), "one that failed is replayed"
+    assert (other.what, other.traceback) == ("ValueError: 3 channels", "ValueError: 3 channels")
+
+
+def test_names_keep_their_digits_and_addresses_do_not(tmp_path: Path) -> None:
+    def make_events() -> list[Event]:
+        texts = (f"ValueError: conv1 of float32 at {where} of cuda:0" for where in ("0x7f3a", "0x81bc"))
+        return [event for number, text in enumerate(texts) for event in fail(number, text, tmp_path)]
+
+    (group,) = group_failures(write_failures(tmp_path, make_events))
+    assert group.what == "ValueError: conv1 of float32 at # of cuda:#"
+
+
+def test_a_search_without_a_fault_has_no_group(tmp_path: Path) -> None:
+    assert group_failures(write_search(tmp_path, "s7-1", 1, [*make_trial(0, [], "diverged"), FINISH])) == []
+
+
 def test_a_running_search_is_read_as_far_as_it_got(tmp_path: Path) -> None:
     header = make_header("s7-1")
     with Record.create(tmp_path / "searches" / "s7-1", header) as record:
@@ -319,12 +513,13 @@ def test_a_running_search_is_read_as_far_as_it_got(tmp_path: Path) -> None:
         assert list(load_trials(load_searches(tmp_path))["val_acc"]) == [0.6]
 
 
-def test_finding_a_run_imports_nothing_heavy(state: SearchState, tmp_path: Path) -> None:
+def test_finding_runs_and_failures_imports_nothing_heavy(state: SearchState, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tune_cifar.results import find_best, find_run, load_searches\n"
+        "from tune_cifar.results import find_best, find_run, group_failures, list_rows, load_searches\n"
         "find_run(Path(sys.argv[1]), 's7-1:0'), find_best(load_searches(Path(sys.argv[1])), search='s7-1')\n"
+        "list_rows(Path(sys.argv[1])), group_failures(load_searches(Path(sys.argv[1]))[0])\n"
         "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -17,11 +17,12 @@ import pytest
 from tests.conftest import SHAPES
 from tune_cifar.driver import SearchDriver
 from tune_cifar.errors import ConfigError
+from tune_cifar.events import EpochReported, SearchResumed, utc_now
+from tune_cifar.plan import SearchRequest, resolve_resources
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import EpochResult, Numerics
-from tune_cifar.search import SearchRequest, resolve_resources
 from tune_cifar.space import SearchSpace, load_space
-from tune_cifar.train import make_header
+from tune_cifar.train import make_header, stop_file
 
 # A pinned pct_start: in so few steps the smallest searched one would be no warm-up at all, and is refused.
 SMALL = {"train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
@@ -39,8 +40,9 @@ def driver(tmp_path: Path, fp32: Numerics) -> Any:
     space = make_space()
     info = {"name": "shapes", "digest": "d", "split_hash": "s"}
     header = make_header("search", "x", space, 0, _info(info), fp32, "test")
-    with Record.create(search_folder(tmp_path, "x"), header) as record:
-        yield SearchDriver(record, space, lambda state, event: None)
+    driver = SearchDriver(Record.create(search_folder(tmp_path, "x"), header), space, lambda state, event: None)
+    yield driver
+    driver.record.close()
 
 
 def _info(values: dict[str, Any]) -> Any:
@@ -114,13 +116,148 @@ def test_driver_keeps_only_the_best_trials_weights(driver: SearchDriver, order: 
     assert kept == [1]
 
 
-def test_driver_cuts_running_trials_when_it_finishes_early(driver: SearchDriver) -> None:
-    driver.ask()
+def go_on(driver: SearchDriver, **changes: Any) -> SearchDriver:
+    """What a new driver on the record of this one would be; the record is read again from disk."""
+    folder = driver.record.state.folder
+    driver.record.close()
+    driver.record = Record.open(folder)
+    return SearchDriver(driver.record, make_space(**changes), lambda state, event: None)
+
+
+def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(driver: SearchDriver) -> None:
+    driver.ask(), driver.ask()
     driver.report(0, result_of(1, 0.4))
+    driver.interrupt()
+    assert stop_file(driver.record.state.folder).exists()
+    assert driver.ask() is None and not driver.is_exhausted and not driver.is_cut
+    assert not driver.report(0, result_of(2, 0.5)) and not driver.report(1, result_of(1, 0.6))
+    assert driver.is_exhausted and driver.is_cut
     driver.finish()
     state = read_state(driver.record.state.folder)
-    assert state.finished is not None and state.finished.reason == "interrupted"
-    assert state.trials[0].status == "stopped" and state.trials[0].reason == "cut after epoch 1: interrupted"
+    assert state.finished is not None and state.finished.reason == "interrupted" and not state.is_finished
+    assert [trial.status for trial in state.trials.values()] == ["running", "running"]
+    assert not stop_file(state.folder).exists()
+
+
+def test_driver_cuts_running_trials_when_the_time_is_over(driver: SearchDriver) -> None:
+    driver.ask()
+    driver.report(0, result_of(1, 0.4))
+    driver._deadline = time.monotonic()
+    assert driver.is_cut and driver.ask() is None
+    driver.finish()
+    state = read_state(driver.record.state.folder)
+    assert state.is_finished and state.finished is not None and state.finished.reason == "time limit"
+    assert state.trials[0].status == "stopped" and state.trials[0].reason == "cut after epoch 1: time limit"
+
+
+def test_a_new_driver_asks_for_the_unfinished_first_and_then_for_what_the_old_one_would_have(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    def play(name: str, breaks: bool) -> SearchState:
+        header = make_header(
+            "search", name, make_space(), 0, _info({"name": "shapes", "digest": "d", "split_hash": "s"}), fp32, "test"
+        )
+        driver = SearchDriver(Record.create(search_folder(tmp_path, name), header), make_space(), lambda s, e: None)
+        numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
+        driver.report(1, result_of(1, 0.5))
+        driver.report(1, result_of(2, 0.6))
+        if breaks:
+            driver = go_on(driver)
+            numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
+        assert numbers == [0, 1, 2]
+        driver.report(2, result_of(1, 0.4))
+        while (trial := driver.ask()) is not None:
+            driver.report(trial.number, result_of(1, 0.3 + trial.number / 100))
+        driver.record.close()
+        return driver.record.state
+
+    whole, broken = play("whole", False), play("broken", True)
+    assert len(whole.trials) == 9
+    for trial, other in zip(whole.trials.values(), broken.trials.values(), strict=True):
+        assert (trial.params, trial.status, trial.epochs, trial.reason) == (
+            other.params,
+            other.status,
+            other.epochs,
+            other.reason,
+        )
+
+
+@pytest.mark.parametrize("val_acc", [0.1, 0.9])
+def test_a_new_driver_takes_the_decision_that_the_old_one_died_before(driver: SearchDriver, val_acc: float) -> None:
+    """The old driver recorded trial 1's score at rung 1 and died; trial 2's later score must not count for it."""
+    for _ in range(3):
+        driver.ask()
+    driver.report(0, result_of(1, 0.5))
+    for number, acc in ((1, val_acc), (2, 0.99)):
+        driver.record.append(EpochReported(trial=number, result=result_of(1, acc)))
+    state = go_on(driver).record.state
+    assert state.trials[1].status == ("stopped" if val_acc < 0.5 else "running")
+    assert state.trials[2].status == "running"
+    if val_acc < 0.5:
+        assert state.trials[1].reason == "rung 1: 1 of 2 scores were better"
+
+
+def test_a_new_driver_ends_a_trial_whose_last_epoch_was_recorded(driver: SearchDriver) -> None:
+    driver.ask()
+    for epoch in (1, 2, 3):
+        driver.record.append(EpochReported(trial=0, result=result_of(epoch, 0.5)))
+    assert go_on(driver).record.state.trials[0].status == "complete"
+
+
+def test_a_resumed_search_may_have_more_trials(driver: SearchDriver) -> None:
+    numbers = []
+    while (trial := driver.ask()) is not None:
+        numbers.append(trial.number)
+    for number in numbers:
+        driver.fail(number, "ValueError: no")
+    assert driver.is_exhausted
+    driver.finish()
+    event = SearchResumed(
+        time=utc_now(), trials=11, changes=[], numerics=driver.record.state.header.numerics, environment={}, command=""
+    )
+    driver.record.append(event)
+    again = go_on(driver, trials=11)
+    assert [trial.number for trial in iter(again.ask, None)] == [9, 10]
+
+
+def test_a_trial_whose_worker_died_is_taken_up_twice_and_then_failed(driver: SearchDriver) -> None:
+    driver.ask(), driver.ask()
+    for _ in range(2):
+        driver.retry(0, "worker died", "the worker process of the trial died\nkilled by signal 9")
+        assert driver.record.state.trials[0].status == "running"
+        again = driver.ask()
+        assert again is not None and again.number == 0
+    driver.retry(0, "worker died", "the worker process of the trial died\nkilled by signal 9")
+    trial = driver.record.state.trials[0]
+    assert trial.status == "failed" and trial.reason == "worker died, 3 times"
+    assert trial.error_file is not None and "signal 9" in (driver.record.state.folder / trial.error_file).read_text()
+    assert driver.ask().number == 2  # type: ignore[union-attr]
+
+
+def test_a_trial_that_ran_out_of_memory_is_taken_up_once_and_alone(driver: SearchDriver) -> None:
+    for _ in range(3):
+        driver.ask()
+    driver.retry(1, "out of memory", "CUDA out of memory")
+    assert driver.ask() is None and not driver.is_exhausted  # trials 0 and 2 still run
+    driver.fail(0, "ValueError: no")
+    assert driver.ask() is None
+    driver.retry(2, "worker died", "killed")
+    first = driver.ask()
+    assert first is not None and first.number == 2  # what needs no machine of its own goes first
+    driver.fail(2, "ValueError: no")
+    alone = driver.ask()
+    assert alone is not None and alone.number == 1
+    assert driver.ask() is None and not driver.is_exhausted  # nothing beside it
+    driver.retry(1, "out of memory", "CUDA out of memory")
+    assert driver.record.state.trials[1].reason == "out of memory, 2 times"
+    assert driver.ask().number == 3  # type: ignore[union-attr]
+
+
+def test_a_record_that_cannot_be_written_ends_the_driver_without_a_second_fault(driver: SearchDriver) -> None:
+    driver.ask()
+    driver.record.close()
+    driver.finish()
+    assert read_state(driver.record.state.folder).finished is None
 
 
 @pytest.mark.parametrize(
@@ -269,7 +406,8 @@ def test_ctrl_c_ends_a_search_cleanly_with_a_summary(tmp_path: Path) -> None:
     assert search.returncode == 130, text
     state = read_state(record.parent)
     assert state.finished is not None and state.finished.reason == "interrupted"
-    assert state.counts["running"] == 0 and "cut ended after" in text and "Traceback" not in text
+    assert "cut ended after" in text and "Traceback" not in text
+    assert "search --name cut --resume --data shapes" in text
 
 
 @pytest.mark.slow
@@ -280,9 +418,10 @@ def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_
     script = (
         "from pathlib import Path\n"
         "from tune_cifar.data import find_data\n"
-        "from tune_cifar.search import SearchRequest, prepare_search, run_search\n"
+        "from tune_cifar.plan import SearchRequest\n"
+        "from tune_cifar.search import prepare_search, run_search\n"
         "from tune_cifar.space import load_space\n"
-        "from tune_cifar.record import TrialStarted\n"
+        "from tune_cifar.events import TrialStarted\n"
         f"space = load_space('smoke', 'cpu', {dict(SMALL, epochs=2)!r}).limit(4, None)\n"
         f"request = SearchRequest(find_data('shapes'), Path({str(runs)!r}), 'test', name='faulty')\n"
         "def block(state, event):\n"

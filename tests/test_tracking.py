@@ -1,22 +1,43 @@
-"""MLflow as a view of the record: what is shipped, and that a dead store never hurts. Real MLflow throughout."""
+"""MLflow as a view of the record: what is shipped, that shipping it again changes nothing, and that a store which is
+down, slow, full or broken never hurts. Real MLflow throughout."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
+import threading
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 
-from tests.test_record import CONFIG, make_header, make_result, make_trial
+from tests.test_record import CONFIG, NUMERICS, make_header, make_result, make_start, make_trial, write_record
+from tune_cifar import mlruns
 from tune_cifar.errors import TrackingError
-from tune_cifar.record import Event, Record, SearchEnded, TrialEnded, find_storage, search_folder
+from tune_cifar.events import (
+    EpochReported,
+    Event,
+    SearchEnded,
+    SearchResumed,
+    TrialEnded,
+    TrialRetried,
+)
+from tune_cifar.mlruns import EPOCH_METRICS
+from tune_cifar.record import Record, SearchState, find_storage, read_state, search_folder
 from tune_cifar.schema import DataInfo, TrainConfig, dead_knobs
-from tune_cifar.tracking import EPOCH_METRICS, Shipper, make_tracking_uri, run_ui
+from tune_cifar.tracking import Shipper, SyncReport, delete_runs, make_tracking_uri, run_ui, stop_ui, sync_search
 
 WEIGHTS = "trials/0001/weights.safetensors"
 
@@ -35,19 +56,72 @@ def make_events(reason: str = "all trials") -> list[Event]:
     ]
 
 
-def ship(storage: Path, uri: str, events: list[Event], timeout: float = 60.0, **header: Any) -> list[str]:
-    """Record the events and let a shipper hear of them, as the driver does; returns its faults."""
-    with Record.create(search_folder(storage, "s7-1"), make_header(**header)) as record:
-        folder = record.state.folder
+class Driver:
+    """Records events and tells a shipper of them, as a search's driver does. `shipper` may be closed and replaced."""
+
+    def __init__(self, storage: Path, uri: str, **header: Any) -> None:
+        self.storage, self.uri = storage, uri
+        self.record = Record.create(search_folder(storage, "s7-1"), make_header(**header))
         for number in (1, 4):
-            (folder / f"trials/{number:04d}").mkdir(parents=True)
-        (folder / WEIGHTS).write_bytes(b"the best weights")
-        (folder / "trials/0004/error.txt").write_text("Traceback: it broke\n")
-        shipper = Shipper(uri, storage, record.state)
+            (self.folder / f"trials/{number:04d}").mkdir(parents=True)
+        (self.folder / WEIGHTS).write_bytes(b"the best weights")
+        (self.folder / "trials/0004/error.txt").write_text("Traceback: it broke\n")
+        self.shipper = Shipper(uri, storage, self.record.state)
+
+    @property
+    def folder(self) -> Path:
+        return self.record.state.folder
+
+    def tell(self, *events: Event) -> None:
         for event in events:
-            record.append(event)
-            shipper.hear(record.state, event)
-        return shipper.close(timeout)
+            self.record.append(event)
+            self.shipper.hear(self.record.state, event)
+
+    def resume(self) -> None:
+        """What another driver does first."""
+        changes = {"trials": 5, "changes": [], "numerics": NUMERICS, "environment": {"git_commit": "def"}}
+        self.record.append(SearchResumed(time="2026-01-31T13:00:00+00:00", command="tune_cifar search", **changes))
+        self.shipper = Shipper(self.uri, self.storage, self.record.state)
+
+
+@contextmanager
+def drive(storage: Path, uri: str | None = None, **header: Any) -> Iterator[Driver]:
+    driver = Driver(storage, uri or make_tracking_uri(storage, None), **header)
+    try:
+        yield driver
+    finally:
+        driver.record.close()
+        if not driver.shipper._is_closing:
+            driver.shipper.close(600)
+        driver.shipper._thread.join(600)
+
+
+def ship(storage: Path, uri: str, events: list[Event], timeout: float = 600.0, **header: Any) -> list[str]:
+    """Record the events and let a shipper hear of them, as the driver does; returns its faults."""
+    with drive(storage, uri, **header) as driver:
+        driver.tell(*events)
+        return driver.shipper.close(timeout)
+
+
+def read_search(storage: Path) -> SearchState:
+    return read_state(search_folder(storage, "s7-1"))
+
+
+def sync(storage: Path, **options: Any) -> SyncReport:
+    """Into the database of the run store."""
+    return sync_search(make_tracking_uri(storage, None), storage, read_search(storage), **options)
+
+
+def way_out(storage: Path, uri: str | None = None) -> str:
+    more = f" --tracking-uri {uri}" if uri else ""
+    command = f"python -m tune_cifar sync --search s7-1 --storage '{storage}'{more}"
+    return f"The record is whole. Complete MLflow from it: {command}"
+
+
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def test_the_address_is_an_absolute_sqlite_file_in_the_run_store_unless_given(workplace: Path) -> None:
@@ -57,37 +131,36 @@ def test_the_address_is_an_absolute_sqlite_file_in_the_run_store_unless_given(wo
 
 
 @pytest.mark.parametrize("where", ["folder", "text", "locked"])
-def test_a_database_that_cannot_be_written_is_told_at_once_and_hurts_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+def test_a_database_that_cannot_be_written_is_told_with_the_way_out_and_hurts_nothing(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr("tune_cifar.tracking.SQLITE_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("tune_cifar.mlruns.SQLITE_TIMEOUT_SECONDS", 0.05)
     words = {"folder": "unable to open database file", "text": "file is not a database", "locked": "database is locked"}
-    path = tmp_path / ("no/such/folder/mlflow.db" if where == "folder" else "mlflow.db")
+    storage = workplace / "my runs"
+    path = storage / ("no/such/folder/mlflow.db" if where == "folder" else "mlflow.db")
+    storage.mkdir()
     if where == "text":
         path.write_text("this is no database, whatever its name says\n" * 40)
-    start = time.monotonic()
     with closing(sqlite3.connect(path if where == "locked" else ":memory:")) as other:
         other.execute("BEGIN IMMEDIATE")
-        faults = ship(tmp_path, f"sqlite:///{path}", make_events())
-    assert time.monotonic() - start < 10
+        faults = ship(storage, f"sqlite:///{path}", make_events())
     got = f"TrackingError: {path}: a SQLite database must be writable there, got: {words[where]}"
-    assert faults == [f"MLflow must take all runs, got 6 left over: {got}. The record is whole."]
+    end = way_out(storage, f"'sqlite:///{path}'" if where == "folder" else None)
+    assert faults == [f"MLflow must take all runs, got 6 left over: {got}. {end}"]
 
 
-def test_a_shipper_that_heard_of_no_end_closes_at_once(tmp_path: Path) -> None:
-    """Such as after Ctrl-C in a single training: nothing is due, MLflow is not even imported."""
-    start = time.monotonic()
-    assert ship(tmp_path, "http://127.0.0.1:9", make_trial(0, [0.1], None)) == []
-    assert time.monotonic() - start < 5
+def test_the_way_out_of_the_usual_run_store_is_short(workplace: Path) -> None:
+    storage = find_storage(None)
+    storage.mkdir()
+    (storage / "mlflow.db").write_text("this is no database\n" * 40)
+    (fault,) = ship(storage, make_tracking_uri(storage, None), make_events())
+    assert fault.endswith("The record is whole. Complete MLflow from it: python -m tune_cifar sync --search s7-1")
 
 
-@pytest.mark.slow
-def test_a_store_that_hangs_is_left_alone_when_the_time_is_over(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
-        start = time.monotonic()
-        faults = ship(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", make_events(), timeout=0.5)
-    assert time.monotonic() - start < 10
-    assert faults == ["MLflow must take all runs within 0.5 s, got no end of it. The record is whole."]
+def test_a_shipper_that_heard_of_nothing_due_closes_at_once(tmp_path: Path) -> None:
+    """Such as after Ctrl-C in a training's first epochs: MLflow is not even imported, its server not asked."""
+    budget = {"trials": 1, "rungs": [2, 3]}
+    assert ship(tmp_path, "http://127.0.0.1:9", make_trial(0, [0.1], None), budget=budget) == []
 
 
 def test_the_ui_of_a_store_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -103,16 +176,28 @@ def test_a_port_in_use_is_refused_for_the_ui(tmp_path: Path) -> None:
             run_ui(make_tracking_uri(tmp_path, None), port)
 
 
-@pytest.mark.slow
-def test_a_server_that_is_down_is_told_in_bounded_time(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = time.monotonic()
-    (fault,) = ship(tmp_path, f"http://127.0.0.1:{port}", make_events())
-    assert time.monotonic() - start < 59
-    assert fault.startswith("MLflow must take all runs, got 6 left over: MlflowException: ") and "\n" not in fault
-    assert fault.endswith("The record is whole.")
+def test_there_are_no_runs_to_delete_where_there_is_no_database(tmp_path: Path) -> None:
+    state = write_record(tmp_path, make_header(), make_events())
+    assert delete_runs(make_tracking_uri(tmp_path, None), tmp_path, state) == 0
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+# What is shipped
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As MLflow lays it out, which takes seconds: for those tests that are not about that."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlruns.make_client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def place(tmp_path: Path, empty_database: Path) -> Path:
+    """A run store whose database is laid out, and empty."""
+    shutil.copy(empty_database, tmp_path)
+    return tmp_path
 
 
 def connect(uri: str) -> Any:
@@ -244,11 +329,11 @@ def test_the_parent_ends_with_best_gain_and_reason(shipped: Shipped) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_on_the_stand_in_is_kept_apart_and_tagged(tmp_path: Path) -> None:
+def test_a_search_on_the_stand_in_is_kept_apart_and_tagged(place: Path) -> None:
     """And an interrupted one is KILLED."""
     info = DataInfo(name="shapes", digest="d2", split_hash="h2")
-    assert ship(tmp_path, make_tracking_uri(tmp_path, None), make_events("interrupted"), data=info) == []
-    shipped = Shipped(tmp_path, "s7 (shapes)")
+    assert ship(place, make_tracking_uri(place, None), make_events("interrupted"), data=info) == []
+    shipped = Shipped(place, "s7 (shapes)")
     assert shipped.client.get_experiment_by_name("s7") is None
     tags = [run.data.tags["data"] for run in (shipped.parent, *shipped.children.values())]
     assert tags == ["shapes"] * 6
@@ -257,37 +342,575 @@ def test_a_search_on_the_stand_in_is_kept_apart_and_tagged(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_what_a_store_did_not_take_is_shipped_when_it_is_back_once(tmp_path: Path) -> None:
-    """First there is no store at all; then one trial's artifact is missing, which breaks its run off half-way."""
-    uri = f"sqlite:///{tmp_path}/store/mlflow.db"
-    with Record.create(search_folder(tmp_path, "s7-1"), make_header()) as record:
-        shipper = Shipper(uri, tmp_path, record.state)
-
-        def hear(events: list[Event]) -> None:
-            for event in events:
-                record.append(event)
-                shipper.hear(record.state, event)
-
-        hear(make_trial(0, [0.3, 0.5, 0.7], "complete"))
-        wait_for(lambda: "unable to open database file" in shipper._fault)
-        (tmp_path / "store").mkdir()
-        hear(make_trial(1, [], "failed"))
-        wait_for(lambda: "No such file" in shipper._fault or "error.txt" in shipper._fault)
-        error = record.state.folder / "trials/0001/error.txt"
-        error.parent.mkdir(parents=True)
-        error.write_text("Traceback\n")
-        hear([SearchEnded(reason="all trials", wall_seconds=1.0)])
-        assert shipper.close() == []
-    found = connect(uri)
-    experiment = found.get_experiment_by_name("s7")
-    runs = found.search_runs([experiment.experiment_id])
-    names = sorted(run.info.run_name for run in runs)
-    assert names == ["s7-1", "s7-1:000", "s7-1:001"], "the run that broke off is deleted"
+def test_recorded_times_are_the_runs_times_and_an_end_is_never_before_the_last_epoch(place: Path) -> None:
+    times = [("2026-01-31T12:01:00+00:00", "2026-01-31T12:01:30.250000+00:00")]
+    times.append(("2026-01-31T12:02:00+00:00", "2026-01-31T11:02:10+00:00"))  # the clock was set back
+    events: list[Event] = []
+    for number, (start, end) in enumerate(times):
+        events += [make_start(number, time=start), EpochReported(trial=number, result=make_result(1))]
+        events.append(TrialEnded(trial=number, status="stopped", reason="it stopped", time=end))
+    assert ship(place, make_tracking_uri(place, None), [*events, SearchEnded(reason="x", wall_seconds=9)]) == []
+    shipped = Shipped(place, "s7")
+    spans = [(run.info.start_time, run.info.end_time) for _, run in sorted(shipped.children.items())]
+    noon = 1769860800000
+    assert spans == [(noon + 60_000, noon + 90_250), (noon + 120_000, noon + 122_000)]
+    assert shipped.parent.info.end_time == noon + 9_000
 
 
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
+@pytest.mark.slow
+def test_a_long_training_goes_into_several_batches_and_loses_nothing(place: Path) -> None:
+    config = CONFIG.model_copy(update={"epochs": 200})
+    events = make_trial(0, [epoch / 300 for epoch in range(200)], "complete", config)
+    assert len(events) * len(EPOCH_METRICS) > mlruns.METRICS_PER_BATCH
+    write_record(place, make_header(), events)
+    assert sync(place) == SyncReport("s7-1", shipped=1, already=0, closed=0)
+    shipped = Shipped(place, "s7")
+    history = shipped.read_history(shipped.children["s7-1:0"], "val_acc")
+    assert history == [(epoch + 1, epoch / 300) for epoch in range(200)]
+
+
+@pytest.mark.slow
+def test_a_retried_trial_says_how_often_and_why(place: Path) -> None:
+    start, *rest = make_trial(0, [0.3, 0.5, 0.7], "complete")
+    retries = [TrialRetried(trial=0, fault=fault, text="...") for fault in ("worker died", "out of memory")]
+    write_record(place, make_header(), [start, *retries, *rest])
+    sync(place)
+    tags = Shipped(place, "s7").children["s7-1:0"].data.tags
+    assert (tags["retries"], tags["faults"]) == ("2", "worker died, out of memory")
+
+
+# While a search runs
+
+
+class Broken:
+    """MLflow's real client that counts its calls by name and breaks at one of them: before or after it did its work."""
+
+    def __init__(self, real: Any, breaks: Breaks) -> None:
+        self.real, self.breaks = real, breaks
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method, breaks = getattr(self.real, name), self.breaks
+
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            breaks.calls.append(name)
+            is_it = len(breaks.calls) == breaks.number
+            if is_it and not breaks.is_late:
+                raise breaks.fault
+            result = method(*args, **options)
+            if is_it:
+                raise breaks.fault
+            return result
+
+        return call
+
+
+class Breaks:
+    """What breaks of all calls to MLflow, counted from 1, and how."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.number, self.is_late, self.fault = 0, False, BaseException()
+        make_client = mlruns.make_client
+        monkeypatch.setattr("tune_cifar.mlruns.make_client", lambda uri: Broken(make_client(uri), self))
+
+    def set(self, number: int, is_late: bool, fault: BaseException) -> None:
+        self.calls.clear()
+        self.number, self.is_late, self.fault = number, is_late, fault
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
     """Until the background thread got there."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def look(storage: Path) -> dict[str, tuple[str, int]]:
+    """Status and number of epochs of every run in the run store's database, by name; empty before there is any."""
+    path = storage / "mlflow.db"
+    if not path.exists() or not path.stat().st_size:
+        return {}
+    client = connect(make_tracking_uri(storage, None))
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    found = {}
+    for run in client.search_runs(experiments):
+        history = client.get_metric_history(run.info.run_id, "val_acc")
+        assert run.info.run_name not in found, "a run must be there once"
+        found[run.info.run_name] = (run.info.status, len(history))
+    return found
+
+
+@pytest.mark.slow
+def test_a_trial_appears_at_a_rung_and_is_completed_at_its_end_with_a_batch_each(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = Breaks(monkeypatch)
+    start, first, second, third, end = make_trial(0, [0.3, 0.5, 0.7], "complete")
+    with drive(place, budget={"trials": 1, "rungs": [2, 3]}) as driver:
+        driver.tell(start, first, second)
+        wait_for(lambda: look(place).get("s7-1:000") == ("RUNNING", 2))
+        assert look(place)["s7-1"] == ("RUNNING", 0)
+        driver.tell(third, end)
+        wait_for(lambda: look(place)["s7-1:000"] == ("FINISHED", 3))
+        assert breaks.calls.count("log_batch") == 3, "one for the parent, one for the rung, one for the end"
+        driver.tell(SearchEnded(reason="all trials", wall_seconds=6.0))
+        assert driver.shipper.close(600) == []
+    assert look(place) == {"s7-1": ("FINISHED", 0), "s7-1:000": ("FINISHED", 3)}
+
+
+@pytest.mark.slow
+def test_a_trial_that_has_ended_when_the_shipper_gets_to_it_goes_in_one_batch(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = Breaks(monkeypatch)
+    write_record(place, make_header(), make_events())
+    assert sync(place) == SyncReport("s7-1", shipped=5, already=0, closed=0)
+    assert breaks.calls.count("create_run") == 1 + 5
+    assert breaks.calls.count("log_batch") == 2 + 5, "two for the parent: its start and its end"
+    breaks.calls.clear()
+    assert sync(place) == SyncReport("s7-1", shipped=0, already=5, closed=0)
+    assert breaks.calls == ["get_experiment_by_name", "search_runs"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_is_killed_and_its_runs_go_on_when_it_is_resumed(place: Path) -> None:
+    start, first, *rest = make_trial(1, [0.4, 0.6, 0.8], "complete")
+    third = make_trial(2, [0.2, 0.3, 0.4], "complete")
+    with drive(place, budget={"trials": 3, "rungs": [2, 3]}) as driver:
+        driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"), start, third[0], first, *third[1:3])
+        driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
+        assert driver.shipper.close(600) == []
+        killed = {"s7-1": ("KILLED", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("KILLED", 1)}
+        assert look(place) == killed | {"s7-1:002": ("KILLED", 2)}
+        driver.resume()
+        going = {"s7-1": ("RUNNING", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("RUNNING", 1)}
+        wait_for(lambda: look(place) == going | {"s7-1:002": ("RUNNING", 2)})
+        driver.tell(*rest, *third[3:], *make_trial(3, [0.1], "diverged"))
+        driver.tell(SearchEnded(reason="all trials", wall_seconds=9.0))
+        assert driver.shipper.close(600) == []
+    shipped = Shipped(place, "s7")
+    statuses = [run.info.status for _, run in sorted(shipped.children.items())]
+    assert statuses == ["FINISHED", "FINISHED", "FINISHED", "FAILED"] and shipped.num_runs == 5
+    assert shipped.read_history(shipped.children["s7-1:1"], "val_acc") == [(1, 0.4), (2, 0.6), (3, 0.8)]
+    tags = shipped.parent.data.tags
+    assert (shipped.parent.info.status, tags["end"], tags["resumes"]) == ("FINISHED", "all trials", "1")
+    assert shipped.parent.info.end_time == 1769860800000 + 3_600_000 + 9_000, "counted from the resume"
+    assert "resume-1.json" in shipped.list_artifacts(shipped.parent)
+    assert shipped.parent.data.metrics["best_val_acc"] == 0.8
+    commits = [run.data.tags["git_commit"] for _, run in sorted(shipped.children.items())]
+    assert commits == ["abc", "def", "def", "def"], "under which driver each ended"
+    assert sync(place) == SyncReport("s7-1", shipped=0, already=4, closed=0)
+
+
+@pytest.mark.slow
+def test_what_is_heard_while_an_attempt_fails_is_shipped_by_the_next(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_cifar.tracking.FIRST_PAUSE_SECONDS", 0.1)
+    begun, told, make_client = threading.Event(), threading.Event(), mlruns.make_client
+
+    def fail_once(uri: str) -> Any:
+        if begun.is_set():
+            return make_client(uri)
+        begun.set()
+        told.wait(600)
+        raise OSError("not yet")
+
+    monkeypatch.setattr("tune_cifar.mlruns.make_client", fail_once)
+    start, first, *rest = make_trial(0, [0.3, 0.5, 0.7], "complete")
+    with drive(place) as driver:
+        driver.tell(start, first)
+        assert begun.wait(600)
+        driver.tell(*rest)
+        told.set()
+        wait_for(lambda: look(place).get("s7-1:000") == ("FINISHED", 3))
+        assert driver.shipper.close(600) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tests.test_tracking import drive, make_start, make_trial
+with drive(Path(sys.argv[1])) as driver:
+    driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"), *make_trial(1, [0.4], None))
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_resumed(place: Path) -> None:
+    """While it lives they are left alone."""
+    root = Path(__file__).parent.parent
+    running = {"s7-1": ("RUNNING", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("RUNNING", 1)}
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(place)], cwd=root) as driver:
+        try:
+            wait_for(lambda: look(place) == running)
+            live = sync(place, is_live=True)
+        finally:
+            driver.kill()
+    assert live == SyncReport("s7-1", shipped=0, already=2, closed=0), "its own driver ships"
+    assert look(place) == running
+    assert sync(place) == SyncReport("s7-1", shipped=0, already=2, closed=2)
+    assert look(place) == {"s7-1": ("KILLED", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("KILLED", 1)}
+    assert Shipped(place, "s7").parent.data.tags["end"] == "driver died"
+    assert sync(place) == SyncReport("s7-1", shipped=0, already=2, closed=0)
+    with closing(Record.open(search_folder(place, "s7-1"))) as record:
+        shipper = Shipper(make_tracking_uri(place, None), place, record.state)
+        wait_for(lambda: look(place) == running)
+        for event in (
+            *make_trial(1, [0.4, 0.6, 0.8], "complete")[2:],
+            SearchEnded(reason="all trials", wall_seconds=9),
+        ):
+            record.append(event)
+            shipper.hear(record.state, event)
+        assert shipper.close(600) == []
+    assert look(place) == {"s7-1": ("FINISHED", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("FINISHED", 3)}
+
+
+# The same record twice
+
+
+SYNC = """
+import sys
+from pathlib import Path
+from tune_cifar.record import read_state, search_folder
+from tune_cifar.tracking import sync_search
+uri, storage, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+print(sync_search(uri, storage, read_state(search_folder(storage, name))))
+"""
+
+
+def start_sync(uri: str, storage: Path, name: str = "s7-1") -> subprocess.Popen[str]:
+    """`sync_search` in another process."""
+    command = [sys.executable, "-c", SYNC, uri, str(storage), name]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_all(client: Any, name: str) -> dict[str, Any]:
+    """All that MLflow holds of a search, but for the ids it makes up; the search's name is left out of the texts."""
+    experiment = client.get_experiment_by_name("s7").experiment_id
+    runs = client.search_runs([experiment], f"tags.search = '{name}'")
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    found: dict[str, Any] = {}
+    for run in runs:
+        tags = dict(run.data.tags)
+        if run is not parent:
+            assert tags.pop("mlflow.parentRunId") == parent.info.run_id
+        points = [client.get_metric_history(run.info.run_id, metric) for metric in run.data.metrics]
+        folder = Path(url2pathname(urlsplit(run.info.artifact_uri).path))
+        key = run.info.run_name.replace(name, "it")
+        assert key not in found
+        found[key] = {
+            "info": (run.info.status, run.info.start_time, run.info.end_time),
+            "tags": {tag: value.replace(name, "it") for tag, value in tags.items()},
+            "params": dict(run.data.params),
+            "metrics": sorted((p.key, p.step, p.timestamp, p.value) for history in points for p in history),
+            "artifacts": {path.name: path.read_text().replace(name, "it") for path in folder.glob("*")},
+        }
+    return found
+
+
+@pytest.mark.slow
+def test_shipping_a_record_again_also_from_another_process_changes_nothing(storage: Path) -> None:
+    client = connect(make_tracking_uri(storage, None))
+    before = read_all(client, "s7-1")
+    assert sync(storage) == SyncReport("s7-1", shipped=0, already=5, closed=0)
+    process = start_sync(make_tracking_uri(storage, None), storage)
+    out, err = process.communicate(timeout=600)
+    assert out == f"{SyncReport('s7-1', shipped=0, already=5, closed=0)}\n", err
+    assert read_all(client, "s7-1") == before and len(before) == 6
+
+
+def write_short_record(storage: Path, name: str) -> SearchState:
+    """An interrupted search: trials complete with weights, failed with an error file, unfinished."""
+    first = make_trial(0, [0.3, 0.5, 0.7], None)
+    first.append(TrialEnded(trial=0, status="complete", score=0.7, reason="all epochs", weights_file="weights"))
+    end = SearchEnded(reason="interrupted", wall_seconds=60.0)
+    state = write_record(
+        storage, make_header(name), [*first, *make_trial(1, [0.2], "failed"), *make_trial(2, [0.1], None), end]
+    )
+    (state.folder / "weights").write_text("the best weights")
+    state.trial_folder(1).mkdir(parents=True)
+    (state.trial_folder(1) / "error.txt").write_text("Traceback: it broke\n")
+    return state
+
+
+class Crash(BaseException):
+    """The process dies: nothing catches it."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("kind", [Crash, RuntimeError], ids=["a crash", "a fault"])
+def test_after_any_single_call_that_broke_the_runs_are_those_of_a_whole_shipping(
+    place: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], is_late: bool
+) -> None:
+    """A crash ends the process, and another one syncs; a fault is survived by the same one."""
+    uri, client, breaks = make_tracking_uri(place, None), None, Breaks(monkeypatch)
+    names = (f"{kind.__name__}-{'late' if is_late else 'early'}-{number}" for number in range(1000))
+    whole = write_short_record(place, next(names))
+    breaks.set(0, False, Crash())
+    assert sync_search(uri, place, whole) == SyncReport(whole.header.name, shipped=3, already=0, closed=0)
+    num_calls = len(breaks.calls)
+    client = connect(uri)
+    expected = read_all(client, whole.header.name)
+    assert len(expected) == 4 and num_calls > 15
+    for number in range(1, num_calls + 1):
+        state = write_short_record(place, next(names))
+        breaks.set(number, is_late, kind("it broke"))
+        if kind is Crash:
+            with pytest.raises(Crash):
+                sync_search(uri, place, state)
+            sync_search(uri, place, state)
+        else:
+            sync_search(uri, place, state)
+            assert len(breaks.calls) > num_calls, "some were made again"
+        assert read_all(client, state.header.name) == expected, f"call {number}, {breaks.calls[number - 1]}"
+        report = SyncReport(state.header.name, shipped=0, already=3, closed=0)
+        assert sync_search(uri, place, state) == report
+
+
+@pytest.mark.slow
+def test_second_copies_of_runs_are_deleted(place: Path) -> None:
+    """A server that answers too late makes some: the run was created, and nobody heard of it."""
+    uri = make_tracking_uri(place, None)
+    assert ship(place, uri, make_events()) == []
+    client = connect(uri)
+    before = read_all(client, "s7-1")
+    shipped = Shipped(place, "s7")
+    identity = {"search": "s7-1", "search_created": make_header().created}
+    experiment = shipped.parent.info.experiment_id
+    client.create_run(experiment, 1000, identity, "s7-1")
+    for trial in ("0", "4"):
+        tags = identity | {"trial": trial, "mlflow.parentRunId": shipped.parent.info.run_id}
+        client.create_run(experiment, 1000, tags, "a copy")
+    assert len(client.search_runs([experiment])) == 6 + 3
+    assert sync(place) == SyncReport("s7-1", shipped=0, already=5, closed=0)
+    assert read_all(client, "s7-1") == before
+
+
+@pytest.mark.slow
+def test_a_search_of_the_same_name_that_came_later_has_runs_of_its_own(place: Path) -> None:
+    uri = make_tracking_uri(place, None)
+    first = write_record(place, make_header(), make_events())
+    sync_search(uri, place, first)
+    second = write_record(place / "again", make_header(created="2026-02-01T12:00:00+00:00"), make_events())
+    assert sync_search(uri, place, second).shipped == 5
+    assert len(connect(uri).search_runs(["1"])) == 12
+    assert delete_runs(uri, place, first) == 6
+    assert delete_runs(uri, place, first) == 0
+    assert sync_search(uri, place, second).already == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_may_initialise_one_database_at_once(tmp_path: Path) -> None:
+    uri, processes = f"sqlite:///{tmp_path}/both.db", []
+    for name in ("s7-1", "s7-2"):
+        write_record(tmp_path, make_header(name), make_events())
+        processes.append(start_sync(uri, tmp_path, name))
+    answers = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], answers
+    assert all("shipped=5, already=0" in out for out, _ in answers)
+    experiment = connect(uri).get_experiment_by_name("s7")
+    runs = connect(uri).search_runs([experiment.experiment_id])
+    assert len(runs) == 2 * 6 and {run.data.tags["search"] for run in runs} == {"s7-1", "s7-2"}
+    assert list(tmp_path.glob("*.new*")) == []
+
+
+@pytest.mark.slow
+def test_a_search_that_another_process_ships_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_cifar.tracking.LOCK_SECONDS", 0.1)
+    with drive(place) as driver:
+        driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
+        wait_for(lambda: "s7-1:000" in look(place))
+        with pytest.raises(TrackingError, match="one process alone must ship a search, got another at it"):
+            sync(place)
+        assert driver.shipper.close(600) == []
+    assert look(place)["s7-1"] == ("KILLED", 0), "no end was recorded"
+
+
+@pytest.mark.slow
+def test_a_deleted_experiment_is_named_with_the_way_back(place: Path) -> None:
+    uri = make_tracking_uri(place, None)
+    assert ship(place, uri, make_events()) == []
+    connect(uri).delete_experiment("1")
+    with pytest.raises(TrackingError, match=r"experiment 's7' must be active, got a deleted one\. Restore it: mlflow "):
+        sync(place)
+    connect(uri).restore_experiment("1")
+    assert sync(place).already == 5
+
+
+# Faults of the store
+
+
+@contextmanager
+def serve(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """A tiny server on loopback that answers everything so; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        do_POST = do_PUT = do_PATCH = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_blocks_neither_the_driver_nor_the_end(place: Path) -> None:
+    asked, release = threading.Event(), threading.Event()
+
+    def hang(request: BaseHTTPRequestHandler) -> None:
+        asked.set()
+        release.wait(30)
+
+    with serve(hang) as uri, ExitStack() as stack:
+        driver = stack.enter_context(drive(place, uri))
+        stack.callback(release.set)
+        first, *rest = make_events()
+        driver.tell(first, *rest[:4])
+        assert asked.wait(600)
+        driver.tell(*rest[4:])  # it still hangs
+        (fault,) = driver.shipper.close(0.5)
+        assert not release.is_set()
+    assert fault.startswith("MLflow must take all runs within 0.5 s, got no end of it. The record is whole.")
+    assert sync(place) == SyncReport("s7-1", shipped=5, already=0, closed=0)
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_given_up_at_the_timeout(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    release = threading.Event()
+    with serve(lambda request: release.wait(30) and None) as uri:
+        (fault,) = ship(place, uri, make_events())
+        release.set()
+    assert "got 6 left over: MlflowException: ReadTimeoutError(" in fault and "Read timed out" in fault
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_500_is_told_and_sync_completes_elsewhere(place: Path) -> None:
+    with serve(lambda request: request.send_error(500)) as uri:
+        (fault,) = ship(place, uri, make_events())
+    assert fault.startswith("MLflow must take all runs, got 6 left over: MlflowException: ") and "500" in fault
+    assert f"--tracking-uri {uri}" in fault
+    assert sync(place) == SyncReport("s7-1", shipped=5, already=0, closed=0)
+
+
+@pytest.mark.slow
+def test_no_credentials_of_the_address_stand_in_a_sentence(place: Path) -> None:
+    state = write_record(place, make_header("s7-2"), make_events())
+    for host in (f"127.0.0.1:{find_free_port()}", "no such host"):
+        uri = f"http://somebody:hunter2@{host}"
+        sentences = ship(place / host, uri, make_events())
+        for call in (sync_search, delete_runs):
+            with pytest.raises(TrackingError) as caught:
+                call(uri, place, state)
+            sentences.append(str(caught.value))
+        assert len(sentences) == 3
+        for sentence in sentences:
+            assert "hunter2" not in sentence and "somebody" not in sentence and "\n" not in sentence
+
+
+@pytest.mark.slow
+def test_faults_of_single_runs_do_not_keep_the_others_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trials' artifacts cannot be written; the others arrive, and the two when they can."""
+    log_artifacts = mlruns.SearchRuns._log_artifacts
+    cured = threading.Event()
+
+    def refuse(self: mlruns.SearchRuns, run: mlruns.Run, files: Any) -> None:
+        if run.tags.get("trial") in ("0", "1") and not cured.is_set():
+            raise OSError("no room for artifacts")
+        log_artifacts(self, run, files)
+
+    monkeypatch.setattr("tune_cifar.mlruns.SearchRuns._log_artifacts", refuse)
+    (fault,) = ship(place, make_tracking_uri(place, None), make_events())
+    assert fault.startswith("MLflow must take all runs, got 2 left over: OSError: no room for artifacts. ")
+    statuses = {name: status for name, (status, _) in look(place).items()}
+    assert statuses["s7-1"] == "FINISHED" and "RUNNING" not in statuses.values()
+    cured.set()
+    assert sync(place) == SyncReport("s7-1", shipped=2, already=3, closed=0)
+    assert Shipped(place, "s7").list_artifacts(Shipped(place, "s7").children["s7-1:1"]) >= {"weights.safetensors"}
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_under_the_database_is_told_and_sync_completes_it(tmp_path: Path) -> None:
+    """A small tmpfs: MLflow's empty database alone takes most of it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs must be mounted: needs root")
+    try:
+        uri = f"sqlite:///{disk}/mlflow.db"
+        with drive(tmp_path / "runs", uri) as driver:
+            driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
+            wait_for(lambda: driver.shipper._pending == {})
+            filler = disk / "filler"
+            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+                while True:
+                    file.write(bytes(4096))
+            driver.tell(*make_events()[5:])
+            (fault,) = driver.shipper.close(600)
+            assert "(sqlite3.OperationalError) database or disk is full" in fault
+            assert driver.record.state.is_finished
+        filler.unlink()
+        state = read_search(tmp_path / "runs")
+        assert sync_search(uri, tmp_path / "runs", state).shipped == 4
+        runs = connect(uri).search_runs(["1"])
+        assert len(runs) == 6 and "RUNNING" not in {run.info.status for run in runs}
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_cifar.tracking.FIRST_PAUSE_SECONDS", 0.2)
+    store, port = make_tracking_uri(place, None), find_free_port()
+    write_record(place / "other", make_header("other"), make_events())
+    sync_search(store, place, read_state(search_folder(place / "other", "other")))  # a database for the server
+    events = make_events()
+    with drive(place, f"http://127.0.0.1:{port}") as driver:
+        driver.tell(*events[:5])
+        wait_for(lambda: "Connection refused" in driver.shipper._courier.fault)
+        server, _ = run_ui(store, port)
+        try:
+            wait_for(lambda: look(place).get("s7-1:000") == ("FINISHED", 3))
+            driver.tell(*events[5:7])
+            wait_for(lambda: look(place).get("s7-1:001") == ("RUNNING", 1))
+        finally:
+            os.killpg(server.pid, 9)
+            stop_ui(server)
+        driver.tell(*events[7:])
+        (fault,) = driver.shipper.close(600)
+        assert "got 5 left over: MlflowException: " in fault and driver.record.state.is_finished
+    assert look(place)["s7-1"] == ("RUNNING", 0), "the server is dead: nobody could say more"
+    server, uri = run_ui(store, port)
+    try:
+        report = sync_search(uri, place, read_search(place))
+        assert report == SyncReport("s7-1", shipped=4, already=1, closed=1)
+        again = sync_search(uri, place, read_search(place))
+        assert again == SyncReport("s7-1", shipped=0, already=5, closed=0)
+    finally:
+        stop_ui(server)
+    found = {name: status for name, status in look(place).items() if name.startswith("s7-1")}
+    assert len(found) == 6 and "RUNNING" not in {status for status, _ in found.values()}
+    assert (found["s7-1"][0], found["s7-1:001"]) == ("FINISHED", ("FINISHED", 3))

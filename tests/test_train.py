@@ -15,7 +15,8 @@ from tune_cifar.checkpoint import CheckpointFolder, load_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.record import EpochReported, Event, Record, SearchState, TrialEnded, read_state, search_folder
+from tune_cifar.events import EpochReported, Event, TrialEnded
+from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space import load_space
 from tune_cifar.train import ERROR, WEIGHTS, Listener, make_header, open_training, run_training
@@ -104,7 +105,8 @@ def test_a_resumed_training_has_the_curve_of_the_uninterrupted_one(
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=1)
     broken = read_state(search_folder(tmp_path, "small"))
-    assert (broken.trials[0].status, broken.trials[0].epochs_done, broken.finished) == ("running", 1, None)
+    assert (broken.trials[0].status, broken.trials[0].epochs_done) == ("running", 1)
+    assert broken.finished is not None and broken.finished.reason == "interrupted" and not broken.is_finished
     record, data = open_small(tmp_path, fp32, resume=True)
     begun_at: list[int] = []
     with record:
@@ -125,8 +127,8 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=2)
     path = search_folder(tmp_path, "small") / "record.jsonl"
-    *lines, last = path.read_bytes().splitlines(keepends=True)
-    assert b'"epoch": 2' in last
+    *lines, last, end = path.read_bytes().splitlines(keepends=True)
+    assert b'"epoch": 2' in last and b"interrupted" in end
     path.write_bytes(b"".join(lines))
     record, data = open_small(tmp_path, fp32, resume=True)
     with record:

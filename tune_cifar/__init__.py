@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tune_cifar.engine import Trainer
+    from tune_cifar.plan import SearchRequest
     from tune_cifar.results import load_curves, load_searches, load_trials
     from tune_cifar.schema import TrainConfig
-    from tune_cifar.search import SearchRequest, prepare_search, run_search
+    from tune_cifar.search import prepare_resume, prepare_search, run_search
     from tune_cifar.space import load_space
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "load_searches",
     "load_space",
     "load_trials",
+    "prepare_resume",
     "prepare_search",
     "run_search",
 ]
@@ -30,7 +32,8 @@ __all__ = [
 _ROOMS = {
     "Trainer": "engine",
     "TrainConfig": "schema",
-    "SearchRequest": "search",
+    "SearchRequest": "plan",
+    "prepare_resume": "search",
     "prepare_search": "search",
     "run_search": "search",
     "load_space": "space",

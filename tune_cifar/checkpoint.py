@@ -1,8 +1,8 @@
 """Atomic, checksummed checkpoints of a Trainer's state, and weights without pickle.
 
-A checkpoint file is one line of magic, one line with the SHA-256 of the rest, then torch's own archive. It is written
-to a temporary file, synced and renamed, so that a file under its final name is whole or was damaged later; the checksum
-tells. Loading admits tensors and plain containers only (`weights_only=True`).
+A checkpoint file is one line of magic, one line with the SHA-256 of the rest, then torch's own archive. Every file here
+is written to a temporary one, synced and renamed, so that what stands under its final name is whole or was damaged
+later; the checksum tells. Loading admits tensors and plain containers only (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -11,50 +11,71 @@ import hashlib
 import io
 import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from tune_cifar.errors import CheckpointError
 
 MAGIC = b"tune_cifar checkpoint 1\n"
+T = TypeVar("T")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a Trainer's state so that a crash at any moment leaves the old file or the new one, never a part."""
+    """Write a Trainer's state so that a crash at any moment leaves the old file or the new one, never a part.
+
+    Raises:
+        CheckpointError: when the disk does not take it; the old file stays.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    digest = hashlib.sha256(payload).hexdigest().encode()
-    _write_atomically(path, MAGIC + digest + b"\n" + payload)
+    _write_atomically(path, _make_head(payload) + payload)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU.
 
     Raises:
-        CheckpointError: when the file is missing, torn or altered.
+        CheckpointError: when the file is missing, torn, altered, or holds more than tensors and plain values.
     """
+    payload = _read_payload(path)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as exc:  # torch and pickle raise many kinds
+        raise CheckpointError(f"{path}: tensors and plain values must be in it, got something else.") from exc
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: a training's state must be in it, got a {type(state).__name__}.")
+    return state
+
+
+def _make_head(payload: bytes) -> bytes:
+    return MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n"
+
+
+def _read_payload(path: Path) -> bytes:
+    """What stands behind the checksum, proved by it and not unpickled."""
     try:
         content = path.read_bytes()
     except OSError as exc:
         raise CheckpointError(f"{path}: a readable file must be there, got {exc.strerror}.") from exc
-    magic, digest, payload = content[: len(MAGIC)], content[len(MAGIC) :][:64], content[len(MAGIC) + 65 :]
-    if magic != MAGIC or hashlib.sha256(payload).hexdigest().encode() != digest:
+    payload = content[len(MAGIC) + 65 :]
+    if not payload or not content.startswith(_make_head(payload)):
         raise CheckpointError(f"{path}: the checksum must match, got a torn or altered file. Use the one before it.")
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return state
+    return payload
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A model's state_dict as safetensors, contiguous on the CPU, written atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
-    _sync(temporary)
-    temporary.replace(path)
+    """A model's state_dict as safetensors, contiguous on the CPU, written atomically.
+
+    Raises:
+        CheckpointError: when the disk does not take it.
+    """
+    _write_atomically(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -90,42 +111,77 @@ class CheckpointFolder:
         return time.monotonic() - self._last >= self._every_seconds
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write the state under its epoch's number and delete all but the newest `keep`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write the state under its epoch's number, then keep it and the newest before it. What a killed write left is
+        deleted first; checkpoints of later epochs too, once this one is there: they were damaged, or it had been read.
+
+        Raises:
+            CheckpointError: when the disk does not take it. The old ones stay, and `is_due` waits as after a success.
+        """
         path = self.folder / f"checkpoint-{state['epoch']:04d}.pt"
-        save_checkpoint(path, state)
-        self._last = time.monotonic()
-        for old in self._paths()[: -self._keep]:
-            old.unlink()
+        _remove(self._torn())
+        try:
+            save_checkpoint(path, state)
+        finally:
+            self._last = time.monotonic()
+        kept = [old for old in self._paths() if old <= path][-self._keep :]
+        _remove([old for old in self._paths() if old not in kept])
         return path
 
     def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest whole state, or None, and a sentence for every damaged file passed over on the way."""
+        return self._take_newest(load_checkpoint)
+
+    def find_newest(self) -> tuple[int | None, list[str]]:
+        """The epoch of the newest whole checkpoint, or None, and a sentence for every damaged one passed over. Only
+        checksums are looked at: nothing is unpickled."""
+
+        def read_epoch(path: Path) -> int:
+            _read_payload(path)
+            return int(path.stem.removeprefix("checkpoint-"))
+
+        return self._take_newest(read_epoch)
+
+    def delete(self) -> None:
+        """Remove all checkpoints: the training is over and its weights are kept elsewhere."""
+        _remove([*self._paths(), *self._torn()])
+
+    def _take_newest(self, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
         notes: list[str] = []
         for path in reversed(self._paths()):
             try:
-                return load_checkpoint(path), notes
+                return read(path), notes
             except CheckpointError as exc:
                 notes.append(str(exc))
         return None, notes
 
-    def delete(self) -> None:
-        """Remove all checkpoints: the training is over and its weights are kept elsewhere."""
-        for path in self._paths():
-            path.unlink()
-
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*.pt"))
+        """Oldest first."""
+        return sorted(self.folder.glob("checkpoint-[0-9][0-9][0-9][0-9].pt"))
+
+    def _torn(self) -> list[Path]:
+        return list(self.folder.glob("checkpoint-*.tmp"))
+
+
+def _remove(paths: list[Path]) -> None:
+    """Delete files; one that cannot be deleted stays: it hurts no training."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as exc:
+        _remove([temporary])
+        raise CheckpointError(f"{path}: the file must reach the disk, got {exc.strerror!r}. Make room.") from exc
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import pickle
 import shlex
 import socket
+import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -135,7 +136,7 @@ def find_data(option: str | None) -> DataSource:
         return _find_data_at(from_environment, "TUNE_CIFAR_DATA")
     places = (Path("data").absolute(), user_cache_path("tune_cifar"))
     for folder in places:
-        if (folder / BATCHES_FOLDER).is_dir():
+        if not _find_folder_problem(folder / BATCHES_FOLDER):
             return _check_train_files_exist(folder)
     raise DataError(
         f"data: {BATCHES_FOLDER} must be in {places[0]} or {places[1]}, found in neither. "
@@ -146,27 +147,51 @@ def find_data(option: str | None) -> DataSource:
 def _find_data_at(option: str, where: str) -> DataSource:
     if option == "shapes":
         return DataSource("shapes", None)
-    given = Path(option).expanduser().absolute()
+    given = _expand(Path(option))
     folder = _get_outer_folder(given)
-    if not option or not (folder / BATCHES_FOLDER).is_dir():
-        found = "has none" if option and given.is_dir() else "is no folder"
+    found = _find_folder_problem(given) or _find_folder_problem(folder / BATCHES_FOLDER, "has none")
+    if found or not option:
         raise DataError(
-            f"{where}: a folder with {BATCHES_FOLDER} in it must be given, got {option!r}, which {found}."
-            f"{nearest_name(option, ['shapes'])} {_describe_mending(folder)}"
+            f"{where}: a folder with {BATCHES_FOLDER} in it must be given, got {option!r}, which "
+            f"{found or 'is no folder'}.{nearest_name(option, ['shapes'])} {_describe_mending(folder)}"
         )
     return _check_train_files_exist(folder)
 
 
+def _expand(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:  # ~ of a user who is not there: a folder of that name, then
+        return path.absolute()
+
+
+def _find_folder_problem(path: Path, absent: str = "is no folder") -> str:
+    """Why no folder can be read there, as the end of a sentence; empty for a folder."""
+    try:
+        return "" if stat.S_ISDIR(path.stat().st_mode) else absent
+    except (FileNotFoundError, NotADirectoryError):
+        return absent
+    except OSError as exc:  # no right to look; a name too long
+        return f"cannot be read ({exc.strerror})"
+
+
 def _get_outer_folder(folder: Path) -> Path:
     """The folder that holds cifar-10-batches-py, whichever of the two was given."""
-    is_inner = folder.name == BATCHES_FOLDER and not (folder / BATCHES_FOLDER).is_dir()
+    is_inner = folder.name == BATCHES_FOLDER and bool(_find_folder_problem(folder / BATCHES_FOLDER))
     return folder.parent if is_inner else folder
 
 
 def _check_train_files_exist(folder: Path) -> DataSource:
     for name in TRAIN_FILES:
         path = folder / BATCHES_FOLDER / name
-        if not path.is_file():
+        try:
+            is_there = stat.S_ISREG(path.stat().st_mode)
+        except FileNotFoundError:
+            is_there = False
+        except OSError as exc:
+            problem = f"the file must be readable, found: {exc.strerror}"
+            raise DataError(f"{path}: {problem}. {_describe_mending(folder)}") from exc
+        if not is_there:
             raise DataError(f"{path}: the file must exist, found none. {_describe_mending(folder)}")
     return DataSource("cifar10", folder)
 
@@ -188,7 +213,7 @@ def fetch_data(folder: Path | None = None) -> DataSource:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_and_extract_archive
 
-    folder = _get_outer_folder((folder or _get_fetch_folder()).expanduser().absolute())
+    folder = _get_outer_folder(_expand(folder or _get_fetch_folder()))
     source = DataSource("cifar10", folder)
     if all(check.problem is None for check in verify_data(source)):
         return source

@@ -1,21 +1,40 @@
 """The decisions of a search, without Ray: what to try next, what a result means, when a trial ends.
 
-Everything decided here is in the record before anyone hears of it. `search.py` hands Tune's calls to this class.
+Everything decided here is in the record before anyone hears of it, and everything a driver knows it has from the
+record: a new driver on the record of one that died decides what that one would have. `search.py` hands Tune's calls to
+this class.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from tune_cifar.checkpoint import CheckpointFolder
+from tune_cifar.events import (
+    EndStatus,
+    EpochReported,
+    Event,
+    Fault,
+    SearchEnded,
+    TrialEnded,
+    TrialRetried,
+    TrialStarted,
+    utc_now,
+)
 from tune_cifar.fidelity import keep
-from tune_cifar.record import EndStatus, EpochReported, Event, Record, SearchEnded, TrialEnded, TrialStarted, TrialState
+from tune_cifar.record import INTERRUPTED, Record, TrialState
 from tune_cifar.sampler import Sampler
 from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
 from tune_cifar.space import SearchSpace
-from tune_cifar.train import CHECKPOINTS, WEIGHTS, Listener, relative, write_error
+from tune_cifar.train import CHECKPOINTS, WEIGHTS, Listener, relative, stop_file, write_error
+
+# How often a trial is taken up again after a fault that may not be its own, before it counts as failed.
+RETRIES: dict[Fault, int] = {"worker died": 2, "out of memory": 1}
+# After the first Ctrl-C running trials may finish and checkpoint their epoch for so long.
+GRACE_SECONDS = 30.0
 
 
 class SearchDriver:
@@ -23,19 +42,27 @@ class SearchDriver:
     the clock only ends the whole search, and what still runs then is cut and recorded as stopped.
 
     Args:
-        record: a fresh record whose header describes the space.
+        record: of a new search, or of one to go on with: its unfinished trials are asked for again first.
         listener: called after every recorded event.
+        keep_weights: of so many best complete trials the weights stay on disk.
     """
 
-    def __init__(self, record: Record, space: SearchSpace, listener: Listener) -> None:
+    def __init__(self, record: Record, space: SearchSpace, listener: Listener, keep_weights: int = 1) -> None:
         self.record = record
+        self.is_interrupted = False
+        self.fault: Exception | None = None
         self._space = space
         self._listener = listener
-        self._sampler = Sampler(space, record.state.header.seed)
+        self._keep_weights = keep_weights
+        self._sampler = Sampler(space, record.state.header.seed, record.state.trials.values())
         self._start = time.monotonic()
         limit = space.budget.max_time_seconds
         self._deadline = None if limit is None else self._start + limit
-        self._next = 0
+        self._live: set[int] = set()
+        stop_file(record.state.folder).unlink(missing_ok=True)
+        unfinished = [trial for trial in record.state.trials.values() if trial.status == "running"]
+        # The driver before may have died between a trial's last result and what followed from it.
+        self._waiting = deque(trial.number for trial in unfinished if self._judge(trial))
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher and scheduler for a restore of its own, which is never used."""
@@ -46,53 +73,110 @@ class SearchDriver:
         """True once the search's time is used up."""
         return self._deadline is not None and time.monotonic() >= self._deadline
 
+    @property
+    def is_exhausted(self) -> bool:
+        """True when no trial runs and none will be asked for."""
+        return not self._live and (self._is_ending or (not self._waiting and not self._wants_more))
+
+    @property
+    def is_cut(self) -> bool:
+        """True when everything must stop at once, in the middle of an epoch if need be."""
+        if self.fault is not None:
+            return True
+        if self.is_interrupted:
+            return not self._live or time.monotonic() >= self._grace_end
+        return self.is_over_time
+
+    @property
+    def _is_ending(self) -> bool:
+        return self.is_interrupted or self.is_over_time or self.fault is not None
+
+    @property
+    def _wants_more(self) -> bool:
+        return len(self.record.state.trials) < self._space.budget.trials
+
+    def interrupt(self) -> None:
+        """No further trial; those that run checkpoint at the end of their epoch and stay unfinished. Safe to call from
+        a signal's handler: the record is not touched."""
+        self.is_interrupted = True
+        self._grace_end = time.monotonic() + GRACE_SECONDS
+        stop_file(self.record.state.folder).touch()
+
     def ask(self) -> TrialState | None:
-        """Record and return the next trial, or None when no further one is wanted."""
-        if self._next >= self._space.budget.trials or self.is_over_time:
+        """The next trial to run: one to go on with, else a new one, recorded. None when there is none now:
+        `is_exhausted` says whether to ask again."""
+        trials = self.record.state.trials
+        if self._is_ending or any(_must_be_alone(trials[number]) for number in self._live):
             return None
-        params, origin = self._sampler.ask(self._next)
+        if self._waiting:
+            number = next((n for n in self._waiting if not _must_be_alone(trials[n])), self._waiting[0])
+            if _must_be_alone(trials[number]) and self._live:
+                return None
+            self._waiting.remove(number)
+        elif self._wants_more:
+            number = self._start_trial()
+        else:
+            return None
+        self._live.add(number)
+        return trials[number]
+
+    def _start_trial(self) -> int:
+        number = len(self.record.state.trials)
+        params, origin = self._sampler.ask(number)
         config = self._space.config(params)
         self._append(
             TrialStarted(
-                trial=self._next,
+                trial=number,
                 origin=origin,
                 params=params,
                 config=config.model_dump(mode="json"),
                 fingerprint=config.fingerprint,
+                time=utc_now(),
             )
         )
-        self._next += 1
-        return self.record.state.trials[self._next - 1]
+        return number
 
     def report(self, number: int, result: EpochResult) -> bool:
-        """Record an epoch; True when the trial goes on. The baseline is never stopped at a rung: every gain is
-        measured against it."""
+        """Record an epoch; True when the trial goes on."""
         trial = self.record.state.trials[number]
-        if result.epoch <= trial.epochs_done:  # a resumed trial tells again what its checkpoint knew
+        if result.epoch > trial.epochs_done:  # a resumed trial tells again what its checkpoint knew
+            self._append(EpochReported(trial=number, result=result))
+            if not self._judge(trial):
+                return False
+        if self.is_interrupted:
+            self._live.discard(number)
+        return not self.is_interrupted
+
+    def _judge(self, trial: TrialState) -> bool:
+        """Whether a trial goes on after its last reported epoch; if not, its end is recorded.
+
+        Only the scores that had arrived by then count, so that asking again later gives the same answer. The baseline
+        is never stopped at a rung: every gain is measured against it.
+        """
+        if not trial.epochs:
             return True
-        self._append(EpochReported(trial=number, result=result))
-        if result.epoch == trial.config.epochs:
-            self._keep_best_weights(trial, result)
+        last, budget = trial.epochs[-1], self._space.budget
+        if last.epoch == trial.config.epochs:
+            self.end(trial.number, "complete", "all epochs")
+            self._keep_best_weights()
             return False
-        budget = self._space.budget
-        if result.epoch not in budget.rungs or result.val_acc is None or trial.origin == "baseline":
+        if last.epoch not in budget.rungs or last.val_acc is None or trial.origin == "baseline":
             return True
-        scores = list(self.record.state.rung_scores([result.epoch])[result.epoch].values())
-        if keep(result.val_acc, scores, budget.reduction_factor):
+        arrivals = self.record.state.arrivals[last.epoch]
+        scores = list(arrivals.values())[: list(arrivals).index(trial.number) + 1]
+        if keep(last.val_acc, scores, budget.reduction_factor):
             return True
-        better = sum(score > result.val_acc for score in scores)
-        reason = f"rung {result.epoch}: {better} of {len(scores)} scores were better"
-        self.end(number, "stopped", reason)
+        better = sum(score > last.val_acc for score in scores)
+        self.end(trial.number, "stopped", f"rung {last.epoch}: {better} of {len(scores)} scores were better")
         return False
 
     def end(self, number: int, status: EndStatus, reason: str, error_file: Path | None = None) -> None:
         """Record a trial's end, tell the sampler, and delete the checkpoints that no one will go on from."""
         trial = self.record.state.trials[number]
         folder = self.record.state.trial_folder(number)
-        score = {"complete": trial.epochs[-1].val_acc if trial.epochs else None, "diverged": CHANCE_ACCURACY}.get(
-            status
-        )
+        score = {"complete": trial.val_acc, "diverged": CHANCE_ACCURACY}.get(status)
         weights = folder / WEIGHTS if status == "complete" else None
+        self._live.discard(number)
         self._append(
             TrialEnded(
                 trial=number,
@@ -101,6 +185,7 @@ class SearchDriver:
                 reason=reason,
                 error_file=relative(self.record, error_file) if error_file else None,
                 weights_file=relative(self.record, weights) if weights and weights.exists() else None,
+                time=utc_now(),
             )
         )
         rungs = {
@@ -114,29 +199,49 @@ class SearchDriver:
         path = write_error(self.record.state.trial_folder(number), text)
         self.end(number, "failed", text.strip().splitlines()[-1][:500], path)
 
-    def finish(self) -> None:
-        """Record the end of the search and why; trials that still ran are cut and recorded as stopped. Tune returns
-        early without a word on Ctrl-C, so what is neither done nor out of time was interrupted."""
-        statuses = [trial.status for trial in self.record.state.trials.values()]
-        if "running" not in statuses and len(statuses) == self._space.budget.trials:
-            reason = "all trials"
+    def retry(self, number: int, fault: Fault, text: str) -> None:
+        """Take a trial up again from its newest checkpoint after a fault that may not be its own; too many of one kind,
+        and it failed. One that ran out of memory has the machine for itself."""
+        trial = self.record.state.trials[number]
+        self._live.discard(number)
+        if sum(retry.fault == fault for retry in trial.retries) >= RETRIES[fault]:
+            self.fail(number, f"{text}\n{fault}, {RETRIES[fault] + 1} times")
         else:
-            reason = "time limit" if self.is_over_time else "interrupted"
-        for number, trial in self.record.state.trials.items():
-            if trial.status == "running":
-                self.end(number, "stopped", f"cut after epoch {trial.epochs_done}: {reason}")
-        self._append(SearchEnded(reason=reason, wall_seconds=time.monotonic() - self._start))
+            self._append(TrialRetried(trial=number, fault=fault, text=text))
+            self._waiting.append(number)
 
-    def _keep_best_weights(self, trial: TrialState, result: EpochResult) -> None:
-        """End a trial that ran to its end; of all weights only the best trial's stay on disk."""
-        best = self.record.state.best
-        self.end(trial.number, "complete", "all epochs")
-        if best is None:
+    def finish(self) -> None:
+        """Record the end of this driver and why. Out of time, trials that still ran are cut and recorded as stopped;
+        interrupted, they stay unfinished. Nothing to do when the record could not be written."""
+        if self.record.file.closed:
             return
-        new_best = self.record.state.best
-        loser = trial if new_best is best else best
-        (self.record.state.trial_folder(loser.number) / WEIGHTS).unlink(missing_ok=True)
+        running = [trial for trial in self.record.state.trials.values() if trial.status == "running"]
+        if not running and not self._wants_more:
+            reason = "all trials"
+        elif self.is_over_time and not self.is_interrupted and self.fault is None:
+            reason = "time limit"
+            for trial in running:
+                self.end(trial.number, "stopped", f"cut after epoch {trial.epochs_done}: {reason}")
+        else:
+            reason = INTERRUPTED
+        self._append(SearchEnded(reason=reason, wall_seconds=time.monotonic() - self._start))
+        stop_file(self.record.state.folder).unlink(missing_ok=True)
+
+    def _keep_best_weights(self) -> None:
+        state = self.record.state
+        complete = [
+            (-trial.score, trial.number)
+            for trial in state.trials.values()
+            if trial.status == "complete" and trial.score is not None
+        ]
+        for _, number in sorted(complete)[self._keep_weights :]:
+            (state.trial_folder(number) / WEIGHTS).unlink(missing_ok=True)
 
     def _append(self, event: Event) -> None:
         self.record.append(event)
         self._listener(self.record.state, event)
+
+
+def _must_be_alone(trial: TrialState) -> bool:
+    """Its last attempt ran out of memory beside others."""
+    return bool(trial.retries) and trial.retries[-1].fault == "out of memory"

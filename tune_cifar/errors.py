@@ -10,6 +10,13 @@ TuneCifarError
 └── Diverged          the loss stopped being a number: a result of a trial, not a fault of the program
 """
 
+import re
+
+
+def hide_credentials(text: str) -> str:
+    """The text with `user:password@` (or `token@`) of every address in it replaced by `***@`."""
+    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+
 
 class TuneCifarError(Exception):
     """Base of all errors that the command line shows as one sentence with exit status 1."""

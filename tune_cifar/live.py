@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from tune_cifar.record import EpochReported, Event, SearchState, TrialEnded, TrialStarted, TrialState
+from tune_cifar.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
+from tune_cifar.record import SearchState, TrialState
 from tune_cifar.schema import DataInfo, EpochResult, Status
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ class SearchView:
             if line:
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def stop(self) -> None:
+        """Say that the search is about to end; called from a signal's handler."""
+        words = "stopping: running epochs end first; Ctrl-C again stops at once, and either way --resume goes on"
+        self._console.print(words, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def eta_seconds(self) -> float:
         """Expected seconds to the end: expected epochs left at the mean epoch's price, never beyond the time limit."""
         state, elapsed = self._state, time.monotonic() - self._start
@@ -133,6 +139,8 @@ class SearchView:
             trial = state.trials[event.trial]
             acc = format_percent(event.result.val_acc)
             return f"{clock} trial {event.trial} epoch {event.result.epoch}/{trial.config.epochs}: val_acc {acc}"
+        if isinstance(event, TrialRetried):
+            return f"{clock} trial {event.trial}: {event.fault}; it goes on from its newest checkpoint"
         if isinstance(event, TrialEnded):
             end = f"{clock} trial {event.trial} {event.status} ({event.reason})"
             best = state.best
@@ -250,7 +258,12 @@ def _gain_sentence(state: SearchState, best: TrialState) -> str:
 def _print_next(console: Console, state: SearchState, data_option: str, storage_option: str) -> None:
     """Commands to paste: never broken into lines."""
     name = state.header.name
+    if not state.is_finished:
+        resume = f"search --name {name} --resume{data_option}{storage_option}"
+        console.print(f"\ngo on with:\n  python -m tune_cifar {resume}", markup=False, highlight=False, soft_wrap=True)
     commands = [f"reproduce --best --search {name}{data_option}{storage_option}"] if state.best is not None else []
+    if any(trial.status == "failed" or trial.retries for trial in state.trials.values()):
+        commands.append(f"failures --search {name}{storage_option}")
     commands += [f"leaderboard --search {name}{storage_option}", f"ui{storage_option}"]
     lines = "\n".join(f"  python -m tune_cifar {command}" for command in commands)
     console.print(f"\nnext:\n{lines}", markup=False, highlight=False, soft_wrap=True)

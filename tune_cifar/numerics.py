@@ -6,6 +6,7 @@ also `deterministic`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -62,6 +63,17 @@ def resolve_numerics(
         execution="eager",
         versions={"python": platform.python_version(), **{name: _find_version(name) for name in COMPUTING_LIBRARIES}},
     )
+
+
+def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
+    """The recorded settings on this machine: what can be chosen is restored, what cannot (processor, versions) is this
+    machine's own.
+
+    Raises:
+        ConfigError: when the recorded device is not here.
+    """
+    here = resolve_numerics(device or recorded.device, recorded.precision, recorded.threads, recorded.deterministic)
+    return here.model_copy(update={"memory_format": recorded.memory_format})
 
 
 # The libraries whose versions may change bits.
@@ -153,15 +165,38 @@ RECORDED_LIBRARIES = ("tune_cifar", "torch", "torchvision", "ray", "optuna", "ml
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions, git commit (with `+changes` for an uncommitted tree), platform, cores and memory, for the record."""
+    """Versions, digest of the code, git commit (with `+changes` for an uncommitted tree), platform, cores and memory,
+    for the record."""
     package = Path(__file__).resolve().parent.parent
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: _find_version(name) for name in RECORDED_LIBRARIES}
     facts |= {"cores": str(os.cpu_count()), "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}"}
+    facts["code"] = digest_code()
     commit = _ask_git(package, "rev-parse", "HEAD")
     if commit:
         facts["git_commit"] = commit + ("+changes" if _ask_git(package, "status", "--porcelain") else "")
     return facts
+
+
+# The rooms whose code decides what is tried, trained and stopped; the others show, store and ship.
+DECIDING_ROOMS = (
+    *("schema", "space", "shapes", "data", "augment", "models", "optim", "numerics"),
+    *("engine", "fidelity", "sampler", "train", "driver"),
+)
+
+
+def digest_code() -> str:
+    """SHA-256 (16 digits) of the code that decides results: equal digests, equal decisions."""
+    package = Path(__file__).resolve().parent
+    files = [
+        path
+        for room in DECIDING_ROOMS
+        for path in sorted(package.glob(f"{room}.py")) or sorted((package / room).glob("*.py"))
+    ]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _ask_git(folder: Path, *words: str) -> str:

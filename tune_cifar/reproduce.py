@@ -2,7 +2,8 @@
 
 Under equal Numerics every recorded figure must come back bit for bit. Under others (another processor, another
 version of torch) the accuracies must lie within three standard deviations of that space's seed noise, and what
-differed is named. The test set is opened here and in confirm only, and every opening is written down.
+differed is named. A failed run must fail again. The test set is opened here and in confirm only, and every opening is
+written down.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
@@ -20,8 +22,9 @@ from tune_cifar.checkpoint import load_weights
 from tune_cifar.data import DataSource, TrainVal, load_test, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, DataError, Diverged, RecordError
-from tune_cifar.numerics import compare_numerics, describe_environment, resolve_numerics
+from tune_cifar.numerics import compare_numerics, describe_environment
 from tune_cifar.record import SearchState, TrialState
+from tune_cifar.results import parse_failure, read_error
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
 
 Verdict = Literal["identical", "within tolerance", "different"]
@@ -42,6 +45,7 @@ class Reproduction:
         first_different: the first epoch that differs, from 1, or None.
         detail: in words: which figure, recorded and now.
         numerics: what differs in the Numerics, as `name: recorded -> current`.
+        traceback: of the exception that ended this training, empty without one.
     """
 
     verdict: Verdict
@@ -49,6 +53,7 @@ class Reproduction:
     first_different: int | None
     detail: str
     numerics: tuple[str, ...]
+    traceback: str = ""
 
 
 def load_seed_noise(space: str) -> float | None:
@@ -75,17 +80,6 @@ def compare_epoch(recorded: EpochResult, fresh: EpochResult, tolerance: float | 
     if abs(before - now) <= tolerance:
         return None
     return f"epoch {recorded.epoch}: {name} recorded {before:.4f}, now {now:.4f}, more than {tolerance:.4f} apart"
-
-
-def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
-    """The recorded settings on this machine: what can be chosen is restored, what cannot (processor, versions) is this
-    machine's own.
-
-    Raises:
-        ConfigError: when the recorded device is not here.
-    """
-    here = resolve_numerics(device or recorded.device, recorded.precision, recorded.threads, recorded.deterministic)
-    return here.model_copy(update={"memory_format": recorded.memory_format})
 
 
 def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource) -> TrainVal:
@@ -128,16 +122,8 @@ def reproduce_run(
     """
     if not trial.epochs and trial.status != "diverged":
         raise RecordError(f"{trial.run_id}: at least one recorded epoch must be there to compare, got none.")
-    changed = tuple(compare_numerics(state.header.numerics, numerics))
-    tolerance = None
-    if changed:
-        sd = load_seed_noise(state.header.space)
-        if sd is None:
-            raise ConfigError(
-                f"{trial.run_id}: the Numerics differ ({'; '.join(changed)}) and the seed noise of space "
-                f"{state.header.space} is not in {SEED_NOISE_FILE.name}. Measure it: python benchmarks/seed_noise.py."
-            )
-        tolerance = TOLERANCE_SDS * sd
+    changed = tuple(compare_numerics(trial.driver.numerics, numerics))
+    tolerance = _find_tolerance(state, trial, changed)
     trainer = Trainer(trial.config, data, numerics)
     if on_trainer is not None:
         on_trainer(trainer)
@@ -157,6 +143,71 @@ def reproduce_run(
     if difference is not None:
         return Reproduction("different", num_epochs + 1, num_epochs + 1, difference, changed), trainer
     return Reproduction("within tolerance" if changed else "identical", num_epochs, None, "", changed), trainer
+
+
+def _find_tolerance(state: SearchState, trial: TrialState, changed: tuple[str, ...]) -> float | None:
+    """What `compare_epoch` allows when these Numerics have changed; a ConfigError when it has not been measured."""
+    if not changed:
+        return None
+    sd = load_seed_noise(state.header.space)
+    if sd is None:
+        raise ConfigError(
+            f"{trial.run_id}: the Numerics differ ({'; '.join(changed)}) and the seed noise of space "
+            f"{state.header.space} is not in {SEED_NOISE_FILE.name}. Measure it: python benchmarks/seed_noise.py."
+        )
+    return TOLERANCE_SDS * sd
+
+
+def replay_failure(
+    state: SearchState,
+    trial: TrialState,
+    data: TrainVal,
+    numerics: Numerics,
+    on_epoch: Callable[[EpochResult, EpochResult, str | None], None],
+    on_trainer: Callable[[Trainer], None] | None = None,
+) -> Reproduction:
+    """Train a failed run again, through the epoch in which it failed. It must fail there again with the same type of
+    exception, after epochs that agree as those of any other run; the arguments are those of `reproduce_run`.
+
+    Raises:
+        ConfigError: when epochs must be compared, Numerics differ and the space's seed noise has not been measured.
+    """
+    failure = parse_failure(read_error(state, trial))
+    changed = tuple(compare_numerics(trial.driver.numerics, numerics))
+    tolerance = _find_tolerance(state, trial, changed) if trial.epochs else None
+    num_epochs, last = trial.epochs_done, trial.epochs_done + 1
+
+    def train() -> Iterator[EpochResult]:
+        trainer = Trainer(trial.config, data, numerics)
+        if on_trainer is not None:
+            on_trainer(trainer)
+        yield from trainer
+
+    epochs = train()
+    for epoch, recorded in enumerate((*trial.epochs, None), start=1):
+        try:
+            fresh = next(epochs, None)
+        except Exception as exc:  # what is looked for: all of it is shown
+            text = "".join(traceback.format_exception(exc))
+            now = parse_failure(text)
+            if recorded is None and now.kind == failure.kind:
+                verdict: Verdict = "within tolerance" if changed else "identical"
+                return Reproduction(verdict, num_epochs, None, f"It fails again: {now.what}", changed, text)
+            before = f"failed with {failure.what}" if recorded is None else "finished"
+            detail = f"epoch {epoch}: recorded as {before}, now {now.what}"
+            return Reproduction("different", epoch, epoch, detail, changed, text)
+        if recorded is None or fresh is None:
+            break
+        difference = compare_epoch(recorded, fresh, tolerance)
+        on_epoch(recorded, fresh, difference)
+        if difference is not None:
+            return Reproduction("different", epoch, epoch, difference, changed)
+    when = "after the last epoch" if num_epochs == trial.config.epochs else f"in epoch {last}"
+    detail = (
+        f"It failed {when} ({failure.what}) and does not fail now: the fault was not the configuration's, but the "
+        "machine's (memory, disk, a killed process)."
+    )
+    return Reproduction("different", last, last, detail, changed)
 
 
 def _compare_divergence(trial: TrialState, epochs: Iterator[EpochResult], changed: tuple[str, ...]) -> str | None:

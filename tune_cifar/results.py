@@ -1,19 +1,23 @@
-"""Records as tidy tables, and the trial that a run id or `--best` means.
+"""Records as tidy tables, the trial that a run id or `--best` means, and what failed.
 
-pandas is imported inside the functions that build tables: finding a run needs none of it.
+pandas is imported inside the functions that build tables: all else needs none of it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tune_cifar.errors import RecordError
-from tune_cifar.record import NAME, SearchState, TrialState, list_searches, read_state, search_folder
-from tune_cifar.schema import EpochResult, TrainConfig, nearest_name
+from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.events import NAME
+from tune_cifar.record import SearchState, TrialState, is_live, list_searches, read_state
+from tune_cifar.schema import EpochResult, Status, TrainConfig, nearest_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +55,22 @@ CURVE_COLUMNS = {"search": "string", "trial": "int64", "run_id": "string"} | {
 }
 
 
+def find_searches(storage: Path, search: str | None = None) -> list[Path]:
+    """The folders of all recorded searches and single trainings, newest first, or of the named one.
+
+    Raises:
+        RecordError: when the named search is unknown.
+    """
+    folders = list_searches(storage)
+    if search is None:
+        return folders
+    named = [folder for folder in folders if folder.name == search]
+    if not named:
+        hint = nearest_name(search, [folder.name for folder in folders])
+        raise RecordError(f"{storage}: a search of the name must be recorded, got {search!r}.{hint}")
+    return named
+
+
 def load_searches(storage: Path, space: str | None = None, search: str | None = None) -> list[SearchState]:
     """The recorded searches and single trainings, newest first. One that cannot be read is told in the log and left
     out, so that a damaged record does not hide the others.
@@ -62,13 +82,9 @@ def load_searches(storage: Path, space: str | None = None, search: str | None = 
     Raises:
         RecordError: when the named search is unknown, damaged or of another space.
     """
-    folders = list_searches(storage)
+    folders = find_searches(storage, search)
     if search is not None:
-        names = [folder.name for folder in folders]
-        if search not in names:
-            hint = nearest_name(search, names)
-            raise RecordError(f"{storage}: a search of the name must be recorded, got {search!r}.{hint}")
-        state = read_state(search_folder(storage, search))
+        state = read_state(folders[0])
         _check_space(state, space)
         return [state]
     states = []
@@ -78,6 +94,75 @@ def load_searches(storage: Path, space: str | None = None, search: str | None = 
         except RecordError as exc:
             logger.warning("left out: %s", exc)
     return [state for state in states if space in (None, state.header.space)]
+
+
+@dataclass(frozen=True)
+class SearchRow:
+    """A recorded search or single training at a glance.
+
+    Attributes:
+        stage: `running` while a driver holds it; `driver died` when none does and none told an end.
+        end: why its last driver ended.
+        counts: number of trials of every status.
+        best: run id of the best complete trial.
+        size_bytes: of all files in its folder.
+        error: why a damaged one cannot be read; all but its name and size are absent then.
+    """
+
+    name: str
+    stage: Literal["running", "finished", "interrupted", "driver died", "damaged"]
+    size_bytes: int
+    kind: str | None = None
+    space: str | None = None
+    tier: str | None = None
+    data: str | None = None
+    created: str | None = None
+    end: str | None = None
+    counts: dict[Status, int] | None = None
+    best: str | None = None
+    best_val_acc: float | None = None
+    error: str | None = None
+
+
+def list_rows(storage: Path) -> list[SearchRow]:
+    """Every recorded search and single training, newest first."""
+    return [_make_search_row(folder) for folder in list_searches(storage)]
+
+
+def _make_search_row(folder: Path) -> SearchRow:
+    try:
+        live = is_live(folder)  # asked first: a search that ends meanwhile is not taken for one whose driver died
+        state = read_state(folder)
+    except (RecordError, ConfigError) as exc:
+        return SearchRow(folder.name, "damaged", measure_folder(folder), error=str(exc))
+    stage: Literal["running", "finished", "interrupted", "driver died"] = "running" if live else "driver died"
+    if state.finished is not None:
+        stage = "finished" if state.is_finished else "interrupted"
+    header, best = state.header, state.best
+    return SearchRow(
+        name=header.name,
+        stage=stage,
+        size_bytes=measure_folder(folder),
+        kind=header.kind,
+        space=header.space,
+        tier=header.tier,
+        data=header.data.name,
+        created=header.created,
+        end=state.finished.reason if state.finished else None,
+        counts=state.counts,
+        best=best.run_id if best else None,
+        best_val_acc=best.score if best else None,
+    )
+
+
+def measure_folder(folder: Path) -> int:
+    """Bytes of all files below a folder. Links are not followed; a file that goes meanwhile does not count."""
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(root, name).lstat().st_size
+    return size
 
 
 def find_run(storage: Path, run_id: str) -> tuple[SearchState, TrialState]:
@@ -129,19 +214,105 @@ def _check_space(state: SearchState, space: str | None) -> None:
 
 def _find_newest(states: list[SearchState], space: str | None) -> SearchState:
     searches = [state for state in states if state.header.kind == "search" and space in (None, state.header.space)]
-    finished = [state for state in searches if state.finished is not None]
+    finished = [state for state in searches if state.is_finished]
     on_cifar10 = [state for state in finished if state.header.data.name == "cifar10"]
     if on_cifar10:
         return max(on_cifar10, key=lambda state: (state.header.created, state.header.name))
     found = {
         "only on the stand-in (shapes)": [state.header.name for state in finished],
-        "unfinished": [state.header.name for state in searches if state.finished is None],
+        "unfinished": [state.header.name for state in searches if not state.is_finished],
     }
     got = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names) or "none"
     spaces = [state.header.space for state in states if state.header.kind == "search"]
     hint = " Name one with --search to take it all the same." if searches else nearest_name(space or "", spaces)
     where = "searches" if space is None else f"space {space}"
     raise RecordError(f"{where}: a finished search on CIFAR-10 must be recorded, got {got}.{hint}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a traceback, or words about a worker's death, tells.
+
+    Attributes:
+        kind: the exception's type without its module; empty where the text names none.
+        what: type and message, the first line of it.
+        where: the last frame in this package, as `engine.py:131 in _train_step`; empty without one.
+    """
+
+    kind: str
+    what: str
+    where: str
+
+
+@dataclass(frozen=True)
+class FailureGroup:
+    """Faults of one kind at one place.
+
+    Attributes:
+        what: type and message; numbers stand as # where they differ within the group.
+        where: see Failure.
+        count: of faults; a trial that was retried may have met several.
+        failed: numbers of the trials that ended by it.
+        retried: numbers of the trials that went on after it.
+        run_id: of the first trial to replay, one that failed if any did.
+        traceback: of that trial.
+    """
+
+    what: str
+    where: str
+    count: int
+    failed: tuple[int, ...]
+    retried: tuple[int, ...]
+    run_id: str
+    traceback: str
+
+
+FRAME = re.compile(r'^ +File "(?:.*/)?tune_cifar/([\w/]+\.py)", line (\d+), in (.+)$', re.MULTILINE)
+EXCEPTION = re.compile(r"(?:\w+\.)*([A-Z]\w*)(?=[:(]|$)")
+# Addresses, ids of Ray, counts, sizes; not the digits of a name such as conv1 or float32.
+NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|(?<!\w)\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
+
+
+def parse_failure(text: str) -> Failure:
+    """Read a traceback (of exceptions that led to one another, the last) or any other words about a fault."""
+    last = text.rpartition("Traceback (most recent call last):\n")[2]
+    lines = [line for line in last.splitlines() if line.strip()]
+    what = next((line.strip() for line in lines if not line.startswith(" ")), "no word of what happened")
+    kind = EXCEPTION.match(what)
+    frames = FRAME.findall(last)
+    where = "{}:{} in {}".format(*frames[-1]) if frames else ""
+    return Failure(kind[1] if kind else "", what, where)
+
+
+def read_error(state: SearchState, trial: TrialState) -> str:
+    """A failed trial's traceback; the recorded reason when the file is gone."""
+    if trial.error_file is not None:
+        with suppress(OSError):
+            return (state.folder / trial.error_file).read_text(encoding="utf-8", errors="replace")
+    return trial.reason
+
+
+def group_failures(state: SearchState) -> list[FailureGroup]:
+    """What went wrong in a search: faults of failed trials, and those that trials were retried after, by what failed
+    and where. The most frequent first, of equals the one met by the lower trial number."""
+    faults: dict[tuple[str, str], list[tuple[TrialState, bool, str]]] = {}
+    for trial in state.trials.values():
+        found = [(trial, False, retry.text) for retry in trial.retries]
+        found += [(trial, True, read_error(state, trial))] if trial.status == "failed" else []
+        for fault in found:
+            failure = parse_failure(fault[2])
+            faults.setdefault((NUMBERS.sub("#", failure.what), failure.where), []).append(fault)
+    groups = [_make_failure_group(*key, found) for key, found in faults.items()]
+    return sorted(groups, key=lambda group: (-group.count, min(group.failed + group.retried)))
+
+
+def _make_failure_group(what: str, where: str, faults: list[tuple[TrialState, bool, str]]) -> FailureGroup:
+    failed = sorted({trial.number for trial, has_ended, _ in faults if has_ended})
+    retried = sorted({trial.number for trial, has_ended, _ in faults if not has_ended} - set(failed))
+    first, _, text = min(faults, key=lambda fault: (not fault[1], fault[0].number))
+    words = {parse_failure(text).what for _, _, text in faults}
+    what = words.pop() if len(words) == 1 else what
+    return FailureGroup(what, where, len(faults), tuple(failed), tuple(retried), first.run_id, text)
 
 
 def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:

@@ -119,6 +119,16 @@ class Sampler:
         return TPESampler(seed=seed, n_startup_trials=self._space.budget.sampler.startup)
 
 
+def fit_point(space: SearchSpace, params: dict[str, Any]) -> dict[str, Any] | None:
+    """The values of the space's searched knobs out of a configuration's, or None when one lies outside of its range."""
+    point = {name: params[name] for name in space.distributions}
+    try:
+        optuna.create_trial(params=point, distributions=space.distributions, value=0.0)
+    except ValueError:
+        return None
+    return point
+
+
 class _Sequence:
     """The points of a scrambled Sobol sequence by number: a study of its own that is only ever asked, so that point n
     does not depend on what became of the others. Point 0 is not of the sequence (Optuna draws it at random to learn

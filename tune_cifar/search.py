@@ -8,13 +8,17 @@ training generator inside a worker. The record is written before anything else h
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 # Read by Ray when it is imported: no output of its own, no token file, no joining of somebody else's cluster, workers
@@ -27,12 +31,13 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
 }
 os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
 
-import psutil
 import ray
+import torch
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -40,114 +45,33 @@ from ray.tune.stopper import Stopper
 
 from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.driver import SearchDriver
-from tune_cifar.engine import Trainer
-from tune_cifar.errors import ConfigError, Diverged
+from tune_cifar.errors import Diverged
+from tune_cifar.events import Event, Fault, SearchResumed, utc_now
 from tune_cifar.fidelity import expected_epochs
-from tune_cifar.numerics import count_gpus, resolve_numerics
-from tune_cifar.record import Event, Record, SearchState, check_is_new, search_folder
+from tune_cifar.numerics import count_gpus, describe_environment, resolve_numerics, restore_numerics
+from tune_cifar.plan import (
+    Resources,
+    SearchPlan,
+    SearchRequest,
+    count_trials,
+    estimate_epoch_seconds,
+    resolve_resources,
+)
+from tune_cifar.preflight import check_search_fits
+from tune_cifar.record import Record, SearchState, check_is_new, search_folder
+from tune_cifar.resume import check_accepted, describe_restored, find_changes, restore_space
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
 from tune_cifar.tracking import Shipper, make_tracking_uri
 from tune_cifar.train import Listener, make_header, train_trial
 
-
-@dataclass(frozen=True)
-class SearchRequest:
-    """What the user asked for beyond the space: runtime options, none of which changes a recipe.
-
-    `None` leaves the choice to the program.
-    """
-
-    source: DataSource
-    storage: Path
-    command: str
-    name: str | None = None
-    seed: int | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    deterministic: bool = False
-    cpus_per_trial: int = 1
-    gpus_per_trial: float | None = None
-    max_concurrent: int | None = None
-    tracking_uri: str | None = None
-
-    @property
-    def default_tier(self) -> str:
-        """`full` where a GPU may be used, else `cpu`."""
-        return "full" if count_gpus(self.device) else "cpu"
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one trial occupies and how many run at once. Ray's resources are logical: they place, they do not limit."""
-
-    cpus_per_trial: int
-    gpus_per_trial: float
-    max_concurrent: int
-    num_gpus: int
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """Everything settled before the first trial.
-
-    Attributes:
-        epoch_seconds: of the baseline, from measured training steps.
-        epochs_per_trial: expected under the rungs.
-    """
-
-    space: SearchSpace
-    request: SearchRequest
-    name: str
-    numerics: Numerics
-    resources: Resources
-    epoch_seconds: float
-    epochs_per_trial: float
-
-    def describe(self) -> str:
-        """What will fit into the time, in one sentence or two."""
-        budget, numerics = self.space.budget, self.numerics
-        workers = self.resources.max_concurrent
-        text = (
-            f"search {self.name}: {budget.describe()}; {workers} at once on {numerics.device_name}, "
-            f"{numerics.precision}, {numerics.threads} thread{'s' if numerics.threads > 1 else ''} each. "
-            f"An epoch of the baseline takes about {self.epoch_seconds:.2g} s"
-        )
-        if budget.max_time_seconds is None:
-            return text + "."
-        num_epochs = budget.max_time_seconds * workers / self.epoch_seconds
-        num_trials = min(budget.trials, int(num_epochs / self.epochs_per_trial))
-        return text + f": the time is enough for about {num_trials} trials."
-
-
-def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:
-    """Check what was asked for against the machine; by default as many trials at once as fit.
-
-    Raises:
-        ConfigError: when one trial would not fit the machine.
-    """
-    cores, cpus = len(psutil.Process().cpu_affinity() or [0]), request.cpus_per_trial
-    if not 1 <= cpus <= cores:
-        raise ConfigError(f"--cpus-per-trial: 1 to {cores} (the cores here) must hold, got {cpus}.")
-    gpus = request.gpus_per_trial
-    if gpus is None:
-        gpus = 1.0 if numerics.device == "cuda" else 0.0
-    if gpus and numerics.device == "cpu":
-        raise ConfigError(f"--gpus-per-trial: 0 must hold on a CPU, got {gpus:g}. A GPU must be there to be shared.")
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ConfigError(f"--gpus-per-trial: a fraction up to 1 or a whole number must be given, got {gpus:g}.")
-    if gpus > num_gpus:
-        raise ConfigError(f"--gpus-per-trial: at most {num_gpus} (the GPUs here) must hold, got {gpus:g}.")
-    if request.max_concurrent is not None and request.max_concurrent < 1:
-        raise ConfigError(f"--max-concurrent: a number >= 1 must be given, got {request.max_concurrent}.")
-    fits = cores // cpus
-    if gpus:
-        fits = min(fits, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
-    return Resources(cpus, gpus, min(fits, request.max_concurrent or fits), num_gpus)
+# How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
+SHIPPING_SECONDS = 60.0
+URGENT_SECONDS = 2.0
 
 
 def prepare_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
-    """Settle name, numerics and resources, start the workers' cluster and measure 20 training steps meanwhile.
+    """Settle a new search: name, numerics, resources; see `_prepare`.
 
     Raises:
         RecordError: when the name is taken.
@@ -155,26 +79,62 @@ def prepare_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
     """
     name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
     check_is_new(search_folder(request.storage, name))
-    num_gpus = count_gpus(request.device)
     numerics = resolve_numerics(request.device, request.precision, request.cpus_per_trial, request.deterministic)
+    return _prepare(space, request, name, numerics)
+
+
+def prepare_resume(
+    request: SearchRequest, trials: str | None, max_time_seconds: float | None, accepts_changes: bool
+) -> SearchPlan:
+    """Settle how the search `request.name` goes on, from its record alone; a torn last line is cut.
+
+    Args:
+        trials: `--trials` as given, see `count_trials`; None leaves the recorded number.
+        max_time_seconds: of this launch; None takes the recorded limit, counted anew.
+
+    Raises:
+        RecordError: when there is no such search, its record is damaged or another process holds it.
+        ConfigError: when what decides results has changed and was not accepted, or an option does not fit.
+    """
+    assert request.name is not None
+    with Record.open(search_folder(request.storage, request.name)) as record:
+        state = record.state
+    space = restore_space(state.header)
+    num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
+    space = space.limit(num_trials, max_time_seconds)
+    numerics = restore_numerics(state.resumes[-1].numerics if state.resumes else state.header.numerics)
+    plan = _prepare(space, replace(request, cpus_per_trial=numerics.threads), request.name, numerics)
+    environment = describe_environment()
+    changes = find_changes(state, plan.data, numerics, environment)
+    check_accepted(changes, accepts_changes)
+    event = SearchResumed(
+        time=utc_now(),
+        trials=num_trials,
+        changes=list(changes.deciding),
+        numerics=numerics,
+        environment=environment,
+        command=request.command,
+    )
+    notes = [*describe_restored(state, space.budget.rungs), *(f"changed since: {note}" for note in changes.harmless)]
+    notes += [f"accepted: {change}" for change in changes.deciding]
+    num_ended = len(state.trials) - state.counts["running"]
+    return replace(plan, num_ended=num_ended, resumed=event, notes=tuple(notes))
+
+
+def _prepare(space: SearchSpace, request: SearchRequest, name: str, numerics: Numerics) -> SearchPlan:
+    """Check the machine, start the workers' cluster and measure 20 training steps meanwhile."""
+    num_gpus = count_gpus(request.device)
     resources = resolve_resources(request, numerics, num_gpus)
+    check_search_fits(
+        request.storage, space.baseline, space.budget.trials, resources.max_concurrent, request.keep_weights
+    )
+    data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size)
     with ThreadPoolExecutor(1) as pool:
         measured = pool.submit(estimate_epoch_seconds, space.baseline, request.source, numerics)
         start_ray(resources)
         epoch_seconds = measured.result()
     epochs_per_trial = expected_epochs(space.budget.rungs, space.budget.reduction_factor)
-    return SearchPlan(space, request, name, numerics, resources, epoch_seconds, epochs_per_trial)
-
-
-def estimate_epoch_seconds(config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20) -> float:
-    """Seconds of one epoch, from the median of measured training steps; evaluation is counted as forward passes.
-
-    A forward pass costs about a third of a training step per image (one of forward, backward by inputs, backward by
-    weights).
-    """
-    data = load_train_val(source, config.train_size, config.val_size)
-    step_seconds = Trainer(config, data, numerics).measure_step_seconds(num_steps)
-    return step_seconds * (config.num_steps_per_epoch + config.val_size / config.batch_size / 3)
+    return SearchPlan(space, request, name, data.info, numerics, resources, epoch_seconds, epochs_per_trial)
 
 
 class TrialWorker(tune.Trainable):  # type: ignore[misc]
@@ -195,8 +155,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         """Train one epoch. Divergence and exceptions are results: Ray would run the trial again on an exception.
 
         Returns:
-            trial, outcome (epoch, diverged, failed) and text: an EpochResult in JSON (Tune flattens nested values),
-            or what happened in words.
+            trial, outcome (epoch, diverged, failed, out of memory) and text: an EpochResult in JSON (Tune flattens
+            nested values), or what happened in words.
         """
         number = self._trial["trial"]
         try:
@@ -205,9 +165,13 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             result = next(self._results)
         except Diverged as exc:
             return {"trial": number, "outcome": "diverged", "text": str(exc)}
-        except Exception:
-            return {"trial": number, "outcome": "failed", "text": traceback.format_exc()}
-        return {"trial": number, "outcome": "epoch", "text": result.model_dump_json()}
+        except Exception as exc:
+            outcome, text = "out of memory" if is_out_of_memory(exc) else "failed", traceback.format_exc()
+        else:
+            return {"trial": number, "outcome": "epoch", "text": result.model_dump_json()}
+        self._results = None  # and with it model, optimizer and batches
+        torch.cuda.empty_cache()
+        return {"trial": number, "outcome": outcome, "text": text}
 
     def _make_results(self) -> Iterator[EpochResult]:
         config = TrainConfig(**self._trial["config"])
@@ -215,6 +179,20 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         source = DataSource(name, Path(folder) if folder else None)
         data = load_train_val(source, config.train_size, config.val_size)
         return train_trial(config, data, Numerics(**self._trial["numerics"]), Path(self._trial["folder"]))
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether a GPU's or the host's memory was too small; torch says the latter in a plain RuntimeError."""
+    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(exc)
+
+
+def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
+    """Do the action; whatever it raises ends the search and is raised by it (Tune would wrap it, or blame a trial)."""
+    try:
+        return action()
+    except Exception as exc:
+        driver.fault = driver.fault or exc
+        return otherwise
 
 
 class _Searcher(Searcher):  # type: ignore[misc]
@@ -225,11 +203,14 @@ class _Searcher(Searcher):  # type: ignore[misc]
         self._driver = driver
         self._fixed = fixed
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | Literal["FINISHED"]:
+    def suggest(self, trial_id: str) -> dict[str, Any] | Literal["FINISHED"] | None:
+        return _guard(self._driver, self._suggest, Searcher.FINISHED)  # type: ignore[no-any-return]
+
+    def _suggest(self) -> dict[str, Any] | Literal["FINISHED"] | None:
+        """A trial; None when there is none now; FINISHED when there will be none any more."""
         trial = self._driver.ask()
         if trial is None:
-            finished: Literal["FINISHED"] = Searcher.FINISHED
-            return finished
+            return Searcher.FINISHED if self._driver.is_exhausted else None
         folder = self._driver.record.state.trial_folder(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
         dump = trial.config.model_dump(mode="json")
@@ -247,22 +228,31 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         self._driver = driver
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = False
-        if result["outcome"] == "epoch":
-            goes_on = self._driver.report(result["trial"], EpochResult.model_validate_json(result["text"]))
-        elif result["outcome"] == "diverged":
-            self._driver.end(result["trial"], "diverged", result["text"])
-        else:
-            self._driver.fail(result["trial"], result["text"])
+        goes_on = _guard(self._driver, lambda: self._hear(result["trial"], result["outcome"], result["text"]), False)
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
+    def _hear(self, number: int, outcome: str, text: str) -> bool:
+        """Hand a worker's word to the driver; True when the trial goes on."""
+        if outcome == "epoch":
+            return self._driver.report(number, EpochResult.model_validate_json(text))
+        if outcome == "diverged":
+            self._driver.end(number, "diverged", text)
+        elif outcome == "out of memory":
+            self._driver.retry(number, "out of memory", text)
+        else:
+            self._driver.fail(number, text)
+        return False
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """The worker itself died (killed, out of memory): the trial failed, the search goes on."""
-        self._driver.fail(trial.config["trial"], f"worker process died\n{trial.get_error()!r}")
+        """The worker itself died: killed by somebody, by the kernel or by Ray for want of memory, or a crash."""
+        error = str(trial.get_error())
+        fault: Fault = "out of memory" if "OutOfMemory" in error else "worker died"
+        text = f"the worker process of the trial died\n{error[:2000]}"
+        _guard(self._driver, lambda: self._driver.retry(trial.config["trial"], fault, text), None)
 
 
-class _TimeIsUp(Stopper):  # type: ignore[misc]
-    """Ends everything when the driver's time is over, in the middle of an epoch if need be."""
+class _Stopper(Stopper):  # type: ignore[misc]
+    """Ends everything, in the middle of an epoch if need be, when the driver says so."""
 
     def __init__(self, driver: SearchDriver) -> None:
         self._driver = driver
@@ -271,7 +261,7 @@ class _TimeIsUp(Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        return self._driver.is_over_time
+        return self._driver.is_cut
 
 
 def start_ray(resources: Resources) -> None:
@@ -287,23 +277,26 @@ def start_ray(resources: Resources) -> None:
         )
 
 
-def run_search(plan: SearchPlan, listener: Listener | None = None) -> tuple[SearchState, list[str]]:
+def run_search(
+    plan: SearchPlan, listener: Listener | None = None, on_interrupt: Callable[[], None] | None = None
+) -> tuple[SearchState, list[str]]:
     """Run a prepared search to its end: record first, then MLflow from the record.
+
+    The first SIGINT or SIGTERM ends it in order (no new trial, a checkpoint of every running one), the second at once;
+    either way it can be resumed.
 
     Args:
         listener: hears of every event after it is on disk, in this thread.
+        on_interrupt: called when the first signal came.
 
     Returns:
         the search as recorded, and a sentence for everything that MLflow did not take.
 
     Raises:
-        RecordError: when the name is taken or the record cannot be written.
+        RecordError: when the name is taken, another process holds the search or the record cannot be written.
     """
-    space, request = plan.space, plan.request
-    info = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size).info
-    seed = space.budget.seed if request.seed is None else request.seed
-    header = make_header("search", plan.name, space, seed, info, plan.numerics, request.command)
-    with Record.create(search_folder(request.storage, plan.name), header) as record:
+    request, at_once = plan.request, False
+    with _open_record(plan) as record:
         uri = make_tracking_uri(request.storage, request.tracking_uri)
         shipper = Shipper(uri, request.storage, record.state)
 
@@ -312,17 +305,31 @@ def run_search(plan: SearchPlan, listener: Listener | None = None) -> tuple[Sear
             if listener is not None:
                 listener(state, event)
 
-        driver = SearchDriver(record, space, hear)
+        driver = SearchDriver(record, plan.space, hear, request.keep_weights)
         try:
-            _run_tune(driver, plan)
+            _run_tune(driver, plan, on_interrupt)
+        except KeyboardInterrupt:
+            at_once = True
         finally:
             driver.finish()
-            faults = shipper.close()
+            faults = shipper.close(URGENT_SECONDS if at_once else SHIPPING_SECONDS)
         return record.state, faults
 
 
-def _run_tune(driver: SearchDriver, plan: SearchPlan) -> None:
-    """Let Tune run the driver's trials until none is left, the time is over or Ctrl-C."""
+def _open_record(plan: SearchPlan) -> Record:
+    """A new search's record, or that of one to go on with, which now says so."""
+    folder = search_folder(plan.request.storage, plan.name)
+    if plan.resumed is None:
+        seed = plan.space.budget.seed if plan.request.seed is None else plan.request.seed
+        header = make_header("search", plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command)
+        return Record.create(folder, header)
+    record = Record.open(folder)
+    record.append(plan.resumed)
+    return record
+
+
+def _run_tune(driver: SearchDriver, plan: SearchPlan, on_interrupt: Callable[[], None] | None) -> None:
+    """Let Tune run the driver's trials until none is left, the time is over or a signal came."""
     source, resources = plan.request.source, plan.resources
     fixed = {
         "source": (source.name, str(source.folder) if source.folder else None),
@@ -330,20 +337,45 @@ def _run_tune(driver: SearchDriver, plan: SearchPlan) -> None:
     }
     start_ray(resources)
     # Tune insists on an experiment folder of its own; nothing in it is ever read.
-    with tempfile.TemporaryDirectory(prefix="tune_cifar-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tune_cifar-") as scratch, _catch_signals(driver, on_interrupt):
         tune.Tuner(
             tune.with_resources(TrialWorker, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(driver, fixed),
                 scheduler=_Scheduler(driver),
-                num_samples=plan.space.budget.trials,
+                num_samples=-1,  # the driver counts: a trial taken up again is one more to Tune
                 max_concurrent_trials=resources.max_concurrent,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 storage_path=scratch,
-                stop=_TimeIsUp(driver),
+                stop=_Stopper(driver),
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+    if driver.fault is not None:
+        raise driver.fault
+
+
+@contextmanager
+def _catch_signals(driver: SearchDriver, on_interrupt: Callable[[], None] | None) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the driver to end, the second raises KeyboardInterrupt. Outside of the main
+    thread Python lets nobody catch signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if driver.is_interrupted:
+            raise KeyboardInterrupt
+        driver.interrupt()
+        if on_interrupt is not None:
+            on_interrupt()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,48 +1,57 @@
-"""Every MLflow call and every key name. Runs are shipped from the record by the driver alone, in one background thread;
-trainings never talk to MLflow, and a tracking fault never hurts a search.
-
-What stands where: one experiment per space; one parent run per search (or per single training's record); one child run
-per trial, with the living knobs as params, the epoch's figures as metrics and the config, Numerics and environment as
-artifacts.
+"""MLflow as a view of the record: shipped in the background while a search runs, completed from the record at any later
+time. Trainings never talk to MLflow, and a tracking fault never hurts a search. What a run holds is in mlruns.py.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import queue
+import re
+import shlex
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from contextlib import closing, suppress
-from datetime import datetime
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tune_cifar.errors import TrackingError
-from tune_cifar.record import Event, SearchEnded, SearchState, TrialEnded, TrialState
-from tune_cifar.schema import Status, dead_knobs
+from filelock import FileLock, Timeout
 
-# Metrics of a child run, one point per epoch (the metric's step is the epoch); a complete trial has its `score` too.
-EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
-# MLflow's own word for each of our states.
-RUN_STATUS: dict[Status, str] = {
-    "complete": "FINISHED",
-    "stopped": "KILLED",
-    "diverged": "FAILED",
-    "failed": "FAILED",
-    "running": "RUNNING",
-}
-# A log_batch call takes at most this many metrics.
-MAX_METRICS_PER_BATCH = 1000
-# Another search may hold the database's write lock for so long.
-SQLITE_TIMEOUT_SECONDS = 10.0
+from tune_cifar.errors import TrackingError, hide_credentials
+from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
+from tune_cifar.mlruns import MLFLOW_ENVIRONMENT, SearchRuns, find_driver, find_sqlite_file
+from tune_cifar.record import SearchState, TrialState, find_storage
+
+# What follows at once (a trial stopped at the rung it has just reached) goes along.
+SETTLE_SECONDS = 0.25
+# After a fault the next attempt waits, each time twice as long.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0
+# At the end, and in `sync`, what MLflow did not take is tried so often; the search's end each time, after the trials.
+LAST_ROUNDS = 2
+# Another process may be shipping the same search: wait for it so long.
+LOCK_SECONDS = 10.0
+MAX_FAULT_CHARACTERS = 300
+# May stand before what the database said.
+SQLALCHEMY_CHATTER = "(raised as a result of Query-invoked autoflush"
+
+Shipment = Callable[[SearchRuns], int]
+# A search's end goes by this number among its trials', and after them.
+END = -1
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What `sync_search` did: trials shipped now, trials that were whole already, RUNNING runs closed."""
+
+    search: str
+    shipped: int
+    already: int
+    closed: int
 
 
 def make_tracking_uri(storage: Path, option: str | None) -> str:
@@ -50,188 +59,237 @@ def make_tracking_uri(storage: Path, option: str | None) -> str:
     return option or f"sqlite:///{storage}/mlflow.db"
 
 
-class Tracker:
-    """Ships one record's runs to MLflow. All calls are made from one thread; a call that failed may be made again.
-
-    Raises:
-        TrackingError: when the store is a SQLite file that cannot be there. MLflow's own exceptions pass through:
-            `Shipper` turns them into sentences.
-    """
-
-    def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
-        self._state = state
-        self._client = _make_client(tracking_uri)
-        header = state.header
-        self._experiment = header.space if header.data.name == "cifar10" else f"{header.space} ({header.data.name})"
-        local = tracking_uri.startswith("sqlite:")
-        self._artifact_location = (storage / "mlartifacts" / self._experiment).as_uri() if local else None
-        self._parent: str | None = None
-        self._children: dict[int, str] = {}
-
-    def ship_parent(self) -> None:
-        """Create the search's parent run."""
-        header = self._state.header
-        tags = {
-            "search": header.name,
-            "kind": header.kind,
-            "tier": header.tier or "",
-            "data": header.data.name,
-            "data_digest": header.data.digest,
-            "split_hash": header.data.split_hash,
-            "seed": str(header.seed),
-            "git_commit": header.environment.get("git_commit", ""),
-            "mlflow.note.content": f"`{header.command}`",
-        }
-        experiment_id = self._find_experiment()
-        created = round(1000 * datetime.fromisoformat(header.created).timestamp())
-        self._parent = self._client.create_run(experiment_id, created, tags, header.name).info.run_id
-        self._log_artifacts(
-            self._parent,
-            {
-                "space.yaml": header.space_text,
-                "numerics.json": header.numerics.model_dump_json(indent=2),
-                "header.json": header.model_dump_json(indent=2),
-            },
-        )
-
-    def ship_trial(self, trial: TrialState) -> None:
-        """Create an ended trial's child run, whole: params, all epochs in one batch, artifacts, status."""
-        from mlflow.entities import Param
-
-        if self._parent is None:
-            self.ship_parent()
-        if trial.number in self._children:  # an attempt that broke off
-            self._client.delete_run(self._children.pop(trial.number))
-        header = self._state.header
-        tags = {
-            "mlflow.parentRunId": self._parent or "",
-            "search": header.name,
-            "run_id": trial.run_id,
-            "status": trial.status,
-            "reason": trial.reason or "",
-            "origin": trial.origin,
-            "fingerprint": trial.fingerprint,
-            "data": header.data.name,
-            "split_hash": header.data.split_hash,
-            "git_commit": header.environment.get("git_commit", ""),
-        }
-        name = f"{header.name}:{trial.number:03d}"
-        start = round(1000 * (time.time() - sum(result.epoch_seconds for result in trial.epochs)))
-        run_id: str = self._client.create_run(self._find_experiment(), start, tags, name).info.run_id
-        self._children[trial.number] = run_id
-        dead = dead_knobs(trial.config)
-        living = {knob: value for knob, value in trial.config.model_dump(mode="json").items() if knob not in dead}
-        metrics = _make_metrics(trial, start)
-        params = [Param(knob, str(value)) for knob, value in living.items()]
-        self._client.log_batch(run_id, metrics[:MAX_METRICS_PER_BATCH], params)
-        for start in range(MAX_METRICS_PER_BATCH, len(metrics), MAX_METRICS_PER_BATCH):
-            self._client.log_batch(run_id, metrics[start : start + MAX_METRICS_PER_BATCH])
-        self._log_artifacts(
-            run_id,
-            {
-                "config.json": trial.config.model_dump_json(indent=2),
-                "numerics.json": header.numerics.model_dump_json(indent=2),
-                "environment.json": json.dumps(header.environment | {"split_hash": header.data.split_hash}, indent=2),
-            },
-        )
-        if trial.error_file is not None:
-            self._client.log_artifact(run_id, str(self._state.folder / trial.error_file))
-        self._client.set_terminated(run_id, status=RUN_STATUS[trial.status])
-
-    def ship_end(self) -> None:
-        """Close the parent run: best score, gain, the best trial's weights."""
-        if self._parent is None:
-            self.ship_parent()
-        assert self._parent is not None and self._state.finished is not None
-        best = self._state.best
-        if best is not None and best.score is not None:
-            self._client.log_metric(self._parent, "best_val_acc", best.score)
-            self._client.set_tag(self._parent, "best_run_id", best.run_id)
-            if self._state.baseline_score is not None:
-                self._client.log_metric(self._parent, "gain_over_baseline", best.score - self._state.baseline_score)
-            weights = self._state.folder / (best.weights_file or "")
-            if best.weights_file and weights.exists() and best.number in self._children:
-                self._client.log_artifact(self._children[best.number], str(weights))
-        self._client.set_tag(self._parent, "end", self._state.finished.reason)
-        interrupted = self._state.finished.reason == "interrupted"
-        self._client.set_terminated(self._parent, status="KILLED" if interrupted else "FINISHED")
-
-    def _find_experiment(self) -> str:
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        return str(self._client.create_experiment(self._experiment, artifact_location=self._artifact_location))
-
-    def _log_artifacts(self, run_id: str, texts: dict[str, str]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in texts.items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-            self._client.log_artifacts(run_id, folder)
-
-
 class Shipper:
-    """A background thread that hears the record's events and ships what they complete.
+    """A background thread that ships what the record's events complete: a trial at each rung and at its end.
 
-    What MLflow did not take is tried again when the next trial ends, and once more at the end. Faults are kept, never
-    raised: `close` returns them as sentences.
+    Faults are kept, never raised. What MLflow did not take is tried again, after a pause that grows; and at the end,
+    when `close` returns what is left over as sentences. On a search that is gone on with, what MLflow lacks is shipped
+    first.
+
+    Args:
+        state: of a new search, or of one whose SearchResumed is recorded. Read only in the caller's thread.
     """
 
     def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
-        self._arguments = (tracking_uri, storage, state)
-        self._tracker: Tracker | None = None
-        self._events: queue.Queue[Event | None] = queue.Queue()
-        self._due: list[TrialEnded | SearchEnded] = []
-        self._fault = ""
+        self._courier = _Courier(tracking_uri, storage, state, is_running=True)
+        self._state = state
+        self._rungs = frozenset(state.header.budget.get("rungs", ()))
+        self._pending = _pack_trials(state)
+        self._end: dict[int, Shipment] = {}
+        self._is_due = bool(state.resumes or state.trials)
+        self._is_closing = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="mlflow-shipper", daemon=True)
         self._thread.start()
 
     def hear(self, state: SearchState, event: Event) -> None:
         """Listener for record events; returns at once."""
-        self._events.put(event)
+        with self._changed:
+            self._state = state
+            if isinstance(event, TrialEnded) or (isinstance(event, EpochReported) and self._is_rung(state, event)):
+                self._pending[event.trial] = _pack_trial(state, state.trials[event.trial])
+                self._changed.notify()
+                self._is_due = True
+            self._is_due |= isinstance(event, SearchEnded)
 
     def close(self, timeout_seconds: float = 60.0) -> list[str]:
-        """Wait until everything heard is shipped, at most this long; returns what went wrong, one sentence each."""
-        self._events.put(None)
+        """Ship the end and wait, at most this long; returns what went wrong, one sentence each. Runs that still show
+        as running are closed: no driver holds the search any more."""
+        with self._changed:
+            if self._is_due:
+                going = {number: trial for number, trial in self._state.trials.items() if trial.status == "running"}
+                self._pending |= _pack_trials(replace(self._state, trials=going))
+                self._end = {END: partial(SearchRuns.close, state=_copy_state(self._state))}
+            self._is_closing = True
+            self._changed.notify()
         self._thread.join(timeout_seconds)
-        whole = "The record is whole."
+        way_out = f"The record is whole. Complete MLflow from it: {self._courier.way_out}"
         if self._thread.is_alive():
-            return [f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {whole}"]
-        return (
-            [f"MLflow must take all runs, got {len(self._due)} left over: {self._fault}. {whole}"] if self._due else []
-        )
+            return [f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {way_out}"]
+        if not self._pending:
+            return []
+        return [f"MLflow must take all runs, got {len(self._pending)} left over: {self._courier.fault}. {way_out}"]
+
+    def _is_rung(self, state: SearchState, event: EpochReported) -> bool:
+        """The last epoch is no rung: the trial's end follows."""
+        return event.result.epoch in self._rungs and event.result.epoch < state.trials[event.trial].config.epochs
 
     def _run(self) -> None:
-        is_over = False
-        while not is_over:
-            events = [self._events.get()]
-            while not self._events.empty():
-                events.append(self._events.get())
-            is_over = None in events
-            ended = [event for event in events if isinstance(event, TrialEnded | SearchEnded)]
-            self._due += ended
-            if ended or is_over:
-                self._ship_due()
+        pause, rounds = SETTLE_SECONDS, LAST_ROUNDS
+        with self._courier.holding():
+            while rounds:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._pending or self._is_closing)
+                    self._changed.wait_for(lambda: self._is_closing, pause)
+                    pending, is_closing = self._pending | self._end, self._is_closing
+                left = self._courier.carry(pending)
+                with self._changed:
+                    news = {key: item for key, item in self._pending.items() if pending.get(key) is not item}
+                    self._pending = news | {key: item for key, item in left.items() if key not in news}
+                pause = min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS) if left else SETTLE_SECONDS
+                if is_closing:
+                    rounds = rounds - 1 if left else 0
 
-    def _ship_due(self) -> None:
-        """Try each due event once, in order; two faults in a row mean that it is not the run's fault: wait."""
-        num_faults = 0
-        for event in list(self._due):
+
+def sync_search(tracking_uri: str, storage: Path, state: SearchState, is_live: bool = False) -> SyncReport:
+    """Complete MLflow from a record. Done twice, nothing changes any more.
+
+    Args:
+        is_live: a driver holds the search. Then no run is closed; and where the driver ships to this very address,
+            nothing is shipped either: it does.
+
+    Raises:
+        TrackingError: when MLflow did not take everything, or another process ships the same search.
+    """
+    name = state.header.name
+    courier = _Courier(tracking_uri, storage, state, is_running=is_live)
+    pending = _pack_trials(state)
+    end: dict[int, Shipment] = {} if is_live else {END: partial(SearchRuns.close, state=state)}
+    with courier.holding():
+        if is_live and not courier.try_hold(0.0):
+            with _translating(f"{name}: MLflow must answer"):
+                runs = SearchRuns(tracking_uri, storage, state, is_running=True)
+                return SyncReport(name, 0, sum(map(runs.is_whole, state.trials.values())), 0)
+        left = courier.carry(pending | end)
+        for _ in range(LAST_ROUNDS - 1):
+            left = courier.carry(left | end) if left else {}
+    if left:
+        rule = f"{name}: MLflow must take all runs, got {len(left)} left over: {courier.fault}."
+        raise TrackingError(f"{rule} Later: {courier.way_out}")
+    results = courier.results
+    closed = results.pop(END, 0)
+    return SyncReport(name, sum(results.values()), len(results) - sum(results.values()), closed)
+
+
+def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
+    """Delete a search's runs in MLflow, the parent's and the trials'; returns how many there were.
+
+    Raises:
+        TrackingError: when MLflow cannot be reached or refuses.
+    """
+    path = find_sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
+        return 0
+    with _translating(f"{state.header.name}: MLflow must delete its runs"):
+        return SearchRuns(tracking_uri, storage, state, is_running=False).delete()
+
+
+class _Courier:
+    """Carries shipments to MLflow. After a fault it starts over from what MLflow then has.
+
+    Attributes:
+        fault: the last one, in words without credentials.
+        results: what each shipment that arrived returned.
+        way_out: the command that completes MLflow later.
+    """
+
+    def __init__(self, tracking_uri: str, storage: Path, state: SearchState, is_running: bool) -> None:
+        self.fault = ""
+        self.results: dict[int, int] = {}
+        self.way_out = f"python -m tune_cifar sync --search {state.header.name}"
+        if storage != find_storage(None):
+            self.way_out += f" --storage {shlex.quote(str(storage))}"
+        if tracking_uri != make_tracking_uri(storage, None):
+            self.way_out += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
+        self._make_runs = partial(SearchRuns, tracking_uri, storage, _copy_state(state), is_running)
+        self._resumes = list(state.resumes)
+        self._runs: SearchRuns | None = None
+        self._has_failed = False
+        # Per address: a live search may be shipped to another one.
+        self._lock_file = state.folder / f"mlflow-{zlib.crc32(tracking_uri.encode()):08x}.lock"
+        self._lock: FileLock | None = None
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Let go in the end of the search's runs, which the first attempt to carry took hold of."""
+        try:
+            yield
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def try_hold(self, timeout_seconds: float) -> bool:
+        """Have the search's runs for this process alone; False when another has them."""
+        if self._lock is None:
+            lock = FileLock(self._lock_file)
             try:
-                self._tracker = self._tracker or Tracker(*self._arguments)
-                if isinstance(event, TrialEnded):
-                    self._tracker.ship_trial(self._arguments[2].trials[event.trial])
-                else:
-                    self._tracker.ship_end()
-            except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
-                self._fault = (
-                    f"{type(exc).__name__}: {str(exc).strip().splitlines()[0]}" if str(exc).strip() else repr(exc)
-                )
-                num_faults += 1
-                if num_faults == 2:
-                    return
-            else:
-                self._due.remove(event)
+                lock.acquire(timeout=timeout_seconds)
+            except Timeout:
+                return False
+            self._lock = lock
+        return True
+
+    def carry(self, pending: Mapping[int, Shipment]) -> dict[int, Shipment]:
+        """Try each shipment once, the search's end last; returns what did not arrive, what failed behind the rest. Two
+        faults in a row are hardly the trials': the others wait then, and all wait when MLflow does not even answer."""
+        waiting: dict[int, Shipment] = {}
+        failed: dict[int, Shipment] = {}
+        num_faults, is_away = 0, False
+        for key, shipment in sorted(pending.items(), key=lambda item: item[0] == END):
+            if is_away or (num_faults >= 2 and key != END):
+                waiting[key] = shipment
+                continue
+            try:
+                if key == END and self._has_failed:
+                    self._runs = None  # look once more for what arrived after all
+                is_away = True
+                runs = self._runs or self._connect()
+                is_away = False
+                self.results[key] = self.results.get(key, 0) + shipment(runs)
                 num_faults = 0
+            except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
+                self.fault, self._has_failed, self._runs = _describe(exc), True, None
+                failed[key] = shipment
+                num_faults += 1
+        return waiting | failed
+
+    def _connect(self) -> SearchRuns:
+        if not self.try_hold(LOCK_SECONDS):
+            raise TrackingError("one process alone must ship a search, got another at it")
+        runs = self._make_runs()
+        runs.open(self._resumes)
+        self._runs = runs
+        return runs
+
+
+def _pack_trials(state: SearchState) -> dict[int, Shipment]:
+    """A shipment for every trial that has something to tell."""
+    told = (trial for trial in state.trials.values() if trial.status != "running" or trial.epochs)
+    return {trial.number: _pack_trial(state, trial) for trial in told}
+
+
+def _pack_trial(state: SearchState, trial: TrialState) -> Shipment:
+    return partial(SearchRuns.ship_trial, trial=_copy_trial(trial), driver=find_driver(state, trial))
+
+
+def _copy_trial(trial: TrialState) -> TrialState:
+    """A trial that no later event changes; an ended one is that already."""
+    if trial.status != "running":
+        return trial
+    return replace(trial, epochs=list(trial.epochs), retries=list(trial.retries))
+
+
+def _copy_state(state: SearchState) -> SearchState:
+    trials = {number: _copy_trial(trial) for number, trial in state.trials.items()}
+    return replace(state, trials=trials, resumes=list(state.resumes), arrivals={})
+
+
+def _describe(exc: Exception) -> str:
+    """The kind of a fault and the first line that tells of it, of an HTTP request's only its cause; no credentials."""
+    lines = [line for line in str(exc).strip().splitlines() if not line.startswith(SQLALCHEMY_CHATTER)]
+    text = lines[0] if lines else "no words"
+    cause = re.search(r"\(Caused by (.+)\)", text)
+    return hide_credentials(f"{type(exc).__name__}: {cause[1] if cause else text}")[:MAX_FAULT_CHARACTERS]
+
+
+@contextmanager
+def _translating(rule: str) -> Iterator[None]:
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as exc:
+        raise TrackingError(f"{rule}, got {_describe(exc)}.") from exc
 
 
 def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
@@ -243,7 +301,7 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
         TrackingError: when the store is a SQLite file that does not exist, the port is in use, or MLflow ends instead
             of answering.
     """
-    path = _find_sqlite_file(tracking_uri)
+    path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
         hint = "Run a search first, or give --storage."
         raise TrackingError(f"{path}: an MLflow database must be there, got none. {hint}")
@@ -282,58 +340,3 @@ def _is_listening(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-MLFLOW_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-
-
-def _find_sqlite_file(tracking_uri: str) -> Path | None:
-    """The database file of a SQLite address, None for a server's."""
-    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
-
-
-def _check_sqlite(path: Path) -> None:
-    """Refuse at once a database that cannot be written: MLflow itself would try for minutes.
-
-    Raises:
-        TrackingError: with SQLite's own words.
-    """
-    try:
-        with closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_SECONDS)) as database:
-            database.execute("BEGIN IMMEDIATE")
-    except sqlite3.Error as exc:
-        raise TrackingError(f"{path}: a SQLite database must be writable there, got: {exc}") from exc
-
-
-def _make_client(tracking_uri: str) -> Any:
-    """A client that never touches MLflow's global state; bounded retries, no telemetry, no migration chatter."""
-    path = _find_sqlite_file(tracking_uri)
-    if path is not None:
-        _check_sqlite(path)
-    os.environ.update({name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()})
-    from mlflow import MlflowClient
-
-    for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri)
-
-
-def _make_metrics(trial: TrialState, start: int) -> list[Any]:
-    """All epochs' metrics; the time of an epoch's is `start` (milliseconds since 1970) plus the epochs' seconds."""
-    from mlflow.entities import Metric
-
-    metrics, now = [], float(start)
-    for result in trial.epochs:
-        now += 1000 * result.epoch_seconds
-        values = {name: getattr(result, name) for name in EPOCH_METRICS}
-        metrics += [
-            Metric(name, value, round(now), result.epoch) for name, value in values.items() if value is not None
-        ]
-    if trial.score is not None and trial.status == "complete":
-        metrics.append(Metric("score", trial.score, round(now), trial.epochs_done))
-    return metrics

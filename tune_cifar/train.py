@@ -6,37 +6,46 @@ saves at most once a minute, and leaves the weights when the last epoch is done.
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from tune_cifar.checkpoint import CheckpointFolder, save_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
-from tune_cifar.errors import ConfigError, Diverged, RecordError
-from tune_cifar.numerics import compare_numerics, describe_environment
-from tune_cifar.record import (
+from tune_cifar.errors import CheckpointError, ConfigError, Diverged, RecordError
+from tune_cifar.events import (
+    EndStatus,
     EpochReported,
     Event,
     Header,
-    Record,
     SearchEnded,
-    SearchState,
+    SearchResumed,
     TrialEnded,
     TrialStarted,
-    search_folder,
+    utc_now,
 )
+from tune_cifar.numerics import compare_numerics, describe_environment
+from tune_cifar.record import INTERRUPTED, Record, SearchState, search_folder
 from tune_cifar.schema import CHANCE_ACCURACY, DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[SearchState, Event], None]
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights.safetensors"
 ERROR = "error.txt"
+
+
+def stop_file(search_folder: Path) -> Path:
+    """While it exists, every training of the search checkpoints at the end of its epoch: it is about to be stopped."""
+    return search_folder / "stopping"
 
 
 def train_trial(
@@ -46,7 +55,8 @@ def train_trial(
     folder: Path,
     on_trainer: Callable[[Trainer], None] | None = None,
 ) -> Iterator[EpochResult]:
-    """Train, checkpointing into `folder/checkpoints`, and leave `folder/weights.safetensors` at the end.
+    """Train, checkpointing into `folder/checkpoints`, and leave `folder/weights.safetensors` at the end. `folder` lies
+    in its search's `trials`.
 
     A resumed training first yields the results stored in its checkpoint again, so that a consumer which died between
     a checkpoint and its own note of the result loses nothing.
@@ -66,8 +76,11 @@ def train_trial(
         is_last = result.epoch == config.epochs
         if is_last:
             save_weights(folder / WEIGHTS, trainer.model.state_dict())
-        if is_last or checkpoints.is_due():
-            checkpoints.save(trainer.state_dict())
+        if is_last or checkpoints.is_due() or stop_file(folder.parents[1]).exists():
+            try:
+                checkpoints.save(trainer.state_dict())
+            except CheckpointError as exc:  # a full disk ends no training: the checkpoint before stays
+                logger.warning("%s", exc)
         yield result
 
 
@@ -80,8 +93,8 @@ def run_training(
 ) -> None:
     """Train the baseline of a record of kind `train` as its trial 0, or go on with it where it was interrupted.
 
-    Every epoch is in the record before the listener hears of it. A diverged training ends as a result; any other
-    exception is written to the trial's folder, recorded as failed and raised again.
+    Every epoch is in the record before the listener hears of it. A diverged training ends as a result; Ctrl-C leaves it
+    to be gone on with; any other exception is written to the trial's folder, recorded as failed and raised again.
     """
     start = time.monotonic()
     config = TrainConfig(**record.state.header.baseline)
@@ -90,9 +103,15 @@ def run_training(
         record.append(event)
         listener(record.state, event)
 
+    def end(status: EndStatus, reason: str, score: float | None = None, **files: str) -> None:
+        append(TrialEnded(trial=0, status=status, reason=reason, score=score, time=utc_now(), **files))
+
     if 0 not in record.state.trials:
         dump = config.model_dump(mode="json")
-        append(TrialStarted(trial=0, origin="train", params={}, config=dump, fingerprint=config.fingerprint))
+        started = TrialStarted(
+            trial=0, origin="train", params={}, config=dump, fingerprint=config.fingerprint, time=utc_now()
+        )
+        append(started)
     trial = record.state.trials[0]
     folder = record.state.trial_folder(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,15 +121,19 @@ def run_training(
             for result in train_trial(config, data, numerics, folder, on_trainer):
                 if result.epoch > reported:
                     append(EpochReported(trial=0, result=result))
-            score, weights_file = trial.val_acc, relative(record, folder / WEIGHTS)
-            append(TrialEnded(trial=0, status="complete", score=score, reason="all epochs", weights_file=weights_file))
+            weights = {"weights_file": relative(record, folder / WEIGHTS)}
+            end("complete", "all epochs", trial.val_acc, **weights)
     except Diverged as exc:
-        append(TrialEnded(trial=0, status="diverged", score=CHANCE_ACCURACY, reason=str(exc)))
+        end("diverged", str(exc), CHANCE_ACCURACY)
     except RecordError:  # it cannot be written: there is no place to tell
+        raise
+    except KeyboardInterrupt:
+        if not record.file.closed:
+            append(SearchEnded(reason=INTERRUPTED, wall_seconds=time.monotonic() - start))
         raise
     except Exception as exc:
         error_file = relative(record, write_error(folder, traceback.format_exc()))
-        append(TrialEnded(trial=0, status="failed", reason=repr(exc), error_file=error_file))
+        end("failed", repr(exc), error_file=error_file)
         append(SearchEnded(reason="failed", wall_seconds=time.monotonic() - start))
         raise
     append(SearchEnded(reason="trained", wall_seconds=time.monotonic() - start))
@@ -144,9 +167,10 @@ def make_header(
         kind=kind,
         space=space.name,
         tier=space.tier,
-        created=datetime.now(UTC).isoformat(),
+        created=utc_now(),
         seed=seed,
         baseline=space.baseline.model_dump(mode="json"),
+        points=list(space.points),
         distributions=space.describe_distributions(),
         budget=space.budget.model_dump(mode="json"),
         pinned=dict(space.pinned),
@@ -191,8 +215,10 @@ def open_training(
         changes.append(f"data: {header.data.name} -> {data.info.name}")
     if header.kind != "train":
         changes.append("a whole search")
-    if changes or record.state.finished is not None:
+    if changes or record.state.is_finished:
         record.close()
         reason = "; ".join(changes) or "a finished training"
         raise ConfigError(f"--resume: {name} must be unfinished and as it was recorded, got {reason}.")
+    now, facts = utc_now(), describe_environment()
+    record.append(SearchResumed(time=now, trials=1, changes=[], numerics=numerics, environment=facts, command=command))
     return record, data

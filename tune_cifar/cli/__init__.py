@@ -6,11 +6,12 @@ Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
 
-from tune_cifar.cli import data, look, reproduce, search, spaces, train
+from tune_cifar.cli import data, look, reproduce, search, searches, spaces, train
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -24,16 +25,20 @@ app = typer.Typer(
 app.command()(search.search)
 app.command()(train.train)
 app.command()(reproduce.reproduce)
+app.command()(searches.failures)
+app.command()(searches.sync)
 app.command()(look.leaderboard)
 app.command()(look.ui)
 app.command()(look.models)
 app.command()(look.preview)
+app.add_typer(searches.app, name="searches")
 app.add_typer(spaces.app, name="spaces")
 app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """Entry point of the console script and of `python -m tune_cifar`."""
+    """Entry point of the console script and of `python -m tune_cifar`. `kill` ends a command as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except TuneCifarError as exc:

@@ -74,7 +74,7 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
 
 
 def ui(
-    port: Annotated[int | None, typer.Option("--port", help="Default: a free one.")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Default: a free one.")] = None,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:

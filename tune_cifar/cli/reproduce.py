@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from tune_cifar.record import SearchState, TrialState
     from tune_cifar.reproduce import TestOpening
+    from tune_cifar.schema import EpochResult
 
 
 def reproduce(
@@ -42,6 +43,8 @@ def reproduce(
     as_json: options.Json = False,
 ) -> None:
     """Train a recorded run again and say whether it agrees: identical, within tolerance, or different (exit 1).
+
+    A failed run must fail again, and does so here, with its whole traceback: `failures` names the runs.
 
     Example: python -m tune_cifar reproduce --best --space s10
     """
@@ -80,6 +83,7 @@ def _reproduce(
     console: Console,
 ) -> dict[str, Any]:
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
+    from tune_cifar.numerics import restore_numerics
     from tune_cifar.reproduce import (
         check_testable,
         find_openings_file,
@@ -87,7 +91,6 @@ def _reproduce(
         load_recorded_data,
         load_trained,
         open_test,
-        restore_numerics,
     )
 
     openings_file = find_openings_file(state.folder.parent.parent, source.name)
@@ -97,7 +100,7 @@ def _reproduce(
         check_testable(trial)
         earlier = [] if again else load_openings(openings_file, trial.fingerprint, state.header.data.name)
     if not (no_retrain and earlier):
-        numerics = restore_numerics(state.header.numerics, device)
+        numerics = restore_numerics(trial.driver.numerics, device)
         loaded = load_recorded_data(state, trial, source)
         if no_retrain:
             trainer = load_trained(state, trial, loaded, numerics)
@@ -117,23 +120,27 @@ def _reproduce(
 def _retrain(
     state: SearchState, trial: TrialState, loaded: Any, numerics: Any, answer: dict[str, Any], console: Console
 ) -> Any:
+    """Train and compare, saying so; the answer gets the outcome. Returns the Trainer, None of a failed run."""
     from tune_cifar.live import TrainingView
-    from tune_cifar.reproduce import reproduce_run
+    from tune_cifar.reproduce import replay_failure, reproduce_run
 
     say(
         f"{trial.run_id} ({state.header.space}, {trial.origin}, {trial.status}, {trial.epochs_done} epochs) is trained "
         f"again, fingerprint {trial.fingerprint}",
         console,
     )
+    trainer = None
     with TrainingView(console, loaded.info) as view:
-        outcome, trainer = reproduce_run(
-            state,
-            trial,
-            loaded,
-            numerics,
-            on_epoch=lambda recorded, fresh, difference: view.say(fresh, f"  {'DIFFERS' if difference else 'agrees'}"),
-            on_trainer=view.watch,
-        )
+
+        def hear(recorded: EpochResult, fresh: EpochResult, difference: str | None) -> None:
+            view.say(fresh, f"  {'DIFFERS' if difference else 'agrees'}")
+
+        if trial.status == "failed":
+            outcome = replay_failure(state, trial, loaded, numerics, hear, view.watch)
+        else:
+            outcome, trainer = reproduce_run(state, trial, loaded, numerics, hear, view.watch)
+    if outcome.traceback:
+        console.print(outcome.traceback.rstrip(), soft_wrap=True)
     style = {"identical": "bold green", "within tolerance": "green", "different": "bold red"}[outcome.verdict]
     say(f"{outcome.verdict} over {outcome.epochs} epochs", console, style)
     if outcome.detail:
@@ -147,6 +154,8 @@ def _retrain(
         "detail": outcome.detail,
         "numerics": list(outcome.numerics),
     }
+    if trial.status == "failed":
+        answer["traceback"] = outcome.traceback
     return trainer
 
 

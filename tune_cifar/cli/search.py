@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import repeat_options, say, stderr, stdout, this_command
+from tune_cifar.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tune_cifar.plan import SearchPlan
 
 Tier = Annotated[
     str | None,
@@ -15,9 +19,13 @@ Tier = Annotated[
         "--tier", metavar="full|cpu", help="Budget. Default: full with a GPU, else cpu.", rich_help_panel="What"
     ),
 ]
-Trials = Annotated[int | None, typer.Option("--trials", metavar="N", help="At most N trials.", rich_help_panel="What")]
+Trials = Annotated[
+    str | None,
+    typer.Option("--trials", metavar="N", help="At most N trials; with --resume also +N.", rich_help_panel="What"),
+]
 MaxTime = Annotated[
-    str | None, typer.Option("--max-time", metavar="8m", help="Such as 90s, 8m, 2h.", rich_help_panel="What")
+    str | None,
+    typer.Option("--max-time", metavar="8m", help="Of this launch: such as 90s, 8m, 2h.", rich_help_panel="What"),
 ]
 Name = Annotated[
     str | None, typer.Option("--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What")
@@ -33,14 +41,56 @@ MaxConcurrent = Annotated[
 ]
 
 
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the search --name, from its record.", rich_help_panel="Going on")
+]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="With --resume: although code, data or numerics have changed.",
+        rich_help_panel="Going on",
+    ),
+]
+WarmStart = Annotated[
+    str | None,
+    typer.Option(
+        "--warm-start",
+        metavar="SEARCH",
+        help="Try that search's best trials right after the baseline.",
+        rich_help_panel="Going on",
+    ),
+]
+WarmTrials = Annotated[
+    int, typer.Option("--warm-trials", metavar="K", min=1, help="How many of them.", rich_help_panel="Going on")
+]
+KeepWeights = Annotated[
+    int,
+    typer.Option("--keep-weights", metavar="K", min=1, help="Of the best K finished trials.", rich_help_panel="Where"),
+]
+
+
 def search(
-    space: options.Space,
+    context: typer.Context,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            "--space",
+            help="A name from `spaces list`, or the path of a space file.",
+            rich_help_panel="What",
+            autocompletion=options.complete_space,
+        ),
+    ] = None,
     tier: Tier = None,
     trials: Trials = None,
     max_time: MaxTime = None,
     settings: options.Settings = None,
     name: Name = None,
     seed: Seed = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    warm_start: WarmStart = None,
+    warm_trials: WarmTrials = 5,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     cpus_per_trial: options.Cpus = 1,
@@ -50,58 +100,159 @@ def search(
     data: options.Data = None,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
+    keep_weights: KeepWeights = 3,
 ) -> None:
     """Search a space: Optuna proposes, parallel trials train, the hopeless are stopped early, validation chooses.
 
+    Ctrl-C once ends it in order, twice at once; --resume goes on.
+
     Example: python -m tune_cifar search --space s10 --max-time 8m
     """
+    from tune_cifar.record import check_name, find_storage
+
+    if name is not None:
+        check_name(name)
+    if (space is None) != resume:
+        raise typer.BadParameter("Give --space for a new search, or --resume with --name.")
+    given = {
+        "storage": find_storage(storage),
+        "name": name,
+        "gpus_per_trial": gpus_per_trial,
+        "max_concurrent": max_concurrent,
+        "command": this_command(),
+        "tracking_uri": tracking_uri,
+        "keep_weights": keep_weights,
+    }
+    repeated = repeat_options(data=data), repeat_options(storage=storage)
+    if resume:
+        _refuse_new_choices(context)
+        plan = _plan_resume(given, data, trials, max_time, accept_changes, repeated)
+        dropped: list[str] = []
+    else:
+        assert space is not None
+        if accept_changes:
+            raise typer.BadParameter("--accept-changes belongs to --resume.")
+        given |= {"seed": seed, "device": device, "precision": precision, "deterministic": deterministic}
+        given |= {"cpus_per_trial": cpus_per_trial}
+        warm = (warm_start, warm_trials) if warm_start else None
+        plan = _plan_search(given, space, tier, settings or [], trials, max_time, data, warm)
+        dropped = list(plan.space.dropped)
+    _run(plan, dropped, repeated)
+
+
+# Options that a recorded search has settled.
+SETTLED = (
+    *("space", "tier", "settings", "seed", "warm_start", "warm_trials"),
+    *("device", "precision", "cpus_per_trial", "deterministic"),
+)
+
+
+def _refuse_new_choices(context: typer.Context) -> None:
+    """Refuse, with --resume, the options that the record answers already."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in SETTLED and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"{parameter.opts[0]} belongs to a new search: the record has it.")
+    if context.params["name"] is None:
+        raise typer.BadParameter("--resume needs --name. Names stand in `searches list`.")
+
+
+def _plan_search(
+    given: dict[str, Any],
+    space: str,
+    tier: str | None,
+    settings: list[str],
+    trials: str | None,
+    max_time: str | None,
+    data: str | None,
+    warm: tuple[str, int] | None,
+) -> SearchPlan:
+    """Settle a new search and say what it will do."""
     from tune_cifar.data import find_data
-    from tune_cifar.live import SearchView, format_seconds, print_search_summary, print_stand_in_banner
-    from tune_cifar.record import find_storage
+    from tune_cifar.live import print_stand_in_banner
+    from tune_cifar.plan import SearchRequest, count_trials
+    from tune_cifar.results import load_searches
     from tune_cifar.space import load_space, parse_duration, parse_setting
 
-    console = stdout()
-    pinned = dict(parse_setting(setting) for setting in settings or [])
-    max_seconds = parse_duration(max_time) if max_time else None
+    pinned = dict(parse_setting(setting) for setting in settings)
+    limits = count_trials(trials) if trials else None, parse_duration(max_time) if max_time else None
     source = find_data(data)
-    load_space(space, tier or "cpu", pinned).limit(trials, max_seconds)  # a mistake is told before Ray is imported
-    from tune_cifar.search import SearchRequest, prepare_search, run_search
-
-    request = SearchRequest(
-        source=source,
-        storage=find_storage(storage),
-        name=name,
-        device=device,
-        precision=precision,
-        cpus_per_trial=cpus_per_trial,
-        gpus_per_trial=gpus_per_trial,
-        max_concurrent=max_concurrent,
-        deterministic=deterministic,
-        seed=seed,
-        command=this_command(),
-        tracking_uri=tracking_uri,
-    )
+    load_space(space, tier or "cpu", pinned).limit(*limits)  # a mistake is told before Ray is imported
+    request = SearchRequest(source=source, **given)
     if tier is None:
         tier = request.default_tier
         if tier == "cpu":
             say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
-    found = load_space(space, tier, pinned).limit(trials, max_seconds)
-    print_stand_in_banner(console, source.name)
-    with console.status("measuring 20 training steps and starting the workers ..."):
+    found = load_space(space, tier, pinned).limit(*limits)
+    if warm is not None:
+        from tune_cifar.resume import warm_start
+
+        (state,) = load_searches(request.storage, search=warm[0])
+        found, notes = warm_start(found, state, warm[1])
+        for note in notes:
+            say(note, stderr())
+    print_stand_in_banner(stdout(), source.name)
+    with stdout().status("measuring 20 training steps and starting the workers ..."):
+        from tune_cifar.search import prepare_search
+
         plan = prepare_search(found, request)
     say(plan.describe())
+    return plan
+
+
+def _plan_resume(
+    given: dict[str, Any],
+    data: str | None,
+    trials: str | None,
+    max_time: str | None,
+    accepts_changes: bool,
+    repeated: tuple[str, str],
+) -> SearchPlan:
+    """Settle how a recorded search goes on and say what of it is there; of one that is finished, and is not to have
+    more trials, say how it ended and leave."""
+    from tune_cifar.data import find_data
+    from tune_cifar.live import print_search_summary, print_stand_in_banner
+    from tune_cifar.plan import SearchRequest
+    from tune_cifar.results import load_searches
+    from tune_cifar.space import parse_duration
+
+    (state,) = load_searches(given["storage"], search=given["name"])
+    header = state.header
+    if header.kind != "search":
+        raise ConfigError(f"--resume: a search must be named, got {header.name}, one training. Use `train --resume`.")
+    max_seconds = parse_duration(max_time) if max_time else None
+    may_go_on = max_seconds is not None and len(state.trials) < state.num_trials
+    if state.is_finished and trials is None and not may_go_on:
+        print_search_summary(stdout(), state, [], [], *repeated)
+        raise typer.Exit
+    stand_in = "shapes" if header.data.name == "shapes" else None
+    request = SearchRequest(source=find_data(data or stand_in), device=header.numerics.device, **given)
+    print_stand_in_banner(stdout(), request.source.name)
+    with stdout().status("reading the record and starting the workers ..."):
+        from tune_cifar.search import prepare_resume
+
+        plan = prepare_resume(request, trials, max_seconds, accepts_changes)
+    for note in plan.notes:
+        say(note)
+    say(plan.describe())
+    return plan
+
+
+def _run(plan: SearchPlan, dropped: list[str], repeated: tuple[str, str]) -> None:
+    """Run a settled search under the eyes of its user; exit status 130 when it was interrupted."""
+    from tune_cifar.live import SearchView, print_search_summary
+    from tune_cifar.search import run_search
+
     view = SearchView(
-        console,
+        stdout(),
         plan.epoch_seconds,
         plan.epochs_per_trial,
-        found.budget.max_time_seconds,
-        found.budget.trials,
+        plan.space.budget.max_time_seconds,
+        plan.space.budget.trials,
         plan.resources.max_concurrent,
     )
     with view:
-        state, faults = run_search(plan, view.hear)
-    given = repeat_options(data=data), repeat_options(storage=storage)
-    print_search_summary(console, state, faults, list(found.dropped), *given)
-    if state.finished is not None and state.finished.reason == "interrupted":
-        say(f"interrupted after {format_seconds(state.finished.wall_seconds)}; all that had ended is recorded.")
+        state, faults = run_search(plan, view.hear, view.stop)
+    print_search_summary(stdout(), state, faults, dropped, *repeated)
+    if not state.is_finished:
         raise typer.Exit(130)

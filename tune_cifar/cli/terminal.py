@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tune_cifar.errors import hide_credentials
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,8 +43,8 @@ def print_json(value: Any) -> None:
 
 
 def this_command(more: Iterable[str] = ()) -> str:
-    """The command as the user typed it, for the record, with more words at its end."""
-    return "python -m tune_cifar " + shlex.join([*sys.argv[1:], *more])
+    """The command as the user typed it, for the record, with more words at its end and without an address's secret."""
+    return "python -m tune_cifar " + shlex.join(map(hide_credentials, [*sys.argv[1:], *more]))
 
 
 def repeat_options(**given: str | None) -> str:

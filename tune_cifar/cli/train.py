@@ -40,9 +40,10 @@ def train(
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
     from tune_cifar.data import find_data
+    from tune_cifar.events import EpochReported, Event
     from tune_cifar.live import TrainingView, print_stand_in_banner
     from tune_cifar.numerics import resolve_numerics
-    from tune_cifar.record import EpochReported, Event, check_name, find_storage
+    from tune_cifar.record import check_name, find_storage
     from tune_cifar.space import load_space, parse_setting
     from tune_cifar.tracking import Shipper, make_tracking_uri
     from tune_cifar.train import open_training, run_training
@@ -57,6 +58,7 @@ def train(
     print_stand_in_banner(console, source.name)
     record, loaded = open_training(found, source, numerics, folder, name, this_command(), resume)
     with record, TrainingView(console, loaded.info) as view:
+        is_interrupted = False
         say(f"run {record.state.header.name}:0, fingerprint {found.baseline.fingerprint}")
         shipper = Shipper(make_tracking_uri(folder, tracking_uri), folder, record.state)
 
@@ -68,12 +70,14 @@ def train(
         try:
             run_training(record, loaded, numerics, hear, view.watch)
         except KeyboardInterrupt:
-            say("interrupted; go on with:")
-            console.print("  " + _describe_resume(record.state.header.name), soft_wrap=True)
-            raise typer.Exit(130) from None
+            is_interrupted = True
         finally:
             for fault in shipper.close():
                 say(fault, style="yellow")
+    if is_interrupted:
+        say("interrupted; go on with:")
+        console.print("  " + _describe_resume(record.state.header.name), soft_wrap=True)
+        raise typer.Exit(130)
     _say_end(record.state, repeat_options(data=data, storage=storage))
 
 

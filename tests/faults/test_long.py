@@ -1,0 +1,259 @@
+"""The rest of the faults, done to whole searches: `make test-faults`."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.faults.lab import (
+    Lab,
+    check_equal,
+    check_whole,
+    count_epochs,
+    find_free_port,
+    interrupt,
+    kill,
+    serve_mlflow,
+    wait_until_it_answers,
+)
+from tune_cifar.events import Header, TrialRetried, encode_event
+from tune_cifar.record import SearchState
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
+
+
+def test_workers_killed_at_random_again_and_again_cost_only_time(tmp_path: Path, reference: SearchState) -> None:
+    lab = Lab(tmp_path)
+    process = lab.search()
+    for wanted in (2, 5, 8):
+        lab.wait_for(process, lambda state, wanted=wanted: count_epochs(state) >= wanted)  # type: ignore[misc]
+        for worker in lab.list_workers()[:1]:
+            worker.kill()
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert sum(isinstance(event, TrialRetried) for event in lab.list_events()) >= 2
+    check_whole(lab)
+    check_equal(lab.state, reference)
+
+
+def test_a_search_starts_without_its_mlflow_server_and_ships_when_it_is_there(
+    tmp_path: Path, reference: SearchState
+) -> None:
+    port = find_free_port()
+    lab = Lab(tmp_path, options=("--tracking-uri", f"http://127.0.0.1:{port}"))
+    process = lab.search()
+    lab.wait_for(process, lambda state: count_epochs(state) >= 2)
+    with serve_mlflow(lab.storage, port):
+        wait_until_it_answers(port)
+        text, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, text
+        if "sync --search x" in text:
+            lab.run("sync", "--search", "x", *lab.options)
+    check_whole(lab)
+    check_equal(lab.state, reference)
+
+
+@contextmanager
+def serve_badly(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[int]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("fault", ["answers 500", "hangs 30 s"])
+def test_a_search_ends_the_same_beside_a_bad_mlflow_server(tmp_path: Path, reference: SearchState, fault: str) -> None:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if fault == "hangs 30 s":
+            time.sleep(30)
+        handler.send_error(500)
+
+    with serve_badly(answer) as port:
+        lab = Lab(tmp_path, options=("--tracking-uri", f"http://user:secret@127.0.0.1:{port}"))
+        text = lab.finish()
+    assert "The record is whole" in text and "sync --search x" in text
+    assert "secret" not in text and b"secret" not in lab.record.read_bytes()
+    check_equal(lab.state, reference)
+    assert "0 shipped" not in lab.run("sync", "--search", "x")
+    check_whole(lab)
+
+
+def test_a_full_disk_under_the_database_alone_hurts_no_search(tmp_path: Path, reference: SearchState) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here: it takes root")
+    try:
+        lab = Lab(tmp_path / "lab", options=("--tracking-uri", f"sqlite:///{disk}/mlflow.db"))
+        text = lab.finish()
+        assert "The record is whole" in text and "sync --search x" in text
+        check_equal(lab.state, reference)
+        lab.run("sync", "--search", "x")
+        check_whole(lab)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "truncated", "one bit flipped"])
+def test_a_trial_whose_newest_checkpoint_is_damaged_goes_on_to_the_same_curve(
+    tmp_path: Path, reference: SearchState, damage: str
+) -> None:
+    lab = Lab(tmp_path)
+    process = lab.search()
+    lab.wait_for(process, lambda state: count_epochs(state) >= 3)
+    interrupt(process)
+    process.communicate(timeout=120)
+    paths = list(lab.record.parent.glob("trials/*/checkpoints/*.pt"))
+    assert paths
+    for path in paths:
+        content = path.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        path.write_bytes({"emptied": b"", "truncated": content[:-100], "one bit flipped": flipped}[damage])
+    text = lab.finish()
+    assert text.count("the checksum must match, got a torn or altered file") == len(paths)
+    check_whole(lab)
+    check_equal(lab.state, reference)
+
+
+def test_a_record_that_is_emptied_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    process = lab.search()
+    lab.wait_for(process, lambda state: count_epochs(state) >= 1)
+    kill(process)
+    lab.record.write_bytes(b"")
+    text = lab.run("search", "--resume", "--name", "x", "--data", "shapes", status=1)
+    assert "a header must come first, got no whole line. Delete the folder: nothing ran." in text
+
+
+def test_a_search_in_which_every_trial_diverges_says_so(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    explode = ("schedule=constant", "max_lr=5.0", "weight_decay=1.0", "epochs=30")
+    words = [word for setting in explode for word in ("--set", setting)]
+    text = lab.run("search", "--space", "faulty", "--name", "x", "--data", "shapes", "--trials", "3", *words)
+    assert lab.state.counts["diverged"] == 3 and "No trial reached its last epoch" in text
+    check_whole(lab)
+
+
+# Put on the path of every process: the first conv of each of the first `num` forward passes fails.
+FAULTY_TORCH = """
+import os, pathlib, torch
+counter = pathlib.Path(os.environ["FAULTS_LEFT"])
+conv2d = torch.nn.functional.conv2d
+forward = torch.nn.Conv2d.forward
+def fail(self, images):
+    left = int(counter.read_text())
+    if left and self.training:
+        counter.write_text(str(left - 1))
+        raise {exception}
+    return forward(self, images)
+torch.nn.Conv2d.forward = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("exception", "num", "status"),
+    [
+        ('torch.OutOfMemoryError("CUDA out of memory.")', 1, "complete"),
+        ('torch.OutOfMemoryError("CUDA out of memory.")', 2, "failed"),
+        ("MemoryError()", 1, "complete"),
+        ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 10 bytes.")', 1, "complete"),
+    ],
+)
+def test_a_trial_out_of_memory_is_told_and_tried_again_alone(
+    tmp_path: Path, exception: str, num: int, status: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif any('default_worker' in word for word in sys.orig_argv):\n"
+        + "".join(f"    {line}\n" for line in FAULTY_TORCH.format(exception=exception).strip().splitlines())
+    )
+    left = tmp_path / "left"
+    left.write_text(str(num))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    lab = Lab(tmp_path, {"PYTHONPATH": path, "FAULTS_LEFT": str(left)}, ("--max-concurrent", "1"))
+    lab.finish()
+    trial = lab.state.trials[0]
+    assert [retry.fault for retry in trial.retries] == ["out of memory"]
+    assert trial.status == status
+    assert exception.split("(")[0].split(".")[-1] in lab.run("failures", "--search", "x")
+
+
+def test_of_two_searches_of_one_name_at_once_one_runs_and_one_is_refused(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    both = [lab.search() for _ in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], texts
+    refused = texts[[process.returncode for process in both].index(1)]
+    assert "a search's name must be new, got one in use" in refused and "Traceback" not in refused
+    check_whole(lab)
+
+
+def test_a_second_driver_on_a_live_search_is_refused_with_its_owner(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    process = lab.search()
+    lab.wait_for(process, lambda state: count_epochs(state) >= 1)
+    text = lab.run("search", "--resume", "--name", "x", "--data", "shapes", status=1)
+    assert f"one driver alone must hold it, got process {process.pid} on" in text
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    check_whole(lab)
+
+
+def test_two_searches_at_once_share_a_new_mlflow_database(tmp_path: Path) -> None:
+    labs = [Lab(tmp_path, options=("--trials", "3")) for _ in range(2)]
+    words = ("search", "--space", "faulty", "--data", "shapes", "--trials", "3", "--max-concurrent", "1", "--name")
+    both = [lab.start(*words, name) for lab, name in zip(labs, ("x", "y"), strict=True)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    assert not any("MLflow must" in text for text in texts), texts
+    runs = labs[0].list_runs()
+    assert len(runs) == 8 and all(run.info.status != "RUNNING" for run in runs)
+    assert {run.data.tags["search"] for run in runs} == {"x", "y"}
+
+
+def test_a_clock_set_back_an_hour_between_stop_and_resume_changes_nothing(
+    tmp_path: Path, reference: SearchState
+) -> None:
+    """Every time in the record is moved an hour into the future, as a clock that is now set back would have left it."""
+    lab = Lab(tmp_path)
+    process = lab.search()
+    lab.wait_for(process, lambda state: count_epochs(state) >= 3)
+    interrupt(process, signal.SIGTERM)
+    process.communicate(timeout=120)
+    lines = []
+    for number, event in enumerate(lab.list_events(), 1):
+        name = "created" if isinstance(event, Header) else "time"
+        if (text := getattr(event, name, None)) is not None:
+            later = (datetime.fromisoformat(text) + timedelta(hours=1)).isoformat()
+            event = event.model_copy(update={name: later})
+        lines.append(encode_event(number, event)[0])
+    lab.record.write_bytes(b"".join(lines))
+    (lab.storage / "mlflow.db").unlink()  # its runs go by the creation's time
+    assert "0 lost" in lab.finish()
+    check_whole(lab)
+    check_equal(lab.state, reference)

@@ -1,0 +1,265 @@
+"""`searches list | delete`, `failures`, `sync`: what is recorded, what went wrong in it, and what MLflow has of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tune_cifar.cli import options
+from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, stdout
+from tune_cifar.errors import ConfigError, RecordError, TrackingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_cifar.record import SearchState
+    from tune_cifar.results import FailureGroup, SearchRow
+
+app = typer.Typer(help="The recorded searches and single trainings: list them, delete one.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(as_json: options.Json = False, storage: options.Storage = None) -> None:
+    """List the recorded searches and single trainings, newest first: how far each came, its best and its size.
+
+    Example: python -m tune_cifar searches list
+    """
+    from dataclasses import asdict
+
+    from tune_cifar.record import find_storage
+    from tune_cifar.results import list_rows
+
+    rows = list_rows(find_storage(storage))
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    elif not rows:
+        say("No search is recorded yet. Start with: python -m tune_cifar search --space smoke")
+    else:
+        _print_rows(rows, storage)
+
+
+def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from tune_cifar.live import format_percent
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("search", no_wrap=True)
+    for column in ("kind", "space", "data", "created (UTC)", "state", "trials", "best"):
+        table.add_column(column, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    for row in rows:
+        if row.error is not None:
+            table.add_row(row.name, "-", "-", "-", "-", row.stage, "-", "-", decimal(row.size_bytes))
+            continue
+        space = f"{row.space} ({row.tier})" if row.tier else row.space
+        created = (row.created or "")[:16].replace("T", " ")
+        stage = f"finished ({row.end})" if row.stage == "finished" else row.stage
+        trials = ", ".join(f"{count} {status}" for status, count in (row.counts or {}).items() if count) or "none"
+        best = f"{format_percent(row.best_val_acc)} (:{row.best.partition(':')[2]})" if row.best else "-"
+        table.add_row(row.name, row.kind, space, row.data, created, stage, trials, best, decimal(row.size_bytes))
+    stdout().print(table)
+    for row in rows:
+        if row.error is not None:
+            say(row.error, style="red")
+    left = next((row for row in rows if row.kind == "search" and row.stage in ("interrupted", "driver died")), None)
+    if left is not None:
+        given = repeat_options(data="shapes" if left.data == "shapes" else None, storage=storage)
+        command = f"{left.name} goes on with: python -m tune_cifar search --name {left.name} --resume{given}"
+        stdout().print(command, soft_wrap=True)
+
+
+@app.command()
+def delete(
+    name: Annotated[str, typer.Argument(help="A search from `searches list`.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    keep_mlflow: Annotated[bool, typer.Option("--keep-mlflow", help="Leave its runs in MLflow.")] = False,
+    tracking_uri: options.TrackingUri = None,
+    storage: options.Storage = None,
+) -> None:
+    """Delete a search for good: its record, weights and checkpoints, and its runs in MLflow.
+
+    Example: python -m tune_cifar searches delete s10-cpu-1
+    """
+    from rich.filesize import decimal
+
+    from tune_cifar.record import find_storage, read_state
+    from tune_cifar.results import measure_folder
+
+    root = find_storage(storage)
+    folder = _find_folder(root, name)
+    _check_not_live(folder)
+    state: SearchState | None = None
+    try:
+        state = read_state(folder)
+    except (RecordError, ConfigError) as exc:
+        if not keep_mlflow:
+            hint = "Its runs in MLflow cannot be told from it: --keep-mlflow deletes the folder alone."
+            raise RecordError(f"{exc} {hint}") from exc
+    size = decimal(measure_folder(folder))
+    trials = "a damaged record" if state is None else _count(len(state.trials), "trial")
+    runs = "; its runs in MLflow stay" if keep_mlflow else " and its runs in MLflow"
+    if not yes and not typer.confirm(f"Delete {name} ({trials}, {size}){runs}?", err=True):
+        say("Nothing was deleted.", stderr())
+        raise typer.Exit(1)
+    num_runs = 0
+    if state is not None and not keep_mlflow:
+        num_runs = _delete_runs(root, tracking_uri, state)
+    _delete_folder(folder)
+    gone = "MLflow as it was" if keep_mlflow else f"{_count(num_runs, 'run')} in MLflow"
+    say(f"{name} is deleted: {trials}, {size}, {gone}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _find_folder(root: Path, name: str) -> Path:
+    """The folder of a search, whole or damaged; RecordError when it is not there, or not in the run store itself."""
+    from tune_cifar.record import search_folder, searches_folder
+    from tune_cifar.schema import nearest_name
+
+    folder = search_folder(root, name)
+    if not folder.exists() and not folder.is_symlink():
+        names = [path.name for path in searches_folder(root).glob("*")]
+        raise RecordError(f"{root}: a search of the name must be there, got {name!r}.{nearest_name(name, names)}")
+    if folder.resolve() != folder or not folder.is_dir():
+        raise RecordError(f"{folder}: a folder in the run store itself must be there, got a link or a file.")
+    return folder
+
+
+def _check_not_live(folder: Path) -> None:
+    """RecordError with the owner's name when a driver holds the search."""
+    from tune_cifar.record import RECORD_FILE, Record, is_live
+
+    if (folder / RECORD_FILE).exists() and is_live(folder):
+        Record.open(folder).close()
+
+
+def _delete_runs(root: Path, tracking_uri: str | None, state: SearchState) -> int:
+    from tune_cifar.tracking import delete_runs, make_tracking_uri
+
+    try:
+        return delete_runs(make_tracking_uri(root, tracking_uri), root, state)
+    except TrackingError as exc:
+        hint = "The search is still there; --keep-mlflow deletes its folder alone."
+        raise TrackingError(f"{str(exc).rstrip('.')}. {hint}") from exc
+
+
+def _delete_folder(folder: Path) -> None:
+    """Delete a folder with all in it; links in it go, what they lead to stays. The record goes last: a deletion that
+    breaks off leaves a search that is listed and can be deleted."""
+    import shutil
+
+    _check_not_live(folder)
+    trials = folder / "trials"
+    try:
+        if trials.is_dir() and not trials.is_symlink():
+            shutil.rmtree(trials)
+        shutil.rmtree(folder)
+    except OSError as exc:
+        raise RecordError(f"{folder}: all of it must be deletable, got {exc.strerror!r} for {exc.filename}.") from exc
+
+
+def failures(
+    search: Annotated[str, typer.Option("--search", help="A search by name.")],
+    as_json: options.Json = False,
+    storage: options.Storage = None,
+) -> None:
+    """What went wrong in a search, grouped by what failed and where: trials, a whole traceback, and how to replay it.
+
+    Example: python -m tune_cifar failures --search s10-cpu-1
+    """
+    from dataclasses import asdict
+
+    from tune_cifar.record import find_storage
+    from tune_cifar.results import group_failures, load_searches
+
+    (state,) = load_searches(find_storage(storage), search=search)
+    groups = group_failures(state)
+    data = "shapes" if state.header.data.name == "shapes" else None
+    given = repeat_options(data=data, storage=storage)
+    commands = [f"python -m tune_cifar reproduce {group.run_id}{given}" for group in groups]
+    if as_json:
+        print_json([asdict(group) | {"command": command} for group, command in zip(groups, commands, strict=True)])
+        return
+    if not groups:
+        say(f"{search}: no trial failed, and none was retried ({_count(len(state.trials), 'trial')}).")
+    for group, command in zip(groups, commands, strict=True):
+        _print_group(group, command)
+
+
+def _print_group(group: FailureGroup, command: str) -> None:
+    say(f"{group.count} x {group.what}", style="bold red")
+    numbers = {"in": group.where, "failed": group.failed, "went on after it": group.retried}
+    for what, found in numbers.items():
+        if found:
+            say(f"  {what}: {found if isinstance(found, str) else ', '.join(map(str, found))}")
+    stdout().print(f"  replay: {command}\n\n{group.traceback.rstrip()}\n", soft_wrap=True)
+
+
+def sync(
+    search: Annotated[str | None, typer.Option("--search", help="Only this search.")] = None,
+    tracking_uri: options.TrackingUri = None,
+    as_json: options.Json = False,
+    storage: options.Storage = None,
+) -> None:
+    """Bring MLflow up to the records, as after a time without its server: what is missing is shipped, nothing twice.
+
+    Example: python -m tune_cifar sync --search s10-cpu-1
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tune_cifar.record import find_storage, is_live, read_state
+    from tune_cifar.results import find_searches
+    from tune_cifar.tracking import make_tracking_uri
+
+    root = find_storage(storage)
+    uri = make_tracking_uri(root, tracking_uri)
+    console = stderr() if as_json else stdout()
+    answers: list[dict[str, Any]] = []
+    states: list[tuple[SearchState, bool]] = []
+    for folder in find_searches(root, search):
+        try:
+            live = is_live(folder)
+            states.append((read_state(folder), live))
+        except (RecordError, ConfigError) as exc:
+            answers.append({"search": folder.name, "error": str(exc)})
+            say(str(exc), stderr(), "red")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("trials"))
+    # Each trial counts as one step, so that the time left is told by the size of what is left.
+    with Progress(
+        *columns, TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=sum(len(state.trials) for state, _ in states))
+        for state, live in states:
+            progress.update(task, description=state.header.name)
+            answers.append(_sync_one(uri, root, state, live, console))
+            progress.advance(task, len(state.trials))
+    if as_json:
+        print_json(answers)
+    elif not answers:
+        say("No search is recorded yet. Start with: python -m tune_cifar search --space smoke")
+    if any("error" in answer for answer in answers):
+        raise typer.Exit(1)
+
+
+def _sync_one(uri: str, root: Path, state: SearchState, live: bool, console: Console) -> dict[str, Any]:
+    """Ship what MLflow has not of one search, and say so; what it would not take is the answer's error."""
+    from dataclasses import asdict
+
+    from tune_cifar.tracking import sync_search
+
+    name = state.header.name
+    try:
+        report = sync_search(uri, root, state, is_live=live)
+    except TrackingError as exc:
+        say(str(exc), stderr(), "red")
+        return {"search": name, "error": str(exc)}
+    shipped, closed = _count(report.shipped, "trial"), _count(report.closed, "run")
+    line = f"{name}: {shipped} shipped, {report.already} already there, {closed} closed"
+    say(line + ("; it is running: the rest is left to its driver" if live else ""), console)
+    return asdict(report) | {"live": live}

@@ -1,0 +1,153 @@
+"""What is settled before a search starts: what was asked for, what a trial occupies, how long an epoch takes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tune_cifar.data import DataSource, load_train_val
+from tune_cifar.engine import Trainer
+from tune_cifar.errors import ConfigError
+from tune_cifar.events import SearchResumed
+from tune_cifar.numerics import count_gpus
+from tune_cifar.schema import DataInfo, Numerics, TrainConfig
+from tune_cifar.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What the user asked for beyond the space: runtime options, none of which changes a recipe.
+
+    `None` leaves the choice to the program.
+    """
+
+    source: DataSource
+    storage: Path
+    command: str
+    name: str | None = None
+    seed: int | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    deterministic: bool = False
+    cpus_per_trial: int = 1
+    gpus_per_trial: float | None = None
+    max_concurrent: int | None = None
+    tracking_uri: str | None = None
+    keep_weights: int = 3
+
+    @property
+    def default_tier(self) -> str:
+        """`full` where a GPU may be used, else `cpu`."""
+        return "full" if count_gpus(self.device) else "cpu"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial occupies and how many run at once. Ray's resources are logical: they place, they do not limit."""
+
+    cpus_per_trial: int
+    gpus_per_trial: float
+    max_concurrent: int
+    num_gpus: int
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """Everything settled before the first trial.
+
+    Attributes:
+        epoch_seconds: of the baseline, from measured training steps.
+        epochs_per_trial: expected under the rungs.
+        num_ended: trials of a resumed search that need nothing more.
+        resumed: what the record will say of the resume; None for a new search.
+        notes: what was restored and what has changed, a sentence each.
+    """
+
+    space: SearchSpace
+    request: SearchRequest
+    name: str
+    data: DataInfo
+    numerics: Numerics
+    resources: Resources
+    epoch_seconds: float
+    epochs_per_trial: float
+    num_ended: int = 0
+    resumed: SearchResumed | None = None
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """What will fit into the time, in one sentence or two."""
+        budget, numerics = self.space.budget, self.numerics
+        workers = self.resources.max_concurrent
+        text = (
+            f"search {self.name}: {budget.describe()}; {workers} at once on {numerics.device_name}, "
+            f"{numerics.precision}, {numerics.threads} thread{'s' if numerics.threads > 1 else ''} each. "
+            f"An epoch of the baseline takes about {self.epoch_seconds:.2g} s"
+        )
+        if budget.max_time_seconds is None:
+            return text + "."
+        num_epochs = budget.max_time_seconds * workers / self.epoch_seconds
+        num_trials = min(budget.trials - self.num_ended, int(num_epochs / self.epochs_per_trial))
+        more = " more" if self.num_ended else ""
+        return text + f": the time is enough for about {num_trials}{more} trials."
+
+
+def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:
+    """Check what was asked for against the machine; by default as many trials at once as fit.
+
+    Raises:
+        ConfigError: when one trial would not fit the machine.
+    """
+    cores, cpus = len(psutil.Process().cpu_affinity() or [0]), request.cpus_per_trial
+    if not 1 <= cpus <= cores:
+        raise ConfigError(f"--cpus-per-trial: 1 to {cores} (the cores here) must hold, got {cpus}.")
+    gpus = request.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if numerics.device == "cuda" else 0.0
+    if gpus and numerics.device == "cpu":
+        raise ConfigError(f"--gpus-per-trial: 0 must hold on a CPU, got {gpus:g}. A GPU must be there to be shared.")
+    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise ConfigError(f"--gpus-per-trial: a fraction up to 1 or a whole number must be given, got {gpus:g}.")
+    if gpus > num_gpus:
+        raise ConfigError(f"--gpus-per-trial: at most {num_gpus} (the GPUs here) must hold, got {gpus:g}.")
+    if request.max_concurrent is not None and request.max_concurrent < 1:
+        raise ConfigError(f"--max-concurrent: a number >= 1 must be given, got {request.max_concurrent}.")
+    fits = cores // cpus
+    if gpus:
+        fits = min(fits, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
+    return Resources(cpus, gpus, min(fits, request.max_concurrent or fits), num_gpus)
+
+
+def estimate_epoch_seconds(config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20) -> float:
+    """Seconds of one epoch, from the median of measured training steps; evaluation is counted as forward passes.
+
+    A forward pass costs about a third of a training step per image (one of forward, backward by inputs, backward by
+    weights).
+    """
+    data = load_train_val(source, config.train_size, config.val_size)
+    step_seconds = Trainer(config, data, numerics).measure_step_seconds(num_steps)
+    return step_seconds * (config.num_steps_per_epoch + config.val_size / config.batch_size / 3)
+
+
+def count_trials(text: str, num_started: int | None = None) -> int:
+    """`--trials` as the whole number of trials of a search: `40`, or with --resume `+50`, that many more.
+
+    Args:
+        num_started: trials that a resumed search has; None for a new search.
+
+    Raises:
+        ConfigError: when it is neither, or less than there are.
+    """
+    if num_started is None:
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+            raise ConfigError(f"--trials: a number >= 1 must be given, got {text!r}.")
+        return int(text)
+    if not re.fullmatch(r"\+?[1-9][0-9]{0,8}", text):
+        raise ConfigError(f"--trials: a number such as 40 or +50 must be given with --resume, got {text!r}.")
+    num_trials = num_started * text.startswith("+") + int(text)
+    if num_trials < num_started:
+        raise ConfigError(f"--trials: at least the {num_started} trials that there are must hold, got {text}.")
+    return num_trials
