@@ -668,7 +668,8 @@ def test_after_any_single_call_that_broke_the_runs_are_those_of_a_whole_shipping
         else:
             sync_search(uri, place, state)
             assert len(breaks.calls) > num_calls, "some were made again"
-        assert read_all(client, state.header.name) == expected, f"call {number}, {breaks.calls[number - 1]}"
+        is_same = read_all(client, state.header.name) == expected
+        assert is_same, f"call {number}, {breaks.calls[number - 1]}"
         report = SyncReport(state.header.name, shipped=0, already=3, closed=0)
         assert sync_search(uri, place, state) == report
 

@@ -38,7 +38,9 @@ def test_the_wheel_runs_a_smoke_search_in_a_fresh_environment(tmp_path: Path) ->
         return answer.stdout
 
     code = "import tune_cifar; print(tune_cifar.__file__)"
-    where = subprocess.run([str(python), "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    where = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
     assert str(site) in where.stdout
     listed = run("spaces", "list")
     assert all(name in listed for name in ("smoke", "s6", "s7", "s8", "s10", "s10_postact"))

@@ -6,8 +6,8 @@ artifacts.
 
 A run is found again by its tags: `search` and `search_created` name the record, `trial` the trial. What is written
 twice is written equally, for all times come from the record; so a call that failed, or of which nobody knows whether it
-arrived, is made again. MLflow passes over a metric or param that is there already. Metrics are written before the tags that tell
-of them, the status last: a run that has both needs nothing more.
+arrived, is made again. MLflow passes over a metric or param that is there already. Metrics are written before the tags
+that tell of them, the status last: a run that has both needs nothing more.
 """
 
 from __future__ import annotations
@@ -133,12 +133,8 @@ class SearchRuns:
             self._log_artifacts(self.parent, dump)
             self._log(self.parent, tags)
 
-    def ship_trial(self, trial: TrialState, driver: Header | SearchResumed) -> bool:
-        """Bring a trial's run up to date, creating it if need be; False when it was.
-
-        Args:
-            driver: under which the trial last ran.
-        """
+    def ship_trial(self, trial: TrialState) -> bool:
+        """Bring a trial's run up to date, creating it if need be; False when it was."""
         if self.is_whole(trial):
             return False
         if trial.number not in self.children:
@@ -146,7 +142,7 @@ class SearchRuns:
         run = self.children[trial.number]
         ended = trial.status != "running"
         if ended:
-            self._log_artifacts(run, self._dump_trial(trial, driver))
+            self._log_artifacts(run, self._dump_trial(trial))
         elif self._is_running and run.status != "RUNNING":
             self._client.update_run(run.run_id, "RUNNING")
             run.status = "RUNNING"
@@ -156,7 +152,7 @@ class SearchRuns:
         tags = self._make_parent_tags() | {
             "status": trial.status,
             "epochs_done": str(trial.epochs_done),
-            "git_commit": driver.environment.get("git_commit", ""),
+            "git_commit": trial.driver.environment.get("git_commit", ""),
         }
         if ended:
             tags["reason"] = trial.reason
@@ -278,11 +274,11 @@ class SearchRuns:
         }
         return self._create_run(f"{self._header.name}:{trial.number:03d}", _find_start(trial, self._header), tags)
 
-    def _dump_trial(self, trial: TrialState, driver: Header | SearchResumed) -> dict[str, str | Path]:
-        environment = driver.environment | {"split_hash": self._header.data.split_hash}
+    def _dump_trial(self, trial: TrialState) -> dict[str, str | Path]:
+        environment = trial.driver.environment | {"split_hash": self._header.data.split_hash}
         dump: dict[str, str | Path] = {
             "config.json": trial.config.model_dump_json(indent=2),
-            "numerics.json": driver.numerics.model_dump_json(indent=2),
+            "numerics.json": trial.driver.numerics.model_dump_json(indent=2),
             "environment.json": json.dumps(environment, indent=2),
         }
         if trial.error_file is not None and (error := self._folder / trial.error_file).exists():
@@ -329,12 +325,6 @@ class SearchRuns:
                 data = content.read_bytes() if isinstance(content, Path) else content.encode()
                 Path(folder, name).write_bytes(data)
             self._client.log_artifacts(run.run_id, folder)
-
-
-def find_driver(state: SearchState, trial: TrialState) -> Header | SearchResumed:
-    """The last driver that a trial ran under: it names Numerics and environment."""
-    started = (event for event in reversed(state.resumes) if trial.ended is None or event.time <= trial.ended)
-    return next(started, state.header)
 
 
 def make_client(tracking_uri: str) -> Any:

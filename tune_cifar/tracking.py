@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
-from tune_cifar.mlruns import MLFLOW_ENVIRONMENT, SearchRuns, find_driver, find_sqlite_file
+from tune_cifar.mlruns import MLFLOW_ENVIRONMENT, SearchRuns, find_sqlite_file
 from tune_cifar.record import SearchState, TrialState, find_storage
 
 # What follows at once (a trial stopped at the rung it has just reached) goes along.
@@ -87,7 +87,7 @@ class Shipper:
         with self._changed:
             self._state = state
             if isinstance(event, TrialEnded) or (isinstance(event, EpochReported) and self._is_rung(state, event)):
-                self._pending[event.trial] = _pack_trial(state, state.trials[event.trial])
+                self._pending[event.trial] = _pack_trial(state.trials[event.trial])
                 self._changed.notify()
                 self._is_due = True
             self._is_due |= isinstance(event, SearchEnded)
@@ -255,11 +255,11 @@ class _Courier:
 def _pack_trials(state: SearchState) -> dict[int, Shipment]:
     """A shipment for every trial that has something to tell."""
     told = (trial for trial in state.trials.values() if trial.status != "running" or trial.epochs)
-    return {trial.number: _pack_trial(state, trial) for trial in told}
+    return {trial.number: _pack_trial(trial) for trial in told}
 
 
-def _pack_trial(state: SearchState, trial: TrialState) -> Shipment:
-    return partial(SearchRuns.ship_trial, trial=_copy_trial(trial), driver=find_driver(state, trial))
+def _pack_trial(trial: TrialState) -> Shipment:
+    return partial(SearchRuns.ship_trial, trial=_copy_trial(trial))
 
 
 def _copy_trial(trial: TrialState) -> TrialState:
