@@ -595,6 +595,10 @@ def test_a_taken_name_is_refused_and_its_record_untouched(folder: Path, tmp_path
     check_is_new(search_folder(tmp_path, "s7-2"))
 
 
+def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_a_name_in_use(tmp_path: Path) -> None:
+    check_is_new(tmp_path / ("x" * 300))  # the system refuses to look up so long a name
+
+
 def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(RecordError, match="a new folder must be writable here, got 'Not a directory'"):

@@ -56,6 +56,12 @@ def make_events(reason: str = "all trials") -> list[Event]:
     ]
 
 
+def make_resume() -> SearchResumed:
+    """An hour after make_header."""
+    changes: Any = {"trials": 5, "changes": [], "numerics": NUMERICS, "environment": {"git_commit": "def"}}
+    return SearchResumed(time="2026-01-31T13:00:00+00:00", command="tune_cifar search", **changes)
+
+
 class Driver:
     """Records events and tells a shipper of them, as a search's driver does. `shipper` may be closed and replaced."""
 
@@ -79,8 +85,7 @@ class Driver:
 
     def resume(self) -> None:
         """What another driver does first."""
-        changes = {"trials": 5, "changes": [], "numerics": NUMERICS, "environment": {"git_commit": "def"}}
-        self.record.append(SearchResumed(time="2026-01-31T13:00:00+00:00", command="tune_cifar search", **changes))
+        self.record.append(make_resume())
         self.shipper = Shipper(self.uri, self.storage, self.record.state)
 
 
@@ -527,6 +532,18 @@ def test_what_is_heard_while_an_attempt_fails_is_shipped_by_the_next(
         told.set()
         wait_for(lambda: look(place).get("s7-1:000") == ("FINISHED", 3))
         assert driver.shipper.close(600) == []
+
+
+@pytest.mark.slow
+def test_a_resumed_search_first_ships_what_mlflow_lacks(place: Path) -> None:
+    events = [*make_trial(0, [0.3, 0.5, 0.7], "complete"), *make_trial(1, [], None)]
+    write_record(place, make_header(), [*events, SearchEnded(reason="interrupted", wall_seconds=9.0)])
+    with closing(Record.open(search_folder(place, "s7-1"))) as record:
+        record.append(make_resume())
+        shipper = Shipper(make_tracking_uri(place, None), place, record.state)
+        wait_for(lambda: look(place) == {"s7-1": ("RUNNING", 0), "s7-1:000": ("FINISHED", 3)})
+        assert shipper.close(600) == []
+    assert look(place) == {"s7-1": ("KILLED", 0), "s7-1:000": ("FINISHED", 3)}
 
 
 KILLED = """

@@ -191,7 +191,7 @@ class _Courier:
             self.way_out += f" --storage {shlex.quote(str(storage))}"
         if tracking_uri != make_tracking_uri(storage, None):
             self.way_out += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
-        self._make_runs = partial(SearchRuns, tracking_uri, storage, _copy_state(state), is_running)
+        self._make_runs = partial(SearchRuns, tracking_uri, storage, state, is_running)
         self._resumes = list(state.resumes)
         self._runs: SearchRuns | None = None
         self._has_failed = False
@@ -201,7 +201,7 @@ class _Courier:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Let go in the end of the search's runs, which the first attempt to carry took hold of."""
+        """At the end, give free what the first attempt took hold of (see `try_hold`)."""
         try:
             yield
         finally:
@@ -209,7 +209,7 @@ class _Courier:
                 self._lock.release()
 
     def try_hold(self, timeout_seconds: float) -> bool:
-        """Have the search's runs for this process alone; False when another has them."""
+        """Have the search's runs for this process alone, until `holding` is left; False when another has them."""
         if self._lock is None:
             lock = FileLock(self._lock_file)
             try:
