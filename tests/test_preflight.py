@@ -19,7 +19,6 @@ from tune_cifar.models import MODELS
 from tune_cifar.preflight import (
     MAX_TEMPORARY_BYTES,
     check_search_fits,
-    describe_needs,
     estimate_disk_needs,
     measure_training,
 )
@@ -169,9 +168,3 @@ def test_a_temporary_folder_too_deep_for_rays_sockets_is_refused(
 def test_a_relative_temporary_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("TMPDIR", text)
     assert refuse(tmp_path).startswith("TMPDIR: an absolute path must be given, got ")
-
-
-def test_the_plans_line_tells_what_is_needed_and_what_there_is(tmp_path: Path) -> None:
-    needs = estimate_disk_needs(make_config(), 10, 2, 3)
-    text = describe_needs(tmp_path, needs)
-    assert re.fullmatch(rf"at most \d+ MB of [\d,]+ MB free disk in {re.escape(str(tmp_path))}", text)

@@ -78,11 +78,6 @@ def measure_training(config: TrainConfig) -> tuple[int, int]:
     return weights + len(tensors) * TENSOR_BYTES, weights + moments + extra
 
 
-def describe_needs(storage: Path, needs: DiskNeeds) -> str:
-    """For the plan: what is needed at most, and what there is."""
-    return f"at most {_format_mb(needs.total)} of {_format_mb(_get_free_bytes(storage))} free disk in {storage}"
-
-
 def check_search_fits(
     storage: Path, config: TrainConfig, num_trials: int, max_concurrent: int, keep_weights: int
 ) -> None:

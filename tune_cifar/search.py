@@ -103,10 +103,11 @@ def prepare_resume(
     num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
     space = space.limit(num_trials, max_time_seconds)
     numerics = restore_numerics(state.resumes[-1].numerics if state.resumes else state.header.numerics)
-    plan = _prepare(space, replace(request, cpus_per_trial=numerics.threads), request.name, numerics)
     environment = describe_environment()
-    changes = find_changes(state, plan.data, numerics, environment)
+    data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size).info
+    changes = find_changes(state, data, numerics, environment)
     check_accepted(changes, accepts_changes)
+    plan = _prepare(space, replace(request, cpus_per_trial=numerics.threads), request.name, numerics)
     event = SearchResumed(
         time=utc_now(),
         trials=num_trials,
