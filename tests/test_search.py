@@ -130,7 +130,9 @@ def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(driver: 
     driver.interrupt()
     assert stop_file(driver.record.state.folder).exists()
     assert driver.ask() is None and not driver.is_exhausted and not driver.is_cut
-    assert not driver.report(0, result_of(2, 0.5)) and not driver.report(1, result_of(1, 0.6))
+    assert driver.report(0, result_of(2, 0.5)) and driver.report(1, result_of(1, 0.6))
+    assert not driver.is_exhausted and not driver.is_cut
+    driver.pause(0), driver.pause(1)  # the workers have saved them
     assert driver.is_exhausted and driver.is_cut
     driver.finish()
     state = read_state(driver.record.state.folder)
@@ -237,7 +239,12 @@ def test_a_trial_whose_worker_died_is_taken_up_twice_and_then_failed(driver: Sea
 def test_a_trial_that_ran_out_of_memory_is_taken_up_once_and_alone(driver: SearchDriver) -> None:
     for _ in range(3):
         driver.ask()
+    checkpoints = driver.record.state.trial_folder(1) / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "checkpoint-0001.pt").touch()
     driver.retry(1, "out of memory", "CUDA out of memory")
+    first_line, damage = driver.record.state.trials[1].retries[0].text.splitlines()
+    assert first_line == "CUDA out of memory" and damage.startswith(f"{checkpoints}/checkpoint-0001.pt: ")
     assert driver.ask() is None and not driver.is_exhausted  # trials 0 and 2 still run
     driver.fail(0, "ValueError: no")
     assert driver.ask() is None

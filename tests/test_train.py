@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import SHAPES
 from tests.test_engine import curve
-from tune_cifar.checkpoint import CheckpointFolder, load_weights
+from tune_cifar.checkpoint import load_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, RecordError
@@ -19,7 +19,7 @@ from tune_cifar.events import EpochReported, Event, TrialEnded
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space import load_space
-from tune_cifar.train import ERROR, WEIGHTS, Listener, make_header, open_training, run_training
+from tune_cifar.train import ERROR, WEIGHTS, Listener, make_header, open_training, run_training, train_trial
 
 SMALL: dict[str, Any] = {"train_size": 20, "val_size": 20, "epochs": 3, "batch_size": 10}
 # Diverges in the middle of the second epoch (6 steps each): every step multiplies the weights by about -4.
@@ -101,7 +101,7 @@ def test_a_resumed_training_has_the_curve_of_the_uninterrupted_one(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, every_seconds: float, epochs_kept: int
 ) -> None:
     """With a checkpoint it goes on from there; without one yet (they come once a minute) it starts again."""
-    monkeypatch.setattr("tune_cifar.train.CheckpointFolder", partial(CheckpointFolder, every_seconds=every_seconds))
+    monkeypatch.setattr("tune_cifar.train.train_trial", partial(train_trial, every_seconds=every_seconds))
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=1)
     broken = read_state(search_folder(tmp_path, "small"))
@@ -123,7 +123,7 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint knows two epochs, the record one: the second is told again from the checkpoint."""
-    monkeypatch.setattr("tune_cifar.train.CheckpointFolder", partial(CheckpointFolder, every_seconds=0.0))
+    monkeypatch.setattr("tune_cifar.train.train_trial", partial(train_trial, every_seconds=0.0))
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=2)
     path = search_folder(tmp_path, "small") / "record.jsonl"

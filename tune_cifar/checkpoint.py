@@ -23,6 +23,8 @@ from tune_cifar.errors import CheckpointError
 
 MAGIC = b"tune_cifar checkpoint 1\n"
 T = TypeVar("T")
+# The shortest time between two checkpoints of a training: writing them must cost it nothing that counts.
+CHECKPOINT_SECONDS = 60.0
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -100,7 +102,7 @@ class CheckpointFolder:
         keep: how many of the newest stay.
     """
 
-    def __init__(self, folder: Path, every_seconds: float = 60.0, keep: int = 2) -> None:
+    def __init__(self, folder: Path, every_seconds: float = CHECKPOINT_SECONDS, keep: int = 2) -> None:
         self.folder = folder
         self._every_seconds = every_seconds
         self._keep = keep

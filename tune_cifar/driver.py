@@ -139,13 +139,14 @@ class SearchDriver:
     def report(self, number: int, result: EpochResult) -> bool:
         """Record an epoch; True when the trial goes on."""
         trial = self.record.state.trials[number]
-        if result.epoch > trial.epochs_done:  # a resumed trial tells again what its checkpoint knew
-            self._append(EpochReported(trial=number, result=result))
-            if not self._judge(trial):
-                return False
-        if self.is_interrupted:
-            self._live.discard(number)
-        return not self.is_interrupted
+        if result.epoch <= trial.epochs_done:  # a resumed trial tells again what its checkpoint knew
+            return True
+        self._append(EpochReported(trial=number, result=result))
+        return self._judge(trial)
+
+    def pause(self, number: int) -> None:
+        """The trial has a checkpoint and runs no more, because the search is stopping. It stays unfinished."""
+        self._live.discard(number)
 
     def _judge(self, trial: TrialState) -> bool:
         """Whether a trial goes on after its last reported epoch; if not, its end is recorded.
@@ -207,7 +208,9 @@ class SearchDriver:
         if sum(retry.fault == fault for retry in trial.retries) >= RETRIES[fault]:
             self.fail(number, f"{text}\n{fault}, {RETRIES[fault] + 1} times")
         else:
-            self._append(TrialRetried(trial=number, fault=fault, text=text))
+            checkpoints = CheckpointFolder(self.record.state.trial_folder(number) / CHECKPOINTS)
+            _, damaged = checkpoints.find_newest()
+            self._append(TrialRetried(trial=number, fault=fault, text="\n".join([text, *damaged])))
             self._waiting.append(number)
 
     def finish(self) -> None:

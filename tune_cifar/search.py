@@ -156,14 +156,16 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         """Train one epoch. Divergence and exceptions are results: Ray would run the trial again on an exception.
 
         Returns:
-            trial, outcome (epoch, diverged, failed, out of memory) and text: an EpochResult in JSON (Tune flattens
-            nested values), or what happened in words.
+            trial, outcome (epoch, paused, diverged, failed, out of memory) and text: an EpochResult in JSON (Tune
+            flattens nested values), or what happened in words.
         """
         number = self._trial["trial"]
         try:
             if self._results is None:
                 self._results = self._make_results()
             result = next(self._results)
+        except StopIteration:
+            return {"trial": number, "outcome": "paused", "text": ""}
         except Diverged as exc:
             return {"trial": number, "outcome": "diverged", "text": str(exc)}
         except Exception as exc:
@@ -236,7 +238,9 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         """Hand a worker's word to the driver; True when the trial goes on."""
         if outcome == "epoch":
             return self._driver.report(number, EpochResult.model_validate_json(text))
-        if outcome == "diverged":
+        if outcome == "paused":
+            self._driver.pause(number)
+        elif outcome == "diverged":
             self._driver.end(number, "diverged", text)
         elif outcome == "out of memory":
             self._driver.retry(number, "out of memory", text)

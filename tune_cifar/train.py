@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from tune_cifar.checkpoint import CheckpointFolder, save_weights
+from tune_cifar.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, save_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import CheckpointError, ConfigError, Diverged, RecordError
@@ -44,7 +44,7 @@ ERROR = "error.txt"
 
 
 def stop_file(search_folder: Path) -> Path:
-    """While it exists, every training of the search checkpoints at the end of its epoch: it is about to be stopped."""
+    """While it exists, every training of the search ends after its epoch, with a checkpoint."""
     return search_folder / "stopping"
 
 
@@ -54,18 +54,20 @@ def train_trial(
     numerics: Numerics,
     folder: Path,
     on_trainer: Callable[[Trainer], None] | None = None,
+    every_seconds: float = CHECKPOINT_SECONDS,
 ) -> Iterator[EpochResult]:
     """Train, checkpointing into `folder/checkpoints`, and leave `folder/weights.safetensors` at the end. `folder` lies
-    in its search's `trials`.
+    in its search's `trials`. When the search is stopping (`stop_file`) it ends after an epoch, with a checkpoint of it.
 
     A resumed training first yields the results stored in its checkpoint again, so that a consumer which died between
     a checkpoint and its own note of the result loses nothing.
 
     Args:
         on_trainer: called once with the Trainer before the first epoch; a display may read its `step`.
+        every_seconds: shortest time between two checkpoints.
     """
     trainer = Trainer(config, data, numerics)
-    checkpoints = CheckpointFolder(folder / CHECKPOINTS)
+    checkpoints = CheckpointFolder(folder / CHECKPOINTS, every_seconds)
     state, _ = checkpoints.load_newest()
     if state is not None:
         trainer.load_state_dict(state)
@@ -76,12 +78,22 @@ def train_trial(
         is_last = result.epoch == config.epochs
         if is_last:
             save_weights(folder / WEIGHTS, trainer.model.state_dict())
-        if is_last or checkpoints.is_due() or stop_file(folder.parents[1]).exists():
-            try:
-                checkpoints.save(trainer.state_dict())
-            except CheckpointError as exc:  # a full disk ends no training: the checkpoint before stays
-                logger.warning("%s", exc)
+        is_saved = is_last or checkpoints.is_due()
+        if is_saved:
+            _save(checkpoints, trainer)
         yield result
+        if stop_file(folder.parents[1]).exists():
+            if not is_saved:
+                _save(checkpoints, trainer)
+            return
+
+
+def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:
+    """A full disk ends no training: the checkpoint before stays."""
+    try:
+        checkpoints.save(trainer.state_dict())
+    except CheckpointError as exc:
+        logger.warning("%s", exc)
 
 
 def run_training(

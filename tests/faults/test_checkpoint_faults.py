@@ -38,11 +38,9 @@ def train(
 ) -> tuple[list[dict[str, Any]], list[int], Path]:
     """Train so many epochs, with a checkpoint after each; the curve, the epoch it began at and the trial's folder."""
     folder = storage / "trials" / "0000"
-    storage.mkdir(exist_ok=True)
-    stop_file(storage).touch()
     begun_at: list[int] = []
     data = load_train_val(SHAPES, CONFIG.train_size, CONFIG.val_size)
-    results = train_trial(CONFIG, data, numerics, folder, lambda trainer: begun_at.append(trainer.epoch))
+    results = train_trial(CONFIG, data, numerics, folder, lambda trainer: begun_at.append(trainer.epoch), 0.0)
     return curve(list(itertools.islice(results, num_epochs))), begun_at, folder
 
 
@@ -201,6 +199,24 @@ def test_a_training_goes_on_to_the_same_curve_when_no_checkpoint_reaches_the_dis
     assert results == whole
     assert CheckpointFolder(folder / CHECKPOINTS).find_newest() == (None, [])
     assert load_weights(folder / WEIGHTS) and list((folder / CHECKPOINTS).iterdir()) == []
+
+
+# A stop
+
+
+@pytest.mark.parametrize("every_seconds", [0.0, 60.0])
+def test_a_training_that_is_stopped_ends_after_its_epoch_with_a_checkpoint_however_late_the_word_came(
+    tmp_path: Path, fp32: Numerics, whole: list[dict[str, Any]], every_seconds: float
+) -> None:
+    """Here it comes when the epoch's result is out already."""
+    folder = tmp_path / "trials" / "0000"
+    data = load_train_val(SHAPES, CONFIG.train_size, CONFIG.val_size)
+    results = train_trial(CONFIG, data, fp32, folder, every_seconds=every_seconds)
+    first = next(results)
+    stop_file(tmp_path).touch()
+    assert list(results) == [] and CheckpointFolder(folder / CHECKPOINTS).find_newest() == (1, [])
+    again = list(train_trial(CONFIG, data, fp32, folder))  # the file still lies there: one epoch more
+    assert curve([first]) == whole[:1] and curve(again) == whole[:2]
 
 
 # kill -9
