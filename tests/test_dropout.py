@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.models.layers import CACHED_ACTIVATIONS, Dropout, ReluDropout
+from tune_cifar.models.layers import (
+    CACHED_ACTIVATIONS,
+    Dropout,
+    ReluDropout,
+    conv_bn_relu,
+    set_dropout_generator,
+    stack,
+)
 
 SHAPE = (16, 32, 20, 20)
 CHANNELS_LAST = torch.channels_last
@@ -203,30 +212,43 @@ def test_dropout_on_cuda_draws_on_the_device_from_the_generator(dtype: torch.dty
     assert_count_is_binomial(count_dropped(output), ones.numel(), 0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.5])
-def test_relu_dropout_is_relu_then_dropout_bit_for_bit(
+def test_conv_bn_relu_with_dropout_is_conv_bn_relu_then_dropout(
     p: float, memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
+    """Values, gradients and running statistics, to rounding (in any order, of the sums over a channel's 9,472 values);
+    bit for bit where the scale is a power of two."""
     shape = (37, 24, 16, 16)
     assert math.prod(shape) > CACHED_ACTIVATIONS, "more than one part must be drawn"
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(memory_format=memory_format)
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype).to(memory_format=memory_format)
 
-    def run(layers: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    def run(layers: torch.nn.Sequential) -> list[Tensor]:
+        bn = layers.get_submodule("bn")
+        torch.nn.init.uniform_(bn.weight, -1, 1, generator=torch.Generator().manual_seed(4))
+        torch.nn.init.uniform_(bn.bias, -1, 1, generator=torch.Generator().manual_seed(5))
         x = images.clone().requires_grad_()
-        y = layers(x * 1)  # ReluDropout overwrites what it gets
+        set_dropout_generator(layers, torch.Generator().manual_seed(3))
+        y = layers(x)
         y.backward(grad)
-        assert x.grad is not None
-        return y, x.grad
+        assert y.stride() == x.grad.stride() == images.stride()
+        assert y.dtype == x.grad.dtype == dtype
+        return [y.detach(), x.grad, bn.weight.grad, bn.bias.grad, *bn.buffers()]
 
-    both = ReluDropout(p)
-    both.generator = torch.Generator().manual_seed(3)
-    apart = torch.nn.Sequential(torch.nn.ReLU(), make_dropout(p, seed=3))
-    for one, other in zip(run(both), run(apart), strict=True):
-        assert torch.equal(one, other)
-        assert one.stride() == other.stride()
+    fused = conv_bn_relu(torch.nn.Conv2d(24, 24, 1), p)
+    fused.conv = torch.nn.Identity()
+    apart = stack(conv=torch.nn.Identity(), bn=torch.nn.BatchNorm2d(24), relu=torch.nn.ReLU(), drop=Dropout(p))
+    if dtype == torch.float64:
+        fused, apart = fused.double(), apart.double()
+    for one, other in zip(run(fused), run(apart), strict=True):
+        if p in (0.0, 0.5):
+            assert torch.equal(one, other)
+        else:
+            eps = torch.finfo(dtype).eps
+            atol = {torch.float64: 1e-11, torch.float32: 2e-3, torch.bfloat16: 1.0}[dtype] if one.dim() == 1 else eps
+            torch.testing.assert_close(one, other, rtol=8 * eps, atol=8 * atol)
 
 
 def test_relu_dropout_is_a_relu_in_evaluation() -> None:
@@ -238,3 +260,13 @@ def test_relu_dropout_lets_nan_through_so_that_divergence_is_seen() -> None:
     layer = ReluDropout(0.5)
     layer.generator = torch.Generator().manual_seed(0)
     assert layer(torch.full((4, 8, 2, 2), math.nan)).isnan().all()
+
+
+def test_a_stream_of_aes_in_counter_mode_is_what_the_dice_are() -> None:
+    """NIST SP 800-38A gives AES as it is; a mask that has once been drawn must be drawn for ever."""
+    layer = make_dropout(0.5, seed=0)
+    key = int(torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0)))
+    encryptor = Cipher(algorithms.AES(key.to_bytes(16, "little")), modes.CTR(bytes(16))).encryptor()
+    num = 2 * CACHED_ACTIVATIONS + 5  # more than one piece of zeros
+    lanes = np.frombuffer(encryptor.update(bytes(2 * num)), np.int16)
+    assert torch.equal(layer(torch.ones(num, 1))[:, 0] != 0, torch.from_numpy(lanes >= 0))

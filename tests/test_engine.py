@@ -75,7 +75,7 @@ def test_a_checkpoint_of_another_config_is_refused(shapes: TrainVal, fp32: Numer
 
 
 def test_a_training_with_a_huge_lr_diverges_with_epoch_and_step(shapes: TrainVal, fp32: Numerics) -> None:
-    config = make_config(schedule="constant", max_lr=100.0, momentum=0.99, epochs=50)
+    config = make_config(schedule="constant", max_lr=100.0, weight_decay=1.0, epochs=50)  # weights x -99 a step
     with pytest.raises(Diverged) as caught:
         list(Trainer(config, shapes, fp32))
     steps = config.num_steps_per_epoch
@@ -144,7 +144,7 @@ def test_seeds_of_different_purposes_are_unrelated() -> None:
 
 # Loss of the first three steps of make_config on the stand-in, fp32, one thread (recorded 2026-11-20). A change that
 # is meant to be neutral leaves it; the tolerance is for other processors, whose kernels sum in another order.
-GOLDEN_LOSSES = (2.301815, 2.310779, 2.304317)
+GOLDEN_LOSSES = (2.303258, 2.317136, 2.307252)
 
 
 def test_the_first_three_losses_are_the_golden_ones(shapes: TrainVal, fp32: Numerics) -> None:

@@ -57,6 +57,7 @@ ROOMS = {
     "torchvision": {"data"},
     "torchinfo": {"models/summary"},
     "safetensors": {"checkpoint"},
+    "cryptography": {"models/layers"},
     "typer": {"cli"},
     "rich": {"live", "cli"},
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.models import MODELS, build_model, set_dropout_generator
-from tune_cifar.models.layers import CpuFp32Conv2d, Dropout, Residual
+from tune_cifar.models.layers import Dropout, Residual, StridedDepthwiseConv2d
 from tune_cifar.models.s6 import Depthwise5x5
 from tune_cifar.models.summary import describe_model
 from tune_cifar.schema import ModelName, TrainConfig
@@ -101,6 +101,7 @@ ORDERS = {
 }
 LETTERS = {
     "BatchNorm2d": "B",
+    "ScaledBatchNorm2d": "B",
     "ReLU": "R",
     "ReluDropout": "RD",
     "Dropout": "D",
@@ -362,13 +363,26 @@ def test_the_depthwise_5x5_of_s6_has_the_gradients_of_an_ordinary_conv() -> None
 def test_the_strided_depthwise_of_s7_has_the_gradients_of_an_ordinary_conv() -> None:
     options = {"stride": 2, "padding": 1, "groups": 6, "bias": False}
     images = torch.randn(3, 6, 11, 14, generator=torch.Generator().manual_seed(0))
-    compare_convs(CpuFp32Conv2d(6, 6, 3, **options), nn.Conv2d(6, 6, 3, **options), images)
+    compare_convs(StridedDepthwiseConv2d(6, stride=2), nn.Conv2d(6, 6, 3, **options), images)
 
 
-def test_the_strided_depthwise_of_s7_computes_in_fp32_under_autocast() -> None:
-    conv = make_model("s7").get_submodule("transblock2.depthwise")
-    images = torch.randn(2, 64, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_strided_depthwise_of_s7_has_the_gradients_of_an_ordinary_conv_in_bf16_too(
+    memory_format: torch.memory_format,
+) -> None:
+    """Under autocast, where its backward is its own; to bf16's rounding."""
+    conv = StridedDepthwiseConv2d(64, stride=2)
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 64, 16, 16, generator=draws).bfloat16().to(memory_format=memory_format).requires_grad_()
+    weights = torch.randn(4, 64, 8, 8, generator=draws)
     with torch.autocast("cpu", torch.bfloat16):
         output = conv(images)
-    assert output.dtype == torch.float32
-    assert torch.equal(output, F.conv2d(images.float(), conv.weight, stride=2, padding=1, groups=64))
+    (output * weights).sum().backward()
+    assert output.dtype == images.grad.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
+    assert images.grad.stride() == images.stride()
+    wide, weight = images.detach().float().requires_grad_(), conv.weight.detach().bfloat16().float().requires_grad_()
+    exact = F.conv2d(wide, weight, stride=2, padding=1, groups=64)
+    (exact * weights.bfloat16()).sum().backward()
+    pairs = [(output, exact), (images.grad, wide.grad), (conv.weight.grad, weight.grad)]
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine.float(), theirs, rtol=2**-7, atol=2**-7 * float(theirs.detach().abs().max()))

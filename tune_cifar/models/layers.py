@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor, nn
 
 from tune_cifar.errors import ConfigError
 
-# A random 64-bit word is read as four 16-bit lanes; a lane among the `threshold` lowest values drops its activation.
+# Each activation has a random 16-bit lane; one among the `threshold` lowest values drops it.
 LANE_VALUES = 2**16
-LANES_PER_WORD = 4
 # Activations that are dropped out at once on the CPU: with their dice, well within a core's second-level cache.
 CACHED_ACTIVATIONS = 2**17
+# What is encrypted for random bits, a piece at a time.
+ZEROS = memoryview(bytes(2 * CACHED_ACTIVATIONS))
+AES_BLOCK = 16
 
 
 class Dropout(nn.Module):
@@ -57,12 +61,10 @@ class Dropout(nn.Module):
 
 
 class ReluDropout(Dropout):
-    """ReLU, then Dropout, in place: the same values and gradients, bit for bit, as the two modules one after the other.
+    """ReLU and Dropout in one, in place, of activations that arrive multiplied by `scale` (see ScaledBatchNorm2d).
 
     Backward needs neither mask nor ReLU's output: what is zero in the result has no gradient. On the CPU the dice are
-    rolled for a few images at a time, so that dice and activations stay in the cache: a step of s7 (128 images, bf16,
-    channels_last, one thread of an EPYC Zen 5 on a shared machine, medians of 160 steps, three runs in turn,
-    2026-11-20) takes 105, 101 and 98 ms instead of 135, 112 and 117 ms.
+    rolled for a few images at a time, so that dice and activations stay in the cache.
     """
 
     def __init__(self, p: float) -> None:
@@ -79,30 +81,51 @@ class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: ReluDropout) -> Tensor:
         ctx.mark_dirty(x)
-        ctx.scale = layer.scale
-        num = len(x) if x.device.type != "cpu" else max(1, CACHED_ACTIVATIONS // x[0].numel())
+        is_cpu = x.device.type == "cpu"
+        num = max(1, CACHED_ACTIVATIONS // x[0].numel()) if is_cpu else len(x)
+        # To multiply bf16 by 0 or 1, its bits will do as whole numbers: a fifth of the time.
+        dtype = torch.int16 if is_cpu and x.dtype == torch.bfloat16 else x.dtype
         dice = Dice(layer.generator, x.device)
         for part in torch.split(x, num):
-            part.relu_().mul_(dice.draw_keep_mask(tuple(part.shape), layer.threshold, part.dtype)).mul_(layer.scale)
+            part.relu_().view(dtype).mul_(dice.draw_keep_mask(tuple(part.shape), layer.threshold, dtype))
         ctx.save_for_backward(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(grad_outputs[0], y, 0).mul_(ctx.scale), None
+        return torch.ops.aten.threshold_backward(grad_outputs[0], y, 0), None
+
+
+class ScaledBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm whose output is multiplied by `scale` while training: Dropout's, that needs no pass of its own then.
+
+    scale x ReLU(y) is ReLU(scale x y), and the batch norm multiplies by its weight anyway.
+    """
+
+    def __init__(self, num_features: int, scale: float) -> None:
+        super().__init__(num_features)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.scale == 1.0:
+            return super().forward(input)
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        weight, bias = self.weight * self.scale, self.bias * self.scale
+        return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, True, self.momentum, self.eps)
 
 
 class Dice:
     """One forward pass's random bits for one layer, on the device.
 
-    On the CPU one number from `generator` seeds numpy's SFC64 (numpy promises never to change that stream), whose words
-    give 16 bits to each activation.
+    On the CPU one number from `generator` is the key under which AES in counter mode gives 16 bits to each activation:
+    a stream that nobody will ever change, at 10 GB/s.
 
-    Measured on one thread of an EPYC Zen 5, 2026-11-20, for (128, 32, 32, 32) = 4.2 M activations in bf16, best of 15,
-    in ms: bernoulli_ 18, torch's random_ in lanes 4.8, SFC64 in lanes 2.2; then the comparison 0.8 (5.7 by way
-    of a bool mask) and the product with its scale 1.3, backward 1.3 (nn.Dropout: 18.5 in all, backward 5.6). The whole
-    s7 step of 128 images, p 0.01, bf16 + channels_last, best of 30: nn.Dropout 129, random_ 91-95, SFC64 88, none 69.
+    Measured on one thread of an EPYC Zen 5 for 131,072 activations, best of 45, in us, 2026-11-21: AES-CTR 25, ChaCha20
+    39, numpy's SFC64 64; the comparison of lanes in place 10 (into bf16 20), the product in whole numbers 4 (in bf16
+    20). For (128, 32, 32, 32) = 4.2 M activations, in ms, 2026-11-20: bernoulli_ 18, torch's random_ in lanes 4.8;
+    nn.Dropout 18.5 in all, its backward 5.6.
     """
 
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
@@ -110,20 +133,28 @@ class Dice:
         self._device = device
         if device.type == "cpu":
             seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-            self._words = np.random.SFC64(seed)
+            key = algorithms.AES(seed.to_bytes(16, "little"))
+            self._stream = Cipher(key, modes.CTR(bytes(16))).encryptor()
 
     def draw_keep_mask(self, shape: tuple[int, ...], threshold: int, dtype: torch.dtype) -> Tensor:
-        """1 with probability 1 - threshold / 2**16, else 0; channels last, drawn in the order N, H, W, C."""
+        """1 with probability 1 - threshold / 2**16 (threshold > 0), else 0; channels last, drawn in the order N, H, W,
+        C."""
         channels_last = (shape[0], *shape[2:], shape[1])
         if self._device.type != "cpu":
             keep = torch.empty(channels_last, dtype=dtype, device=self._device)
             return keep.bernoulli_(1 - threshold / LANE_VALUES, generator=self._generator).movedim(-1, 1)
-        num = math.prod(shape)
-        words = self._words.random_raw(-(-num // LANES_PER_WORD))
-        lanes = torch.from_numpy(words.view(np.int16))[:num]
-        keep = torch.empty(num, dtype=dtype)
-        torch.ge(lanes, threshold - LANE_VALUES // 2, out=keep)
-        return keep.view(channels_last).movedim(-1, 1)
+        # Lanes below the threshold become the value before it, the others it; then 0 and 1.
+        last_dropped = threshold - 1 - LANE_VALUES // 2
+        keep = self._draw_lanes(math.prod(shape)).clamp_(last_dropped, last_dropped + 1).sub_(last_dropped)
+        return keep.to(dtype).view(channels_last).movedim(-1, 1)
+
+    def _draw_lanes(self, num: int) -> Tensor:
+        """(num,) random int16."""
+        words = np.empty(2 * num + AES_BLOCK - 1, np.uint8)
+        place = words.data
+        for start in range(0, 2 * num, len(ZEROS)):
+            self._stream.update_into(ZEROS[: 2 * num - start], place[start:])
+        return torch.from_numpy(words[: 2 * num].view(np.int16))
 
 
 def set_dropout_generator(model: nn.Module, generator: torch.Generator | None) -> None:
@@ -133,19 +164,47 @@ def set_dropout_generator(model: nn.Module, generator: torch.Generator | None) -
             module.generator = generator
 
 
-class CpuFp32Conv2d(nn.Conv2d):
-    """A conv that autocast leaves in fp32 on the CPU; elsewhere an ordinary one.
+class StridedDepthwiseConv2d(nn.Conv2d):
+    """A depthwise conv whose input's gradient is computed in fp32 when it trains in bf16 on the CPU.
 
-    For strided depthwise convs: oneDNN takes 53 ms for the bf16 gradient of s7's input, 1.1 ms in fp32. The whole s7
-    step (128 images, dropout 0.01, bf16 + channels_last) falls from 158 to 108 ms (medians of 15, best 139 and 89; one
-    thread of an EPYC Zen 5, 2026-11-20); computing every second pixel of an unstrided bf16 conv is as fast.
+    oneDNN takes 53 ms for the bf16 gradient of s7's input (128, 64, 16, 16) at stride 2, 0.4 ms for the fp32 one (one
+    thread of an EPYC Zen 5, best of 15, 2026-11-21). Elsewhere an ordinary conv.
     """
 
+    def __init__(self, num_channels: int, stride: int) -> None:
+        super().__init__(num_channels, num_channels, 3, stride=stride, padding=1, groups=num_channels, bias=False)
+
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu":
+        if input.device.type != "cpu" or input.dtype != torch.bfloat16:
             return super().forward(input)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(input.to(self.weight.dtype))
+        result: Tensor = _StridedDepthwise.apply(input, self.weight.to(input.dtype), self.stride[0])
+        return result
+
+
+class _StridedDepthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, stride=stride, padding=1, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,), (x, weight) = grad_outputs, ctx.saved_tensors
+        # Values of x are of no account to the gradient by x.
+        anything = torch.empty_like(x, dtype=torch.float32)
+        by_x = _backward_depthwise(grad.float(), anything, weight.float(), ctx.stride, [True, False, False])[0]
+        by_weight = _backward_depthwise(grad, x, weight, ctx.stride, [False, True, False])[1]
+        return by_x.to(x.dtype), by_weight, None
+
+
+def _backward_depthwise(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, weight and bias, as far as wanted."""
+    places = ([stride] * 2, [1, 1], [1, 1], False, [0, 0], len(weight))  # stride, padding, dilation, not transposed
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(grad, x, weight, None, *places, wanted)
+    return grads
 
 
 class Add(nn.Module):
@@ -175,5 +234,7 @@ def stack(**layers: nn.Module) -> nn.Sequential:
 
 def conv_bn_relu(conv: nn.Conv2d, dropout: float | None = None) -> nn.Sequential:
     """A conv, its batch norm and ReLU; with a probability also Dropout, even when it is 0."""
-    relu = nn.ReLU(inplace=True) if dropout is None else ReluDropout(dropout)
-    return stack(conv=conv, bn=nn.BatchNorm2d(conv.out_channels), relu=relu)
+    if dropout is None:
+        return stack(conv=conv, bn=nn.BatchNorm2d(conv.out_channels), relu=nn.ReLU(inplace=True))
+    relu = ReluDropout(dropout)
+    return stack(conv=conv, bn=ScaledBatchNorm2d(conv.out_channels, relu.scale), relu=relu)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from tune_cifar.models.layers import CpuFp32Conv2d, conv_bn_relu, stack
+from tune_cifar.models.layers import StridedDepthwiseConv2d, conv_bn_relu, stack
 
 
 class S7Net(nn.Sequential):
@@ -31,7 +31,7 @@ class S7Net(nn.Sequential):
             "transblock1": block(conv3x3(32, 32, stride=2)),
             "convblock2": block(conv3x3(32, 64)),
             "transblock2": stack(
-                depthwise=CpuFp32Conv2d(64, 64, 3, stride=2, padding=1, groups=64, bias=False),
+                depthwise=StridedDepthwiseConv2d(64, stride=2),
                 pointwise=block(nn.Conv2d(64, 64, 1)),
             ),
             "convblock3": stack(
