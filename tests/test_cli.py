@@ -307,7 +307,7 @@ def test_train_tells_its_epochs_survives_a_dead_tracking_store_and_names_a_next_
 
 
 def test_train_of_a_diverging_configuration_says_so(workplace: Path) -> None:
-    explode = [f"--set={setting}" for setting in ("schedule=constant", "max_lr=5.0", "weight_decay=1.0", "epochs=30")]
+    explode = [f"--set={setting}" for setting in ("schedule=constant", "max_lr=2.0", "weight_decay=1.0", "epochs=30")]
     answer = invoke(*make_train_words(workplace, "t", "--set=train_size=60", *explode))
     assert answer.exit_code == 0, answer.output
     assert re.search(

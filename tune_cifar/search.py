@@ -129,11 +129,12 @@ def _prepare(space: SearchSpace, request: SearchRequest, name: str, numerics: Nu
     check_search_fits(
         request.storage, space.baseline, space.budget.trials, resources.max_concurrent, request.keep_weights
     )
-    data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size)
     with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(load_train_val, request.source, space.baseline.train_size, space.baseline.val_size)
         measured = pool.submit(estimate_epoch_seconds, space.baseline, request.source, numerics)
+        # In this thread: Ray's processes end with the thread that started them.
         start_ray(resources)
-        epoch_seconds = measured.result()
+        data, epoch_seconds = loaded.result(), measured.result()
     epochs_per_trial = expected_epochs(space.budget.rungs, space.budget.reduction_factor)
     return SearchPlan(space, request, name, data.info, numerics, resources, epoch_seconds, epochs_per_trial)
 
