@@ -37,14 +37,13 @@ def resolve_numerics(
         deterministic: ask for deterministic kernels; matters on CUDA only.
 
     Raises:
-        ConfigError: for a device or precision that this machine does not have.
+        ConfigError: for a device, precision or number of cores that this machine does not have.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device: auto, cpu or cuda must be given, got {device!r}.")
     if precision not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"--precision: auto, fp32 or bf16 must be given, got {precision!r}.")
-    if threads < 1:
-        raise ConfigError(f"--cpus-per-trial: a whole number >= 1 must be given, got {threads}.")
+    check_cpus(threads)
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError("--device: cuda needs a CUDA device, got a machine without one. Use --device cpu.")
@@ -86,6 +85,21 @@ def _find_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def check_cpus(num: int) -> None:
+    """Refuse more CPU cores for one training than there are.
+
+    Raises:
+        ConfigError: when the machine does not have them.
+    """
+    if not 1 <= num <= count_cores():
+        raise ConfigError(f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got {num}.")
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(psutil.Process().cpu_affinity() or [0])
 
 
 def count_gpus(device: str) -> int:

@@ -6,13 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError
 from tune_cifar.events import SearchResumed
-from tune_cifar.numerics import count_gpus
+from tune_cifar.numerics import check_cpus, count_cores, count_gpus
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
 
@@ -101,9 +99,8 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     Raises:
         ConfigError: when one trial would not fit the machine.
     """
-    cores, cpus = len(psutil.Process().cpu_affinity() or [0]), request.cpus_per_trial
-    if not 1 <= cpus <= cores:
-        raise ConfigError(f"--cpus-per-trial: 1 to {cores} (the cores here) must hold, got {cpus}.")
+    cpus = request.cpus_per_trial
+    check_cpus(cpus)  # a resumed search brings its own
     gpus = request.gpus_per_trial
     if gpus is None:
         gpus = 1.0 if numerics.device == "cuda" else 0.0
@@ -115,7 +112,7 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
         raise ConfigError(f"--gpus-per-trial: at most {num_gpus} (the GPUs here) must hold, got {gpus:g}.")
     if request.max_concurrent is not None and request.max_concurrent < 1:
         raise ConfigError(f"--max-concurrent: a number >= 1 must be given, got {request.max_concurrent}.")
-    fits = cores // cpus
+    fits = count_cores() // cpus
     if gpus:
         fits = min(fits, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
     return Resources(cpus, gpus, min(fits, request.max_concurrent or fits), num_gpus)

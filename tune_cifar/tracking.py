@@ -131,10 +131,17 @@ class Shipper:
                     rounds = rounds - 1 if left else 0
 
 
-def sync_search(tracking_uri: str, storage: Path, state: SearchState, is_live: bool = False) -> SyncReport:
+def sync_search(
+    tracking_uri: str,
+    storage: Path,
+    state: SearchState,
+    is_live: bool = False,
+    on_shipment: Callable[[], None] = lambda: None,
+) -> SyncReport:
     """Complete MLflow from a record. Done twice, nothing changes any more.
 
     Args:
+        on_shipment: called after each trial that MLflow has now.
         is_live: a driver holds the search. Then no run is closed; and where the driver ships to this very address,
             nothing is shipped either: it does.
 
@@ -142,7 +149,7 @@ def sync_search(tracking_uri: str, storage: Path, state: SearchState, is_live: b
         TrackingError: when MLflow did not take everything, or another process ships the same search.
     """
     name = state.header.name
-    courier = _Courier(tracking_uri, storage, state, is_running=is_live)
+    courier = _Courier(tracking_uri, storage, state, is_live, on_shipment)
     pending = _pack_trials(state)
     end: dict[int, Shipment] = {} if is_live else {END: partial(SearchRuns.close, state=state)}
     with courier.holding():
@@ -183,9 +190,17 @@ class _Courier:
         way_out: the command that completes MLflow later.
     """
 
-    def __init__(self, tracking_uri: str, storage: Path, state: SearchState, is_running: bool) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        storage: Path,
+        state: SearchState,
+        is_running: bool,
+        on_shipment: Callable[[], None] = lambda: None,
+    ) -> None:
         self.fault = ""
         self.results: dict[int, int] = {}
+        self._on_shipment = on_shipment
         self.way_out = f"python -m tune_cifar sync --search {state.header.name}"
         if storage != find_storage(None):
             self.way_out += f" --storage {shlex.quote(str(storage))}"
@@ -236,6 +251,7 @@ class _Courier:
                 runs = self._runs or self._connect()
                 is_away = False
                 self.results[key] = self.results.get(key, 0) + shipment(runs)
+                self._on_shipment()
                 num_faults = 0
             except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
                 self.fault, self._has_failed, self._runs = _describe(exc), True, None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import SPACE
 from tests.faults.lab import (
     Lab,
     check_equal,
@@ -26,6 +27,7 @@ from tests.faults.lab import (
     serve_mlflow,
     wait_until_it_answers,
 )
+from tests.test_checkpoint import make_hostile, write_payload
 from tune_cifar.events import Header, TrialRetried, encode_event
 from tune_cifar.record import SearchState
 
@@ -42,6 +44,25 @@ def test_workers_killed_at_random_again_and_again_cost_only_time(tmp_path: Path,
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
     assert sum(isinstance(event, TrialRetried) for event in lab.list_events()) >= 2
+    check_whole(lab)
+    check_equal(lab.state, reference)
+
+
+def test_a_worker_killed_in_the_middle_of_a_checkpoint_write_costs_only_time(
+    tmp_path: Path, reference: SearchState
+) -> None:
+    """Its trial's last: the weights are there, the checkpoint is not."""
+    lab = Lab(tmp_path)
+    process = lab.search()
+    lab.wait_for(process, lambda state: count_epochs(state) >= 2)
+    workers = lab.list_workers()
+    while not list(lab.record.parent.glob("trials/*/checkpoints/*.tmp")):
+        assert process.poll() is None
+    for worker in workers:
+        worker.kill()
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert any(isinstance(event, TrialRetried) for event in lab.list_events())
     check_whole(lab)
     check_equal(lab.state, reference)
 
@@ -119,7 +140,7 @@ def test_a_full_disk_under_the_database_alone_hurts_no_search(tmp_path: Path, re
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("damage", ["emptied", "truncated", "one bit flipped"])
+@pytest.mark.parametrize("damage", ["emptied", "truncated", "one bit flipped", "hostile"])
 def test_a_trial_whose_newest_checkpoint_is_damaged_goes_on_to_the_same_curve(
     tmp_path: Path, reference: SearchState, damage: str
 ) -> None:
@@ -134,9 +155,14 @@ def test_a_trial_whose_newest_checkpoint_is_damaged_goes_on_to_the_same_curve(
         content = path.read_bytes()
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
-        path.write_bytes({"emptied": b"", "truncated": content[:-100], "one bit flipped": flipped}[damage])
+        if damage == "hostile":  # its checksum fits: what it holds is not even looked at before it is to be used
+            write_payload(path, make_hostile(tmp_path / "ran"))
+        else:
+            path.write_bytes({"emptied": b"", "truncated": content[:-100], "one bit flipped": flipped}[damage])
     text = lab.finish()
-    assert text.count("the checksum must match, got a torn or altered file") == len(paths)
+    if damage != "hostile":
+        assert text.count("the checksum must match, got a torn or altered file") == len(paths)
+    assert not (tmp_path / "ran").exists()
     check_whole(lab)
     check_equal(lab.state, reference)
 
@@ -160,11 +186,82 @@ def test_a_search_in_which_every_trial_diverges_says_so(tmp_path: Path) -> None:
     check_whole(lab)
 
 
-# Put on the path of every process: the first conv of each of the first `num` forward passes fails.
-FAULTY_TORCH = """
-import os, pathlib, torch
-counter = pathlib.Path(os.environ["FAULTS_LEFT"])
-conv2d = torch.nn.functional.conv2d
+def plant(folder: Path, code: str, num: int) -> dict[str, str]:
+    """The environment in which every worker runs this code when it starts; `counter` in it is a file that holds num."""
+    start = "import sys\nif any('default_worker' in word for word in sys.orig_argv):\n"
+    lines = [
+        "import os, pathlib, torch",
+        "counter = pathlib.Path(os.environ['FAULTS_LEFT'])",
+        *code.strip().splitlines(),
+    ]
+    (folder / "sitecustomize.py").write_text(start + "".join(f"    {line}\n" for line in lines))
+    (folder / "left").write_text(str(num))
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {"PYTHONPATH": path, "FAULTS_LEFT": str(folder / "left")}
+
+
+# The so-many-th loss that a training step computes is NaN.
+NAN_LOSS = """
+cross_entropy = torch.nn.functional.cross_entropy
+def compute(logits, labels, **options):
+    loss = cross_entropy(logits, labels, **options)
+    if "label_smoothing" in options:
+        left = int(counter.read_text()) - 1
+        counter.write_text(str(left))
+        if left == 0:
+            return loss * float("nan")
+    return loss
+torch.nn.functional.cross_entropy = compute
+"""
+
+
+@pytest.mark.parametrize(("step", "num_epochs"), [(1, 0), (120, 3)], ids=["first step", "last epoch"])
+def test_a_nan_is_a_result_of_its_trial_and_the_search_goes_on(tmp_path: Path, step: int, num_epochs: int) -> None:
+    """Of four epochs of 30 steps."""
+    lab = Lab(tmp_path, plant(tmp_path, NAN_LOSS, step), ("--max-concurrent", "1"))
+    text = lab.finish()
+    first = lab.state.trials[0]
+    assert (first.status, first.epochs_done, first.retries) == ("diverged", num_epochs, [])
+    assert f"the loss must be finite, got nan or inf at epoch {num_epochs + 1}, step {step}" in first.reason
+    assert lab.state.counts["diverged"] == 1 and lab.state.counts["complete"] >= 1 and "diverged" in text
+    check_whole(lab)
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated", "another md5"])
+def test_a_search_on_damaged_data_is_refused_before_its_workers_start(tmp_path: Path, damage: str) -> None:
+    lab = Lab(tmp_path)
+    batches = tmp_path / "cifar" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    for number in () if damage == "absent" else range(1, 6):
+        (batches / f"data_batch_{number}").write_bytes(bytes(31_035_704 if damage == "another md5" else 100))
+    words = ("search", "--space", "smoke", "--name", "x", "--data", str(tmp_path / "cifar"))
+    text = lab.run(*words, status=1)
+    assert "data fetch" in text and not lab.record.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("  max_lr: 0.05", "  max_lr: 0.05\n  max_lr: 0.1"), "max_lr"),
+        (("  max_lr: 0.05", "  max_lrr: 0.05"), "Did you mean max_lr?"),
+        (("  max_lr: 0.05", "\tmax_lr: 0.05"), "tab"),
+        (("  max_lr: 0.05", "  max_lr: &a 0.05"), "no anchor may be used"),
+        (("  max_lr: 0.05", "  max_lr: fast"), "valid number"),
+        (("space: faulty", "# " + 5_000_000 * "x" + "\nspace: faulty"), "bytes"),
+    ],
+    ids=["duplicate", "unknown", "tab", "anchor", "type", "5 MB"],
+)
+def test_a_search_of_a_broken_space_is_refused_in_a_sentence(
+    tmp_path: Path, change: tuple[str, str], sentence: str
+) -> None:
+    lab = Lab(tmp_path)
+    (tmp_path / "search_spaces" / "faulty.yaml").write_text(SPACE.replace(*change))
+    text = lab.run("search", "--space", "faulty", "--name", "x", "--data", "shapes", status=1)
+    assert "faulty.yaml" in text and sentence in text and not lab.record.exists()
+
+
+# The first conv of each of the first forward passes fails, so many times.
+OUT_OF_MEMORY = """
 forward = torch.nn.Conv2d.forward
 def fail(self, images):
     left = int(counter.read_text())
@@ -188,14 +285,8 @@ torch.nn.Conv2d.forward = fail
 def test_a_trial_out_of_memory_is_told_and_tried_again_alone(
     tmp_path: Path, exception: str, num: int, status: str
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif any('default_worker' in word for word in sys.orig_argv):\n"
-        + "".join(f"    {line}\n" for line in FAULTY_TORCH.format(exception=exception).strip().splitlines())
-    )
-    left = tmp_path / "left"
-    left.write_text(str(num))
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    lab = Lab(tmp_path, {"PYTHONPATH": path, "FAULTS_LEFT": str(left)}, ("--max-concurrent", "1"))
+    variables = plant(tmp_path, OUT_OF_MEMORY.format(exception=exception), num)
+    lab = Lab(tmp_path, variables, ("--max-concurrent", "1"))
     lab.finish()
     trial = lab.state.trials[0]
     assert [retry.fault for retry in trial.retries] == ["out of memory"]

@@ -12,6 +12,8 @@ from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, std
 from tune_cifar.errors import ConfigError, RecordError, TrackingError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from tune_cifar.record import SearchState
@@ -211,6 +213,8 @@ def sync(
 
     Example: python -m tune_cifar sync --search s10-cpu-1
     """
+    from functools import partial
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tune_cifar.record import find_storage, is_live, read_state
@@ -230,15 +234,13 @@ def sync(
             answers.append({"search": folder.name, "error": str(exc)})
             say(str(exc), stderr(), "red")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("trials"))
-    # Each trial counts as one step, so that the time left is told by the size of what is left.
     with Progress(
         *columns, TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("", total=sum(len(state.trials) for state, _ in states))
         for state, live in states:
-            progress.update(task, description=state.header.name)
-            answers.append(_sync_one(uri, root, state, live, console))
-            progress.advance(task, len(state.trials))
+            task = progress.add_task(state.header.name, total=len(state.trials))
+            answers.append(_sync_one(uri, root, state, live, console, partial(progress.advance, task)))
+            progress.remove_task(task)
     if as_json:
         print_json(answers)
     elif not answers:
@@ -247,7 +249,9 @@ def sync(
         raise typer.Exit(1)
 
 
-def _sync_one(uri: str, root: Path, state: SearchState, live: bool, console: Console) -> dict[str, Any]:
+def _sync_one(
+    uri: str, root: Path, state: SearchState, live: bool, console: Console, on_shipment: Callable[[], None]
+) -> dict[str, Any]:
     """Ship what MLflow has not of one search, and say so; what it would not take is the answer's error."""
     from dataclasses import asdict
 
@@ -255,7 +259,7 @@ def _sync_one(uri: str, root: Path, state: SearchState, live: bool, console: Con
 
     name = state.header.name
     try:
-        report = sync_search(uri, root, state, is_live=live)
+        report = sync_search(uri, root, state, live, on_shipment)
     except TrackingError as exc:
         say(str(exc), stderr(), "red")
         return {"search": name, "error": str(exc)}
