@@ -18,6 +18,7 @@ from tune_cifar.numerics import (
     apply_numerics,
     autocast,
     compare_numerics,
+    count_cores,
     count_gpus,
     describe_environment,
     memory_format,
@@ -70,8 +71,8 @@ def test_auto_takes_the_gpu_where_one_is() -> None:
 
 @pytest.mark.parametrize(("precision", "layout"), [("fp32", "contiguous"), ("bf16", "channels_last")])
 def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: str) -> None:
-    numerics = resolve_numerics("cpu", precision, threads=3)
-    assert (numerics.precision, numerics.memory_format, numerics.threads) == (precision, layout, 3)
+    numerics = resolve_numerics("cpu", precision, threads=1)
+    assert (numerics.precision, numerics.memory_format, numerics.threads) == (precision, layout, 1)
     assert memory_format(numerics) is getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
 
 
@@ -80,7 +81,8 @@ def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: st
     [
         ({"device": "gpu"}, "--device: auto, cpu or cuda must be given, got 'gpu'."),
         ({"precision": "fp16"}, "--precision: auto, fp32 or bf16 must be given, got 'fp16'."),
-        ({"threads": 0}, "--cpus-per-trial: a whole number >= 1 must be given, got 0."),
+        ({"threads": 0}, f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 0."),
+        ({"threads": 4096}, f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 4096."),
     ],
 )
 def test_unknown_settings_are_refused_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:

@@ -8,13 +8,13 @@ import socket
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.faults.test_data_faults import as_nobody
 from tests.test_cli import TINY, invoke, make_train_words, refuse, run_in_a_process
 from tune_cifar.cli.terminal import this_command
 from tune_cifar.errors import ConfigError, RecordError, TrackingError
+from tune_cifar.numerics import count_cores
 from tune_cifar.record import check_is_new, read_state, search_folder
 from tune_cifar.search import Resources  # noqa: F401  (the import of Ray is paid here, not by a test)
 
@@ -96,10 +96,11 @@ def test_a_setting_is_a_knobs_value_and_never_a_path(
 # Resources
 
 
-def test_more_cores_than_there_are_is_refused_before_the_workers_start(workplace: Path) -> None:
-    cores = len(psutil.Process().cpu_affinity() or [0])
+@pytest.mark.parametrize("command", [TRAIN, SEARCH], ids=["train", "search"])
+def test_more_cores_than_there_are_is_refused_before_anything_starts(workplace: Path, command: tuple[str, ...]) -> None:
+    cores = count_cores()
     wanted = max(64, cores + 1)
-    sentence = refuse(ConfigError, *SEARCH, "--cpus-per-trial", str(wanted))
+    sentence = refuse(ConfigError, *command, "--cpus-per-trial", str(wanted))
     assert sentence == f"--cpus-per-trial: 1 to {cores} (the cores here) must hold, got {wanted}."
     assert list(workplace.iterdir()) == []
 

@@ -17,9 +17,9 @@ from tune_cifar.errors import ConfigError
 # Each activation has a random 16-bit lane; one among the `threshold` lowest values drops it.
 LANE_VALUES = 2**16
 # Activations that are dropped out at once on the CPU: with their dice, well within a core's second-level cache.
-CACHED_ACTIVATIONS = 2**17
+CACHED_ACTIVATIONS = 2**18
 # What is encrypted for random bits, a piece at a time.
-ZEROS = memoryview(bytes(2 * CACHED_ACTIVATIONS))
+ZEROS = memoryview(bytes(2**16))
 AES_BLOCK = 16
 
 
