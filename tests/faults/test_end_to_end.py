@@ -1,4 +1,4 @@
-"""Six faults done to whole searches, on real Ray and real MLflow; test_long.py has the rest."""
+"""Six faults done to whole searches, on real Ray and real MLflow; test_long.py has the rest (`make test-faults`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_search_whose_driver_is_killed_at_random_moments_loses_nothing(
 ) -> None:
     """KILLS=20 in `make test-faults`."""
     lab, dice = Lab(tmp_path), random.Random(0)
-    for _ in range(int(os.environ.get("KILLS", "2"))):
+    for _ in range(int(os.environ.get("KILLS", "1"))):
         kill_at_random(lab, dice)
         if lab.record.exists() and lab.state.is_finished:
             lab.finish()  # prints the summary and has nothing to do; the next kills hit what is added now
@@ -75,7 +75,12 @@ def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("number", "is_urgent"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
+    ("number", "is_urgent"),
+    [
+        (signal.SIGINT, False),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.faults),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.faults),
+    ],
 )
 def test_a_signalled_search_ends_with_130_and_goes_on_to_the_same_curves(
     tmp_path: Path, reference: SearchState, number: signal.Signals, is_urgent: bool
