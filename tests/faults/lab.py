@@ -70,11 +70,11 @@ class Lab:
         )
 
     def run(self, *words: str, status: int = 0) -> str:
-        """A command to its end; what it printed."""
+        """A command to its end; what it printed: a traceback only where it is asked for one."""
         process = self.start(*words)
         text, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == status, f"{words}: exit status {process.returncode}\n{text}"
-        assert "Traceback (most recent call last)" not in text, text
+        assert words[0] == "failures" or "Traceback (most recent call last)" not in text, text
         return text
 
     def search(self) -> subprocess.Popen[str]:
@@ -175,7 +175,6 @@ def check_decisions(lab: Lab) -> None:
                 must_stop.add(event.trial)
         elif isinstance(event, TrialEnded):
             assert (event.status == "stopped") == (event.trial in must_stop), event
-    assert any(scores.values())
 
 
 def check_equal(state: SearchState, reference: SearchState) -> None:

@@ -228,7 +228,7 @@ def test_a_nan_is_a_result_of_its_trial_and_the_search_goes_on(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated", "another md5"])
-def test_a_search_on_damaged_data_is_refused_before_its_workers_start(tmp_path: Path, damage: str) -> None:
+def test_a_search_on_damaged_data_is_refused_before_its_first_trial(tmp_path: Path, damage: str) -> None:
     lab = Lab(tmp_path)
     batches = tmp_path / "cifar" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
