@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import TrialScheduler
 
 from tests.conftest import SHAPES
+from tests.faults.disks import limit_file_size
 from tune_cifar.driver import SearchDriver
-from tune_cifar.errors import ConfigError
+from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.events import EpochReported, SearchResumed, utc_now
 from tune_cifar.plan import SearchRequest, resolve_resources
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import EpochResult, Numerics
+from tune_cifar.search import TrialWorker, _guard, _Scheduler
 from tune_cifar.space import SearchSpace, load_space
 from tune_cifar.train import make_header, stop_file
 
@@ -258,6 +261,45 @@ def test_a_trial_that_ran_out_of_memory_is_taken_up_once_and_alone(driver: Searc
     driver.retry(1, "out of memory", "CUDA out of memory")
     assert driver.record.state.trials[1].reason == "out of memory, 2 times"
     assert driver.ask().number == 3  # type: ignore[union-attr]
+
+
+def test_weights_that_find_no_room_end_the_search_and_leave_their_trial_unfinished(
+    driver: SearchDriver, tmp_path: Path
+) -> None:
+    """Judged by the worker itself, in this process: the weights of s7 take 355 kB."""
+    trial = driver.ask()
+    assert trial is not None
+    worker = object.__new__(TrialWorker)
+    numerics = driver.record.state.header.numerics.model_dump(mode="json")
+    small = trial.config.model_dump(mode="json") | {"train_size": 40, "val_size": 20, "epochs": 1, "batch_size": 8}
+    worker.setup(
+        {
+            "trial": 0,
+            "config": small,
+            "folder": str(tmp_path / "0000"),
+            "source": ("shapes", None),
+            "numerics": numerics,
+        }
+    )
+    with limit_file_size(100_000):
+        answer = worker.step()
+    assert answer["outcome"] == "disk full"
+    assert _Scheduler(driver).on_trial_result(None, None, answer) == TrialScheduler.STOP
+    path = tmp_path / "0000" / "weights.safetensors"
+    sentence = f"{path}: the file must reach the disk, got 'File too large'. Make room. Then --resume."
+    assert driver.is_cut and str(driver.fault) == sentence
+    assert driver.record.state.trials[0].status == "running"
+
+
+def test_whatever_the_run_store_does_not_take_ends_the_search_in_a_sentence(driver: SearchDriver) -> None:
+    def write() -> None:
+        raise OSError(28, "No space left on device", "runs/x/error.txt")
+
+    assert _guard(driver, write, "otherwise") == "otherwise"
+    assert isinstance(driver.fault, RecordError)
+    assert str(driver.fault) == (
+        "runs/x/error.txt: the run store must take it, got 'No space left on device'. Make room, then --resume."
+    )
 
 
 def test_a_record_that_cannot_be_written_ends_the_driver_without_a_second_fault(driver: SearchDriver) -> None:

@@ -7,6 +7,7 @@ later; the checksum tells. Loading admits tensors and plain containers only (`we
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -19,12 +20,14 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save
 
-from tune_cifar.errors import CheckpointError
+from tune_cifar.errors import CheckpointError, DiskFullError
 
 MAGIC = b"tune_cifar checkpoint 1\n"
 T = TypeVar("T")
 # The shortest time between two checkpoints of a training: writing them must cost it nothing that counts.
 CHECKPOINT_SECONDS = 60.0
+# What a system says when there is no room: on the disk, in a quota, for a file so large.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -183,7 +186,8 @@ def _write_atomically(path: Path, content: bytes) -> None:
         _sync(path.parent)
     except OSError as exc:
         _remove([temporary])
-        raise CheckpointError(f"{path}: the file must reach the disk, got {exc.strerror!r}. Make room.") from exc
+        kind = DiskFullError if exc.errno in DISK_FULL else CheckpointError
+        raise kind(f"{path}: the file must reach the disk, got {exc.strerror!r}. Make room.") from exc
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ class SearchDriver:
         a signal's handler: the record is not touched."""
         self.is_interrupted = True
         self._grace_end = time.monotonic() + GRACE_SECONDS
-        stop_file(self.record.state.folder).touch()
+        with suppress(OSError):  # a full disk: then nothing can be saved either, and the time runs out
+            stop_file(self.record.state.folder).touch()
 
     def ask(self) -> TrialState | None:
         """The next trial to run: one to go on with, else a new one, recorded. None when there is none now:

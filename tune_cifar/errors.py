@@ -5,6 +5,7 @@ TuneCifarError
 ├── SpaceError        a search-space file breaks a rule (file, line, rule, nearest name)
 ├── DataError         CIFAR-10 is missing, truncated, altered or cannot be downloaded
 ├── CheckpointError   a checkpoint is torn or belongs to another configuration
+│   └── DiskFullError  there was no room for one, or for weights
 ├── RecordError       a search's record cannot be read, or a name is taken or unknown
 ├── TrackingError     MLflow cannot be reached or refuses
 └── Diverged          the loss stopped being a number: a result of a trial, not a fault of the program
@@ -36,6 +37,10 @@ class DataError(TuneCifarError):
 
 class CheckpointError(TuneCifarError):
     """A checkpoint is torn or belongs to another configuration."""
+
+
+class DiskFullError(CheckpointError):
+    """There was no room on the disk for a checkpoint or for weights: no fault of the training."""
 
 
 class RecordError(TuneCifarError):

@@ -46,7 +46,7 @@ from ray.tune.stopper import Stopper
 
 from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.driver import SearchDriver
-from tune_cifar.errors import Diverged
+from tune_cifar.errors import DiskFullError, Diverged, RecordError
 from tune_cifar.events import Event, Fault, SearchResumed, utc_now
 from tune_cifar.fidelity import expected_epochs
 from tune_cifar.numerics import count_gpus, describe_environment, resolve_numerics, restore_numerics
@@ -158,8 +158,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         """Train one epoch. Divergence and exceptions are results: Ray would run the trial again on an exception.
 
         Returns:
-            trial, outcome (epoch, paused, diverged, failed, out of memory) and text: an EpochResult in JSON (Tune
-            flattens nested values), or what happened in words.
+            trial, outcome (epoch, paused, diverged, failed, out of memory, disk full) and text: an EpochResult in JSON
+            (Tune flattens nested values), or what happened in words.
         """
         number = self._trial["trial"]
         try:
@@ -170,6 +170,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             return {"trial": number, "outcome": "paused", "text": ""}
         except Diverged as exc:
             return {"trial": number, "outcome": "diverged", "text": str(exc)}
+        except DiskFullError as exc:  # its weights found no room
+            return {"trial": number, "outcome": "disk full", "text": str(exc)}
         except Exception as exc:
             outcome, text = "out of memory" if is_out_of_memory(exc) else "failed", traceback.format_exc()
         else:
@@ -193,11 +195,16 @@ def is_out_of_memory(exc: BaseException) -> bool:
 
 def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
     """Do the action; whatever it raises ends the search and is raised by it (Tune would wrap it, or blame a trial)."""
+    fault: Exception
     try:
         return action()
+    except OSError as exc:
+        place = exc.filename or driver.record.state.folder
+        fault = RecordError(f"{place}: the run store must take it, got {exc.strerror!r}. Make room, then --resume.")
     except Exception as exc:
-        driver.fault = driver.fault or exc
-        return otherwise
+        fault = exc
+    driver.fault = driver.fault or fault
+    return otherwise
 
 
 class _Searcher(Searcher):  # type: ignore[misc]
@@ -246,6 +253,8 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
             self._driver.end(number, "diverged", text)
         elif outcome == "out of memory":
             self._driver.retry(number, "out of memory", text)
+        elif outcome == "disk full":
+            raise DiskFullError(f"{text} Then --resume.")
         else:
             self._driver.fail(number, text)
         return False

@@ -17,7 +17,7 @@ from typing import Literal
 from tune_cifar.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, save_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
-from tune_cifar.errors import CheckpointError, ConfigError, Diverged, RecordError
+from tune_cifar.errors import CheckpointError, ConfigError, DiskFullError, Diverged, RecordError
 from tune_cifar.events import (
     EndStatus,
     EpochReported,
@@ -137,7 +137,7 @@ def run_training(
             end("complete", "all epochs", trial.val_acc, **weights)
     except Diverged as exc:
         end("diverged", str(exc), CHANCE_ACCURACY)
-    except RecordError:  # it cannot be written: there is no place to tell
+    except (RecordError, DiskFullError):  # there is no place to tell: it can be gone on with when there is room
         raise
     except KeyboardInterrupt:
         if not record.file.closed:
