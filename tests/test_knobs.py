@@ -51,9 +51,13 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+# 4 steps an epoch, as the small config has, of 8 images each.
+FEW = {"batch_size": 8, "train_size": 30}
+
+
 def observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
-    """Everything visible of a training: shapes, losses, weights and optimizer settings over all its steps, and the
-    sizes of what it reads. One training is 8 steps of the small config."""
+    """Everything visible of a training: shapes, losses, weights and optimizer settings over six of its eight steps,
+    and the sizes of what it reads."""
     data = load_train_val(SHAPES, config.train_size, config.val_size)
     trainer = Trainer(config, data, numerics)
     groups = []
@@ -81,8 +85,8 @@ def test_every_knob_has_a_change() -> None:
 @pytest.mark.parametrize("knob", KNOBS)
 def test_a_changed_knob_changes_something(knob: str, fp32: Numerics) -> None:
     value, context = CHANGES[knob]
-    before = make_config(**context)
-    after = make_config(**{**context, knob: value})
+    before = make_config(**FEW, **context)
+    after = make_config(**{**FEW, **context, knob: value})
     assert before.fingerprint != after.fingerprint
     assert observe(before, fp32) != observe(after, fp32)
 
@@ -99,7 +103,7 @@ def test_a_changed_knob_changes_something(knob: str, fp32: Numerics) -> None:
     ],
 )
 def test_a_dead_knob_changes_nothing(knob: str, value: Any, context: dict[str, Any], fp32: Numerics) -> None:
-    before = make_config(**context)
-    after = make_config(**{**context, knob: value})
+    before = make_config(**FEW, **context)
+    after = make_config(**{**FEW, **context, knob: value})
     assert before.fingerprint == after.fingerprint
     assert observe(before, fp32) == observe(after, fp32)
