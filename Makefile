@@ -31,7 +31,7 @@ test-default: $(READY)
 
 # Every fault done to whole searches, KILLS of them by kill -9 at random moments.
 test-faults: $(READY)
-	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "(slow or faults) and not gpu" tests/faults --durations=0
+	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "not gpu" tests/faults --durations=0
 
 lint: $(READY)
 	$(BIN)/ruff check .
