@@ -25,7 +25,7 @@ from tune_cifar.events import (
     TrialStarted,
     utc_now,
 )
-from tune_cifar.fidelity import keep
+from tune_cifar.fidelity import keep, list_cycles
 from tune_cifar.record import INTERRUPTED, Record, TrialState
 from tune_cifar.sampler import Sampler
 from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
@@ -55,6 +55,7 @@ class SearchDriver:
         self._space = space
         self._listener = listener
         self._keep_weights = keep_weights
+        self._cycles = list_cycles(space.budget)
         self._sampler = Sampler(space, record.state.header.seed, record.state.trials.values())
         self._start = time.monotonic()
         limit = space.budget.max_time_seconds
@@ -138,12 +139,18 @@ class SearchDriver:
         )
         return number
 
-    def report(self, number: int, result: EpochResult) -> bool:
-        """Record an epoch; True when the trial goes on."""
+    def list_cycles_left(self, trial: TrialState) -> tuple[int, ...]:
+        """Lengths of the trainings that the trial has before it, that which it is in first."""
+        done = len(trial.epochs)
+        return tuple(c for c in self._cycles if trial.cycle is None or c > trial.cycle or c == trial.cycle > done)
+
+    def report(self, number: int, cycle: int, result: EpochResult) -> bool:
+        """Record an epoch of a training of so many (`cycle`); True when the trial goes on."""
         trial = self.record.state.trials[number]
-        if result.epoch <= trial.epochs_done:  # a resumed trial tells again what its checkpoint knew
+        known = (trial.cycle or self._cycles[0], len(trial.epochs))
+        if (cycle, result.epoch) <= known:  # a resumed trial tells again what its checkpoint knew
             return True
-        self._append(EpochReported(trial=number, result=result))
+        self._append(EpochReported(trial=number, result=result, cycle=cycle if len(self._cycles) > 1 else None))
         return self._judge(trial)
 
     def pause(self, number: int) -> None:
@@ -159,11 +166,12 @@ class SearchDriver:
         if not trial.epochs:
             return True
         last, budget = trial.epochs[-1], self._space.budget
-        if last.epoch == trial.config.epochs:
+        if last.epoch == trial.whole.epochs:
             self.end(trial.number, "complete", "all epochs")
             self._keep_best_weights()
             return False
-        if last.epoch not in budget.rungs or last.val_acc is None or trial.origin == "baseline":
+        is_rung = last.epoch in budget.rungs and trial.cycle in (None, last.epoch)
+        if not is_rung or last.val_acc is None or trial.origin == "baseline":
             return True
         arrivals = self.record.state.arrivals[last.epoch]
         scores = list(arrivals.values())[: list(arrivals).index(trial.number) + 1]
@@ -179,11 +187,15 @@ class SearchDriver:
         folder = self.record.state.trial_folder(number)
         score = {"complete": trial.val_acc, "diverged": CHANCE_ACCURACY}.get(status)
         weights = folder / WEIGHTS if status == "complete" else None
+        if status != "complete":
+            (folder / WEIGHTS).unlink(missing_ok=True)  # a shorter cycle's
+        broke = status in ("diverged", "failed") and len(self._cycles) > 1
         self._live.discard(number)
         self._append(
             TrialEnded(
                 trial=number,
                 status=status,
+                cycle=next(iter(self.list_cycles_left(trial)), trial.cycle) if broke else trial.cycle,
                 score=score,
                 reason=reason,
                 error_file=relative(self.record, error_file) if error_file else None,
@@ -191,9 +203,7 @@ class SearchDriver:
                 time=utc_now(),
             )
         )
-        rungs = {
-            r.epoch: r.val_acc for r in trial.epochs if r.epoch in self._space.budget.rungs and r.val_acc is not None
-        }
+        rungs = {epoch: value for epoch, value in trial.scores.items() if epoch in self._space.budget.rungs}
         self._sampler.tell(number, status, rungs, score)
         CheckpointFolder(folder / CHECKPOINTS).delete()
 

@@ -82,6 +82,7 @@ class Trainer:
         self.model = model.to(self._device, memory_format=self._memory_format)  # type: ignore[call-overload]
         self._optimizer = make_optimizer(self.model.parameters(), config)
         self._schedule = make_schedule(self._optimizer, config)
+        self._restart_steps = {epoch * config.num_steps_per_epoch for epoch in config.warm_restarts}
         self.epoch = 0
         self.step = 0
         self.results: list[EpochResult] = []
@@ -148,7 +149,9 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.step += 1
-        if self.step < self.total_steps:
+        if self.step in self._restart_steps:
+            self._schedule = make_schedule(self._optimizer, self.config, self.epoch + 2)
+        elif self.step < self.total_steps:
             self._schedule.step()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
@@ -223,6 +226,7 @@ class Trainer:
             )
         self.epoch, self.step = state["epoch"], state["step"]
         self.model.load_state_dict(state["model"])
+        self._schedule = make_schedule(self._optimizer, self.config, min(self.epoch + 1, self.config.epochs))
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         for name, generator in self._generators.items():

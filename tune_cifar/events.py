@@ -66,10 +66,17 @@ class TrialStarted(Frozen):
 
 
 class EpochReported(Frozen):
-    """A trial finished an epoch."""
+    """A trial finished an epoch. `cycle` is the length of the training that it belongs to, where a trial trains several
+    (budget.fidelity: cycles); None is the whole training."""
 
     trial: int
     result: EpochResult
+    cycle: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def score(self) -> float | None:
+        """val_acc, where trials may be compared by it: anywhere in the whole training, at the end of a cycle."""
+        return self.result.val_acc if self.cycle in (None, self.result.epoch) else None
 
 
 class TrialRetried(Frozen):
@@ -81,10 +88,12 @@ class TrialRetried(Frozen):
 
 
 class TrialEnded(Frozen):
-    """A trial will report no more. `score` is the last val_acc if complete, chance (0.1) if diverged, else None."""
+    """A trial will report no more. `score` is the last val_acc if complete, chance (0.1) if diverged, else None;
+    `cycle` as in EpochReported, of the training that it ended in."""
 
     trial: int
     status: EndStatus
+    cycle: Annotated[int, Field(ge=1)] | None = None
     score: float | None = None
     reason: str
     error_file: FileText | None = None

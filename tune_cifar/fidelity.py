@@ -1,7 +1,10 @@
-"""Early stopping as a pure rule: which of the trials that reached a rung go on (asynchronous successive halving).
+"""Early stopping: what a trial trains up to each rung, and as a pure rule which of those that reached one go on
+(asynchronous successive halving).
 
-A trial is judged when it arrives, against those that arrived before it; nobody waits for the others (Li et al. 2020,
-"A System for Massively Parallel Hyperparameter Tuning"). Higher scores are better.
+A score in the middle of a schedule ranks noise, since the learning rate is still high. So at every rung a trial has
+trained a complete schedule of that length (`budget.fidelity: cycles`); other ways stay to be chosen. A trial is judged
+when it arrives, against those that arrived before it; nobody waits for the others (Li et al. 2020, "A System for
+Massively Parallel Hyperparameter Tuning"). Higher scores are better.
 """
 
 from __future__ import annotations
@@ -10,18 +13,7 @@ import itertools
 import math
 from collections.abc import Collection
 
-from tune_cifar.errors import ConfigError
-from tune_cifar.space import find_rungs_problem
-
-
-def check_rungs(rungs: tuple[int, ...], epochs: int) -> None:
-    """Rungs increase, and the last is the whole training.
-
-    Raises:
-        ConfigError: when they do not.
-    """
-    if problem := find_rungs_problem(rungs, epochs):
-        raise ConfigError(f"rungs: {problem}")
+from tune_cifar.space import Budget
 
 
 def keep(score: float, scores_at_rung: Collection[float], reduction_factor: int) -> bool:
@@ -41,12 +33,16 @@ def keep(score: float, scores_at_rung: Collection[float], reduction_factor: int)
     return rank <= math.ceil(len(scores_at_rung) / reduction_factor)
 
 
-def expected_epochs(rungs: tuple[int, ...], reduction_factor: int) -> float:
+def list_cycles(budget: Budget) -> tuple[int, ...]:
+    """Lengths in epochs of the trainings from scratch that a trial goes through, one after another."""
+    return budget.rungs if budget.fidelity == "cycles" else budget.rungs[-1:]
+
+
+def expected_epochs(budget: Budget) -> float:
     """Epochs that a trial of a long search trains on average, when scores come in no particular order.
 
     The first few trials of a search cost more: the rule keeps at least one at every rung.
     """
-    starts = (0, *rungs)
-    return sum(
-        (end - start) / float(reduction_factor) ** i for i, (start, end) in enumerate(itertools.pairwise(starts))
-    )
+    steps = [end - start for start, end in itertools.pairwise((0, *budget.rungs))]
+    lengths = budget.rungs if budget.fidelity == "cycles" else steps
+    return sum(length / float(budget.reduction_factor) ** i for i, length in enumerate(lengths))

@@ -122,7 +122,7 @@ class SearchView:
         """Expected seconds to the end: expected epochs left at the mean epoch's price, never beyond the time limit."""
         state, elapsed = self._state, time.monotonic() - self._start
         trials = list(state.trials.values()) if state else []
-        seconds = [result.epoch_seconds for trial in trials for result in trial.epochs]
+        seconds = [result.epoch_seconds for trial in trials for _, result in trial.paid]
         price = sum(seconds) / len(seconds) if seconds else self._epoch_seconds
         ended = [trial.epochs_done for trial in trials if trial.status != "running"]
         per_trial = sum(ended) / len(ended) if len(ended) >= 3 else self._epochs_per_trial
@@ -165,7 +165,7 @@ class SearchView:
             score, baseline = state.best.score, state.baseline_score
             if score is not None and baseline is not None and state.best.origin != "baseline":
                 line += f", {100 * (score - baseline):+.2f} points over the baseline"
-        is_training = any(trial.epochs for trial in state.trials.values())
+        is_training = any(trial.epochs_done for trial in state.trials.values())
         left = f"about {format_seconds(self.eta_seconds())} to go" if is_training else "the workers are starting"
         return Text(f"{line}\n{format_seconds(time.monotonic() - self._start)} gone, {left}")
 
@@ -178,7 +178,7 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
         table.add_row(
             str(trial.number) + (" (baseline)" if trial.origin == "baseline" else ""),
             Text(trial.status, style=STYLES[trial.status]),
-            f"{trial.epochs_done}/{trial.config.epochs}",
+            f"{len(trial.epochs)}/{trial.config.epochs}",
             format_percent(trial.val_acc),
             *(format_value(getattr(trial.config, knob)) for knob in knobs),
         )
@@ -220,7 +220,7 @@ def print_search_summary(
     if best is None:
         say("No trial reached its last epoch: there is no score to compare. Give it more --max-time.")
     else:
-        say(f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.epochs_done} epochs")
+        say(f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.config.epochs} epochs")
         console.print(_knob_table(state, best))
         say(_gain_sentence(state, best))
     failed = [str(state.folder / trial.error_file) for trial in state.trials.values() if trial.error_file]

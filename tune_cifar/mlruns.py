@@ -32,7 +32,8 @@ from tune_cifar.events import Header, SearchResumed
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import Status, dead_knobs
 
-# Metrics of a child run, one point per epoch (the metric's step is the epoch); a complete trial has its `score` too.
+# Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
+# its `score` too.
 EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
 # MLflow's own word for each of our states. KILLED is also what still ran when its driver stopped.
 RUN_STATUS: dict[Status, str] = {
@@ -146,12 +147,13 @@ class SearchRuns:
         elif self._is_running and run.status != "RUNNING":
             self._client.update_run(run.run_id, "RUNNING")
             run.status = "RUNNING"
-        dead = dead_knobs(trial.config)
-        knobs = trial.config.model_dump(mode="json").items()
+        dead = dead_knobs(trial.whole)
+        knobs = trial.whole.model_dump(mode="json").items()
         params = {knob: str(value) for knob, value in knobs if knob not in dead and knob not in run.params}
         tags = self._make_parent_tags() | {
             "status": trial.status,
             "epochs_done": str(trial.epochs_done),
+            "fingerprint": trial.fingerprint,
             "git_commit": trial.driver.environment.get("git_commit", ""),
         }
         if ended:
@@ -270,7 +272,6 @@ class SearchRuns:
             "trial": str(trial.number),
             "run_id": trial.run_id,
             "origin": trial.origin,
-            "fingerprint": trial.fingerprint,
         }
         return self._create_run(f"{self._header.name}:{trial.number:03d}", _find_start(trial, self._header), tags)
 
@@ -384,11 +385,11 @@ def _make_metrics(trial: TrialState, header: Header, since: int) -> list[Any]:
     from mlflow.entities import Metric
 
     metrics, now = [], float(_find_start(trial, header))
-    for result in trial.epochs:
+    for number, (_, result) in enumerate(trial.paid, start=1):
         now += 1000 * result.epoch_seconds
-        if result.epoch > since:
+        if number > since:
             values = {name: getattr(result, name) for name in EPOCH_METRICS}
-            metrics += [Metric(name, v, round(now), result.epoch) for name, v in values.items() if v is not None]
+            metrics += [Metric(name, v, round(now), number) for name, v in values.items() if v is not None]
     if trial.score is not None and trial.status == "complete":
         metrics.append(Metric("score", trial.score, round(now), trial.epochs_done))
     return metrics
@@ -405,7 +406,7 @@ def _find_start(trial: TrialState, header: Header) -> int:
 
 def _find_end(trial: TrialState, header: Header) -> int:
     """As recorded, but not before its last epoch: clocks are set back."""
-    last = round(_find_start(trial, header) + sum(1000 * result.epoch_seconds for result in trial.epochs))
+    last = round(_find_start(trial, header) + sum(1000 * result.epoch_seconds for _, result in trial.paid))
     return max(last, _to_ms(trial.ended)) if trial.ended else last
 
 

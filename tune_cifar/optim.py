@@ -35,13 +35,16 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
     return AdamW(parameters, lr=config.max_lr, betas=betas, weight_decay=config.decoupled_weight_decay, fused=True)
 
 
-def make_schedule(optimizer: Optimizer, config: TrainConfig) -> LRScheduler:
-    """The config's schedule, to be stepped after every optimizer step but the last.
+def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch: int = 1) -> LRScheduler:
+    """The config's schedule from its beginning, over the whole cycle that the epoch (from 1) belongs to; to be stepped
+    after every optimizer step of the cycle but the last.
 
     Raises:
         ConfigError: when OneCycle's warm-up would be no longer than one step.
     """
-    total_steps = config.epochs * config.num_steps_per_epoch
+    for group in optimizer.param_groups:
+        group["lr"] = config.max_lr  # a warm restart finds it annealed
+    total_steps = config.count_cycle_epochs(epoch) * config.num_steps_per_epoch
     if config.schedule == "onecycle":
         if config.pct_start * total_steps <= 1:
             raise ConfigError(

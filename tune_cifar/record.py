@@ -51,19 +51,27 @@ INTERRUPTED = "interrupted"
 
 @dataclass
 class TrialState:
-    """One trial as its events tell it. `ended_seq` is the sequence number of its end: it orders the ends."""
+    """One trial as its events tell it. A trial in cycles trains several times, longer each time: `epochs` and `config`
+    are those of the training that it is in. `ended_seq` is the sequence number of its end: it orders the ends."""
 
     number: int
     run_id: str
     origin: Origin
     params: dict[str, Any]
-    config: TrainConfig
+    whole: TrainConfig
+    """The longest training."""
     fingerprint: str
     started: str | None
     driver: Header | SearchResumed
     """The last that it ran under, with its Numerics and environment."""
     epochs: list[EpochResult] = field(default_factory=list)
     """Epoch n stands at index n - 1: none is missing."""
+    earlier: list[tuple[int, EpochResult]] = field(default_factory=list)
+    """Of the cycles before, each with its cycle's length."""
+    cycle: int | None = None
+    """Length of the cycle that it is in; None before the first, and where the whole training is one."""
+    scores: dict[int, float] = field(default_factory=dict)
+    """val_acc by epoch, as trials are compared by it: of a trial in cycles, at the end of each."""
     retries: list[TrialRetried] = field(default_factory=list)
     status: Status = "running"
     score: float | None = None
@@ -74,37 +82,62 @@ class TrialState:
     ended: str | None = None
 
     @property
+    def config(self) -> TrainConfig:
+        return self.whole if self.cycle is None else self.whole.shorten(self.cycle)
+
+    @property
+    def paid(self) -> list[tuple[int, EpochResult]]:
+        """Every epoch that was trained, in order, with its cycle's length."""
+        return [*self.earlier, *((self.config.epochs, result) for result in self.epochs)]
+
+    @property
     def epochs_done(self) -> int:
-        return len(self.epochs)
+        return len(self.earlier) + len(self.epochs)
 
     @property
     def val_acc(self) -> float | None:
         """Of the last reported epoch; None before the first and without validation images."""
-        return self.epochs[-1].val_acc if self.epochs else None
+        return self.paid[-1][1].val_acc if self.paid else None
 
     def apply(self, event: EpochReported | TrialRetried | TrialEnded, seq: int) -> None:
         """The part of SearchState.apply that changes a trial."""
-        done, last, kind = self.epochs_done, self.config.epochs, KINDS[type(event)]
+        kind = KINDS[type(event)]
         _must(self.status == "running", self.run_id, f"a {self.status} trial must tell no more, got {kind!r}.")
-        if isinstance(event, EpochReported):
-            rule = f"epoch {done + 1} of {last} must come next, got epoch {event.result.epoch}."
-            _must(event.result.epoch == done + 1 <= last, self.run_id, rule)
-            self.epochs.append(event.result)
-            return
         if isinstance(event, TrialRetried):
             self.retries.append(event)
             return
-        _must(done == last or event.status != "complete", self.run_id, f"complete must mean {last} epochs, got {done}.")
+        begins = event.cycle is not None and event.cycle != self.cycle
+        done, last = (0, event.cycle) if begins else (len(self.epochs), self.config.epochs)
+        if begins:
+            old, longest = self.cycle or 0, self.whole.epochs
+            rule = f"a cycle must be longer than the whole one before ({old}), at most {longest}, got {last}."
+            _must(len(self.epochs) == old < event.cycle <= longest, self.run_id, rule)
+        if isinstance(event, EpochReported):
+            rule = f"epoch {done + 1} of {last} must come next, got epoch {event.result.epoch}."
+            _must(event.result.epoch == done + 1 <= last, self.run_id, rule)
+            self._begin(event.cycle)
+            self.epochs.append(event.result)
+            if event.score is not None:
+                self.scores[event.result.epoch] = event.score
+            return
+        rule = f"complete must mean {self.whole.epochs} epochs, got {done} of {last}."
+        _must(done == last == self.whole.epochs or event.status != "complete", self.run_id, rule)
         score = {"complete": self.val_acc, "diverged": schema.CHANCE_ACCURACY}.get(event.status)
         _must(event.score == score, self.run_id, f"a {event.status} trial's score must be {score}, got {event.score}.")
+        self._begin(event.cycle)
         self.score, self.reason, self.ended_seq, self.ended = score, event.reason, seq, event.time
         self.error_file, self.weights_file, self.status = event.error_file, event.weights_file, event.status
+
+    def _begin(self, cycle: int | None) -> None:
+        if cycle is not None and cycle != self.cycle:
+            self.earlier, self.epochs, self.cycle = self.paid, [], cycle
+            self.fingerprint = self.config.fingerprint
 
 
 @dataclass
 class SearchState:
     """Everything the events of a record say; views read it, only `apply` changes it. Trials by number, in the order of
-    their starts; `arrivals` has every val_acc by epoch and trial, in the order they were reported; `finished` is the
+    their starts; `arrivals` has the scores by epoch and trial, in the order they were reported; `finished` is the
     last event when a driver ended; `repaired` tells what `Record.open` cut off; `num_events` is the last event's
     sequence number."""
 
@@ -167,8 +200,8 @@ class SearchState:
         elif isinstance(event, EpochReported | TrialRetried | TrialEnded):
             _must(event.trial in self.trials, name, f"trial {event.trial} must start first, got {kind!r}.")
             self.trials[event.trial].apply(event, self.num_events + 1)
-            if isinstance(event, EpochReported) and event.result.val_acc is not None:
-                self.arrivals.setdefault(event.result.epoch, {})[event.trial] = event.result.val_acc
+            if isinstance(event, EpochReported) and event.score is not None:
+                self.arrivals.setdefault(event.result.epoch, {})[event.trial] = event.score
         elif isinstance(event, SearchEnded):
             self.finished = event
         else:

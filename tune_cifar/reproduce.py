@@ -175,7 +175,7 @@ def replay_failure(
     failure = parse_failure(read_error(state, trial))
     changed = tuple(compare_numerics(trial.driver.numerics, numerics))
     tolerance = _find_tolerance(state, trial, changed) if trial.epochs else None
-    num_epochs, last = trial.epochs_done, trial.epochs_done + 1
+    num_epochs, last = len(trial.epochs), len(trial.epochs) + 1
 
     def train() -> Iterator[EpochResult]:
         trainer = Trainer(trial.config, data, numerics)
@@ -218,7 +218,7 @@ def _compare_divergence(trial: TrialState, epochs: Iterator[EpochResult], change
         if changed or str(exc) == trial.reason:
             return None
         return f"recorded: {trial.reason} Now: {exc}"
-    return f"epoch {trial.epochs_done + 1}: recorded {trial.reason} Now the loss stayed finite."
+    return f"epoch {len(trial.epochs) + 1}: recorded {trial.reason} Now the loss stayed finite."
 
 
 def load_trained(state: SearchState, trial: TrialState, data: TrainVal, numerics: Numerics) -> Trainer:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Trials compete only with trials that agree in all of these.
-GROUP_COLUMNS = ("data", "data_digest", "split_hash", "train_size", "val_size", "epochs")
+GROUP_COLUMNS = ("data", "data_digest", "split_hash", "train_size", "val_size", "epochs", "fidelity")
 
 # Fields of the schema by their type; a tuple is shown as text, what may be absent is NaN (floats) or NA.
 DTYPES: dict[Any, str] = {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}
@@ -35,6 +35,7 @@ TRIAL_COLUMNS = {
     "space": "string",
     "kind": "string",
     "tier": "string",
+    "fidelity": "string",
     "trial": "int64",
     "run_id": "string",
     "status": "string",
@@ -50,7 +51,7 @@ TRIAL_COLUMNS = {
     "ended_seq": "Int64",
     "reason": "string",
 } | KNOB_COLUMNS
-CURVE_COLUMNS = {"search": "string", "trial": "int64", "run_id": "string"} | {
+CURVE_COLUMNS = {"search": "string", "trial": "int64", "run_id": "string", "cycle": "int64"} | {
     name: DTYPES[result.annotation] for name, result in EpochResult.model_fields.items()
 }
 
@@ -327,12 +328,12 @@ def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
 
 
 def load_curves(searches: Iterable[SearchState]) -> pd.DataFrame:
-    """The long form: one row per reported epoch, with the fields of its EpochResult."""
+    """The long form: one row per reported epoch, with the length of its cycle and the fields of its EpochResult."""
     rows = [
-        {"search": state.header.name, "trial": trial.number, "run_id": trial.run_id, **result.model_dump()}
+        {"search": state.header.name, "trial": trial.number, "run_id": trial.run_id, "cycle": cycle} | dict(result)
         for state in searches
         for trial in state.trials.values()
-        for result in trial.epochs
+        for cycle, result in trial.paid
     ]
     return _make_frame(CURVE_COLUMNS, rows)
 
@@ -355,7 +356,7 @@ def split_groups(trials: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFram
 
 def _order_group(group: dict[str, Any]) -> tuple[Any, ...]:
     sizes = (-group["epochs"], -group["train_size"], -group["val_size"])
-    return (group["data"] != "cifar10", *sizes, group["split_hash"], group["data_digest"])
+    return (group["data"] != "cifar10", *sizes, group["split_hash"], group["data_digest"], group["fidelity"])
 
 
 def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
@@ -383,12 +384,13 @@ def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
     header = state.header
-    knobs = {name: str(value) if isinstance(value, tuple) else value for name, value in trial.config}
+    knobs = {name: str(value) if isinstance(value, tuple) else value for name, value in trial.whole}
     return knobs | {
         "search": header.name,
         "space": header.space,
         "kind": header.kind,
         "tier": header.tier,
+        "fidelity": header.budget.get("fidelity", "epochs") if header.kind == "search" else "epochs",
         "trial": trial.number,
         "run_id": trial.run_id,
         "status": trial.status,
@@ -396,7 +398,7 @@ def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
         "epochs_done": trial.epochs_done,
         "val_acc": trial.val_acc,
         "score": trial.score,
-        "train_seconds": sum(result.epoch_seconds for result in trial.epochs),
+        "train_seconds": sum(result.epoch_seconds for _, result in trial.paid),
         "fingerprint": trial.fingerprint,
         "data": header.data.name,
         "data_digest": header.data.digest,

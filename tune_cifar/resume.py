@@ -45,7 +45,8 @@ def restore_space(header: Header) -> SearchSpace:
     file = parse_space(header.space_text, Path(f"{header.space}.yaml"))
     pinned = {name: tuple(value) if isinstance(value, list) else value for name, value in header.pinned.items()}
     space = select_tier(file, header.tier or "full", pinned)
-    budget = Budget.model_validate_json(json.dumps(header.budget))
+    # A record from before there were cycles does not say its fidelity.
+    budget = Budget.model_validate_json(json.dumps({"fidelity": "epochs"} | header.budget))
     return replace(space, budget=budget, points=tuple(header.points))
 
 

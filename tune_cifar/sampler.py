@@ -17,7 +17,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import Trial, TrialState
 
-from tune_cifar.schema import CHANCE_ACCURACY, EpochResult, Status
+from tune_cifar.schema import CHANCE_ACCURACY, Status
 from tune_cifar.space import SearchSpace
 
 Origin = Literal["baseline", "point", "sampler"]
@@ -35,7 +35,7 @@ class PastTrial(Protocol):
     @property
     def score(self) -> float | None: ...
     @property
-    def epochs(self) -> list[EpochResult]: ...
+    def scores(self) -> dict[int, float]: ...
 
 
 class Sampler:
@@ -61,8 +61,7 @@ class Sampler:
         for trial in sorted(history, key=lambda trial: trial.number):
             self._start(trial.number, trial.params)
             if trial.status != "running":
-                scores = {result.epoch: result.val_acc for result in trial.epochs if result.val_acc is not None}
-                rungs = {rung: scores[rung] for rung in space.budget.rungs if rung in scores}
+                rungs = {rung: trial.scores[rung] for rung in space.budget.rungs if rung in trial.scores}
                 self.tell(trial.number, trial.status, rungs, trial.score)
 
     def ask(self, number: int) -> tuple[dict[str, Any], Origin]:

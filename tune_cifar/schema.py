@@ -89,6 +89,9 @@ class TrainConfig(Frozen):
     milestone_fractions: tuple[float, ...] = knob((0.5, 0.75), "step milestones", "optim", unit="of training")
     """Fractions of all steps after which the step schedule multiplies the LR by gamma; increasing, in (0, 1)."""
     gamma: float = knob(0.1, "step factor", "optim", log=True, gt=0.0, le=1.0)
+    warm_restarts: tuple[int, ...] = knob((), "warm restarts", "engine", unit="epochs")
+    """Epochs after which the whole schedule begins anew, as long as to the next one; weights and the optimizer's state
+    stay (Loshchilov & Hutter 2017). Increasing, before the last epoch."""
 
     batch_size: int = knob(..., "batch size", "engine", unit="images", log=True, ge=2, le=NUM_TRAIN_IMAGES)
     epochs: int = knob(..., "epochs", "engine", ge=1, le=1000)
@@ -121,6 +124,11 @@ class TrainConfig(Frozen):
         except ValidationError as exc:
             raise ConfigError(f"configuration: {describe_validation_error(exc, TrainConfig)}") from exc
 
+    @field_validator("warm_restarts", mode="before")
+    @classmethod
+    def _read_restarts(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
     @field_validator("milestone_fractions", mode="before")
     @classmethod
     def _read_milestones(cls, value: Any) -> Any:
@@ -150,6 +158,11 @@ class TrainConfig(Frozen):
                 "base_momentum <= max_momentum must hold, "
                 f"got base_momentum {self.base_momentum} and max_momentum {self.max_momentum}"
             )
+        if any(a >= b for a, b in itertools.pairwise((0, *self.warm_restarts, self.epochs))):
+            raise ValueError(
+                f"warm_restarts increasing from 1 to below epochs must hold, got {list(self.warm_restarts)} "
+                f"and epochs {self.epochs}"
+            )
         fractions = (0.0, *self.milestone_fractions, 1.0)
         if any(a >= b for a, b in itertools.pairwise(fractions)):
             raise ValueError(f"milestone_fractions increasing within (0, 1) must hold, got {self.milestone_fractions}")
@@ -159,6 +172,16 @@ class TrainConfig(Frozen):
     def num_steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch: the last, smaller batch is kept."""
         return -(-self.train_size // self.batch_size)
+
+    def shorten(self, epochs: int) -> TrainConfig:
+        """The same recipe over fewer epochs: a complete training of its own, its whole schedule in them."""
+        restarts = tuple(epoch for epoch in self.warm_restarts if epoch < epochs)
+        return self.model_copy(update={"epochs": epochs, "warm_restarts": restarts})
+
+    def count_cycle_epochs(self, epoch: int) -> int:
+        """Length in epochs of the schedule's cycle that an epoch (from 1) belongs to."""
+        bounds = (0, *self.warm_restarts, self.epochs)
+        return next(end - start for start, end in itertools.pairwise(bounds) if epoch <= end)
 
     @property
     def fingerprint(self) -> str:
@@ -192,6 +215,7 @@ def dead_knobs(config: TrainConfig) -> dict[str, str]:
         f"schedule {config.schedule} is not onecycle",
     )
     mark("milestone_fractions gamma", config.schedule != "step", f"schedule {config.schedule} is not step")
+    mark("warm_restarts", config.schedule == "constant", "schedule constant has nothing to begin anew")
     mark("shift_limit scale_limit rotate_limit", config.shift_scale_rotate_p == 0, "shift_scale_rotate_p is 0")
     limits = (config.shift_limit, config.scale_limit, config.rotate_limit)
     mark("shift_scale_rotate_p", not any(limits), "shift_limit, scale_limit and rotate_limit are all 0")
@@ -202,7 +226,7 @@ def dead_knobs(config: TrainConfig) -> dict[str, str]:
 
 def _knobs_of_idle_ops(config: TrainConfig) -> list[str]:
     """All knobs of the operations that never act, however they are switched off: equal trainings, equal names."""
-    names: list[str] = []
+    names = [] if config.warm_restarts else ["warm_restarts"]
     if config.cutout_p == 0 or config.cutout_size == 0:
         names += ["cutout_p", "cutout_size"]
     if config.shift_scale_rotate_p == 0 or not any((config.shift_limit, config.scale_limit, config.rotate_limit)):

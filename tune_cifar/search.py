@@ -64,7 +64,7 @@ from tune_cifar.resume import check_accepted, describe_restored, find_changes, r
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
 from tune_cifar.tracking import Shipper, make_tracking_uri
-from tune_cifar.train import Listener, make_header, train_trial
+from tune_cifar.train import Listener, make_header, stop_file, train_trial
 
 # How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
 SHIPPING_SECONDS = 60.0
@@ -136,7 +136,7 @@ def _prepare(space: SearchSpace, request: SearchRequest, name: str, numerics: Nu
         # In this thread: Ray's processes end with the thread that started them.
         start_ray(resources)
         data, epoch_seconds = loaded.result(), measured.result()
-    epochs_per_trial = expected_epochs(space.budget.rungs, space.budget.reduction_factor)
+    epochs_per_trial = expected_epochs(space.budget)
     return SearchPlan(space, request, name, data.info, numerics, resources, epoch_seconds, epochs_per_trial)
 
 
@@ -145,7 +145,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         """Called by Ray when the worker starts, with the first trial."""
-        self._results: Iterator[EpochResult] | None = None
+        self._results: Iterator[tuple[int, EpochResult]] | None = None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -159,13 +159,13 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
 
         Returns:
             trial, outcome (epoch, paused, diverged, failed, out of memory, disk full) and text: an EpochResult in JSON
-            (Tune flattens nested values), or what happened in words.
+            (Tune flattens nested values), or what happened in words. With an epoch the length of its cycle.
         """
         number = self._trial["trial"]
         try:
             if self._results is None:
                 self._results = self._make_results()
-            result = next(self._results)
+            cycle, result = next(self._results)
         except StopIteration:
             return {"trial": number, "outcome": "paused", "text": ""}
         except Diverged as exc:
@@ -175,17 +175,22 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         except Exception as exc:
             outcome, text = "out of memory" if is_out_of_memory(exc) else "failed", traceback.format_exc()
         else:
-            return {"trial": number, "outcome": "epoch", "text": result.model_dump_json()}
+            return {"trial": number, "outcome": "epoch", "text": result.model_dump_json(), "cycle": cycle}
         self._results = None  # and with it model, optimizer and batches
         torch.cuda.empty_cache()
         return {"trial": number, "outcome": outcome, "text": text}
 
-    def _make_results(self) -> Iterator[EpochResult]:
+    def _make_results(self) -> Iterator[tuple[int, EpochResult]]:
         config = TrainConfig(**self._trial["config"])
-        name, folder = self._trial["source"]
-        source = DataSource(name, Path(folder) if folder else None)
+        numerics, folder = Numerics(**self._trial["numerics"]), Path(self._trial["folder"])
+        name, data_folder = self._trial["source"]
+        source = DataSource(name, Path(data_folder) if data_folder else None)
         data = load_train_val(source, config.train_size, config.val_size)
-        return train_trial(config, data, Numerics(**self._trial["numerics"]), Path(self._trial["folder"]))
+        for cycle in self._trial["cycles"]:
+            for result in train_trial(config.shorten(cycle), data, numerics, folder):
+                yield cycle, result
+            if stop_file(folder.parents[1]).exists():
+                return
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
@@ -225,8 +230,13 @@ class _Searcher(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED if self._driver.is_exhausted else None
         folder = self._driver.record.state.trial_folder(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
-        dump = trial.config.model_dump(mode="json")
-        return {"trial": trial.number, "config": dump, "folder": str(folder), **self._fixed}
+        return {
+            "trial": trial.number,
+            "config": trial.whole.model_dump(mode="json"),
+            "cycles": self._driver.list_cycles_left(trial),
+            "folder": str(folder),
+            **self._fixed,
+        }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: the scheduler has told the driver already."""
@@ -240,13 +250,14 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         self._driver = driver
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = _guard(self._driver, lambda: self._hear(result["trial"], result["outcome"], result["text"]), False)
+        goes_on = _guard(self._driver, lambda: self._hear(result), False)
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
-    def _hear(self, number: int, outcome: str, text: str) -> bool:
+    def _hear(self, word: dict[str, Any]) -> bool:
         """Hand a worker's word to the driver; True when the trial goes on."""
+        number, outcome, text = word["trial"], word["outcome"], word["text"]
         if outcome == "epoch":
-            return self._driver.report(number, EpochResult.model_validate_json(text))
+            return self._driver.report(number, word["cycle"], EpochResult.model_validate_json(text))
         if outcome == "paused":
             self._driver.pause(number)
         elif outcome == "diverged":

@@ -112,7 +112,8 @@ class Shipper:
 
     def _is_rung(self, state: SearchState, event: EpochReported) -> bool:
         """The last epoch is no rung: the trial's end follows."""
-        return event.result.epoch in self._rungs and event.result.epoch < state.trials[event.trial].config.epochs
+        epoch = event.result.epoch
+        return epoch in self._rungs and event.score is not None and epoch < state.trials[event.trial].whole.epochs
 
     def _run(self) -> None:
         pause, rounds = SETTLE_SECONDS, LAST_ROUNDS
@@ -270,7 +271,7 @@ class _Courier:
 
 def _pack_trials(state: SearchState) -> dict[int, Shipment]:
     """A shipment for every trial that has something to tell."""
-    told = (trial for trial in state.trials.values() if trial.status != "running" or trial.epochs)
+    told = (trial for trial in state.trials.values() if trial.status != "running" or trial.epochs_done)
     return {trial.number: _pack_trial(trial) for trial in told}
 
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tune_cifar.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, save_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
@@ -69,7 +69,7 @@ def train_trial(
     trainer = Trainer(config, data, numerics)
     checkpoints = CheckpointFolder(folder / CHECKPOINTS, every_seconds)
     state, _ = checkpoints.load_newest()
-    if state is not None:
+    if state is not None and not _ends_shorter_cycle(state, config):
         trainer.load_state_dict(state)
     if on_trainer is not None:
         on_trainer(trainer)
@@ -86,6 +86,12 @@ def train_trial(
             if not is_saved:
                 _save(checkpoints, trainer)
             return
+
+
+def _ends_shorter_cycle(state: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a checkpoint is the end of the same recipe over fewer epochs; a longer cycle begins from scratch."""
+    epoch = state["epoch"]
+    return bool(epoch < config.epochs and state["fingerprint"] == config.shorten(epoch).fingerprint)
 
 
 def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:

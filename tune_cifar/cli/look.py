@@ -60,7 +60,7 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         data = "" if group["data"] == "cifar10" else f"NOT CIFAR-10 ({group['data']}), "
         title = (
             f"{data}{group['epochs']} epochs of {group['train_size']} images, {group['val_size']} to validate, "
-            f"split {group['split_hash']}"
+            f"split {group['split_hash']}, fidelity {group['fidelity']}"
         )
         knobs = [knob for knob in searched if rows[knob].nunique() > 1][:6]
         table = Table("run", "status", "epochs", "val_acc", *knobs, box=None, header_style="bold")

@@ -125,7 +125,7 @@ def _retrain(
     from tune_cifar.reproduce import replay_failure, reproduce_run
 
     say(
-        f"{trial.run_id} ({state.header.space}, {trial.origin}, {trial.status}, {trial.epochs_done} epochs) is trained "
+        f"{trial.run_id} ({state.header.space}, {trial.origin}, {trial.status}, {len(trial.epochs)} epochs) is trained "
         f"again, fingerprint {trial.fingerprint}",
         console,
     )

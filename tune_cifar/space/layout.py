@@ -53,10 +53,21 @@ class SamplerBudget(Frozen):
         return self
 
 
+Fidelity = Literal["cycles", "cycles/continue", "epochs"]
+FIDELITY_WORDS: dict[Fidelity, str] = {
+    "cycles": "a complete cycle from scratch for each",
+    "cycles/continue": "a complete cycle for each, from the weights of the one before",
+    "epochs": "of one long cycle",
+}
+
+
 class TrialBudget(Frozen):
     """The part of a budget that file and program write alike."""
 
     trials: int = Field(ge=1, le=100_000)
+    fidelity: Fidelity = "cycles"
+    """What a trial trains up to a rung: a complete cycle of the schedule as long as the rung, from scratch; a cycle
+    from the rung before, going on with its weights (`cycles/continue`); or so much of one long cycle (`epochs`)."""
     rungs: tuple[int, ...]
     """Epochs after which trials are compared; the last is the whole training."""
     reduction_factor: int = Field(ge=2, le=100)
@@ -78,9 +89,9 @@ class Budget(TrialBudget):
 
     def describe(self) -> str:
         """One line for people."""
-        text = (
-            f"{self.trials} trials, rungs {', '.join(map(str, self.rungs))}, reduction factor {self.reduction_factor}"
-        )
+        text = f"{self.trials} trials, rungs at {', '.join(map(str, self.rungs))} epochs"
+        if len(self.rungs) > 1:
+            text += f" ({FIDELITY_WORDS[self.fidelity]}), reduction factor {self.reduction_factor}"
         text += f", sampler {self.sampler.kind}"
         text += f" (startup {self.sampler.startup})" if self.sampler.startup else ""
         return text + (f", at most {self.max_time_seconds / 60:.3g} min" if self.max_time_seconds else "")

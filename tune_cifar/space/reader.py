@@ -31,6 +31,7 @@ from tune_cifar.space.rules import (
     describe_dead,
     find_conflict,
     find_dead,
+    find_fidelity_problem,
     find_rungs_problem,
     find_value_problem,
     kind_of,
@@ -208,8 +209,9 @@ def _read_tier(doc: Document, name: str, entry: TierText, baseline: dict[str, An
             raise doc.error((*where, "only", i), f"{knob} must be a searched knob.{nearest_name(knob, tuple(search))}")
         if knob in settings or knob in searched[:i]:
             raise doc.error((*where, "only", i), f"{knob} must stand once in a tier, searched or set, got it twice.")
-    config = _check_tier(doc, where, {**baseline, **settings}, {knob: search[knob] for knob in searched}, settings)
-    if problem := find_rungs_problem(entry.rungs, config.epochs):
+    chosen = {knob: search[knob] for knob in searched}
+    config = _check_tier(doc, where, {**baseline, **settings}, chosen, settings)
+    if problem := find_rungs_problem(entry.rungs, config.epochs) or find_fidelity_problem(entry, config, chosen):
         raise doc.error((*where, "rungs"), problem)
     try:
         seconds = parse_duration(entry.max_time) if entry.max_time is not None else None

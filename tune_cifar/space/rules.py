@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import TrainConfig, dead_knobs, describe_problem
-from tune_cifar.space.layout import Searched
+from tune_cifar.space.layout import Searched, TrialBudget
 
 # Knobs that a file sets but never searches, each with the reason.
 STRUCTURAL = {
     "model": "a space is about one network",
     "seed": "all trials of a search share one training seed",
     "epochs": "the rungs say how long a trial trains",
+    "warm_restarts": "the rungs and the fidelity say where cycles end",
     "train_size": "scores from different training sets do not compete",
     "val_size": "scores on different validation sets do not compete",
     "augment_backend": "both backends apply the same policy",
@@ -87,6 +88,33 @@ def find_rungs_problem(rungs: tuple[int, ...], epochs: int) -> str | None:
         return f"rungs increasing from 1 or more must hold, got {list(rungs)}."
     if rungs[-1] != epochs:
         return f"last rung = epochs must hold, got {rungs[-1]} and epochs {epochs}."
+    return None
+
+
+def find_fidelity_problem(budget: TrialBudget, baseline: TrainConfig, search: Searched) -> str | None:
+    """What is wrong with the cycles of a search that may try OneCycle, as a sentence: a score is taken after a warm-up,
+    and every warm-up is longer than a step."""
+    if budget.fidelity == "cycles/continue" and baseline.warm_restarts:
+        return "no warm_restarts must stand beside fidelity: cycles/continue, which sets them."
+    schedules = search["schedule"].ends if "schedule" in search else (baseline.schedule,)
+    if "onecycle" not in schedules:
+        return None
+    low, high = search["pct_start"].ends if "pct_start" in search else (baseline.pct_start, baseline.pct_start)
+    batch_size = max(search["batch_size"].ends) if "batch_size" in search else baseline.batch_size
+    first, last = budget.rungs[0], budget.rungs[-1]
+    if budget.fidelity == "epochs" and first < last and first <= high * last:
+        return (
+            f"first rung > pct_start x epochs must hold for fidelity: epochs, got {first} and {high:g} x {last}. "
+            "Within the warm-up a score says nothing yet."
+        )
+    lengths = {"cycles": first, "epochs": last}
+    shortest = lengths.get(budget.fidelity) or min(b - a for a, b in itertools.pairwise((0, *budget.rungs)))
+    num_steps = shortest * -(-baseline.train_size // batch_size)
+    if low * num_steps <= 1:
+        return (
+            f"pct_start x steps of the shortest cycle > 1 must hold, got {low:g} x {num_steps}. "
+            "Raise pct_start's low, raise the first rung or lower batch_size."
+        )
     return None
 
 

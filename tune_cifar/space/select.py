@@ -13,7 +13,15 @@ from tune_cifar.schema import KNOBS, TrainConfig, nearest_name
 from tune_cifar.space.document import read_document
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range, Searched, SpaceFile, SpaceHeader
 from tune_cifar.space.reader import describe_path, parse_space
-from tune_cifar.space.rules import describe_dead, find_conflict, find_dead, find_value_problem, kind_of, normalise
+from tune_cifar.space.rules import (
+    describe_dead,
+    find_conflict,
+    find_dead,
+    find_fidelity_problem,
+    find_value_problem,
+    kind_of,
+    normalise,
+)
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -103,6 +111,10 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
     baseline, dead = _apply_pins({**file.baseline, **chosen.settings}, pins, wanted)
     search = {name: entry for name, entry in wanted.items() if name not in dead}
     rungs = (*(rung for rung in chosen.budget.rungs[:-1] if rung < baseline.epochs), baseline.epochs)
+    budget = chosen.budget.model_copy(update={"rungs": rungs})
+    obstacle = _find_obstacle(baseline, search, budget)
+    if budget.fidelity == "cycles/continue":
+        baseline = baseline.model_copy(update={"warm_restarts": rungs[:-1]})
     return SearchSpace(
         name=file.header.space,
         path=file.path,
@@ -112,10 +124,10 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
         baseline=baseline,
         distributions=make_distributions(search),
         points=_complete_points(file.points, baseline, search),
-        budget=chosen.budget.model_copy(update={"rungs": rungs}),
+        budget=budget,
         pinned=pins,
         dropped={name: dead[name] for name in wanted if name in dead},
-        obstacle=_find_obstacle(baseline, search),
+        obstacle=obstacle,
     )
 
 
@@ -248,13 +260,15 @@ def _apply_pins(values: dict[str, Any], pins: dict[str, Any], search: Searched) 
     return baseline, dead
 
 
-def _find_obstacle(baseline: TrainConfig, search: Searched) -> str | None:
+def _find_obstacle(baseline: TrainConfig, search: Searched, budget: Budget) -> str | None:
     if not search:
         return "--set: at least one searched knob must be left, got none. Use `train` for a single training."
     if baseline.val_size == 0:
         return "--set: val_size >= 1 must hold in a search, got 0. Trials are compared on it."
     if problem := find_conflict(baseline.model_dump(), search):
         return f"--set: everywhere in the search, {problem} Pin the other knob too."
+    if problem := find_fidelity_problem(budget, baseline, search):
+        return f"--set: {problem}"
     return None
 
 

@@ -1,0 +1,369 @@
+"""Which cheap score foretells the full training? The same configurations through every fidelity, on real CIFAR-10.
+
+    python benchmarks/fidelity.py train [--space s8] [--configs 40] [--more 40] [--table FILE]    # resumable; hours
+    python benchmarks/fidelity.py show [--table FILE] [--figure FILE]                             # seconds
+
+`train` draws random configurations of the space's tier cpu (the first is the baseline) and trains each, over 8 epochs of
+6,000 images, judged on 2,000 (`--epochs --rungs --train-size --val-size` change that):
+
+- `full/0`: the whole schedule; its scores at the rungs are what `fidelity: epochs` compares
+- `full/1`: the same with another training seed: how well a full training foretells itself
+- `restart/3` ...: a complete schedule as long as the rung, from scratch (`fidelity: cycles`)
+- `continue`: warm restarts at the rungs (`fidelity: cycles/continue`); up to the first rung this is a restart
+- `--more` further configurations get the second rung's restart only: rows for benchmarks/proposals.py
+
+Under a constant learning rate all variants are the same training, so only the full ones are run. A row of the table is
+one training: {config, job, params, val_acc per epoch, diverged, seconds}.
+
+`show` prints Kendall's tau (tau-b) of each rung's score against the full score, with bootstrap intervals over the
+configurations; paired differences to `epochs`; and the regret of successive halving at equal epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
+
+HERE = Path(__file__).parent
+CONFIG_SEED = 4
+NUM_RESAMPLES = 2000
+Scores = NDArray[np.float64]
+
+
+def make_configs(arguments: argparse.Namespace) -> list[TrainConfig]:
+    """The baseline, then random proposals of the space."""
+    from tune_cifar.sampler import Sampler
+    from tune_cifar.space import load_space
+
+    sizes = {name: getattr(arguments, name) for name in ("epochs", "train_size", "val_size")}
+    space = load_space(arguments.space, "cpu", sizes)
+    budget = space.budget.model_copy(update={"sampler": space.budget.sampler.model_copy(update={"kind": "random"})})
+    sampler = Sampler(replace(space, budget=budget, points=()), CONFIG_SEED)
+    return [space.config(sampler.ask(number)[0]) for number in range(arguments.configs + arguments.more)]
+
+
+def make_jobs(config: TrainConfig, rungs: tuple[int, ...], is_more: bool) -> dict[str, TrainConfig]:
+    """The trainings of one configuration by name."""
+    constant = config.schedule == "constant"
+    if is_more:
+        return {f"restart/{rungs[1]}": config.shorten(rungs[1])}
+    jobs = {"full/0": config, "full/1": config.model_copy(update={"seed": 1})}
+    if not constant:
+        jobs |= {f"restart/{rung}": config.shorten(rung) for rung in rungs[1:-1]}
+        jobs["continue"] = config.model_copy(update={"warm_restarts": rungs[:-1]})
+    return jobs
+
+
+def run_job(number: int, job: str, config: TrainConfig) -> dict[str, Any]:
+    """Train once in a worker process; a diverged training has the scores that it got to."""
+    from tune_cifar.data import find_data, load_train_val
+    from tune_cifar.engine import Trainer
+    from tune_cifar.errors import Diverged
+    from tune_cifar.numerics import resolve_numerics
+
+    start, accs, diverged = time.monotonic(), [], False
+    data = load_train_val(find_data(None), config.train_size, config.val_size)
+    try:
+        accs = [result.val_acc for result in Trainer(config, data, resolve_numerics())]
+    except Diverged:
+        diverged = True
+    params = {name: getattr(config, name) for name in ("schedule", "max_lr", "dropout", *ONECYCLE)}
+    row = {"config": number, "job": job, "params": params, "val_acc": accs, "diverged": diverged}
+    return row | {"seconds": round(time.monotonic() - start, 1)}
+
+
+ONECYCLE = ("pct_start", "div_factor", "final_div_factor")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run what the table lacks, configuration after configuration, two at a time."""
+    rows = read_table(arguments.table) if arguments.table.exists() else []
+    done = {(row["config"], row["job"]) for row in rows}
+    jobs = [
+        (number, job, config)
+        for number, whole in enumerate(make_configs(arguments))
+        for job, config in make_jobs(whole, arguments.rungs, number >= arguments.configs).items()
+        if (number, job) not in done
+    ]
+    total = sum(config.epochs for _, _, config in jobs)
+    start, spent = time.monotonic(), 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context) as pool, arguments.table.open("a", encoding="utf-8") as file:
+        futures = {pool.submit(run_job, *job): job for job in jobs}
+        for future in as_completed(futures):
+            row, (number, job, config) = future.result(), futures[future]
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            spent += config.epochs
+            left = (time.monotonic() - start) / spent * (total - spent)
+            last = f"{row['val_acc'][-1]:.4f}" if row["val_acc"] else "diverged"
+            print(
+                f"config {number} {job}: {last}, {row['seconds']} s; {spent}/{total} epochs, {left / 60:.0f} min left"
+            )
+            sys.stdout.flush()
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """All rows, in the order they were trained."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Scores of every configuration that has all its trainings, diverged ones as chance.
+
+    Attributes:
+        rungs: epochs; the last is the full training.
+        variants: by fidelity, (configs, rungs).
+        again: the full score under the second seed (configs,).
+        diverged: in any training (configs,).
+        onecycle: the configurations under a OneCycle (configs,).
+    """
+
+    rungs: tuple[int, ...]
+    variants: dict[str, Scores]
+    again: Scores
+    diverged: NDArray[np.bool_]
+    onecycle: NDArray[np.bool_]
+
+    def select(self, chosen: NDArray[Any]) -> Study:
+        """The same study of some of its configurations, or of a resample."""
+        variants = {name: scores[chosen] for name, scores in self.variants.items()}
+        return Study(self.rungs, variants, self.again[chosen], self.diverged[chosen], self.onecycle[chosen])
+
+
+def make_study(rows: list[dict[str, Any]], rungs: tuple[int, ...]) -> Study:
+    """Gather the table's rows by configuration."""
+    trainings: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        trainings.setdefault(row["config"], {})[row["job"]] = row
+    needed = {True: {"full/0", "full/1"}, False: {"full/0", "full/1", "continue"}}
+    needed[False] |= {f"restart/{rung}" for rung in rungs[1:-1]}
+    found = []
+    for _, jobs in sorted(trainings.items()):
+        constant = next(iter(jobs.values()))["params"]["schedule"] == "constant"
+        if jobs.keys() >= needed[constant]:
+            found.append((constant, jobs))
+
+    def score(row: dict[str, Any], epoch: int) -> float:
+        reached = len(row["val_acc"]) >= epoch
+        return float(row["val_acc"][epoch - 1]) if reached else CHANCE_ACCURACY
+
+    def restart(constant: bool, jobs: dict[str, dict[str, Any]], rung: int) -> float:
+        if constant or rung == rungs[-1]:
+            return score(jobs["full/0"], rung)
+        return score(jobs["continue" if rung == rungs[0] else f"restart/{rung}"], rung)
+
+    variants = {
+        "epochs": [[score(jobs["full/0"], rung) for rung in rungs] for _, jobs in found],
+        "cycles": [[restart(constant, jobs, rung) for rung in rungs] for constant, jobs in found],
+        "cycles/continue": [
+            [score(jobs["full/0" if constant else "continue"], rung) for rung in rungs] for constant, jobs in found
+        ],
+    }
+    return Study(
+        rungs,
+        {name: np.array(scores) for name, scores in variants.items()},
+        np.array([score(jobs["full/1"], rungs[-1]) for _, jobs in found]),
+        np.array([any(row["diverged"] for row in jobs.values()) for _, jobs in found]),
+        np.array([not constant for constant, _ in found]),
+    )
+
+
+def compute_taus(study: Study) -> dict[tuple[str, int], float]:
+    """Kendall's tau-b of each variant's rung score against the full score of the same seed (of the other seed, for the
+    full length itself: the noise ceiling)."""
+    from scipy.stats import kendalltau
+
+    full = study.variants["epochs"][:, -1]
+    taus = {
+        (name, rung): float(kendalltau(scores[:, i], full).statistic)
+        for name, scores in study.variants.items()
+        for i, rung in enumerate(study.rungs)
+        if rung < study.rungs[-1] or name == "cycles/continue"
+    }
+    for name, scores in study.variants.items():
+        taus |= {
+            (f"{name}, other seed", rung): float(kendalltau(scores[:, i], study.again).statistic)
+            for i, rung in enumerate(study.rungs)
+            if rung < study.rungs[-1]
+        }
+    return taus | {("full, other seed", study.rungs[-1]): float(kendalltau(full, study.again).statistic)}
+
+
+def bootstrap(study: Study, compute: Callable[[Study], dict[Any, float]], seed: int = 0) -> dict[Any, Scores]:
+    """What `compute` gives on resamples of the configurations, paired: index i of every entry is the same resample."""
+    random = np.random.default_rng(seed)
+    num_configs = len(study.again)
+    drawn = [compute(study.select(random.integers(0, num_configs, num_configs))) for _ in range(NUM_RESAMPLES)]
+    return {key: np.array([values[key] for values in drawn]) for key in drawn[0]}
+
+
+def interval(values: Scores) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def simulate_halving(
+    scores: Scores, costs: tuple[int, ...], order: NDArray[Any], max_epochs: int, reduction_factor: int
+) -> tuple[int | None, int]:
+    """Successive halving over the configurations in this order, one after another, until the epochs are spent.
+
+    Returns:
+        the complete configuration of the best last score (None without one), and how many were begun.
+    """
+    from tune_cifar.fidelity import keep
+
+    arrived: list[list[float]] = [[] for _ in costs]
+    best, best_score, spent, begun = None, -math.inf, 0, 0
+    for config in order:
+        if spent >= max_epochs:
+            break
+        begun += 1
+        for i, cost in enumerate(costs):
+            spent += cost
+            score = float(scores[config, i])
+            arrived[i].append(score)
+            if i == len(costs) - 1:
+                if score > best_score:
+                    best, best_score = int(config), score
+            elif not keep(score, arrived[i], reduction_factor):
+                break
+    return best, begun
+
+
+def simulate_regrets(study: Study, max_epochs: int, num_orders: int = 1000) -> dict[str, tuple[Scores, float]]:
+    """Per variant and for random search without stopping: the regret of the chosen configuration over random orders
+    (the same ones for all), and the mean number of configurations begun. Truth is the mean of both full seeds."""
+    rungs, truth = study.rungs, (study.variants["epochs"][:, -1] + study.again) / 2
+    steps = tuple(b - a for a, b in itertools.pairwise((0, *rungs)))
+    searches = {
+        "epochs": (study.variants["epochs"], steps),
+        "cycles": (study.variants["cycles"], rungs),
+        "cycles/continue": (study.variants["cycles/continue"], steps),
+        "no stopping": (study.variants["epochs"][:, -1:], rungs[-1:]),
+    }
+    random = np.random.default_rng(1)
+    orders = [random.permutation(len(truth)) for _ in range(num_orders)]
+    found = {}
+    for name, (scores, costs) in searches.items():
+        ends = [simulate_halving(scores, costs, order, max_epochs, 3) for order in orders]
+        regrets = np.array([truth.max() - (CHANCE_ACCURACY if best is None else truth[best]) for best, _ in ends])
+        found[name] = (regrets, float(np.mean([begun for _, begun in ends])))
+    return found
+
+
+def show_taus(title: str, study: Study) -> None:
+    """One table: tau per variant and rung with its interval, and the paired difference to `epochs`."""
+    print(f"\n{title}: {len(study.again)} configurations, {int(study.diverged.sum())} diverged somewhere")
+    print("| score | at epoch | tau | 95 % | minus `epochs` | 95 % |\n|---|---|---|---|---|---|")
+    taus, drawn = compute_taus(study), bootstrap(study, compute_taus)
+    for (name, rung), tau in taus.items():
+        low, high = interval(drawn[name, rung])
+        line = f"| {name} | {rung} | {tau:.2f} | {low:.2f} to {high:.2f} |"
+        base = ("epochs, other seed" if name.endswith("other seed") else "epochs", rung)
+        if base in taus and base != (name, rung):
+            low, high = interval(drawn[name, rung] - drawn[base])
+            line += f" {tau - taus[base]:+.2f} | {low:+.2f} to {high:+.2f} |"
+        else:
+            line += " | |"
+        print(line)
+
+
+def show_regrets(study: Study, max_epochs: int) -> None:
+    """One table: regret of the chosen configuration at equal epochs."""
+    print(f"\nregret after {max_epochs} epochs (reduction factor 3, 1,000 random orders):")
+    print(
+        "| search | configurations begun | mean regret, points | 95 % of orders | minus `no stopping` |\n|---|---|---|---|---|"
+    )
+    found = simulate_regrets(study, max_epochs)
+    control = found["no stopping"][0]
+    for name, (regrets, begun) in found.items():
+        low, high = interval(100 * regrets)
+        difference = 100 * (regrets - control)
+        error = 1.96 * difference.std() / math.sqrt(len(difference))
+        print(
+            f"| {name} | {begun:.1f} | {100 * regrets.mean():.2f} | {low:.2f} to {high:.2f} "
+            f"| {difference.mean():+.2f} +- {error:.2f} |"
+        )
+
+
+def draw(study: Study, path: Path) -> None:
+    """Rung scores against full scores, a column per rung and a row per variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    taus = compute_taus(study)
+    names, rungs = list(study.variants), study.rungs[:-1]
+    figure, axes = plt.subplots(
+        len(names), len(rungs), figsize=(3.2 * len(rungs), 3 * len(names)), squeeze=False, layout="constrained"
+    )
+    full = study.variants["epochs"][:, -1]
+    for (row, name), (column, rung) in itertools.product(enumerate(names), enumerate(rungs)):
+        ax = axes[row, column]
+        for mask, label in ((study.onecycle, "OneCycle"), (~study.onecycle, "constant")):
+            ax.scatter(100 * study.variants[name][mask, column], 100 * full[mask], s=14, label=label)
+        ax.set_title(f"{name}, epoch {rung}: tau {taus[name, rung]:.2f}", fontsize=9)
+        ax.set_xlabel("val_acc at the rung, %")
+        ax.set_ylabel(f"after {study.rungs[-1]} epochs, %")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    study = make_study(read_table(arguments.table), arguments.rungs)
+    show_taus("all", study)
+    show_taus("without those that diverged", study.select(~study.diverged))
+    show_taus("under OneCycle", study.select(study.onecycle))
+    for max_epochs in (arguments.epochs * 6, arguments.epochs * 12):
+        show_regrets(study, max_epochs)
+    if arguments.figure:
+        draw(study, arguments.figure)
+
+
+def read_rungs(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["train", "show"])
+    parser.add_argument("--space", default="s8")
+    parser.add_argument("--configs", type=int, default=40)
+    parser.add_argument("--more", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--rungs", type=read_rungs, default=(1, 3, 8))
+    parser.add_argument("--train-size", type=int, default=6000)
+    parser.add_argument("--val-size", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
+    parser.add_argument("--figure", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    (train if arguments.action == "train" else show)(arguments)
+
+
+if __name__ == "__main__":
+    main()
