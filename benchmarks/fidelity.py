@@ -3,8 +3,8 @@
     python benchmarks/fidelity.py train [--space s8] [--configs 40] [--more 40] [--table FILE]    # resumable; hours
     python benchmarks/fidelity.py show [--table FILE] [--figure FILE]                             # seconds
 
-`train` draws random configurations of the space's tier cpu (the first is the baseline) and trains each, over 8 epochs of
-6,000 images, judged on 2,000 (`--epochs --rungs --train-size --val-size` change that):
+`train` draws random configurations of the space's tier cpu (the first is the baseline) and trains each, over 8 epochs
+of 6,000 images, judged on 2,000 (`--epochs --rungs --train-size --val-size` change that):
 
 - `full/0`: the whole schedule; its scores at the rungs are what `fidelity: epochs` compares
 - `full/1`: the same with another training seed: how well a full training foretells itself
@@ -289,9 +289,8 @@ def show_taus(title: str, study: Study) -> None:
 def show_regrets(study: Study, max_epochs: int) -> None:
     """One table: regret of the chosen configuration at equal epochs."""
     print(f"\nregret after {max_epochs} epochs (reduction factor 3, 1,000 random orders):")
-    print(
-        "| search | configurations begun | mean regret, points | 95 % of orders | minus `no stopping` |\n|---|---|---|---|---|"
-    )
+    print("| search | configurations begun | mean regret, points | 95 % of orders | minus `no stopping` |")
+    print("|---|---|---|---|---|")
     found = simulate_regrets(study, max_epochs)
     control = found["no stopping"][0]
     for name, (regrets, begun) in found.items():

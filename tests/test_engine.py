@@ -53,11 +53,26 @@ def test_a_training_in_another_process_is_bitwise_equal(shapes: TrainVal, fp32: 
     assert json.loads(answer.stdout) == train_here(make_config(), shapes, fp32)
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adam"}, {"augment_backend": "albumentations"}])
+def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_begins_anew(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
+    config = make_config(epochs=4, warm_restarts=(1, 3))
+    results = list(Trainer(config, shapes, fp32))
+    (short,) = Trainer(config.shorten(1), shapes, fp32)
+    assert config.shorten(1) == make_config(epochs=1) and config.shorten(3) == make_config(epochs=3, warm_restarts=(1,))
+    assert curve(results[:1]) == curve([short])
+    ends = [result.lr for result in results]
+    assert ends[0] == ends[2] == ends[3] < ends[1]  # every cycle ends annealed; epoch 2 is the middle of one
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "adam"}, {"augment_backend": "albumentations"}, {"epochs": 4, "warm_restarts": (1, 2)}],
+)
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
     shapes: TrainVal, fp32: Numerics, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    config = make_config(epochs=3, **changes)
+    config = make_config(**({"epochs": 3} | changes))
     whole = train_here(config, shapes, fp32)
     interrupted = Trainer(config, shapes, fp32)
     next(iter(interrupted))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_cifar.errors import ConfigError
-from tune_cifar.fidelity import check_rungs, expected_epochs, keep
+from tune_cifar.fidelity import expected_epochs, keep, list_cycles
+from tune_cifar.space import Budget
+from tune_cifar.space.layout import Fidelity, SamplerBudget
 
 SCORES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=50)
 FACTORS = st.integers(2, 10)
@@ -67,42 +69,39 @@ def test_reduction_factor_one_is_a_fault_of_the_caller() -> None:
         keep(0.5, [0.5], 1)
 
 
-@pytest.mark.parametrize("rungs", [(24,), (8, 24), (1, 2, 24)])
-def test_increasing_rungs_that_end_with_the_epochs_are_accepted(rungs: tuple[int, ...]) -> None:
-    check_rungs(rungs, 24)
+def make_budget(rungs: tuple[int, ...], fidelity: Fidelity = "cycles", reduction_factor: int = 3) -> Budget:
+    return Budget(
+        trials=9,
+        fidelity=fidelity,
+        rungs=rungs,
+        reduction_factor=reduction_factor,
+        sampler=SamplerBudget(kind="random"),
+        seed=0,
+    )
 
 
-@pytest.mark.parametrize(
-    ("rungs", "message"),
-    [
-        ((), "rungs: rungs increasing from 1 or more must hold, got []."),
-        ((0, 24), "got [0, 24]."),
-        ((8, 8, 24), "got [8, 8, 24]."),
-        ((24, 8), "got [24, 8]."),
-        ((8, 16), "rungs: last rung = epochs must hold, got 16 and epochs 24."),
-    ],
-)
-def test_other_rungs_are_refused(rungs: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_rungs(rungs, 24)
-    assert str(caught.value).endswith(message)
+@pytest.mark.parametrize(("fidelity", "cycles"), [("cycles", (1, 3, 8)), ("cycles/continue", (8,)), ("epochs", (8,))])
+def test_trial_trains_from_scratch_once_or_once_for_every_rung(fidelity: Fidelity, cycles: tuple[int, ...]) -> None:
+    assert list_cycles(make_budget((1, 3, 8), fidelity)) == cycles
 
 
-def test_expected_epochs_without_a_middle_rung_are_all_epochs() -> None:
-    assert expected_epochs((24,), 3) == 24
+@pytest.mark.parametrize("fidelity", get_args(Fidelity))
+def test_expected_epochs_without_a_middle_rung_are_all_epochs(fidelity: Fidelity) -> None:
+    assert expected_epochs(make_budget((24,), fidelity)) == 24
 
 
-def test_expected_epochs_agree_with_a_long_simulated_search() -> None:
-    rungs, factor, dice = (1, 3, 9), 3, random.Random(0)
-    reached: dict[int, list[float]] = {rung: [] for rung in rungs}
+@pytest.mark.parametrize("fidelity", get_args(Fidelity))
+def test_expected_epochs_agree_with_a_long_simulated_search(fidelity: Fidelity) -> None:
+    budget, dice = make_budget((1, 3, 9), fidelity), random.Random(0)
+    reached: dict[int, list[float]] = {rung: [] for rung in budget.rungs}
     total = 0
     for _ in range(1000):
-        done = 0
-        for rung in rungs:
-            done = rung
+        before = 0
+        for rung in budget.rungs:
+            total += rung - before
+            before = 0 if fidelity == "cycles" else rung
             score = dice.random()
             reached[rung].append(score)
-            if not keep(score, reached[rung], factor):
+            if not keep(score, reached[rung], budget.reduction_factor):
                 break
-        total += done
-    assert total / 1000 == pytest.approx(expected_epochs(rungs, factor), rel=0.1)
+    assert total / 1000 == pytest.approx(expected_epochs(budget), rel=0.1)

@@ -32,6 +32,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "max_momentum": (0.99, {}),
     "milestone_fractions": ((0.25,), {"schedule": "step"}),
     "gamma": (0.5, {"schedule": "step"}),
+    "warm_restarts": ((1,), {}),
     "batch_size": (16, {}),
     "epochs": (4, {}),
     "label_smoothing": (0.2, {}),

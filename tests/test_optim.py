@@ -70,6 +70,23 @@ def test_step_schedule_falls_at_the_fractions_whatever_the_batch_size() -> None:
         assert lrs == pytest.approx(want, rel=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step"])
+def test_a_restarted_schedule_is_that_of_a_training_as_long_as_its_cycle(schedule: str) -> None:
+    whole = make_config(schedule=schedule, epochs=5, warm_restarts=(2,))
+    parameters = [nn.Parameter(torch.zeros(1))]
+    optimizer = make_optimizer(parameters, whole)
+    for epoch, length in ((1, 2), (3, 3)):
+        cycle = make_config(schedule=schedule, epochs=length)
+        alone = make_optimizer([nn.Parameter(torch.zeros(1))], cycle)
+        schedules = [make_schedule(optimizer, whole, epoch), make_schedule(alone, cycle)]
+        for _ in range(length * cycle.num_steps_per_epoch - 1):
+            for stepped, made in zip((optimizer, alone), schedules, strict=True):
+                stepped.step()
+                made.step()
+            group, other = optimizer.param_groups[0], alone.param_groups[0]
+            assert (group["lr"], group["momentum"]) == (other["lr"], other["momentum"])
+
+
 def test_constant_schedule_never_moves() -> None:
     lrs, _ = run_schedule(make_config(schedule="constant", epochs=5))
     assert lrs == [0.01] * 20

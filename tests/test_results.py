@@ -87,7 +87,7 @@ def test_load_trials_gives_every_knob_back_exactly(tmp_path: Path) -> None:
     trials = load_trials([write_search(tmp_path, "s7-1", 1, [make_start(0, config)])])
     row = trials.iloc[0].to_dict()
     assert list(trials.columns[-len(KNOBS) :]) == list(KNOBS)
-    expected = dict(config) | {"milestone_fractions": "(0.25, 0.5)"}
+    expected = dict(config) | {"milestone_fractions": "(0.25, 0.5)", "warm_restarts": "()"}
     assert {knob: row[knob] for knob in KNOBS} == expected
 
 
@@ -114,7 +114,7 @@ def test_columns_have_the_dtypes_of_their_fields(state: SearchState, has_rows: b
 def test_load_curves_has_one_row_per_epoch_with_exact_figures(state: SearchState) -> None:
     curves = load_curves([state])
     assert len(curves) == sum(trial.epochs_done for trial in state.trials.values())
-    rows = curves[curves["trial"] == 1].drop(columns=["search", "trial", "run_id"]).to_dict(orient="records")
+    rows = curves[curves["trial"] == 1].drop(columns=["search", "trial", "run_id", "cycle"]).to_dict(orient="records")
     assert rows == [result.model_dump() for result in state.trials[1].epochs]
     assert set(curves["search"]) == {"s7-1"}
     assert list(curves["run_id"].unique()) == [f"s7-1:{number}" for number in (0, 2, 1, 4, 5, 6)]
@@ -138,6 +138,7 @@ def test_complete_trials_lead_their_group_by_score_and_equals_keep_the_lower_num
         "train_size": 500,
         "val_size": 100,
         "epochs": 3,
+        "fidelity": "epochs",
     }
     assert "competes" not in rows.columns
 

@@ -13,7 +13,7 @@ import pytest
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.sampler import Sampler
-from tune_cifar.schema import EpochResult, Status
+from tune_cifar.schema import Status
 from tune_cifar.space import SamplerBudget, SearchSpace, load_space
 
 KINDS = [SamplerBudget(kind="tpe", startup=5), SamplerBudget(kind="random"), SamplerBudget(kind="qmc")]
@@ -27,12 +27,7 @@ class Past:
     params: dict[str, Any]
     status: Status = "running"
     score: float | None = None
-    epochs: list[EpochResult] = field(default_factory=list)
-
-
-def make_result(epoch: int, val_acc: float) -> EpochResult:
-    numbers: dict[str, Any] = dict.fromkeys(EpochResult.model_fields, 1.0)
-    return EpochResult(**{**numbers, "epoch": epoch, "step": epoch, "val_acc": val_acc})
+    scores: dict[int, float] = field(default_factory=dict)
 
 
 def make_space(sampler: SamplerBudget, name: str = "s10", points: bool = True) -> SearchSpace:
@@ -55,12 +50,12 @@ def end_trial(sampler: Sampler, past: Past) -> None:
     rungs = {1: value / 2}
     if past.status == "complete":
         rungs[3] = value
-        past.epochs = [make_result(1, value / 2), make_result(2, value / 3), make_result(3, value)]
+        past.scores = {1: value / 2, 2: value / 3, 3: value}
         past.score = value
     elif past.status == "stopped" and past.number % 12 == 5:
         rungs = {}  # cut before its first rung
     elif past.status == "stopped":
-        past.epochs = [make_result(1, value / 2), make_result(2, value / 3)]
+        past.scores = {1: value / 2, 2: value / 3}
     else:
         rungs, past.score = {}, 0.1 if past.status == "diverged" else None
     sampler.tell(past.number, past.status, rungs, past.score)

@@ -22,7 +22,8 @@ from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.events import EpochReported, SearchResumed, utc_now
 from tune_cifar.plan import SearchRequest, resolve_resources
 from tune_cifar.record import Record, SearchState, read_state, search_folder
-from tune_cifar.schema import EpochResult, Numerics
+from tune_cifar.resume import restore_space
+from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
 from tune_cifar.search import TrialWorker, _guard, _Scheduler
 from tune_cifar.space import SearchSpace, load_space
 from tune_cifar.train import make_header, stop_file
@@ -32,9 +33,10 @@ SMALL = {"train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
 
 
 def make_space(trials: int = 9, **changes: Any) -> SearchSpace:
-    """The smoke space with rungs 1 and 3, three epochs and no time limit."""
+    """The smoke space with rungs 1 and 3 of one schedule of three epochs, and no time limit."""
     space = load_space("smoke", "cpu", {**SMALL, "epochs": 3})
-    budget = {"rungs": (1, 3), "trials": trials, "reduction_factor": 3, "max_time_seconds": None, **changes}
+    budget = {"rungs": (1, 3), "fidelity": "epochs", "trials": trials, "reduction_factor": 3}
+    budget |= {"max_time_seconds": None, **changes}
     return dataclasses.replace(space, budget=space.budget.model_copy(update=budget))
 
 
@@ -80,10 +82,10 @@ def test_driver_asks_for_the_baseline_first_and_then_the_points(driver: SearchDr
 def test_driver_stops_the_worse_at_a_rung_and_never_the_baseline(driver: SearchDriver) -> None:
     for _ in range(4):
         driver.ask()
-    assert driver.report(1, result_of(1, 0.5))  # the first at the rung goes on
-    assert driver.report(0, result_of(1, 0.2))  # the baseline goes on although it is worse
-    assert not driver.report(2, result_of(1, 0.3))
-    assert driver.report(3, result_of(1, 0.6))
+    assert driver.report(1, 3, result_of(1, 0.5))  # the first at the rung goes on
+    assert driver.report(0, 3, result_of(1, 0.2))  # the baseline goes on although it is worse
+    assert not driver.report(2, 3, result_of(1, 0.3))
+    assert driver.report(3, 3, result_of(1, 0.6))
     trials = driver.record.state.trials
     assert [trials[n].status for n in range(4)] == ["running", "running", "stopped", "running"]
     assert trials[2].reason == "rung 1: 1 of 3 scores were better"
@@ -91,17 +93,17 @@ def test_driver_stops_the_worse_at_a_rung_and_never_the_baseline(driver: SearchD
 
 def test_driver_completes_a_trial_at_its_last_epoch_only(driver: SearchDriver) -> None:
     driver.ask()
-    assert driver.report(0, result_of(1, 0.9))
-    assert driver.report(0, result_of(2, 0.8))
-    assert not driver.report(0, result_of(3, 0.7))
+    assert driver.report(0, 3, result_of(1, 0.9))
+    assert driver.report(0, 3, result_of(2, 0.8))
+    assert not driver.report(0, 3, result_of(3, 0.7))
     trial = driver.record.state.trials[0]
     assert (trial.status, trial.score) == ("complete", 0.7)
 
 
 def test_driver_passes_over_epochs_that_a_resumed_trial_tells_again(driver: SearchDriver) -> None:
     driver.ask()
-    driver.report(0, result_of(1, 0.4))
-    assert driver.report(0, result_of(1, 0.4))
+    driver.report(0, 3, result_of(1, 0.4))
+    assert driver.report(0, 3, result_of(1, 0.4))
     assert driver.record.state.trials[0].epochs_done == 1
 
 
@@ -114,26 +116,27 @@ def test_driver_keeps_only_the_best_trials_weights(driver: SearchDriver, order: 
         weights.write_bytes(b"weights")
     for number in order:
         for epoch in (1, 2, 3):
-            driver.report(number, result_of(epoch, (0.5, 0.7)[number] + epoch / 100))
+            driver.report(number, 3, result_of(epoch, (0.5, 0.7)[number] + epoch / 100))
     kept = [n for n in (0, 1) if (driver.record.state.trial_folder(n) / "weights.safetensors").exists()]
     assert kept == [1]
 
 
-def go_on(driver: SearchDriver, **changes: Any) -> SearchDriver:
+def go_on(driver: SearchDriver, trials: int = 9) -> SearchDriver:
     """What a new driver on the record of this one would be; the record is read again from disk."""
     folder = driver.record.state.folder
     driver.record.close()
     driver.record = Record.open(folder)
-    return SearchDriver(driver.record, make_space(**changes), lambda state, event: None)
+    space = restore_space(driver.record.state.header).limit(trials)
+    return SearchDriver(driver.record, space, lambda state, event: None)
 
 
 def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(driver: SearchDriver) -> None:
     driver.ask(), driver.ask()
-    driver.report(0, result_of(1, 0.4))
+    driver.report(0, 3, result_of(1, 0.4))
     driver.interrupt()
     assert stop_file(driver.record.state.folder).exists()
     assert driver.ask() is None and not driver.is_exhausted and not driver.is_cut
-    assert driver.report(0, result_of(2, 0.5)) and driver.report(1, result_of(1, 0.6))
+    assert driver.report(0, 3, result_of(2, 0.5)) and driver.report(1, 3, result_of(1, 0.6))
     assert not driver.is_exhausted and not driver.is_cut
     driver.pause(0), driver.pause(1)  # the workers have saved them
     assert driver.is_exhausted and driver.is_cut
@@ -146,7 +149,7 @@ def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(driver: 
 
 def test_driver_cuts_running_trials_when_the_time_is_over(driver: SearchDriver) -> None:
     driver.ask()
-    driver.report(0, result_of(1, 0.4))
+    driver.report(0, 3, result_of(1, 0.4))
     driver._deadline = time.monotonic()
     assert driver.is_cut and driver.ask() is None
     driver.finish()
@@ -164,15 +167,15 @@ def test_a_new_driver_asks_for_the_unfinished_first_and_then_for_what_the_old_on
         )
         driver = SearchDriver(Record.create(search_folder(tmp_path, name), header), make_space(), lambda s, e: None)
         numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
-        driver.report(1, result_of(1, 0.5))
-        driver.report(1, result_of(2, 0.6))
+        driver.report(1, 3, result_of(1, 0.5))
+        driver.report(1, 3, result_of(2, 0.6))
         if breaks:
             driver = go_on(driver)
             numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
         assert numbers == [0, 1, 2]
-        driver.report(2, result_of(1, 0.4))
+        driver.report(2, 3, result_of(1, 0.4))
         while (trial := driver.ask()) is not None:
-            driver.report(trial.number, result_of(1, 0.3 + trial.number / 100))
+            driver.report(trial.number, 3, result_of(1, 0.3 + trial.number / 100))
         driver.record.close()
         return driver.record.state
 
@@ -187,12 +190,111 @@ def test_a_new_driver_asks_for_the_unfinished_first_and_then_for_what_the_old_on
         )
 
 
+def make_cycles_driver(storage: Path, numerics: Numerics, name: str = "c") -> SearchDriver:
+    """A driver whose trials train 1, 2 and 3 epochs, each time from scratch; one in two goes on."""
+    space = make_space(rungs=(1, 2, 3), fidelity="cycles", reduction_factor=2)
+    info = _info({"name": "shapes", "digest": "d", "split_hash": "s"})
+    header = make_header("search", name, space, 0, info, numerics, "test")
+    return SearchDriver(Record.create(search_folder(storage, name), header), space, lambda state, event: None)
+
+
+def test_a_trial_in_cycles_is_judged_at_the_end_of_each_and_complete_after_the_longest(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    for _ in range(3):
+        driver.ask()
+    trials = driver.record.state.trials
+    assert driver.list_cycles_left(trials[1]) == (1, 2, 3)
+    assert driver.report(1, 1, result_of(1, 0.5))
+    assert driver.list_cycles_left(trials[1]) == (2, 3)
+    assert not driver.report(2, 1, result_of(1, 0.4))
+    assert driver.report(1, 2, result_of(1, 0.1))  # within a cycle nothing is compared
+    assert driver.list_cycles_left(trials[1]) == (2, 3)
+    assert driver.report(1, 2, result_of(2, 0.6))
+    assert driver.report(1, 3, result_of(1, 0.2)) and driver.report(1, 3, result_of(2, 0.3))
+    assert not driver.report(1, 3, result_of(3, 0.7))
+    driver.record.close()
+    for state in (driver.record.state, read_state(driver.record.state.folder)):
+        best, stopped = state.trials[1], state.trials[2]
+        assert (best.status, best.score, best.scores) == ("complete", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})
+        assert (best.epochs_done, [epoch.epoch for epoch in best.epochs]) == (6, [1, 2, 3])
+        assert [(cycle, epoch.epoch) for cycle, epoch in best.paid] == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
+        assert best.config == best.whole and best.fingerprint == best.whole.fingerprint
+        assert (stopped.status, stopped.config.epochs, stopped.whole.epochs) == ("stopped", 1, 3)
+        assert stopped.fingerprint == stopped.whole.shorten(1).fingerprint != best.fingerprint
+        assert state.arrivals == {1: {1: 0.5, 2: 0.4}, 2: {1: 0.6}, 3: {1: 0.7}}
+
+
+def test_a_trial_in_cycles_passes_over_what_a_checkpoint_tells_again(tmp_path: Path, fp32: Numerics) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    driver.ask()
+    told = [(1, 1), (1, 1), (2, 1), (2, 1), (1, 1), (2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
+    assert all(driver.report(0, cycle, result_of(epoch, 0.5)) for cycle, epoch in told)
+    expected = [(1, 1), (2, 1), (2, 2), (3, 1)]
+    assert [(cycle, epoch.epoch) for cycle, epoch in driver.record.state.trials[0].paid] == expected
+    driver.record.close()
+
+
+@pytest.mark.parametrize(("told", "left"), [([], (1, 2, 3)), ([1], (2, 3)), ([1, 1], (2, 3)), ([1, 1, 2], (3,))])
+def test_a_new_driver_goes_on_in_the_cycle_that_the_old_one_died_in(
+    told: list[int], left: tuple[int, ...], tmp_path: Path, fp32: Numerics
+) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    driver.ask()
+    for cycle, epoch in zip((1, 2, 2), told, strict=False):
+        driver.report(0, cycle, result_of(epoch, 0.5))
+    again = go_on(driver)
+    trial = again.ask()
+    again.record.close()
+    assert trial is not None and again.list_cycles_left(trial) == left
+
+
+@pytest.mark.parametrize(("num_told", "cycle"), [(0, 1), (1, 2), (2, 2), (3, 3)])
+def test_a_trial_that_diverges_did_so_in_the_cycle_it_was_in(
+    num_told: int, cycle: int, tmp_path: Path, fp32: Numerics
+) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    driver.ask()
+    for told in [(1, 1), (2, 1), (2, 2)][:num_told]:
+        driver.report(0, told[0], result_of(told[1], 0.5))
+    driver.end(0, "diverged", "epoch 1, step 3: the loss must be finite")
+    trial = driver.record.state.trials[0]
+    assert (trial.config.epochs, trial.epochs_done, trial.score) == (cycle, num_told, 0.1)
+    assert len(trial.epochs) == (1 if num_told == 2 else 0)
+    driver.record.close()
+    assert read_state(driver.record.state.folder).trials[0] == trial
+
+
+def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_alone(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    space = make_space()
+    config = space.baseline.model_copy(update={"train_size": 40, "val_size": 20, "batch_size": 4})
+
+    def step_all(name: str, cycles: tuple[int, ...]) -> list[dict[str, Any]]:
+        worker = object.__new__(TrialWorker)
+        folder = tmp_path / "search" / "trials" / name
+        folder.mkdir(parents=True)
+        trial = {"trial": 0, "config": config.model_dump(mode="json"), "cycles": cycles, "folder": str(folder)}
+        worker.setup(trial | {"source": ("shapes", None), "numerics": fp32.model_dump(mode="json")})
+        return list(iter(worker.step, {"trial": 0, "outcome": "paused", "text": ""}))
+
+    def tell(word: dict[str, Any]) -> tuple[int, Any]:
+        result = EpochResult.model_validate_json(word["text"])
+        return word["cycle"], [getattr(result, name) for name in REPRODUCIBLE_FIELDS]
+
+    words = [tell(word) for word in step_all("0000", (1, 3))]
+    assert words == [tell(word) for name, cycle in (("0001", 1), ("0002", 3)) for word in step_all(name, (cycle,))]
+    assert [(cycle, fields[0]) for cycle, fields in words] == [(1, 1), (3, 1), (3, 2), (3, 3)]
+
+
 @pytest.mark.parametrize("val_acc", [0.1, 0.9])
 def test_a_new_driver_takes_the_decision_that_the_old_one_died_before(driver: SearchDriver, val_acc: float) -> None:
     """The old driver recorded trial 1's score at rung 1 and died; trial 2's later score must not count for it."""
     for _ in range(3):
         driver.ask()
-    driver.report(0, result_of(1, 0.5))
+    driver.report(0, 3, result_of(1, 0.5))
     for number, acc in ((1, val_acc), (2, 0.99)):
         driver.record.append(EpochReported(trial=number, result=result_of(1, acc)))
     state = go_on(driver).record.state
@@ -276,6 +378,7 @@ def test_weights_that_find_no_room_end_the_search_and_leave_their_trial_unfinish
         {
             "trial": 0,
             "config": small,
+            "cycles": (1,),
             "folder": str(tmp_path / "0000"),
             "source": ("shapes", None),
             "numerics": numerics,

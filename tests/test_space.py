@@ -195,8 +195,9 @@ def test_distributions_are_described_in_the_words_of_the_file() -> None:
 def test_budget_is_described_in_one_line() -> None:
     file = parse(MINI)
     full, cpu = (select_tier(file, tier).budget.describe() for tier in TIERS)
-    assert full == "9 trials, rungs 2, 4, reduction factor 3, sampler tpe (startup 3)"
-    assert cpu == "8 trials, rungs 1, 2, reduction factor 2, sampler random, at most 1.5 min"
+    cycles = "(a complete cycle from scratch for each)"
+    assert full == f"9 trials, rungs at 2, 4 epochs {cycles}, reduction factor 3, sampler tpe (startup 3)"
+    assert cpu == f"8 trials, rungs at 1, 2 epochs {cycles}, reduction factor 2, sampler random, at most 1.5 min"
 
 
 def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
@@ -308,6 +309,16 @@ REFUSALS = {
     "rungs_type": ("rungs: [2, 4]", "rungs: [2, 4.0]", "rungs.1: input should be a valid integer, got 4.0."),
     "rungs_order": ("rungs: [2, 4]", "rungs: [4, 2]", "rungs increasing from 1 or more must hold, got [4, 2]."),
     "rungs_end": ("rungs: [2, 4]", "rungs: [2, 5]", "last rung = epochs must hold, got 5 and epochs 4."),
+    "fidelity_unknown": (
+        "rungs: [2, 4]",
+        "fidelity: cycle\n    rungs: [2, 4]",
+        "fidelity must be 'cycles', 'cycles/continue' or 'epochs', got 'cycle'. Did you mean cycles?",
+    ),
+    "rung_in_the_warm_up": (
+        "rungs: [2, 4]",
+        "rungs: [2, 4]\n    fidelity: epochs",
+        "first rung > pct_start x epochs must hold for fidelity: epochs, got 2 and 0.5 x 4. Within the warm-up",
+    ),
     "factor_one": ("reduction_factor: 3", "reduction_factor: 1", "reduction_factor >= 2 must hold, got 1."),
     "sampler_kind": ("kind: tpe", "kind: tpa", "kind must be 'tpe', 'random' or 'qmc', got 'tpa'. Did you mean tpe?"),
     "sampler_unknown": ("startup: 3", "start: 3", "start is not a known name. Did you mean startup?"),
@@ -537,12 +548,45 @@ def test_pin_may_bring_knobs_to_life() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "rungs"),
-    [(1, (1,)), (8, (8,)), (9, (8, 9)), (24, (8, 24)), (40, (8, 40))],
+    [(1, (1,)), (3, (3,)), (8, (3, 8)), (9, (3, 8, 9)), (24, (3, 8, 24)), (40, (3, 8, 40))],
 )
 def test_pinned_epochs_become_the_last_rung(epochs: int, rungs: tuple[int, ...]) -> None:
     space = load_space("s10", "full", {"epochs": epochs})
     assert space.baseline.epochs == epochs
     assert space.budget.rungs == rungs
+
+
+@pytest.mark.parametrize(("fidelity", "restarts"), [("cycles", ()), ("cycles/continue", (1, 3)), ("epochs", ())])
+def test_continued_cycles_are_warm_restarts_of_every_trial(fidelity: str, restarts: tuple[int, ...]) -> None:
+    text = MINI.replace("rungs: [2, 4]", f"rungs: [1, 3, 4]\n    fidelity: {fidelity}")
+    text = text.replace("pct_start: {low: 0.1, high: 0.5}", "pct_start: {choices: [0.1, 0.2, 0.3]}")
+    text = text.replace("rungs: [1, 3, 4]", "rungs: [2, 3, 4]") if fidelity == "epochs" else text
+    space = select_tier(parse(text), "full")
+    assert space.baseline.warm_restarts == restarts
+    assert space.config({"max_lr": 0.5}).warm_restarts == restarts
+    assert space.budget.fidelity == fidelity
+    assert select_tier(parse(text), "full", {"epochs": 3}).baseline.warm_restarts == restarts[:1]
+
+
+def test_cycles_too_short_for_a_warm_up_are_refused_before_a_trial_is() -> None:
+    """A tenth of the steps must be more than one: 16 steps a cycle of one epoch are enough, 9 are not."""
+    load_space("smoke", "cpu", {"train_size": 320}).check_searchable()
+    space = load_space("smoke", "cpu", {"train_size": 180})
+    with pytest.raises(ConfigError) as caught:
+        space.check_searchable()
+    assert str(caught.value) == (
+        "--set: pct_start x steps of the shortest cycle > 1 must hold, got 0.1 x 9. "
+        "Raise pct_start's low, raise the first rung or lower batch_size."
+    )
+    load_space("smoke", "cpu", {"train_size": 180, "schedule": "constant"}).check_searchable()  # there is no warm-up
+
+
+def test_pinned_warm_restarts_are_refused_where_the_rungs_set_them() -> None:
+    text = MINI.replace("rungs: [2, 4]", "rungs: [2, 4]\n    fidelity: cycles/continue")
+    pins = {"schedule": "onecycle", "warm_restarts": [1]}
+    with pytest.raises(ConfigError, match="--set: no warm_restarts must stand beside fidelity: cycles/continue"):
+        select_tier(parse(text), "full", pins).check_searchable()
+    assert select_tier(parse(MINI), "full", pins).baseline.warm_restarts == (1,)
 
 
 @pytest.mark.parametrize(
@@ -714,7 +758,7 @@ def test_coupled_knobs_are_those_that_searching_can_make_invalid() -> None:
 def test_shipped_baseline_states_exactly_the_knobs_that_can_have_an_effect(name: str) -> None:
     file = read_space(name)
     baseline = TrainConfig(**file.baseline)
-    assert set(file.baseline) == set(KNOBS) - set(find_dead(baseline, file.search))
+    assert set(file.baseline) == set(KNOBS) - set(find_dead(baseline, file.search)) - {"warm_restarts"}
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "smoke"])
@@ -730,11 +774,11 @@ def test_shipped_cpu_tier_searches_the_few_knobs_that_a_short_budget_can_tell_ap
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "smoke"])
-def test_shipped_full_tier_compares_past_the_warm_up_on_all_images(name: str) -> None:
+def test_shipped_full_tier_compares_complete_cycles_on_all_images(name: str) -> None:
     space = load_space(name, "full")
     assert (space.baseline.train_size, space.baseline.val_size) == (45_000, 5_000)
-    assert space.budget.rungs[0] > space.baseline.pct_start * space.baseline.epochs
-    assert space.budget.reduction_factor == 3
+    assert (space.budget.fidelity, space.budget.reduction_factor, len(space.budget.rungs)) == ("cycles", 3, 3)
+    assert all(2 < later / earlier < 4 for earlier, later in itertools.pairwise(space.budget.rungs))
     kinds = {
         "max_lr",
         "dropout",
@@ -813,7 +857,8 @@ def make_knob_table() -> str:
         elif knob["type"] == "boolean":
             values = "true, false"
         elif knob["type"] == "array":
-            values = "increasing within (0, 1)"
+            is_restarts = name == "warm_restarts"
+            values = "increasing from 1 to below epochs" if is_restarts else "increasing within (0, 1)"
         else:
             low = f"[{knob['minimum']:g}" if "minimum" in knob else f"({knob['exclusiveMinimum']:g}"
             high = f"{knob['maximum']:.10g}]" if "maximum" in knob else f"{knob['exclusiveMaximum']:g})"

@@ -106,12 +106,12 @@ class TrialState:
         if isinstance(event, TrialRetried):
             self.retries.append(event)
             return
-        begins = event.cycle is not None and event.cycle != self.cycle
-        done, last = (0, event.cycle) if begins else (len(self.epochs), self.config.epochs)
-        if begins:
+        done, last = len(self.epochs), self.config.epochs
+        if event.cycle not in (None, self.cycle):
             old, longest = self.cycle or 0, self.whole.epochs
-            rule = f"a cycle must be longer than the whole one before ({old}), at most {longest}, got {last}."
-            _must(len(self.epochs) == old < event.cycle <= longest, self.run_id, rule)
+            rule = f"a cycle must be longer than the whole one before ({old}), at most {longest}, got {event.cycle}."
+            _must(done == old < event.cycle <= longest, self.run_id, rule)
+            done, last = 0, event.cycle
         if isinstance(event, EpochReported):
             rule = f"epoch {done + 1} of {last} must come next, got epoch {event.result.epoch}."
             _must(event.result.epoch == done + 1 <= last, self.run_id, rule)

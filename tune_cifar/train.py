@@ -121,7 +121,7 @@ def run_training(
         record.append(event)
         listener(record.state, event)
 
-    def end(status: EndStatus, reason: str, score: float | None = None, **files: str) -> None:
+    def end(status: EndStatus, reason: str, score: float | None = None, **files: Any) -> None:
         append(TrialEnded(trial=0, status=status, reason=reason, score=score, time=utc_now(), **files))
 
     if 0 not in record.state.trials:

@@ -152,7 +152,7 @@ def test_a_training_refuses_a_run_store_that_cannot_be_written(workplace: Path, 
 def test_a_search_refuses_a_run_store_that_cannot_be_written_before_its_workers_start(
     workplace: Path, place: str
 ) -> None:
-    sentence = refuse(ConfigError, *SEARCH, *TINY, "--storage", place)
+    sentence = refuse(ConfigError, *SEARCH, "--storage", place)
     assert sentence.startswith(f"{place}: the run store must be writable, got ")
     assert sentence.endswith("Name another folder with --storage.")
 
@@ -182,7 +182,7 @@ def test_a_search_refuses_a_temporary_folder_that_is_not_there(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/no/such/folder")
-    sentence = refuse(ConfigError, *SEARCH, *TINY)
+    sentence = refuse(ConfigError, *SEARCH)
     assert sentence.startswith(
         "/no/such/folder: the temporary folder must be writable, got 'No such file or directory'"
     )
