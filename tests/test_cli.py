@@ -72,7 +72,7 @@ EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
 
 
 def test_the_commands_are_those_of_the_readme() -> None:
-    assert set(COMMANDS) >= {"search", "train", "reproduce", "leaderboard", "ui", "models", "preview"}
+    assert set(COMMANDS) >= {"search", "train", "lr-range", "reproduce", "leaderboard", "ui", "models", "preview"}
     assert set(COMMANDS) >= {"spaces list", "spaces show", "spaces check", "data fetch", "data verify"}
 
 
@@ -114,6 +114,20 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     ("train --space s7 --precision fp8", ConfigError, "--precision: auto, fp32 or bf16 must be given, got 'fp8'."),
     ("train --space s7 --resume", ConfigError, "--resume: needs --name, got none."),
     ("train --space s7 --name ../x", RecordError, "a search's name: it must be 1 to 64 of"),
+    ("lr-range --space s7 --set max_lr=1", ConfigError, "--set: max_lr must be left to the sweep, got 1."),
+    ("lr-range --space s7 --set schedule=step", ConfigError, "--set: schedule must be left to the sweep, got step."),
+    ("lr-range --space s7 --set pct_start=0.2", ConfigError, "--set: pct_start must have an effect, got a dead knob"),
+    ("lr-range --space s7 --low 0", ConfigError, "--low > 0 must hold, got 0.0."),
+    ("lr-range --space s7 --high 1e3", ConfigError, "--high <= 100 must hold, got 1000.0."),
+    ("lr-range --space s7 --low 2", ConfigError, "--low: at most a tenth of --high must hold, got 2 and 10."),
+    (
+        "lr-range --space s7 --steps 30",
+        ConfigError,
+        "--steps: at least 35 must hold from 1e-06 to 10 (5 a decade), got",
+    ),
+    ("lr-range --space s7 --seeds 0", ConfigError, "--seeds: a number >= 1 must be given, got 0."),
+    ("lr-range --space s7 --out /proc/x", ConfigError, "/proc/x: the test's folder must be writable, got"),
+    ("lr-range --space s7 --write --set dropout=0", ConfigError, "--write: the file's own recipe must be swept, got"),
     ("models s9", ConfigError, "model: 's9' is not a known name."),
     ("preview --space s7 --out no/x.png", ConfigError, "--out: the folder must be there, got no."),
     ("leaderboard --search x", RecordError, "a search of the name must be recorded, got 'x'."),
@@ -124,11 +138,11 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
 @pytest.mark.parametrize(("command", "kind", "sentence"), MISTAKES, ids=[command for command, _, _ in MISTAKES])
 @pytest.mark.usefixtures("workplace")
 def test_a_mistake_is_answered_in_one_sentence(command: str, kind: type[TuneCifarError], sentence: str) -> None:
-    needs_data = command.split()[0] in ("train", "search", "preview")
+    needs_data = command.split()[0] in ("train", "search", "preview", "lr-range")
     assert sentence in refuse(kind, *command.split(), *(["--data", "shapes"] if needs_data else []))
 
 
-@pytest.mark.parametrize("command", ["train", "preview", "search"])
+@pytest.mark.parametrize("command", ["train", "preview", "search", "lr-range"])
 def test_missing_data_are_refused_with_every_way_out(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

@@ -38,6 +38,7 @@ LEVELS = {
     "resume": 5,
     "search": 6,
     "reproduce": 6,
+    "lr_range": 6,
     "cli": 8,
     "live": 8,
 }
@@ -145,7 +146,10 @@ def test_only_the_command_line_prints_or_exits() -> None:
     assert wrong == []
 
 
-LIGHT_COMMANDS = (["--help"], ["search", "--help"], ["spaces", "list"], ["leaderboard", "--help"])
+LIGHT_COMMANDS = (
+    *(["--help"], ["search", "--help"], ["lr-range", "--help"]),
+    *(["spaces", "list"], ["leaderboard", "--help"]),
+)
 
 
 @pytest.mark.parametrize("command", LIGHT_COMMANDS, ids=" ".join)

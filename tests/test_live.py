@@ -20,6 +20,7 @@ from tune_cifar.engine import Trainer
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
 from tune_cifar.live import (
     SearchView,
+    SweepView,
     TrainingView,
     format_percent,
     format_seconds,
@@ -27,6 +28,7 @@ from tune_cifar.live import (
     print_search_summary,
     print_stand_in_banner,
 )
+from tune_cifar.lr_range import Sweep
 from tune_cifar.record import SearchState
 from tune_cifar.schema import DataInfo, Numerics
 
@@ -293,6 +295,34 @@ def test_training_shows_a_bar_over_the_trainers_steps_on_a_terminal(shapes: Trai
         view._progress.refresh()
     shown = strip_codes(text.getvalue())
     assert "epoch 2/2" in shown and "4/8 steps" in shown
+
+
+def test_an_lr_range_test_shows_a_line_per_sweep_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, text = make_console()
+    clock = iter([0.0, 0.0, 10.0, 16.0])
+    monkeypatch.setattr("tune_cifar.live.time.monotonic", lambda: next(clock))
+    with SweepView(console, num_seeds=2, num_steps=8) as view:
+        for _ in range(5):
+            view.step()
+        view.say(Sweep(0, (1e-3,) * 4, (2.0,) * 4, 0.1234))
+        for _ in range(8):
+            view.step()
+        view.say(Sweep(1, (1e-3,) * 8, (2.0,) * 8, None))
+    assert text.getvalue().splitlines() == [
+        "seed 0: 4 losses until it diverged at lr 0.123, 0:00:16 left",
+        "seed 1: 8 losses to its end, 0:00:00 left",
+    ]
+
+
+def test_an_lr_range_test_shows_a_bar_over_the_steps_of_all_seeds_on_a_terminal() -> None:
+    console, text = make_console(force_terminal=True, no_color=True)
+    with SweepView(console, num_seeds=3, num_steps=10) as view:
+        view.step()
+        view._progress.refresh()
+        assert "1/30 steps" in strip_codes(text.getvalue())
+        view.say(Sweep(0, (1e-3,), (2.0,), 0.1))
+        view._progress.refresh()
+    assert "1/21 steps" in strip_codes(text.getvalue())
 
 
 def test_formats_are_for_people() -> None:

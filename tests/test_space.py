@@ -34,6 +34,7 @@ from tune_cifar.space import (
     read_space,
     select_tier,
 )
+from tune_cifar.space.edit import check_editable, describe_edit, edit_range, write_space
 from tune_cifar.space.rules import COUPLED, DECIDING, find_dead, find_value_problem
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
@@ -892,3 +893,94 @@ def test_a_sentence_about_an_enormous_value_is_cut_in_its_middle(tmp_path: Path)
     ) as caught:
         read_space(tmp_path / "long.yaml")
     assert len(str(caught.value)) < 700
+
+
+# --- editing a range
+
+
+@pytest.fixture
+def mini(workplace: Path) -> Path:
+    path = workplace / "mini.yaml"
+    path.write_text(MINI)
+    return path
+
+
+def test_an_edited_range_changes_its_own_line_only(mini: Path) -> None:
+    before = "  max_lr: {low: 1.0e-4, high: 1, log: true}"
+    text = MINI.replace(before, before + "  # a {comment}").replace("\n", "\r\n")
+    mini.write_bytes(text.encode())
+    file = read_space(mini)
+    edited = edit_range(file, "max_lr", 1.25e-5, 0.5)
+    assert edited == text.replace("{low: 1.0e-4, high: 1, log: true}", "{low: 1.25e-5, high: 0.5, log: true}")
+    write_space(file, edited)
+    assert mini.read_bytes() == edited.encode()
+    assert read_space(mini).search["max_lr"] == Range(1.25e-5, 0.5, log=True)
+
+
+def test_an_edit_is_shown_as_a_diff_and_none_as_nothing(mini: Path) -> None:
+    file = read_space(mini)
+    assert describe_edit(file, MINI) == ""
+    changed = [
+        line for line in describe_edit(file, edit_range(file, "max_lr", 1e-3, 1.0)).splitlines() if line[0] in "+-"
+    ]
+    assert changed == [
+        "--- mini.yaml",
+        "+++ mini.yaml (proposed)",
+        "-  max_lr: {low: 1.0e-4, high: 1, log: true}",
+        "+  max_lr: {low: 1.0e-3, high: 1.0, log: true}",
+    ]
+
+
+def test_an_edit_that_breaks_a_rule_of_the_file_is_refused(mini: Path) -> None:
+    with pytest.raises(SpaceError, match=r"^mini.yaml:\d+: max_lr: the baseline's value must lie within"):
+        edit_range(read_space(mini), "max_lr", 0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("knob", "sentence"),
+    [
+        ("dropout", "dropout must be searched between low and high, got a knob that is not searched."),
+        ("schedule", "schedule must be searched between low and high, got choices."),
+    ],
+)
+def test_only_a_range_can_be_edited(mini: Path, knob: str, sentence: str) -> None:
+    with pytest.raises(SpaceError, match=f"^mini.yaml: {sentence}"):
+        check_editable(read_space(mini), knob)
+
+
+def test_a_range_over_several_lines_is_refused(mini: Path) -> None:
+    mini.write_text(MINI.replace("{low: 1.0e-4, high: 1, log: true}", "\n    low: 1.0e-4\n    high: 1\n    log: true"))
+    with pytest.raises(SpaceError, match=r"^mini.yaml:\d+: max_lr must be given as max_lr: .* got another form\.$"):
+        check_editable(read_space(mini), "max_lr")
+
+
+def test_the_packages_own_copy_is_not_edited_but_named(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_cifar.space.edit.PACKAGED", mini.parent)
+    with pytest.raises(SpaceError, match=r"got the package's copy\. .*: cp .*mini\.yaml search_spaces/$"):
+        check_editable(read_space(mini), "max_lr")
+
+
+def test_writing_keeps_mode_mark_and_link_and_leaves_nothing_else(mini: Path) -> None:
+    mini.write_bytes(b"\xef\xbb\xbf" + MINI.encode())
+    mini.chmod(0o640)
+    link = mini.parent / "links" / "mini.yaml"
+    link.parent.mkdir()
+    link.symlink_to(mini)
+    file = read_space(link)
+    write_space(file, edit_range(file, "max_lr", 1e-3, 1.0))
+    assert link.is_symlink() and mini.read_bytes().startswith(b"\xef\xbb\xbfspace: mini")
+    assert mini.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in sorted(mini.parent.iterdir())] == ["links", "mini.yaml"]
+
+
+def test_a_file_that_changed_meanwhile_or_is_gone_is_not_overwritten(mini: Path) -> None:
+    file = read_space(mini)
+    text = edit_range(file, "max_lr", 1e-3, 1.0)
+    mini.write_text(MINI + "# another hand\n")
+    with pytest.raises(SpaceError, match=r"^mini.yaml: the file must be as it was read, got a changed one\."):
+        write_space(file, text)
+    assert mini.read_text() == MINI + "# another hand\n"
+    mini.unlink()
+    with pytest.raises(SpaceError, match=r"^mini.yaml: the file must be writable, got 'No such file or directory'\."):
+        write_space(file, text)
+    assert list(mini.parent.iterdir()) == []

@@ -8,10 +8,11 @@ waits for the device inside an epoch on CUDA.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from tune_cifar.augment import select_interpreter
 from tune_cifar.augment.batched import apply_normalize, draw_policy
 from tune_cifar.augment.policies import make_policy
 from tune_cifar.data import Split, TrainVal
-from tune_cifar.errors import CheckpointError, Diverged
+from tune_cifar.errors import CheckpointError, ConfigError, Diverged
 from tune_cifar.models import build_model
 from tune_cifar.numerics import apply_numerics, autocast, memory_format
 from tune_cifar.optim import make_optimizer, make_schedule
@@ -125,11 +126,10 @@ class Trainer:
         """Train every image once; returns mean loss per image, accuracy and the last step's LR."""
         self.model.train()
         num_images = len(self._train)
-        order = torch.randperm(num_images, generator=self._generators["order"]).to(self._device)
         losses: list[Tensor] = []
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
         lr = 0.0
-        for indices in torch.split(order, self.config.batch_size):
+        for indices in self._draw_batches():
             lr = self._optimizer.param_groups[0]["lr"]
             loss, correct = self._train_step(indices)
             losses.append(loss * len(indices))
@@ -138,6 +138,27 @@ class Trainer:
                 self._check_finite(losses[-1:], self.step)
         self._check_finite(losses, self.step - len(losses) + 1)
         return torch.stack(losses).sum().item() / num_images, num_correct.item() / num_images, lr
+
+    def sweep(self, lrs: Iterable[float]) -> Iterator[float]:
+        """Train one step at each of these learning rates and yield its loss, which may be nan or inf: here divergence
+        is a measurement. Passes over the images follow each other, each in a new order. Use a Trainer of its own.
+
+        Raises:
+            ConfigError: unless the schedule is constant: another would move the momentum meanwhile.
+        """
+        if self.config.schedule != "constant":
+            raise ConfigError(f"sweep: schedule constant must hold, got {self.config.schedule}.")
+        self.model.train()
+        batches = (indices for _ in itertools.count() for indices in self._draw_batches())
+        for lr, indices in zip(lrs, batches, strict=False):
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            yield self._train_step(indices)[0].item()
+
+    def _draw_batches(self) -> tuple[Tensor, ...]:
+        """The indices of all images in a new order, by batches. Advances the order's generator."""
+        order = torch.randperm(len(self._train), generator=self._generators["order"]).to(self._device)
+        return torch.split(order, self.config.batch_size)
 
     def _train_step(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer and schedule step; returns the mean loss and the number of right answers, on the device."""

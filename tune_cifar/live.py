@@ -22,6 +22,7 @@ from tune_cifar.schema import DataInfo, EpochResult, Status
 
 if TYPE_CHECKING:
     from tune_cifar.engine import Trainer
+    from tune_cifar.lr_range import Sweep
 
 STYLES: dict[Status, str] = {
     "running": "cyan",
@@ -319,3 +320,48 @@ class _StepProgress(Progress):
             for task_id in self.task_ids:
                 self.update(task_id, completed=self.trainer.step, epoch=epoch)
         return list(super().get_renderables())
+
+
+class SweepView:
+    """A progress bar over all steps of an LR range test's sweeps; a line per sweep."""
+
+    def __init__(self, console: Console, num_seeds: int, num_steps: int) -> None:
+        self._console = console
+        self._num_steps = num_steps
+        self._num_left = num_seeds * num_steps
+        self._num_done = 0
+        self._start = time.monotonic()
+        columns = (TextColumn("sweeping"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        self._progress = Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
+        self._task = self._progress.add_task("sweep", total=self._num_left)
+
+    def __enter__(self) -> SweepView:
+        self._start = time.monotonic()
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def step(self) -> None:
+        """One training step is done."""
+        self._num_done += 1
+        self._num_left -= 1
+        self._progress.advance(self._task)
+
+    def say(self, sweep: Sweep) -> None:
+        """One line for a finished sweep; the steps that a diverged one left out are no more to be done."""
+        self._num_left -= self._num_left % self._num_steps
+        self._progress.update(self._task, total=self._num_done + self._num_left)
+        seconds = (time.monotonic() - self._start) / max(1, self._num_done) * self._num_left
+        end = "to its end" if sweep.diverged_at is None else f"until it diverged at lr {sweep.diverged_at:.3g}"
+        self._console.print(
+            f"seed {sweep.seed}: {len(sweep.losses)} losses {end}, {format_seconds(seconds)} left",
+            markup=False,
+            highlight=False,
+            soft_wrap=not self._console.is_terminal,
+        )

@@ -1,4 +1,4 @@
-"""The MLflow runs of one record: every MLflow call and every key name.
+"""The MLflow runs of one record, and of an LR range test: every MLflow call and every key name.
 
 What stands where: one experiment per space; one parent run per search (or per single training's record); one child run
 per trial, with the living knobs as params, the epochs' figures as metrics and the config, Numerics and environment as
@@ -18,7 +18,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -95,10 +95,8 @@ class SearchRuns:
         self._header, self._folder = state.header, state.folder
         self._is_running = is_running
         header = state.header
-        self._experiment = header.space if header.data.name == "cifar10" else f"{header.space} ({header.data.name})"
-        local = tracking_uri.startswith("sqlite:")
-        self._artifact_location = (storage / "mlartifacts" / self._experiment).as_uri() if local else None
-        self._experiment_id = self._find_experiment()
+        self._experiment, self._artifacts = _place(tracking_uri, storage, header.space, header.data.name)
+        self._experiment_id = _find_experiment(self._client, self._experiment)
         self.parent: Run | None = None
         self.children: dict[int, Run] = {}
         self._doubles: list[Run] = []
@@ -110,7 +108,7 @@ class SearchRuns:
             self._client.delete_run(self._doubles.pop().run_id)
         header = self._header
         if self._experiment_id is None:
-            self._experiment_id = self._create_experiment()
+            self._experiment_id = _create_experiment(self._client, self._experiment, self._artifacts)
         if self.parent is None:
             self.parent = self._create_run(header.name, _to_ms(header.created), {"kind": header.kind})
         elif self._is_running and self.parent.status != "RUNNING":
@@ -213,23 +211,6 @@ class SearchRuns:
             self._client.delete_run(run.run_id)
         return len(runs)
 
-    def _find_experiment(self) -> str | None:
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found is None:
-            return None
-        if found.lifecycle_stage != "active":
-            hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
-            raise TrackingError(f"MLflow: experiment {self._experiment!r} must be active, got a deleted one. {hint}")
-        return str(found.experiment_id)
-
-    def _create_experiment(self) -> str:
-        try:
-            return str(self._client.create_experiment(self._experiment, artifact_location=self._artifact_location))
-        except Exception:
-            if (found := self._find_experiment()) is None:  # else another search was faster
-                raise
-            return found
-
     def _find_runs(self) -> None:
         """Fill parent, children and doubles: second runs, as a server creates that answers too late."""
         groups: dict[int | None, list[Run]] = {}
@@ -326,6 +307,58 @@ class SearchRuns:
                 data = content.read_bytes() if isinstance(content, Path) else content.encode()
                 Path(folder, name).write_bytes(data)
             self._client.log_artifacts(run.run_id, folder)
+
+
+def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
+    """A run of its own for an LR range test (`report` is what its sweeps.json holds), its folder as artifacts. No
+    record stands behind it: where a call fails, the run is closed as FAILED."""
+    from mlflow.entities import Metric, Param
+
+    client, now = make_client(tracking_uri), _to_ms(report["created"])
+    name, artifacts = _place(tracking_uri, storage, report["space"], report["data"]["name"])
+    experiment_id = _find_experiment(client, name) or _create_experiment(client, name, artifacts)
+    points = [(f"lr_{key.replace('/', '_over_')}", found["lr"], 0) for key, found in report["estimators"].items()]
+    for sweep in report["sweeps"]:
+        points += [(f"loss_seed_{sweep['seed']}", loss, step) for step, loss in enumerate(sweep["losses"], 1)]
+    metrics = [Metric(key, value, now, step) for key, value, step in points if value is not None]
+    tags = {"kind": "lr_range", "tier": report["tier"], "data": report["data"]["name"], "verdict": report["verdict"]}
+    tags |= {"mlflow.note.content": f"`{report['command']}`"[:MAX_TAG_CHARACTERS]}
+    run_id = client.create_run(experiment_id, now, tags, report["name"]).info.run_id
+    try:
+        client.log_batch(run_id, params=[Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]])
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics[start : start + METRICS_PER_BATCH])
+        client.log_artifacts(run_id, str(folder))
+    except BaseException:
+        with suppress(Exception):  # the first fault is told
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _place(tracking_uri: str, storage: Path, space: str, data_name: str) -> tuple[str, str | None]:
+    """The name of a space's experiment (the stand-in has one of its own), and its folder where no server keeps it."""
+    name = space if data_name == "cifar10" else f"{space} ({data_name})"
+    return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith("sqlite:") else None
+
+
+def _find_experiment(client: Any, name: str) -> str | None:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return None
+    if found.lifecycle_stage != "active":
+        hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise TrackingError(f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}")
+    return str(found.experiment_id)
+
+
+def _create_experiment(client: Any, name: str, artifacts: str | None) -> str:
+    try:
+        return str(client.create_experiment(name, artifact_location=artifacts))
+    except Exception:
+        if (found := _find_experiment(client, name)) is None:  # else another process was faster
+            raise
+        return found
 
 
 def make_client(tracking_uri: str) -> Any:

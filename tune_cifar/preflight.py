@@ -87,7 +87,7 @@ def check_search_fits(
         ConfigError: the temporary folder or the run store cannot be written, or the disk has too little room.
     """
     _check_temporary_folder()
-    _check_writable(_find_existing(storage), f"{storage}: the run store", "Name another folder with --storage.")
+    check_folder(storage, "the run store", "--storage")
     needs, free = estimate_disk_needs(config, num_trials, max_concurrent, keep_weights), _get_free_bytes(storage)
     if needs.total > free:
         raise ConfigError(
@@ -95,6 +95,15 @@ def check_search_fits(
             f"got {_format_mb(free)}. Make room (`searches delete`), name another folder with --storage, or ask for "
             "fewer trials."
         )
+
+
+def check_folder(folder: Path, what: str, option: str) -> None:
+    """Refuse a folder, there or still to be made, in which nothing could be written later.
+
+    Raises:
+        ConfigError: naming what it is for and the option that names another.
+    """
+    _check_writable(_find_existing(folder), f"{folder}: {what}", f"Name another folder with {option}.")
 
 
 def _check_temporary_folder() -> None:

@@ -19,12 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
-from tune_cifar.mlruns import MLFLOW_ENVIRONMENT, SearchRuns, find_sqlite_file
+from tune_cifar.mlruns import MLFLOW_ENVIRONMENT, SearchRuns, find_sqlite_file, log_lr_range
 from tune_cifar.record import SearchState, TrialState, find_storage
 
 # What follows at once (a trial stopped at the rung it has just reached) goes along.
@@ -180,6 +181,17 @@ def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
         return 0
     with _translating(f"{state.header.name}: MLflow must delete its runs"):
         return SearchRuns(tracking_uri, storage, state, is_running=False).delete()
+
+
+def ship_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
+    """Log an LR range test as a run of its own (see mlruns.py).
+
+    Raises:
+        TrackingError: when MLflow cannot be reached or refuses.
+    """
+    with _translating(f"{report['name']}: MLflow must take the run"):
+        storage.mkdir(parents=True, exist_ok=True)
+        log_lr_range(tracking_uri, storage, report, folder)
 
 
 class _Courier:
