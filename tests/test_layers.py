@@ -23,6 +23,7 @@ LEVELS = {
     "checkpoint": 2,
     "fidelity": 2,
     "numerics": 2,
+    "judge": 2,
     "engine": 3,
     "events": 2,
     "record": 3,

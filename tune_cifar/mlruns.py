@@ -2,7 +2,7 @@
 
 What stands where: one experiment per space; one parent run per search (or per single training's record); one child run
 per trial, with the living knobs as params, the epochs' figures as metrics and the config, Numerics and environment as
-artifacts.
+artifacts. A trial that was judged has its figures under `judge/validation` or `judge/test`.
 
 A run is found again by its tags: `search` and `search_created` name the record, `trial` the trial. What is written
 twice is written equally, for all times come from the record; so a call that failed, or of which nobody knows whether it
@@ -29,11 +29,14 @@ from filelock import FileLock
 
 from tune_cifar.errors import TrackingError
 from tune_cifar.events import Header, SearchResumed
+from tune_cifar.judge import Judgement, Part
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import Status, dead_knobs
 
 # Metrics of a child run, one point per epoch (the metric's step is the epoch); a complete trial has its `score` too.
 EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
+# How the names of a judgement's metrics begin.
+PART_PREFIX: dict[Part, str] = {"validation": "val", "test": "test"}
 # MLflow's own word for each of our states. KILLED is also what still ran when its driver stopped.
 RUN_STATUS: dict[Status, str] = {
     "complete": "FINISHED",
@@ -161,6 +164,21 @@ class SearchRuns:
         self._log(run, tags, _make_metrics(trial, self._header, run.epochs_done), params)
         if ended:
             self._close_run(run, RUN_STATUS[trial.status], _find_end(trial, self._header))
+        return True
+
+    def log_judgement(self, trial: TrialState, judgement: Judgement, files: Sequence[Path]) -> bool:
+        """Put a judgement's files and figures on its trial's run; False when the run is not there. Creates none, so
+        another process may be shipping the search."""
+        from mlflow.entities import Metric
+
+        run = self.children.get(trial.number)
+        if run is None:
+            return False
+        self._log_artifacts(run, {file.name: file for file in files}, f"judge/{judgement.part}")
+        prefix, now = PART_PREFIX[judgement.part], _find_end(trial, self._header)
+        values = {f"{prefix}_acc_{figures.name}": figures.accuracy for figures in judgement.classes}
+        values[f"{prefix}_ece"] = judgement.ece
+        self._log(run, {}, [Metric(name, v, now, trial.epochs_done) for name, v in values.items() if v is not None])
         return True
 
     def is_whole(self, trial: TrialState) -> bool:
@@ -318,13 +336,13 @@ class SearchRuns:
         self._client.set_terminated(run.run_id, status, end)
         run.status = status
 
-    def _log_artifacts(self, run: Run, files: Mapping[str, str | Path]) -> None:
-        """All in one call: texts, and copies of files."""
+    def _log_artifacts(self, run: Run, files: Mapping[str, str | Path], path: str | None = None) -> None:
+        """All in one call, into one folder of the artifacts: texts, and copies of files."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 data = content.read_bytes() if isinstance(content, Path) else content.encode()
                 Path(folder, name).write_bytes(data)
-            self._client.log_artifacts(run.run_id, folder)
+            self._client.log_artifacts(run.run_id, folder, path)
 
 
 def make_client(tracking_uri: str) -> Any:

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from tune_cifar.cli import data, look, reproduce, search, searches, spaces, train
+from tune_cifar.cli import data, judge, look, reproduce, search, searches, spaces, train
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command()(search.search)
 app.command()(train.train)
 app.command()(reproduce.reproduce)
+app.command()(judge.judge)
 app.command()(searches.failures)
 app.command()(searches.sync)
 app.command()(look.leaderboard)
