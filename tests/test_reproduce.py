@@ -460,19 +460,32 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     percent = f"test accuracy {100 * float(row['test_acc']):.2f} % on 1000 images (stand-in data, NOT CIFAR-10)"
     assert percent in first.stdout and f"written into {path}" in first.stdout
     assert list((workplace / "analysis").iterdir()) == []
+    folder = storage / "judge" / "small-0-test"
+    judgement = json.loads((folder / "judgement.json").read_text())
+    assert judgement["title"] == "small:0: 1,000 test images (shapes, NOT CIFAR-10)" and judgement["part"] == "test"
+    judged = [str(judgement[name]) for name in ("accuracy", "loss", "num_images")]
+    assert judged == [row["test_acc"], row["test_loss"], row["images"]], "one evaluation gave both"
+    assert f"figures: {folder} (judgement.json, confusion.png, " in first.stdout
+    assert all(sentence in first.stdout for sentence in judgement["warnings"])
 
+    shutil.rmtree(folder)
     content = path.read_bytes()
     shutil.rmtree(search_folder(storage, "small") / "trials")  # without weights nothing could be judged again
     second = invoke(*words, "--json")
     assert second.exit_code == 0 and path.read_bytes() == content
     found = json.loads(second.stdout)
     assert (found["test_opened_before"], found["test"]["test_acc"]) == (True, float(row["test_acc"]))
+    assert "judgement" not in found and not folder.exists()
     assert f"opened before, for small:0 on {row['date']}; --again opens it again" in second.stderr
 
+    folder.parent.rmdir()
+    folder.parent.touch()  # a judgement that cannot be kept takes nothing from the opening
     third = invoke("reproduce", "small:0", "--data", "shapes", "--test", "--again", "--json")
     assert third.exit_code == 0, third.output
     found = json.loads(third.stdout)
     assert (found["verdict"], found["test_opened_before"]) == ("identical", False)
+    assert found["judgement"]["confusion"] == judgement["confusion"]
+    assert f"{folder}: figures must be writable there, got 'Not a directory'." in third.stderr
     rows = read_openings(path)
     assert len(rows) == 2 and rows[0] == row and rows[1]["test_acc"] == row["test_acc"]
     assert rows[1]["test_loss"] == row["test_loss"], "the kept weights and the training done again are the same"

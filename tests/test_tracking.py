@@ -139,7 +139,7 @@ def test_the_address_is_an_absolute_sqlite_file_in_the_run_store_unless_given(wo
 def test_a_database_that_cannot_be_written_is_told_with_the_way_out_and_hurts_nothing(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr("tune_cifar.mlruns.SQLITE_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("tune_cifar.mlstore.SQLITE_TIMEOUT_SECONDS", 0.05)
     words = {"folder": "unable to open database file", "text": "file is not a database", "locked": "database is locked"}
     storage = workplace / "my runs"
     path = storage / ("no/such/folder/mlflow.db" if where == "folder" else "mlflow.db")

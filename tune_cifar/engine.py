@@ -24,6 +24,7 @@ from tune_cifar.augment.batched import apply_normalize, draw_policy
 from tune_cifar.augment.policies import make_policy
 from tune_cifar.data import Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, Diverged
+from tune_cifar.judge import measure_logits
 from tune_cifar.models import build_model
 from tune_cifar.numerics import apply_numerics, autocast, memory_format
 from tune_cifar.optim import make_optimizer, make_schedule
@@ -191,22 +192,24 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self, split: Split) -> tuple[float, float]:
-        """Mean cross-entropy per image (no label smoothing) and accuracy of the current weights; Normalize alone is
-        applied to the images, and nothing random happens."""
-        split = _move_to(split, self._device)
+        """Mean cross-entropy per image (no label smoothing) and accuracy of the current weights."""
+        return measure_logits(self._infer(split), split.labels_N.to(self._device))
+
+    def predict(self, split: Split) -> Tensor:
+        """The current weights' logits (N, 10), float32 on the CPU; those that `evaluate` measures."""
+        return self._infer(split).cpu()
+
+    @torch.inference_mode()
+    def _infer(self, split: Split) -> Tensor:
+        """Logits (N, 10), float32 on the device. Normalize alone is applied to the images, nothing random happens, and
+        nothing waits for the device."""
         self.model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        batches = zip(
-            torch.split(split.images_NCHW, EVAL_BATCH_SIZE), torch.split(split.labels_N, EVAL_BATCH_SIZE), strict=True
-        )
-        for images_NCHW, labels in batches:
+        logits = []
+        for images_NCHW in torch.split(split.images_NCHW.to(self._device), EVAL_BATCH_SIZE):
             images = apply_normalize(images_NCHW, memory_format=self._memory_format)
             with autocast(self.numerics):
-                logits = self.model(images).float()
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            num_correct += (logits.argmax(1) == labels).sum()
-        return loss.item() / len(split), num_correct.item() / len(split)
+                logits.append(self.model(images).float())
+        return torch.cat(logits)
 
     def measure_step_seconds(self, num_steps: int = 20) -> float:
         """Median seconds of a training step, measured by training: use a Trainer of its own for it."""

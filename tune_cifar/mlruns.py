@@ -2,7 +2,7 @@
 
 What stands where: one experiment per space; one parent run per search (or per single training's record); one child run
 per trial, with the living knobs as params, the epochs' figures as metrics and the config, Numerics and environment as
-artifacts.
+artifacts. A trial that was judged has its figures under `judge/validation` or `judge/test`.
 
 A run is found again by its tags: `search` and `search_created` name the record, `trial` the trial. What is written
 twice is written equally, for all times come from the record; so a call that failed, or of which nobody knows whether it
@@ -13,28 +13,25 @@ that tell of them, the status last: a run that has both needs nothing more.
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sqlite3
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from filelock import FileLock
-
-from tune_cifar.errors import TrackingError
 from tune_cifar.events import Header, SearchResumed
+from tune_cifar.judge import Judgement, Part
+from tune_cifar.mlstore import create_experiment, find_experiment, make_client, place_experiment
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import Status, dead_knobs
 
 # Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
 # its `score` too.
 EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
+# How the names of a judgement's metrics begin.
+PART_PREFIX: dict[Part, str] = {"validation": "val", "test": "test"}
 # MLflow's own word for each of our states. KILLED is also what still ran when its driver stopped.
 RUN_STATUS: dict[Status, str] = {
     "complete": "FINISHED",
@@ -48,17 +45,6 @@ METRICS_PER_BATCH = 900
 # MLflow may refuse longer ones.
 MAX_TAG_CHARACTERS = 5000
 RUNS_PER_PAGE = 200
-# Another process may hold the database's write lock for so long, or be initialising the database.
-SQLITE_TIMEOUT_SECONDS = 10.0
-INITIALISING_SECONDS = 120.0
-# For our processes only. No retries in the HTTP client: it would create a run again that a slow server has created.
-MLFLOW_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 
 
 @dataclass
@@ -95,8 +81,8 @@ class SearchRuns:
         self._header, self._folder = state.header, state.folder
         self._is_running = is_running
         header = state.header
-        self._experiment, self._artifacts = _place(tracking_uri, storage, header.space, header.data.name)
-        self._experiment_id = _find_experiment(self._client, self._experiment)
+        self._experiment, self._artifacts = place_experiment(tracking_uri, storage, header.space, header.data.name)
+        self._experiment_id = find_experiment(self._client, self._experiment)
         self.parent: Run | None = None
         self.children: dict[int, Run] = {}
         self._doubles: list[Run] = []
@@ -108,7 +94,7 @@ class SearchRuns:
             self._client.delete_run(self._doubles.pop().run_id)
         header = self._header
         if self._experiment_id is None:
-            self._experiment_id = _create_experiment(self._client, self._experiment, self._artifacts)
+            self._experiment_id = create_experiment(self._client, self._experiment, self._artifacts)
         if self.parent is None:
             self.parent = self._create_run(header.name, _to_ms(header.created), {"kind": header.kind})
         elif self._is_running and self.parent.status != "RUNNING":
@@ -161,6 +147,21 @@ class SearchRuns:
         self._log(run, tags, _make_metrics(trial, self._header, run.epochs_done), params)
         if ended:
             self._close_run(run, RUN_STATUS[trial.status], _find_end(trial, self._header))
+        return True
+
+    def log_judgement(self, trial: TrialState, judgement: Judgement, files: Sequence[Path]) -> bool:
+        """Put a judgement's files and figures on its trial's run; False when the run is not there. Creates none, so
+        another process may be shipping the search."""
+        from mlflow.entities import Metric
+
+        run = self.children.get(trial.number)
+        if run is None:
+            return False
+        self._log_artifacts(run, {file.name: file for file in files}, f"judge/{judgement.part}")
+        prefix, now = PART_PREFIX[judgement.part], _find_end(trial, self._header)
+        values = {f"{prefix}_acc_{figures.name}": figures.accuracy for figures in judgement.classes}
+        values[f"{prefix}_ece"] = judgement.ece
+        self._log(run, {}, [Metric(name, v, now, trial.epochs_done) for name, v in values.items() if v is not None])
         return True
 
     def is_whole(self, trial: TrialState) -> bool:
@@ -300,13 +301,13 @@ class SearchRuns:
         self._client.set_terminated(run.run_id, status, end)
         run.status = status
 
-    def _log_artifacts(self, run: Run, files: Mapping[str, str | Path]) -> None:
-        """All in one call: texts, and copies of files."""
+    def _log_artifacts(self, run: Run, files: Mapping[str, str | Path], path: str | None = None) -> None:
+        """All in one call, into one folder of the artifacts: texts, and copies of files."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 data = content.read_bytes() if isinstance(content, Path) else content.encode()
                 Path(folder, name).write_bytes(data)
-            self._client.log_artifacts(run.run_id, folder)
+            self._client.log_artifacts(run.run_id, folder, path)
 
 
 def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
@@ -315,8 +316,8 @@ def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], fo
     from mlflow.entities import Metric, Param
 
     client, now = make_client(tracking_uri), _to_ms(report["created"])
-    name, artifacts = _place(tracking_uri, storage, report["space"], report["data"]["name"])
-    experiment_id = _find_experiment(client, name) or _create_experiment(client, name, artifacts)
+    name, artifacts = place_experiment(tracking_uri, storage, report["space"], report["data"]["name"])
+    experiment_id = find_experiment(client, name) or create_experiment(client, name, artifacts)
     points = [(f"lr_{key.replace('/', '_over_')}", found["lr"], 0) for key, found in report["estimators"].items()]
     for sweep in report["sweeps"]:
         points += [(f"loss_seed_{sweep['seed']}", loss, step) for step, loss in enumerate(sweep["losses"], 1)]
@@ -334,83 +335,6 @@ def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], fo
             client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
-
-
-def _place(tracking_uri: str, storage: Path, space: str, data_name: str) -> tuple[str, str | None]:
-    """The name of a space's experiment (the stand-in has one of its own), and its folder where no server keeps it."""
-    name = space if data_name == "cifar10" else f"{space} ({data_name})"
-    return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith("sqlite:") else None
-
-
-def _find_experiment(client: Any, name: str) -> str | None:
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        return None
-    if found.lifecycle_stage != "active":
-        hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
-        raise TrackingError(f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}")
-    return str(found.experiment_id)
-
-
-def _create_experiment(client: Any, name: str, artifacts: str | None) -> str:
-    try:
-        return str(client.create_experiment(name, artifact_location=artifacts))
-    except Exception:
-        if (found := _find_experiment(client, name)) is None:  # else another process was faster
-            raise
-        return found
-
-
-def make_client(tracking_uri: str) -> Any:
-    """A client that never touches MLflow's global state: short timeouts, no telemetry, no chatter.
-
-    Raises:
-        TrackingError: when a SQLite database cannot be written; MLflow itself would try for minutes.
-    """
-    os.environ.update({name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()})
-    path = find_sqlite_file(tracking_uri)
-    if path is not None:
-        _check_sqlite(path)
-    from mlflow import MlflowClient
-
-    # After the import, which sets levels of its own. MLflow logs what it raises, with tracebacks.
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if path is not None:
-        _initialise_sqlite(path)
-    return MlflowClient(tracking_uri)
-
-
-def find_sqlite_file(tracking_uri: str) -> Path | None:
-    """The database file of a SQLite address, None for a server's."""
-    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
-
-
-def _check_sqlite(path: Path) -> None:
-    """Leave a file that can be written, empty if there was none; TrackingError with SQLite's own words otherwise."""
-    try:
-        with closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_SECONDS)) as database:
-            database.execute("BEGIN IMMEDIATE")
-    except sqlite3.Error as exc:
-        raise TrackingError(f"{path}: a SQLite database must be writable there, got: {exc}") from exc
-
-
-def _initialise_sqlite(path: Path) -> None:
-    """Let MLflow lay out an empty database, in a file beside it that takes its place when it is whole: of two processes
-    at once the second finds it done (MLflow's own migrations would collide), and a kill leaves nothing by halves."""
-    if path.stat().st_size:
-        return
-    from mlflow import MlflowClient
-
-    with FileLock(f"{path}.lock", timeout=INITIALISING_SECONDS):
-        if path.stat().st_size:
-            return
-        new = path.with_name(f"{path.name}.{uuid4().hex[:8]}.new")
-        try:
-            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
 
 
 def _make_metrics(trial: TrialState, header: Header, since: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,19 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from tune_cifar.schema import TrainConfig
-
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from tune_cifar.errors import ConfigError
+from tune_cifar.judge import NUM_BINS, NUM_MISTAKES, Judgement
+from tune_cifar.schema import TrainConfig
+
+JUDGEMENT_FILE = "judgement.json"
+# Told apart in every common kind of colour blindness, and in grey (Okabe and Ito's palette).
+BLUE, ORANGE = "#0072B2", "#E69F00"
+DPI = 110
 
 
 def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
@@ -32,7 +42,126 @@ def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
     axes[0, 0].set_title("original", fontsize=8)
     axes[0, 1].set_title("augmented", fontsize=8, loc="left")
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def save_judgement(judgement: Judgement, pictures: NDArray[np.uint8], title: str, folder: Path) -> list[Path]:
+    """Write a judgement's four figures as PNGs and all its data as JSON; returns the files.
+
+    Args:
+        pictures: (images, height, width, 3), all that were judged, in their order.
+        title: of every figure: which run, which images.
+        folder: created if need be; files of the same names are replaced.
+
+    Raises:
+        ConfigError: when the folder cannot be written.
+    """
+    figures = {name: folder / f"{name}.png" for name in ("confusion", "per_class", "reliability", "mistakes")}
+    data = folder / JUDGEMENT_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps({"title": title, **judgement.to_dict()}, indent=2) + "\n", encoding="utf-8")
+        save_confusion(judgement, title, figures["confusion"])
+        save_per_class(judgement, title, figures["per_class"])
+        save_reliability(judgement, title, figures["reliability"])
+        save_mistakes(judgement, pictures, title, figures["mistakes"])
+    except OSError as exc:
+        raise ConfigError(f"{folder}: figures must be writable there, got {exc.strerror!r}.") from exc
+    return [data, *figures.values()]
+
+
+def save_confusion(judgement: Judgement, title: str, path: Path) -> None:
+    """Write the confusion matrix: in each row what became of one class's images, in percent of them."""
+    names, shares = judgement.class_names, judgement.confusion_shares.numpy()
+    figure, axes = plt.subplots(figsize=(8.6, 7.6), layout="constrained")
+    # Not linear: most shares off the diagonal lie below a tenth, and they are what is looked for.
+    image = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.4, 0, 100))
+    for (row, column), share in np.ndenumerate(shares):
+        if judgement.confusion[row, column]:
+            colour = "white" if share > 0.3 else "black"
+            axes.text(column, row, f"{100 * share:.1f}", ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), [f"{figures.name} ({figures.num_images:,})" for figures in judgement.classes])
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class (images)")
+    figure.colorbar(image, shrink=0.7, ticks=[0, 1, 5, 10, 25, 50, 100], label="% of the true class's images")
+    axes.set_title(f"{title}\naccuracy {100 * judgement.accuracy:.2f} %; an empty field is no image", fontsize=10)
+    _save(figure, path)
+
+
+def save_per_class(judgement: Judgement, title: str, path: Path) -> None:
+    """Write a bar per class: the share of its images that were answered right, beside that of all images."""
+    figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+    for row, figures in enumerate(judgement.classes):
+        percent = 0.0 if figures.accuracy is None else 100 * figures.accuracy
+        axes.barh(row, percent, color=BLUE, height=0.7)
+        text = "no image" if figures.accuracy is None else f"{percent:.1f} % of {figures.num_images:,}"
+        axes.text(101, row, text, va="center", fontsize=9)
+    all_percent = 100 * judgement.accuracy
+    axes.axvline(all_percent, color="black", linestyle="--", linewidth=1.2, label=f"all images: {all_percent:.2f} %")
+    axes.set_yticks(range(len(judgement.classes)), judgement.class_names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, % of the class's images")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower right", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def save_reliability(judgement: Judgement, title: str, path: Path) -> None:
+    """Write the reliability diagram: each bin's accuracy over its mean confidence, and how many images it holds."""
+    filled = [found for found in judgement.bins if found.num_images]
+    lows, widths = [100 * found.low for found in filled], [100 * (found.high - found.low) for found in filled]
+    accuracies = [100 * (found.accuracy or 0.0) for found in filled]
+    confidences = [100 * (found.confidence or 0.0) for found in filled]
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(6.4, 7.2), sharex=True, height_ratios=(4, 1.3), layout="constrained"
+    )
+    above.bar(lows, accuracies, widths, align="edge", color=BLUE, alpha=0.35, edgecolor="white")
+    above.plot([0, 100], [0, 100], color="black", linestyle="--", linewidth=1.2, label="as accurate as confident")
+    above.plot(confidences, accuracies, "o", color=BLUE, label="a bin: accuracy at its mean confidence")
+    above.vlines(confidences, confidences, accuracies, color=ORANGE, linewidth=2, label="gap")
+    above.legend(loc="upper left", frameon=False, fontsize=9)
+    above.set_ylabel("accuracy, %")
+    above.set_ylim(0, 100)
+    above.set_title(f"{title}\nexpected calibration error {100 * judgement.ece:.2f} % ({NUM_BINS} bins)", fontsize=10)
+    bars = below.bar(lows, [found.num_images for found in filled], widths, align="edge", color="0.6", edgecolor="white")
+    below.bar_label(bars, fmt="{:,.0f}", fontsize=7)
+    below.margins(y=0.25)
+    below.set_xlim(0, 100)
+    below.set_ylabel("images")
+    below.set_xlabel("confidence: the probability given to the answer, %")
+    _save(figure, path)
+
+
+def save_mistakes(judgement: Judgement, pictures: NDArray[np.uint8], title: str, path: Path) -> None:
+    """Write the most confident mistakes as pictures, each with what it is, what it was taken for and how surely.
+
+    Args:
+        pictures: (images, height, width, 3), all that were judged, in their order.
+    """
+    figure, grid = plt.subplots(2, NUM_MISTAKES // 2, figsize=(10.5, 5.6), layout="constrained")
+    names = judgement.class_names
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, mistake in zip(grid.flat, judgement.mistakes, strict=False):
+        axes.imshow(pictures[mistake.index], interpolation="nearest")
+        # "labelled", for now and then the label is what is wrong.
+        answer = f"taken for {names[mistake.predicted]}, {_format_sure(mistake.confidence)}"
+        axes.set_title(f"{answer}\nlabelled {names[mistake.true]} (no. {mistake.index})", fontsize=9)
+    count = f"the {len(judgement.mistakes)} most confident mistakes" if judgement.mistakes else "no mistake"
+    figure.suptitle(f"{title}\n{count}", fontsize=10)
+    _save(figure, path)
+
+
+def _format_sure(confidence: float) -> str:
+    """In percent; nothing is rounded up to certainty."""
+    return f"{100 * confidence:.2f} %" if confidence < 0.99995 else "> 99.99 %"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 
@@ -68,8 +197,7 @@ def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"LR range test of {report['space']} ({report['tier']}){data}: {recipe}", fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.2)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def _label_knob(name: str) -> str:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 from tune_cifar.checkpoint import load_weights
-from tune_cifar.data import DataSource, TrainVal, load_test, load_train_val
+from tune_cifar.data import CLASS_NAMES, DataSource, Split, TrainVal, load_test, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, DataError, Diverged, RecordError
+from tune_cifar.judge import Judgement, judge_logits
 from tune_cifar.numerics import compare_numerics, describe_environment
 from tune_cifar.record import SearchState, TrialState
 from tune_cifar.results import parse_failure, read_error
@@ -221,8 +222,17 @@ def _compare_divergence(trial: TrialState, epochs: Iterator[EpochResult], change
     return f"epoch {len(trial.epochs) + 1}: recorded {trial.reason} Now the loss stayed finite."
 
 
-def load_trained(state: SearchState, trial: TrialState, data: TrainVal, numerics: Numerics) -> Trainer:
+def load_trained(
+    state: SearchState,
+    trial: TrialState,
+    data: TrainVal,
+    numerics: Numerics,
+    way_out: str = "Leave out --no-retrain to train it again.",
+) -> Trainer:
     """A Trainer that carries the run's kept weights.
+
+    Args:
+        way_out: what the user can do when there are none.
 
     Raises:
         RecordError: when the run's weights were not kept.
@@ -230,8 +240,7 @@ def load_trained(state: SearchState, trial: TrialState, data: TrainVal, numerics
     path = state.folder / (trial.weights_file or "")
     if trial.weights_file is None or not path.exists():
         raise RecordError(
-            f"{trial.run_id}: weights must have been kept, got none (only a search's best trial keeps them). "
-            "Leave out --no-retrain to train it again."
+            f"{trial.run_id}: weights must have been kept, got none (only a search's best trials keep them). {way_out}"
         )
     trainer = Trainer(trial.config, data, numerics)
     trainer.model.load_state_dict(load_weights(path))
@@ -304,8 +313,11 @@ def check_testable(trial: TrialState) -> None:
 
 def open_test(
     trainer: Trainer, trial: TrialState, source: DataSource, openings_file: Path, command: str
-) -> TestOpening:
-    """Evaluate the trainer's weights on the test set, once, and append the opening to the file.
+) -> tuple[TestOpening, Judgement, Split]:
+    """Judge the trainer's weights on the test set, in one evaluation, and append the opening to the file.
+
+    Returns:
+        the opening, the judgement of the same answers, and the images that were opened, for its figures.
 
     Raises:
         DataError: when the test file is missing or not genuine.
@@ -317,7 +329,7 @@ def open_test(
     except OSError as exc:
         raise RecordError(f"{openings_file}: every opening must be written down, got {exc.strerror!r}.") from exc
     with file:
-        test_loss, test_acc = trainer.evaluate(split)
+        judgement = judge_logits(trainer.predict(split), split.labels_N, CLASS_NAMES[source.name], "test")
         opening = TestOpening(
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             commit=describe_environment().get("git_commit", ""),
@@ -326,8 +338,8 @@ def open_test(
             run_id=trial.run_id,
             data=source.name,
             images=len(split),
-            test_acc=test_acc,
-            test_loss=test_loss,
+            test_acc=judgement.accuracy,
+            test_loss=judgement.loss,
             command=command,
         )
         writer = csv.writer(file, lineterminator="\n")
@@ -336,4 +348,4 @@ def open_test(
         writer.writerow(astuple(opening))
         file.flush()
         os.fsync(file.fileno())
-    return opening
+    return opening, judgement, split

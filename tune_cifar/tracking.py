@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,9 @@ from filelock import FileLock, Timeout
 
 from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
-from tune_cifar.mlruns import MLFLOW_ENVIRONMENT, SearchRuns, find_sqlite_file, log_lr_range
+from tune_cifar.judge import Judgement
+from tune_cifar.mlruns import SearchRuns, log_lr_range
+from tune_cifar.mlstore import MLFLOW_ENVIRONMENT, find_sqlite_file
 from tune_cifar.record import SearchState, TrialState, find_storage
 
 # What follows at once (a trial stopped at the rung it has just reached) goes along.
@@ -194,6 +196,37 @@ def ship_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], f
         log_lr_range(tracking_uri, storage, report, folder)
 
 
+def ship_judgement(
+    tracking_uri: str, storage: Path, state: SearchState, trial: TrialState, judgement: Judgement, files: Sequence[Path]
+) -> str | None:
+    """Log a judgement on its trial's run: the files under judge/validation or judge/test, its calibration error and the
+    accuracy of every class as metrics. Done twice, nothing changes any more.
+
+    Returns:
+        None when MLflow has it, else a sentence that says why not and what helps.
+    """
+    path, way_out = find_sqlite_file(tracking_uri), _describe_sync(tracking_uri, storage, state)
+    try:
+        if path is None or path.exists():
+            runs = SearchRuns(tracking_uri, storage, state, is_running=False)
+            if runs.log_judgement(trial, judgement, files):
+                return None
+        fault = "no run of it there"
+    except Exception as exc:  # whatever MLflow raises, the figures are on disk
+        fault = _describe(exc)
+    return f"MLflow must take the judgement of {trial.run_id}, got {fault}. The files stay; complete MLflow: {way_out}"
+
+
+def _describe_sync(tracking_uri: str, storage: Path, state: SearchState) -> str:
+    """The command that completes MLflow from a record."""
+    command = f"python -m tune_cifar sync --search {state.header.name}"
+    if storage != find_storage(None):
+        command += f" --storage {shlex.quote(str(storage))}"
+    if tracking_uri != make_tracking_uri(storage, None):
+        command += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
+    return command
+
+
 class _Courier:
     """Carries shipments to MLflow. After a fault it starts over from what MLflow then has.
 
@@ -214,11 +247,7 @@ class _Courier:
         self.fault = ""
         self.results: dict[int, int] = {}
         self._on_shipment = on_shipment
-        self.way_out = f"python -m tune_cifar sync --search {state.header.name}"
-        if storage != find_storage(None):
-            self.way_out += f" --storage {shlex.quote(str(storage))}"
-        if tracking_uri != make_tracking_uri(storage, None):
-            self.way_out += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
+        self.way_out = _describe_sync(tracking_uri, storage, state)
         self._make_runs = partial(SearchRuns, tracking_uri, storage, state, is_running)
         self._resumes = list(state.resumes)
         self._runs: SearchRuns | None = None

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from tune_cifar.cli import data, look, lr_range, reproduce, search, searches, spaces, train
+from tune_cifar.cli import data, judge, look, lr_range, reproduce, search, searches, spaces, train
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -26,6 +26,7 @@ app.command()(search.search)
 app.command()(train.train)
 app.command()(reproduce.reproduce)
 app.command()(lr_range.lr_range)
+app.command()(judge.judge)
 app.command()(searches.failures)
 app.command()(searches.sync)
 app.command()(look.leaderboard)

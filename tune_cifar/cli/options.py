@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tune_cifar.errors import DataError
+
+if TYPE_CHECKING:
+    from tune_cifar.record import SearchState, TrialState
 
 
 def complete_space() -> list[str]:
@@ -22,6 +29,13 @@ Space = Annotated[
         rich_help_panel="What",
         autocompletion=complete_space,
     ),
+]
+RunId = Annotated[str | None, typer.Argument(help="A run id such as NAME:7, from `leaderboard`.")]
+Best = Annotated[bool, typer.Option("--best", help="The best trial of --space or --search.")]
+BestSpace = Annotated[str | None, typer.Option("--space", help="Its newest finished search on CIFAR-10 is meant.")]
+BestSearch = Annotated[str | None, typer.Option("--search", help="A search by name.")]
+RecordedDevice = Annotated[
+    str | None, typer.Option("--device", metavar="cpu|cuda", help="Instead of the recorded device.")
 ]
 Settings = Annotated[
     list[str] | None,
@@ -74,3 +88,17 @@ Deterministic = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def choose_run(
+    run: str | None, best: bool, space: str | None, search: str | None, storage: Path, data: str | None
+) -> tuple[SearchState, TrialState]:
+    """The trial that a run id or --best means, with its search."""
+    from tune_cifar.results import find_best, find_run, load_searches
+
+    if (run is None) == (not best) or (best and space is None and search is None):
+        raise typer.BadParameter("Give a run id, or --best with --space or --search.")
+    state, trial = find_run(storage, run) if run is not None else find_best(load_searches(storage), space, search)
+    if state.header.data.name == "shapes" and "shapes" not in (data, os.environ.get("TUNE_CIFAR_DATA")):
+        raise DataError(f"{trial.run_id}: it was trained on the generated stand-in. Give --data shapes.")
+    return state, trial

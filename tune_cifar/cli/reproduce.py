@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tune_cifar.cli import options
+from tune_cifar.cli.judge import keep_judgement, say_kept
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
-from tune_cifar.errors import DataError
+from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    run: Annotated[str | None, typer.Argument(help="A run id such as NAME:7, from `leaderboard`.")] = None,
-    best: Annotated[bool, typer.Option("--best", help="The best trial of --space or --search.")] = False,
-    space: Annotated[
-        str | None, typer.Option("--space", help="Its newest finished search on CIFAR-10 is meant.")
-    ] = None,
-    search: Annotated[str | None, typer.Option("--search", help="A search by name.")] = None,
+    run: options.RunId = None,
+    best: options.Best = False,
+    space: options.BestSpace = None,
+    search: options.BestSearch = None,
     test: Annotated[
         bool, typer.Option("--test", help="Open the sealed test set, once, and write the opening down.")
     ] = False,
@@ -35,10 +33,9 @@ def reproduce(
     again: Annotated[
         bool, typer.Option("--again", help="With --test: open it although this training has been tested.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="cpu|cuda", help="Instead of the recorded device.")
-    ] = None,
+    device: options.RecordedDevice = None,
     data: options.Data = None,
+    tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
     as_json: options.Json = False,
 ) -> None:
@@ -50,22 +47,13 @@ def reproduce(
     """
     from tune_cifar.data import find_data
     from tune_cifar.record import find_storage
-    from tune_cifar.results import find_best, find_run, load_searches
 
-    if (run is None) == (not best) or (best and space is None and search is None):
-        raise typer.BadParameter("Give a run id, or --best with --space or --search.")
     for option, is_given in {"--no-retrain": no_retrain, "--again": again}.items():
         if is_given and not test:
             raise typer.BadParameter(f"{option} belongs to --test.")
-    folder = find_storage(storage)
-    if run is not None:
-        state, trial = find_run(folder, run)
-    else:
-        state, trial = find_best(load_searches(folder), space, search)
-    if state.header.data.name == "shapes" and "shapes" not in (data, os.environ.get("TUNE_CIFAR_DATA")):
-        raise DataError(f"{trial.run_id}: it was trained on the generated stand-in. Give --data shapes.")
+    state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     console = stderr() if as_json else stdout()
-    answer = _reproduce(state, trial, find_data(data), device, test, no_retrain, again, console)
+    answer = _reproduce(state, trial, find_data(data), device, test, no_retrain, again, tracking_uri, console)
     if as_json:
         print_json(answer)
     if answer.get("verdict") == "different":
@@ -80,6 +68,7 @@ def _reproduce(
     test: bool,
     no_retrain: bool,
     again: bool,
+    tracking_uri: str | None,
     console: Console,
 ) -> dict[str, Any]:
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
@@ -112,8 +101,14 @@ def _reproduce(
         opening = earlier[-1]
         _say_opening(opening, f"opened before, for {opening.run_id} on {opening.date}; --again opens it again", console)
     else:
-        opening = open_test(trainer, trial, source, openings_file, this_command())
+        opening, judgement, split = open_test(trainer, trial, source, openings_file, this_command())
         _say_opening(opening, f"written into {openings_file}", console)
+        answer["judgement"] = judgement.to_dict()
+        try:
+            answer["judgement"] = keep_judgement(state, trial, judgement, split, None, tracking_uri)
+            say_kept(answer["judgement"], console)
+        except ConfigError as exc:  # the test set is open, and that is written down: this must not look undone
+            say(str(exc), console, "yellow")
     return answer | {"test": opening.__dict__, "test_opened_before": bool(earlier)}
 
 

@@ -1,0 +1,104 @@
+"""Reaching an MLflow store: a client that changes nothing global, a SQLite database laid out once, experiments."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from filelock import FileLock
+
+from tune_cifar.errors import TrackingError
+
+# Another process may hold the database's write lock for so long, or be initialising the database.
+SQLITE_TIMEOUT_SECONDS = 10.0
+INITIALISING_SECONDS = 120.0
+# For our processes only. No retries in the HTTP client: it would create a run again that a slow server has created.
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def make_client(tracking_uri: str) -> Any:
+    """A client that never touches MLflow's global state: short timeouts, no telemetry, no chatter.
+
+    Raises:
+        TrackingError: when a SQLite database cannot be written; MLflow itself would try for minutes.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()})
+    path = find_sqlite_file(tracking_uri)
+    if path is not None:
+        _check_sqlite(path)
+    from mlflow import MlflowClient
+
+    # After the import, which sets levels of its own. MLflow logs what it raises, with tracebacks.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if path is not None:
+        _initialise_sqlite(path)
+    return MlflowClient(tracking_uri)
+
+
+def find_sqlite_file(tracking_uri: str) -> Path | None:
+    """The database file of a SQLite address, None for a server's."""
+    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
+
+
+def _check_sqlite(path: Path) -> None:
+    """Leave a file that can be written, empty if there was none; TrackingError with SQLite's own words otherwise."""
+    try:
+        with closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as exc:
+        raise TrackingError(f"{path}: a SQLite database must be writable there, got: {exc}") from exc
+
+
+def _initialise_sqlite(path: Path) -> None:
+    """Let MLflow lay out an empty database, in a file beside it that takes its place when it is whole: of two processes
+    at once the second finds it done (MLflow's own migrations would collide), and a kill leaves nothing by halves."""
+    if path.stat().st_size:
+        return
+    from mlflow import MlflowClient
+
+    with FileLock(f"{path}.lock", timeout=INITIALISING_SECONDS):
+        if path.stat().st_size:
+            return
+        new = path.with_name(f"{path.name}.{uuid4().hex[:8]}.new")
+        try:
+            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def place_experiment(tracking_uri: str, storage: Path, space: str, data_name: str) -> tuple[str, str | None]:
+    """The name of a space's experiment (the stand-in has one of its own), and its folder where no server keeps it."""
+    name = space if data_name == "cifar10" else f"{space} ({data_name})"
+    return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith("sqlite:") else None
+
+
+def find_experiment(client: Any, name: str) -> str | None:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return None
+    if found.lifecycle_stage != "active":
+        hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise TrackingError(f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}")
+    return str(found.experiment_id)
+
+
+def create_experiment(client: Any, name: str, artifacts: str | None) -> str:
+    try:
+        return str(client.create_experiment(name, artifact_location=artifacts))
+    except Exception:
+        if (found := find_experiment(client, name)) is None:  # else another process was faster
+            raise
+        return found
