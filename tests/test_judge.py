@@ -261,7 +261,7 @@ JUDGE = ("judge", "--data", "shapes")
 def test_judge_shows_and_keeps_what_the_kept_weights_make_of_the_recorded_validation_images(
     storage: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("tune_cifar.reproduce.load_test")  # the test set stays closed
+    monkeypatch.delattr("tune_cifar.sealed.load_test")  # the test set stays closed
     answer = invoke(*JUDGE, "small:0")
     assert answer.exit_code == 0, answer.output
     last, folder = trained.trials[0].epochs[-1], storage / "judge" / "small-0"

@@ -26,20 +26,15 @@ from tune_cifar.models.s7 import S7Net
 from tune_cifar.numerics import resolve_numerics
 from tune_cifar.record import Record, SearchState, TrialState, read_state, search_folder
 from tune_cifar.reproduce import (
-    OPENINGS_COLUMNS,
-    OPENINGS_FILE,
     SEED_NOISE_FILE,
-    find_openings_file,
-    load_openings,
-    load_recorded_data,
     load_seed_noise,
-    load_trained,
     replay_failure,
     reproduce_run,
 )
 from tune_cifar.schema import EpochResult, Numerics
+from tune_cifar.sealed import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
 from tune_cifar.space import list_spaces
-from tune_cifar.train import run_training
+from tune_cifar.train import load_recorded_data, load_trained, run_training
 
 Change = Callable[[EpochResult], EpochResult]
 
@@ -509,13 +504,13 @@ def write_opening(path: Path, trial: TrialState, data: str) -> None:
 
 def test_openings_of_other_trainings_and_other_data_do_not_count(tmp_path: Path, trained: SearchState) -> None:
     trial, path = trained.trials[0], tmp_path / OPENINGS_FILE
-    assert load_openings(path, trial.fingerprint, "shapes") == []
+    assert find_openings(path, trial.fingerprint, "shapes") == []
     path.touch()
-    assert load_openings(path, trial.fingerprint, "shapes") == []
+    assert find_openings(path, trial.fingerprint, "shapes") == []
     write_opening(path, trial, "shapes")
-    assert load_openings(path, "another", "shapes") == []
-    assert load_openings(path, trial.fingerprint, "cifar10") == []
-    (opening,) = load_openings(path, trial.fingerprint, "shapes")
+    assert find_openings(path, "another", "shapes") == []
+    assert find_openings(path, trial.fingerprint, "cifar10") == []
+    (opening,) = find_openings(path, trial.fingerprint, "shapes")
     assert (opening.test_acc, opening.images, opening.command) == (0.5, 10000, "x, y")
 
 
@@ -523,7 +518,7 @@ def test_openings_of_other_trainings_and_other_data_do_not_count(tmp_path: Path,
 def test_an_openings_file_that_was_damaged_by_hand_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / OPENINGS_FILE).write_text(content)
     with pytest.raises(RecordError, match=r"TEST_OPENINGS\.csv: rows of date, commit, .* Mend it or move it away\.$"):
-        load_openings(tmp_path / OPENINGS_FILE, "f", "shapes")
+        find_openings(tmp_path / OPENINGS_FILE, "f", "shapes")
 
 
 def test_openings_of_cifar10_lie_in_the_checkout_where_there_is_one(workplace: Path) -> None:

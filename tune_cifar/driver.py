@@ -26,8 +26,8 @@ from tune_cifar.events import (
     utc_now,
 )
 from tune_cifar.fidelity import keep, list_cycles
-from tune_cifar.record import INTERRUPTED, Record, TrialState
-from tune_cifar.sampler import Sampler
+from tune_cifar.record import INTERRUPTED, Record, SearchState, TrialState
+from tune_cifar.sampler import Confirmer, Proposer, Sampler
 from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
 from tune_cifar.space import SearchSpace
 from tune_cifar.train import CHECKPOINTS, WEIGHTS, Listener, relative, stop_file, write_error
@@ -56,7 +56,7 @@ class SearchDriver:
         self._listener = listener
         self._keep_weights = keep_weights
         self._cycles = list_cycles(space.budget)
-        self._sampler = Sampler(space, record.state.header.seed, record.state.trials.values())
+        self._proposer = _make_proposer(space, record.state)
         self._start = time.monotonic()
         limit = space.budget.max_time_seconds
         self._deadline = None if limit is None else self._start + limit
@@ -125,8 +125,7 @@ class SearchDriver:
 
     def _start_trial(self) -> int:
         number = len(self.record.state.trials)
-        params, origin = self._sampler.ask(number)
-        config = self._space.config(params)
+        params, origin, config = self._proposer.propose(number)
         self._append(
             TrialStarted(
                 trial=number,
@@ -204,7 +203,7 @@ class SearchDriver:
             )
         )
         rungs = {epoch: value for epoch, value in trial.scores.items() if epoch in self._space.budget.rungs}
-        self._sampler.tell(number, status, rungs, score)
+        self._proposer.tell(number, status, rungs, score)
         CheckpointFolder(folder / CHECKPOINTS).delete()
 
     def fail(self, number: int, text: str) -> None:
@@ -255,6 +254,14 @@ class SearchDriver:
     def _append(self, event: Event) -> None:
         self.record.append(event)
         self._listener(self.record.state, event)
+
+
+def _make_proposer(space: SearchSpace, state: SearchState) -> Proposer:
+    """As the header says: settled trials, or a sampler with the recorded past told to it."""
+    header = state.header
+    if header.confirmation is not None:
+        return Confirmer(header.confirmation)
+    return Sampler(space, header.seed, state.trials.values())
 
 
 def _must_be_alone(trial: TrialState) -> bool:

@@ -24,11 +24,40 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # no separator, no leading dot: joine
 Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")]
 # Relative to the search's folder and inside it: no segment is empty or starts with a dot.
 FileText = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")]
-Origin = Literal["baseline", "point", "sampler", "train"]
+Origin = Literal["baseline", "point", "sampler", "train", "confirm"]
 EndStatus = Literal["complete", "stopped", "diverged", "failed"]
 Fault = Literal["worker died", "out of memory"]
 WAY_OUT = "Restore the file from a copy, or keep only the lines before this one."
 CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+class Candidate(Frozen):
+    """A recorded trial that is trained again under new seeds: its run id, its search's score, its TrainConfig as JSON
+    with the changes that all candidates have alike."""
+
+    run_id: str
+    score: float | None
+    config: dict[str, Any]
+
+
+class Confirmation(Frozen):
+    """What a confirmation trains: every candidate (the search's baseline is the first) under every seed, seed after
+    seed. `final` are trainings on all images, each to be judged once on the test set."""
+
+    search: str
+    candidates: Annotated[list[Candidate], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=1)]
+    final: bool
+
+    @property
+    def num_trials(self) -> int:
+        return len(self.candidates) * len(self.seeds)
+
+    def find(self, number: int) -> tuple[Candidate, int]:
+        """The candidate and the seed of a trial. A seed's trials follow one another: what is done at any moment can be
+        compared in pairs."""
+        index, candidate = divmod(number, len(self.candidates))
+        return self.candidates[candidate], self.seeds[index]
 
 
 class Header(Frozen):
@@ -37,7 +66,7 @@ class Header(Frozen):
     `space_text` the whole space file."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    kind: Literal["search", "train"]
+    kind: Literal["search", "train", "confirm"]
     space: str
     tier: str | None
     created: Time
@@ -52,10 +81,12 @@ class Header(Frozen):
     numerics: Numerics
     environment: dict[str, str]
     command: str
+    confirmation: Confirmation | None = None
 
 
 class TrialStarted(Frozen):
-    """A trial got its number: `params` are the searched knobs only, `config` is its whole TrainConfig as JSON."""
+    """A trial got its number: `params` are the searched knobs only (of a confirmation candidate and seed), `config` is
+    its whole TrainConfig as JSON."""
 
     trial: Annotated[int, Field(ge=0)]
     origin: Origin

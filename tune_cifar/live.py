@@ -173,7 +173,7 @@ class SearchView:
 
 def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
     """Rows of trials: number, status, epoch, val_acc and the first searched knobs."""
-    knobs = list(state.header.distributions)[:NUM_KNOBS]
+    knobs = list(state.header.distributions or (trials[0].params if trials else ()))[:NUM_KNOBS]
     table = Table("trial", "status", "epoch", "val_acc", *knobs, box=None, header_style="bold")
     for trial in trials:
         table.add_row(
@@ -181,7 +181,7 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
             Text(trial.status, style=STYLES[trial.status]),
             f"{len(trial.epochs)}/{trial.config.epochs}",
             format_percent(trial.val_acc),
-            *(format_value(getattr(trial.config, knob)) for knob in knobs),
+            *(format_value(trial.params.get(knob, getattr(trial.config, knob, None))) for knob in knobs),
         )
     return table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError
-from tune_cifar.events import SearchResumed
+from tune_cifar.events import Confirmation, SearchResumed
 from tune_cifar.numerics import check_cpus, count_cores, count_gpus
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
@@ -62,6 +62,7 @@ class SearchPlan:
         num_ended: trials of a resumed search that need nothing more.
         resumed: what the record will say of the resume; None for a new search.
         notes: what was restored and what has changed, a sentence each.
+        confirmation: what is trained when nothing is searched: a search's candidates again, under new seeds.
     """
 
     space: SearchSpace
@@ -75,6 +76,7 @@ class SearchPlan:
     num_ended: int = 0
     resumed: SearchResumed | None = None
     notes: tuple[str, ...] = ()
+    confirmation: Confirmation | None = None
 
     def describe(self) -> str:
         """What will fit into the time, in one sentence or two."""

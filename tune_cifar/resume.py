@@ -15,7 +15,7 @@ from tune_cifar.events import Header
 from tune_cifar.numerics import compare_numerics
 from tune_cifar.record import SearchState
 from tune_cifar.sampler import fit_point
-from tune_cifar.schema import DataInfo, Numerics
+from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space import Budget, SearchSpace, parse_space, read_space, select_tier
 from tune_cifar.train import CHECKPOINTS
 
@@ -44,7 +44,10 @@ def restore_space(header: Header) -> SearchSpace:
     """
     file = parse_space(header.space_text, Path(f"{header.space}.yaml"))
     pinned = {name: tuple(value) if isinstance(value, list) else value for name, value in header.pinned.items()}
-    space = select_tier(file, header.tier or "full", pinned)
+    space = select_tier(file, header.tier or "full", {} if header.confirmation else pinned)
+    if header.confirmation:  # nothing is searched
+        space = replace(space, baseline=TrainConfig(**header.baseline), pinned=pinned)
+        space = replace(space, distributions={}, dropped={}, obstacle=None)
     # A record from before there were cycles does not say its fidelity.
     budget = Budget.model_validate_json(json.dumps({"fidelity": "epochs"} | header.budget))
     return replace(space, budget=budget, points=tuple(header.points))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -17,10 +17,19 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import Trial, TrialState
 
-from tune_cifar.schema import CHANCE_ACCURACY, Status
+from tune_cifar.events import Confirmation
+from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
 from tune_cifar.space import SearchSpace
 
-Origin = Literal["baseline", "point", "sampler"]
+Origin = Literal["baseline", "point", "sampler", "confirm"]
+
+
+class Proposal(NamedTuple):
+    """What to try next: the searched knobs' values (of a confirmation, candidate and seed), and the whole recipe."""
+
+    params: dict[str, Any]
+    origin: Origin
+    config: TrainConfig
 
 
 class PastTrial(Protocol):
@@ -36,6 +45,31 @@ class PastTrial(Protocol):
     def score(self) -> float | None: ...
     @property
     def scores(self) -> dict[int, float]: ...
+
+
+class Proposer(Protocol):
+    """Whoever says what a search tries next."""
+
+    def propose(self, number: int) -> Proposal:
+        """Trial by trial, in the order of the numbers."""
+
+    def tell(self, number: int, status: Status, rung_scores: dict[int, float], score: float | None) -> None:
+        """Hear how a trial ended."""
+
+
+class Confirmer:
+    """Proposes a confirmation's trials, which are settled from the start."""
+
+    def __init__(self, confirmation: Confirmation) -> None:
+        self._confirmation = confirmation
+
+    def propose(self, number: int) -> Proposal:
+        candidate, seed = self._confirmation.find(number)
+        config = TrainConfig(**{**candidate.config, "seed": seed})
+        return Proposal({"candidate": candidate.run_id, "seed": seed}, "confirm", config)
+
+    def tell(self, number: int, status: Status, rung_scores: dict[int, float], score: float | None) -> None:
+        """Nothing to learn from it."""
 
 
 class Sampler:
@@ -63,6 +97,11 @@ class Sampler:
             if trial.status != "running":
                 rungs = {rung: trial.scores[rung] for rung in space.budget.rungs if rung in trial.scores}
                 self.tell(trial.number, trial.status, rungs, trial.score)
+
+    def propose(self, number: int) -> Proposal:
+        """What `ask` says, with the whole recipe."""
+        params, origin = self.ask(number)
+        return Proposal(params, origin, self._space.config(params))
 
     def ask(self, number: int) -> tuple[dict[str, Any], Origin]:
         """The searched knobs of a trial and where the values come from.

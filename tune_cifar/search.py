@@ -47,7 +47,7 @@ from ray.tune.stopper import Stopper
 from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.driver import SearchDriver
 from tune_cifar.errors import DiskFullError, Diverged, RecordError
-from tune_cifar.events import Event, Fault, SearchResumed, utc_now
+from tune_cifar.events import Confirmation, Event, Fault, SearchResumed, utc_now
 from tune_cifar.fidelity import expected_epochs
 from tune_cifar.numerics import count_gpus, describe_environment, resolve_numerics, restore_numerics
 from tune_cifar.plan import (
@@ -71,8 +71,8 @@ SHIPPING_SECONDS = 60.0
 URGENT_SECONDS = 2.0
 
 
-def prepare_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
-    """Settle a new search: name, numerics, resources; see `_prepare`.
+def prepare_search(space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None) -> SearchPlan:
+    """Settle a new search, or a confirmation of one: name, numerics, resources; see `_prepare`.
 
     Raises:
         RecordError: when the name is taken.
@@ -81,7 +81,7 @@ def prepare_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
     name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
     check_is_new(search_folder(request.storage, name))
     numerics = resolve_numerics(request.device, request.precision, request.cpus_per_trial, request.deterministic)
-    return _prepare(space, request, name, numerics)
+    return replace(_prepare(space, request, name, numerics), confirmation=confirmation)
 
 
 def prepare_resume(
@@ -348,8 +348,9 @@ def _open_record(plan: SearchPlan) -> Record:
     folder = search_folder(plan.request.storage, plan.name)
     if plan.resumed is None:
         seed = plan.space.budget.seed if plan.request.seed is None else plan.request.seed
-        header = make_header("search", plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command)
-        return Record.create(folder, header)
+        kind: Literal["search", "confirm"] = "search" if plan.confirmation is None else "confirm"
+        header = make_header(kind, plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command)
+        return Record.create(folder, header.model_copy(update={"confirmation": plan.confirmation}))
     record = Record.open(folder)
     record.append(plan.resumed)
     return record

@@ -14,10 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from tune_cifar.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, save_weights
+from tune_cifar.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, load_weights, save_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
-from tune_cifar.errors import CheckpointError, ConfigError, DiskFullError, Diverged, RecordError
+from tune_cifar.errors import CheckpointError, ConfigError, DataError, DiskFullError, Diverged, RecordError
 from tune_cifar.events import (
     EndStatus,
     EpochReported,
@@ -30,7 +30,7 @@ from tune_cifar.events import (
     utc_now,
 )
 from tune_cifar.numerics import compare_numerics, describe_environment
-from tune_cifar.record import INTERRUPTED, Record, SearchState, search_folder
+from tune_cifar.record import INTERRUPTED, Record, SearchState, TrialState, search_folder
 from tune_cifar.schema import CHANCE_ACCURACY, DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
 
@@ -171,7 +171,7 @@ def relative(record: Record, path: Path) -> str:
 
 
 def make_header(
-    kind: Literal["search", "train"],
+    kind: Literal["search", "train", "confirm"],
     name: str,
     space: SearchSpace,
     seed: int,
@@ -240,3 +240,44 @@ def open_training(
     now, facts = utc_now(), describe_environment()
     record.append(SearchResumed(time=now, trials=1, changes=[], numerics=numerics, environment=facts, command=command))
     return record, data
+
+
+def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource) -> TrainVal:
+    """The run's images, checked to be the recorded ones.
+
+    Raises:
+        DataError: when the data or the split are not those of the record.
+    """
+    data = load_train_val(source, trial.config.train_size, trial.config.val_size)
+    if data.info != state.header.data:
+        raise DataError(
+            f"{trial.run_id}: the data must be the recorded {state.header.data.name} with split "
+            f"{state.header.data.split_hash}, got {data.info.name} with {data.info.split_hash}. "
+            + ("Give --data shapes." if state.header.data.name == "shapes" else "Point --data at CIFAR-10.")
+        )
+    return data
+
+
+def load_trained(
+    state: SearchState,
+    trial: TrialState,
+    data: TrainVal,
+    numerics: Numerics,
+    way_out: str = "Leave out --no-retrain to train it again.",
+) -> Trainer:
+    """A Trainer that carries the run's kept weights.
+
+    Args:
+        way_out: what the user can do when there are none.
+
+    Raises:
+        RecordError: when the run's weights were not kept.
+    """
+    path = state.folder / (trial.weights_file or "")
+    if trial.weights_file is None or not path.exists():
+        raise RecordError(
+            f"{trial.run_id}: weights must have been kept, got none (only a search's best trials keep them). {way_out}"
+        )
+    trainer = Trainer(trial.config, data, numerics)
+    trainer.model.load_state_dict(load_weights(path))
+    return trainer

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from tune_cifar.cli import data, judge, look, lr_range, reproduce, search, searches, spaces, train
+from tune_cifar.cli import confirm, data, judge, look, lr_range, reproduce, search, searches, spaces, train
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(search.search)
 app.command()(train.train)
+app.command()(confirm.confirm)
 app.command()(reproduce.reproduce)
 app.command()(lr_range.lr_range)
 app.command()(judge.judge)

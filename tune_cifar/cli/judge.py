@@ -44,7 +44,7 @@ def judge(
     from tune_cifar.live import print_stand_in_banner
     from tune_cifar.numerics import restore_numerics
     from tune_cifar.record import find_storage
-    from tune_cifar.reproduce import load_recorded_data, load_trained
+    from tune_cifar.train import load_recorded_data, load_trained
 
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     console = stderr() if as_json else stdout()

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_cifar.record import SearchState, TrialState
-    from tune_cifar.reproduce import TestOpening
     from tune_cifar.schema import EpochResult
+    from tune_cifar.sealed import TestOpening
 
 
 def reproduce(
@@ -73,21 +73,15 @@ def _reproduce(
 ) -> dict[str, Any]:
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
     from tune_cifar.numerics import restore_numerics
-    from tune_cifar.reproduce import (
-        check_testable,
-        find_openings_file,
-        load_openings,
-        load_recorded_data,
-        load_trained,
-        open_test,
-    )
+    from tune_cifar.sealed import check_testable, find_openings, find_openings_file, open_test
+    from tune_cifar.train import load_recorded_data, load_trained
 
     openings_file = find_openings_file(state.folder.parent.parent, source.name)
     answer: dict[str, Any] = {"run_id": trial.run_id, "search": state.header.name, "fingerprint": trial.fingerprint}
     earlier = []
     if test:
         check_testable(trial)
-        earlier = [] if again else load_openings(openings_file, trial.fingerprint, state.header.data.name)
+        earlier = [] if again else find_openings(openings_file, trial.fingerprint, state.header.data.name)
     if not (no_retrain and earlier):
         numerics = restore_numerics(trial.driver.numerics, device)
         loaded = load_recorded_data(state, trial, source)

@@ -11,7 +11,10 @@ from tune_cifar.cli.terminal import repeat_options, say, stderr, stdout, this_co
 from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tune_cifar.plan import SearchPlan
+    from tune_cifar.record import SearchState
 
 Tier = Annotated[
     str | None,
@@ -219,7 +222,8 @@ def _plan_resume(
     (state,) = load_searches(given["storage"], search=given["name"])
     header = state.header
     if header.kind != "search":
-        raise ConfigError(f"--resume: a search must be named, got {header.name}, one training. Use `train --resume`.")
+        hint = {"train": "Use `train --resume`.", "confirm": "Use `confirm --resume`."}[header.kind]
+        raise ConfigError(f"--resume: a search must be named, got {header.name}, a {header.kind}. {hint}")
     max_seconds = parse_duration(max_time) if max_time else None
     may_go_on = max_seconds is not None and len(state.trials) < state.num_trials
     if state.is_finished and trials is None and not may_go_on:
@@ -239,12 +243,22 @@ def _plan_resume(
 
 
 def _run(plan: SearchPlan, dropped: list[str], repeated: tuple[str, str]) -> None:
-    """Run a settled search under the eyes of its user; exit status 130 when it was interrupted."""
-    from tune_cifar.live import SearchView, print_search_summary
+    """Run a settled search and say what it found; exit status 130 when it was interrupted."""
+    from tune_cifar.live import print_search_summary
+
+    state, faults = run_plan(plan, stdout())
+    print_search_summary(stdout(), state, faults, dropped, *repeated)
+    if not state.is_finished:
+        raise typer.Exit(130)
+
+
+def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]]:
+    """Run what is settled under the eyes of its user; the record as it ends, and what MLflow did not take."""
+    from tune_cifar.live import SearchView
     from tune_cifar.search import run_search
 
     view = SearchView(
-        stdout(),
+        console,
         plan.epoch_seconds,
         plan.epochs_per_trial,
         plan.space.budget.max_time_seconds,
@@ -252,7 +266,4 @@ def _run(plan: SearchPlan, dropped: list[str], repeated: tuple[str, str]) -> Non
         plan.resources.max_concurrent,
     )
     with view:
-        state, faults = run_search(plan, view.hear, view.stop)
-    print_search_summary(stdout(), state, faults, dropped, *repeated)
-    if not state.is_finished:
-        raise typer.Exit(130)
+        return run_search(plan, view.hear, view.stop)

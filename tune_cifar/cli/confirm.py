@@ -1,0 +1,246 @@
+"""`confirm`: whether a search's best trials keep their scores under new seeds; with --final, on the sealed test set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tune_cifar.cli import options
+from tune_cifar.cli.judge import keep_judgement, say_kept
+from tune_cifar.cli.search import AcceptChanges, Gpus, MaxConcurrent, run_plan
+from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, stdout, this_command
+from tune_cifar.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from tune_cifar.confirm import Confirmed
+    from tune_cifar.data import DataSource
+    from tune_cifar.plan import SearchPlan
+    from tune_cifar.record import SearchState
+
+
+def confirm(
+    search: Annotated[
+        str, typer.Option("--search", metavar="NAME", help="The search to confirm.", rich_help_panel="What")
+    ],
+    top: Annotated[
+        int,
+        typer.Option("--top", metavar="K", min=1, help="Its best K trials, and the baseline.", rich_help_panel="What"),
+    ] = 5,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", min=1, help="New seeds for each.", rich_help_panel="What")
+    ] = 5,
+    settings: options.Settings = None,
+    final: Annotated[
+        bool,
+        typer.Option(
+            "--final",
+            help="Train the confirmed best and the baseline on all 50,000 images and open the test set once for each.",
+            rich_help_panel="What",
+        ),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Default: the search's, -confirm or -final.", rich_help_panel="What"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest one of --search.", rich_help_panel="Going on")
+    ] = False,
+    accept_changes: AcceptChanges = False,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    cpus_per_trial: options.Cpus = 1,
+    gpus_per_trial: Gpus = None,
+    max_concurrent: MaxConcurrent = None,
+    deterministic: options.Deterministic = False,
+    data: options.Data = None,
+    tracking_uri: options.TrackingUri = None,
+    storage: options.Storage = None,
+    as_json: options.Json = False,
+) -> None:
+    """Train a search's best trials again under new seeds, beside its baseline: mean, spread, gain in pairs.
+
+    With --final the confirmed best goes to the sealed test set. Ctrl-C ends it in order; --resume goes on.
+
+    Example: python -m tune_cifar confirm --search s8-cpu-1 --top 5 --seeds 5
+    """
+    from tune_cifar.confirm import find_confirmation
+    from tune_cifar.record import find_storage
+    from tune_cifar.results import load_searches
+
+    folder = find_storage(storage)
+    given = {
+        "storage": folder,
+        "gpus_per_trial": gpus_per_trial,
+        "max_concurrent": max_concurrent,
+        "command": this_command(),
+        "tracking_uri": tracking_uri,
+        "keep_weights": 1,
+    }
+    state = find_confirmation(load_searches(folder), search, final) if resume else None
+    if resume and state is None:
+        raise ConfigError(f"--resume: a confirmation of {search} must be recorded, got none. Leave --resume out.")
+    console = stderr() if as_json else stdout()
+    source = _find_source(folder, search, data)
+    if state is None:
+        given |= {"device": device, "precision": precision, "deterministic": deterministic}
+        given |= {"cpus_per_trial": cpus_per_trial, "name": name or f"{search}-{'final' if final else 'confirm'}"}
+        plan: SearchPlan | None = _plan(given, source, search, (top, seeds), settings or [], final, console)
+    elif not state.is_finished:
+        plan = _plan_resume(given, source, state, accept_changes, console)
+    else:
+        plan = None
+    if plan is not None:
+        state, faults = run_plan(plan, console)
+        for fault in faults:
+            say(fault, console, "yellow")
+    assert state is not None
+    if not state.is_finished:
+        again = repeat_options(search=search, data=data, storage=storage) + (" --final" if final else "")
+        say(f"go on with:\n  python -m tune_cifar confirm{again} --resume", console)
+        raise typer.Exit(130)
+    _report(state, source, tracking_uri, as_json, console)
+
+
+def _find_source(folder: Path, search: str, data: str | None) -> DataSource:
+    """The data that the search was trained on."""
+    from tune_cifar.data import find_data
+    from tune_cifar.results import load_searches
+
+    (state,) = load_searches(folder, search=search)
+    source = find_data(data or ("shapes" if state.header.data.name == "shapes" else None))
+    if source.name != state.header.data.name:
+        raise ConfigError(f"--data: {state.header.data.name} must be given as in {search}, got {source.name}.")
+    return source
+
+
+def _plan(
+    given: dict[str, Any],
+    source: DataSource,
+    search: str,
+    wanted: tuple[int, int],
+    settings: list[str],
+    is_final: bool,
+    console: Console,
+) -> SearchPlan:
+    """Settle a new confirmation and say what it will train."""
+    from tune_cifar.confirm import check_confirmed, find_confirmation, make_confirmation, make_final
+    from tune_cifar.live import print_stand_in_banner
+    from tune_cifar.plan import SearchRequest
+    from tune_cifar.results import load_searches
+    from tune_cifar.space import parse_setting
+
+    changes = dict(parse_setting(setting) for setting in settings)
+    (state,) = load_searches(given["storage"], search=search)
+    num_top, num_seeds = wanted
+    if is_final:
+        if changes:
+            raise typer.BadParameter("--set belongs to the confirmation: --final trains what was confirmed.")
+        states = load_searches(given["storage"])
+        confirmation = check_confirmed(find_confirmation(states, search, is_final=False), search)
+        space, settled = make_final(state, confirmation, num_seeds)
+    else:
+        space, settled = make_confirmation(state, num_top, num_seeds, changes)
+    print_stand_in_banner(console, source.name)
+    names = ", ".join(candidate.run_id for candidate in settled.candidates)
+    seeds = ", ".join(map(str, settled.seeds))
+    config = space.baseline
+    say(f"{names} under the seeds {seeds}: {config.epochs} epochs of {config.train_size:,} images each", console)
+    with console.status("measuring 20 training steps and starting the workers ..."):
+        from tune_cifar.search import prepare_search
+
+        plan = prepare_search(space, SearchRequest(source=source, **given), settled)
+    say(plan.describe(), console)
+    return plan
+
+
+def _plan_resume(
+    given: dict[str, Any], source: DataSource, state: SearchState, accepts_changes: bool, console: Console
+) -> SearchPlan:
+    """Settle how a recorded confirmation goes on and say what of it is there."""
+    from tune_cifar.plan import SearchRequest
+
+    header = state.header
+    request = SearchRequest(source=source, device=header.numerics.device, name=header.name, **given)
+    with console.status("reading the record and starting the workers ..."):
+        from tune_cifar.search import prepare_resume
+
+        plan = prepare_resume(request, None, None, accepts_changes)
+    for note in (*plan.notes, plan.describe()):
+        say(note, console)
+    return plan
+
+
+def _report(state: SearchState, source: DataSource, tracking_uri: str | None, as_json: bool, console: Console) -> None:
+    """Say what a finished confirmation found; of a final one, after the test set was opened for what is not judged."""
+    from tune_cifar.confirm import summarise, summarise_tests
+    from tune_cifar.sealed import find_openings_file, load_openings
+
+    settled = state.header.confirmation
+    assert settled is not None
+    answer: dict[str, Any] = {"search": settled.search, "name": state.header.name, "final": settled.final}
+    if settled.final:
+        ledger = find_openings_file(state.folder.parent.parent, source.name)
+        _open_tests(state, source, ledger, tracking_uri, console)
+        confirmed = summarise_tests(state, load_openings(ledger))
+        answer["openings_file"] = str(ledger)
+    else:
+        confirmed = summarise(state)
+    if as_json:
+        print_json(answer | {"candidates": [found.to_dict() for found in confirmed]})
+        return
+    print_confirmed(confirmed, "test" if settled.final else "validation", state, console)
+    if not settled.final:
+        say(f"\nnext:\n  python -m tune_cifar confirm --search {settled.search} --final", console)
+
+
+def _open_tests(
+    state: SearchState, source: DataSource, ledger: Path, tracking_uri: str | None, console: Console
+) -> None:
+    """Open the test set once for every complete training that it was not opened for."""
+    from tune_cifar.numerics import restore_numerics
+    from tune_cifar.sealed import find_openings, open_test
+    from tune_cifar.train import load_recorded_data, load_trained
+
+    for trial in state.trials.values():
+        if trial.status != "complete" or find_openings(ledger, trial.fingerprint, source.name):
+            continue
+        loaded = load_recorded_data(state, trial, source)
+        way_out = "They belong to what is confirmed: confirm it under another --name."
+        trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics), way_out)
+        opening, judgement, split = open_test(trainer, trial, source, ledger, this_command())
+        say(f"{trial.run_id}: test accuracy {100 * opening.test_acc:.2f} %, written into {ledger}", console)
+        try:
+            say_kept(keep_judgement(state, trial, judgement, split, None, tracking_uri), console)
+        except ConfigError as exc:  # the opening is written down: this must not look undone
+            say(str(exc), console, "yellow")
+
+
+def print_confirmed(confirmed: Sequence[Confirmed], part: str, state: SearchState, console: Console) -> None:
+    """A row per candidate, then the winner's curse in words."""
+    from rich.table import Table
+
+    from tune_cifar.live import format_percent
+
+    stand_in = "" if state.header.data.name == "cifar10" else f", NOT CIFAR-10 ({state.header.data.name})"
+    config = state.header.baseline
+    length = f"{config['epochs']} epochs of {config['train_size']:,} images"
+    say(f"{state.header.name}: {part} accuracy over seeds after {length}{stand_in}", console, "bold")
+    table = Table("candidate", "search said", "mean", "sd", "seeds", "gain over the baseline", box=None)
+    for found in confirmed:
+        gain = "the baseline" if found.gain is None else found.gain.describe()
+        numbers = (format_percent(found.search_score), format_percent(found.mean), format_percent(found.sd))
+        table.add_row(found.run_id, *numbers, str(len(found.scores)), gain)
+    console.print(table)
+    ended = [trial for trial in state.trials.values() if trial.status in ("diverged", "failed")]
+    for trial in ended:
+        counted = "counts as a guesser" if trial.status == "diverged" else "is left out"
+        say(f"{trial.run_id} {trial.status}: it {counted}", console, "yellow")
+    if part == "validation":
+        for found in confirmed[1:]:
+            say(found.describe_curse(), console)
