@@ -41,7 +41,6 @@ from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
 
 HERE = Path(__file__).parent
 CONFIG_SEED = 4
-NUM_RESAMPLES = 2000
 Scores = NDArray[np.float64]
 
 
@@ -206,18 +205,18 @@ def compute_taus(study: Study) -> dict[tuple[str, int], float]:
     return taus | {("full, other seed", study.rungs[-1]): float(kendalltau(full, study.again).statistic)}
 
 
-def bootstrap(study: Study, compute: Callable[[Study], dict[Any, float]], seed: int = 0) -> dict[Any, Scores]:
+def bootstrap(study: Study, compute: Callable[[Study], dict[Any, float]], num_resamples: int) -> dict[Any, Scores]:
     """What `compute` gives on resamples of the configurations, paired: index i of every entry is the same resample."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     num_configs = len(study.again)
-    drawn = [compute(study.select(random.integers(0, num_configs, num_configs))) for _ in range(NUM_RESAMPLES)]
+    drawn = [compute(study.select(random.integers(0, num_configs, num_configs))) for _ in range(num_resamples)]
     return {key: np.array([values[key] for values in drawn]) for key in drawn[0]}
 
 
-def interval(values: Scores) -> tuple[float, float]:
+def format_interval(values: Scores, sign: str = "") -> str:
     """The middle 95 %."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return f"{low:{sign}.2f} to {high:{sign}.2f}"
 
 
 def simulate_halving(
@@ -248,24 +247,25 @@ def simulate_halving(
     return best, begun
 
 
-def simulate_regrets(study: Study, max_epochs: int, num_orders: int = 1000) -> dict[str, tuple[Scores, float]]:
-    """Per variant and for random search without stopping: the regret of the chosen configuration over random orders
-    (the same ones for all), and the mean number of configurations begun. Truth is the mean of both full seeds."""
+def simulate_regrets(study: Study, max_epochs: int, num_orders: int) -> dict[str, tuple[float, float]]:
+    """Per variant and for random search without stopping: the mean regret of the chosen configuration, in points, over
+    random orders (the same ones for all), and the mean number of configurations begun. Truth is the mean of both full
+    seeds."""
     rungs, truth = study.rungs, (study.variants["epochs"][:, -1] + study.again) / 2
     steps = tuple(b - a for a, b in itertools.pairwise((0, *rungs)))
     searches = {
+        "no stopping": (study.variants["epochs"][:, -1:], rungs[-1:]),
         "epochs": (study.variants["epochs"], steps),
         "cycles": (study.variants["cycles"], rungs),
         "cycles/continue": (study.variants["cycles/continue"], steps),
-        "no stopping": (study.variants["epochs"][:, -1:], rungs[-1:]),
     }
     random = np.random.default_rng(1)
     orders = [random.permutation(len(truth)) for _ in range(num_orders)]
     found = {}
     for name, (scores, costs) in searches.items():
         ends = [simulate_halving(scores, costs, order, max_epochs, 3) for order in orders]
-        regrets = np.array([truth.max() - (CHANCE_ACCURACY if best is None else truth[best]) for best, _ in ends])
-        found[name] = (regrets, float(np.mean([begun for _, begun in ends])))
+        regrets = [truth.max() - (CHANCE_ACCURACY if best is None else truth[best]) for best, _ in ends]
+        found[name] = (100 * float(np.mean(regrets)), float(np.mean([begun for _, begun in ends])))
     return found
 
 
@@ -273,34 +273,34 @@ def show_taus(title: str, study: Study) -> None:
     """One table: tau per variant and rung with its interval, and the paired difference to `epochs`."""
     print(f"\n{title}: {len(study.again)} configurations, {int(study.diverged.sum())} diverged somewhere")
     print("| score | at epoch | tau | 95 % | minus `epochs` | 95 % |\n|---|---|---|---|---|---|")
-    taus, drawn = compute_taus(study), bootstrap(study, compute_taus)
+    taus, drawn = compute_taus(study), bootstrap(study, compute_taus, 2000)
     for (name, rung), tau in taus.items():
-        low, high = interval(drawn[name, rung])
-        line = f"| {name} | {rung} | {tau:.2f} | {low:.2f} to {high:.2f} |"
+        line = f"| {name} | {rung} | {tau:.2f} | {format_interval(drawn[name, rung])} |"
         base = ("epochs, other seed" if name.endswith("other seed") else "epochs", rung)
         if base in taus and base != (name, rung):
-            low, high = interval(drawn[name, rung] - drawn[base])
-            line += f" {tau - taus[base]:+.2f} | {low:+.2f} to {high:+.2f} |"
+            line += f" {tau - taus[base]:+.2f} | {format_interval(drawn[name, rung] - drawn[base], '+')} |"
         else:
             line += " | |"
         print(line)
 
 
 def show_regrets(study: Study, max_epochs: int) -> None:
-    """One table: regret of the chosen configuration at equal epochs."""
-    print(f"\nregret after {max_epochs} epochs (reduction factor 3, 1,000 random orders):")
-    print("| search | configurations begun | mean regret, points | 95 % of orders | minus `no stopping` |")
-    print("|---|---|---|---|---|")
-    found = simulate_regrets(study, max_epochs)
-    control = found["no stopping"][0]
-    for name, (regrets, begun) in found.items():
-        low, high = interval(100 * regrets)
-        difference = 100 * (regrets - control)
-        error = 1.96 * difference.std() / math.sqrt(len(difference))
-        print(
-            f"| {name} | {begun:.1f} | {100 * regrets.mean():.2f} | {low:.2f} to {high:.2f} "
-            f"| {difference.mean():+.2f} +- {error:.2f} |"
-        )
+    """One table: regret of the chosen configuration at equal epochs, with intervals over the configurations."""
+    print(f"\nregret after {max_epochs} epochs (reduction factor 3; mean of 1,000 random orders):")
+    print("| search | begun | regret, points | 95 % | minus `no stopping` | 95 % | minus `cycles` | 95 % |")
+    print("|---|---|---|---|---|---|---|---|")
+    found = simulate_regrets(study, max_epochs, 1000)
+
+    def compute(resample: Study) -> dict[str, float]:
+        return {name: regret for name, (regret, _) in simulate_regrets(resample, max_epochs, 25).items()}
+
+    drawn = bootstrap(study, compute, 400)
+    for name, (regret, begun) in found.items():
+        line = f"| {name} | {begun:.1f} | {regret:.2f} | {format_interval(drawn[name])} |"
+        for base in ("no stopping", "cycles"):
+            difference = f" {regret - found[base][0]:+.2f} | {format_interval(drawn[name] - drawn[base], '+')} |"
+            line += " | |" if name == base else difference
+        print(line)
 
 
 def draw(study: Study, path: Path) -> None:
@@ -331,7 +331,8 @@ def draw(study: Study, path: Path) -> None:
 def show(arguments: argparse.Namespace) -> None:
     study = make_study(read_table(arguments.table), arguments.rungs)
     show_taus("all", study)
-    show_taus("without those that diverged", study.select(~study.diverged))
+    if study.diverged.any():
+        show_taus("without those that diverged", study.select(~study.diverged))
     show_taus("under OneCycle", study.select(study.onecycle))
     for max_epochs in (arguments.epochs * 6, arguments.epochs * 12):
         show_regrets(study, max_epochs)
