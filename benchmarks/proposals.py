@@ -143,14 +143,14 @@ def make_table(space: SearchSpace, params: list[dict[str, Any]], scores: Sequenc
 def read_table(space: SearchSpace, path: Path) -> Table:
     """The configurations whose complete training is in the file, in their order.
 
-    Under a constant learning rate the first epochs of a longer training are a shorter one.
+    Under a constant learning rate the first epochs of a longer training are a shorter one, and either may be there.
     """
     epochs = space.budget.rungs[-1]
     found: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        job = "full/0" if row["params"]["schedule"] == "constant" else f"restart/{epochs}"
-        if row["job"] == job:
+        is_first_epochs = row["job"] == "full/0" and row["params"]["schedule"] == "constant"
+        if row["job"] == f"restart/{epochs}" or is_first_epochs:
             found[row["config"]] = row
     if 0 not in found:
         raise SystemExit(f"{path}: the baseline, configuration 0, must be trained, got no such row.")

@@ -119,13 +119,14 @@ def test_table_holds_the_complete_short_training_of_each_configuration(space: Se
         (0, "full/0", BASELINE, [0.2, 0.3, 0.4, 0.5]),
         (3, "restart/3", onecycle, [0.3]),
         (2, "full/0", onecycle, [0.1] * 8),
+        (4, "restart/3", BASELINE, [0.1, 0.2, 0.35]),
     ]
     keys = ("config", "job", "params", "val_acc")
     file = tmp_path / "table.jsonl"
     file.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
     table = proposals.read_table(space, file)
-    assert table.params == [BASELINE, onecycle, onecycle]
-    assert table.scores.tolist() == [0.4, 0.3, 0.1], "the last one diverged, configuration 2 is not trained yet"
+    assert table.params == [BASELINE, onecycle, onecycle, BASELINE]
+    assert table.scores.tolist() == [0.4, 0.3, 0.1, 0.35], "configuration 3 diverged, 2 is not trained yet"
 
 
 def test_figures_of_a_made_table() -> None:
