@@ -1,0 +1,393 @@
+"""What does Optuna buy? TPE against random and quasi-random search at equal epochs, on a table of real trainings.
+
+    python benchmarks/proposals.py [--table FILE] [--samplers tpe,tpe/6,random,qmc] [--seeds 200] [--figure FILE]
+
+The table is what benchmarks/fidelity.py wrote. A configuration's score is val_acc at the end of a complete training
+from scratch of as many epochs as the tier cpu has; chance, when it diverged. Nothing is trained here. A search asks our
+own `Sampler`, and each ask is answered by the nearest configuration of the table that the search has not had yet; what
+the sampler is told are that configuration's own knobs and score. Trial 0 is the baseline, the space's points are left
+out, and nothing is stopped, so that equal asks are equal epochs. `tpe` has the tier's startup, `tpe/6` one of 6.
+
+Two intervals, both 95 %:
+
+- seeds: a bootstrap over the sampler's seeds. What the mean over seeds would vary by on this very table.
+- seeds and table: also for the table being a sample of configurations. The spread over subtables of three quarters of
+  the configurations (the same seeds on all of them, what seeds contribute taken off) is scaled up to the whole table as
+  the delete-d jackknife does, and added to the variance over seeds; normal limits. On 40 made tables (80
+  configurations, random search, 2026-11-21) these standard errors were right on average, but rough: 80 to 93 % of the
+  intervals held.
+
+The end of a search is optimistic for all alike: as the table runs out, a bad ask too is answered by what is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tune_cifar.sampler import Sampler
+from tune_cifar.schema import CHANCE_ACCURACY, dead_knobs
+from tune_cifar.space import SamplerBudget, SearchSpace, load_space
+
+HERE = Path(__file__).parent
+# A trial's proposal is seeded with seed + number: seeds of searches must lie further apart than a search is long.
+SEED_STEP = 1000
+NUM_RESAMPLES = 2000
+NUM_TABLES = 50
+SHARE = 0.75
+# Sampler seeds on each subtable: the time of 50 x 8 searches is twice that of 200.
+NUM_TABLE_SEEDS = 8
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Figures = dict[tuple[str, str, int], float]
+"""What is reported, by (quantity, sampler, asks)."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Trained configurations, the baseline first.
+
+    Attributes:
+        params: the searched knobs of each.
+        scores: (configs,).
+        places: (configs, knobs), see `locate`.
+        alive: (configs, knobs), whether the knob has an effect in the configuration.
+        is_choice: (knobs,), whether the knob is a choice, not a number.
+    """
+
+    params: list[dict[str, Any]]
+    scores: Array
+    places: Array
+    alive: Mask
+    is_choice: Mask
+
+    def select(self, chosen: Sequence[int]) -> Table:
+        """The same table with some of its configurations."""
+        index = list(chosen)
+        params = [self.params[i] for i in index]
+        return Table(params, self.scores[index], self.places[index], self.alive[index], self.is_choice)
+
+    def measure_distances(self, place: Array, alive: Mask) -> Array:
+        """From a point to every configuration: Euclidean in the unit cube, 1 along a choice that differs. A knob that
+        is dead in either of the two says nothing about how alike they are, and does not count."""
+        differences = self.places - place
+        squares = np.where(self.is_choice, differences != 0, differences**2)
+        distances: Array = np.sqrt(np.where(self.alive & alive, squares, 0.0).sum(axis=1))
+        return distances
+
+
+@dataclass(frozen=True)
+class Past:
+    """An answered ask as the sampler wants to be told of it (sampler.PastTrial)."""
+
+    number: int
+    params: dict[str, Any]
+    score: float
+    status: Literal["complete"] = "complete"
+    scores: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Simulated searches on one table.
+
+    Attributes:
+        curves: best score so far by sampler, (seeds, asks); random search goes on through the whole table.
+        gaps: distance from ask to answer by sampler, (seeds, asks).
+        ceiling: the table's best score.
+    """
+
+    curves: dict[str, Array]
+    gaps: dict[str, Array]
+    ceiling: float
+
+    def select(self, seeds: NDArray[np.int64]) -> Outcome:
+        """The same searches of some of the seeds, or of a resample of them."""
+        curves = {name: curve[seeds] for name, curve in self.curves.items()}
+        return Outcome(curves, {name: gaps[seeds] for name, gaps in self.gaps.items()}, self.ceiling)
+
+
+def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
+    """Where a proposal lies: a number as its share of its range (in logarithms, where the scale is), a choice as its
+    index; and which knobs have an effect."""
+    place = []
+    for name, distribution in space.distributions.items():
+        found: Any = distribution
+        if hasattr(found, "choices"):
+            place.append(float(found.choices.index(params[name])))
+        else:
+            scale = math.log if found.log else float
+            low, high = scale(found.low), scale(found.high)
+            place.append((scale(params[name]) - low) / (high - low))
+    dead = dead_knobs(space.config(params))
+    return np.array(place), np.array([name not in dead for name in space.distributions])
+
+
+def make_table(space: SearchSpace, params: list[dict[str, Any]], scores: Sequence[float]) -> Table:
+    """A table of these configurations."""
+    located = [locate(space, each) for each in params]
+    is_choice = [hasattr(distribution, "choices") for distribution in space.distributions.values()]
+    places, alive = (np.array(part) for part in zip(*located, strict=True))
+    return Table(params, np.array(scores, dtype=float), places, alive, np.array(is_choice))
+
+
+def read_table(space: SearchSpace, path: Path) -> Table:
+    """The configurations whose complete training is in the file, in their order.
+
+    Under a constant learning rate the first epochs of a longer training are a shorter one, and either may be there.
+    """
+    epochs = space.budget.rungs[-1]
+    found: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        is_first_epochs = row["job"] == "full/0" and row["params"]["schedule"] == "constant"
+        if row["job"] == f"restart/{epochs}" or is_first_epochs:
+            found[row["config"]] = row
+    if 0 not in found:
+        raise SystemExit(f"{path}: the baseline, configuration 0, must be trained, got no such row.")
+    rows = [row for _, row in sorted(found.items())]
+    params = [{name: row["params"][name] for name in space.distributions} for row in rows]
+    accs = [row["val_acc"] for row in rows]
+    return make_table(space, params, [acc[epochs - 1] if len(acc) >= epochs else CHANCE_ACCURACY for acc in accs])
+
+
+def choose_sampler(space: SearchSpace, name: str) -> SearchSpace:
+    """The space searched by `random`, `qmc`, `tpe` or `tpe/<startup>`, without its points."""
+    kind, _, written = name.partition("/")
+    startup = (int(written) if written else space.budget.sampler.startup) if kind == "tpe" else 0
+    sampler = SamplerBudget.model_validate({"kind": kind, "startup": startup})
+    return replace(space, budget=space.budget.model_copy(update={"sampler": sampler}), points=())
+
+
+def make_proposer(space: SearchSpace, seed: int, num_asks: int) -> Callable[[list[Past]], dict[str, Any]]:
+    """What gives the next proposal after these answers.
+
+    A `Sampler` takes results by number for the knobs that it proposed itself. The answers have knobs of their own, so
+    one that learns is rebuilt for each ask with the answers as its history, as for a resumed search. The other kinds
+    propose the same whatever they are told: they are asked in advance.
+    """
+    if space.budget.sampler.kind == "tpe":
+        return lambda past: Sampler(space, seed, past).ask(len(past))[0]
+    sampler = Sampler(space, seed)
+    proposals = [sampler.ask(number)[0] for number in range(num_asks)]
+    return lambda past: proposals[len(past)]
+
+
+def simulate(space: SearchSpace, table: Table, seed: int, num_asks: int) -> tuple[list[int], list[float]]:
+    """One search.
+
+    Returns:
+        the configurations in the order of the answers, and each one's distance from what was asked for.
+    """
+    propose = make_proposer(space, seed, num_asks)
+    taken, gaps, past = [0], [0.0], [Past(0, table.params[0], float(table.scores[0]))]
+    while len(taken) < num_asks:
+        distances = table.measure_distances(*locate(space, propose(past)))
+        distances[taken] = np.inf
+        config = int(distances.argmin())
+        past.append(Past(len(taken), table.params[config], float(table.scores[config])))
+        taken.append(config)
+        gaps.append(float(distances[config]))
+    return taken, gaps
+
+
+def simulate_all(space: SearchSpace, table: Table, samplers: Sequence[str], num_seeds: int, num_asks: int) -> Outcome:
+    """`num_seeds` searches with each sampler."""
+    curves, gaps = {}, {}
+    for name in samplers:
+        chosen, asks = choose_sampler(space, name), len(table.scores) if name == "random" else num_asks
+        searches = [simulate(chosen, table, SEED_STEP * seed, asks) for seed in range(num_seeds)]
+        curves[name] = np.maximum.accumulate(table.scores[np.array([taken for taken, _ in searches])], axis=1)
+        gaps[name] = np.array([gaps for _, gaps in searches])
+    return Outcome(curves, gaps, float(table.scores.max()))
+
+
+def count_asks(curve: Array, level: float) -> float:
+    """How many asks a rising curve needs to reach a level that it does reach; linear between two asks."""
+    index = int(np.argmax(curve >= level - 1e-12))
+    if index == 0:
+        return 1.0
+    return index + float((level - curve[index - 1]) / (curve[index] - curve[index - 1]))
+
+
+def compute_figures(outcome: Outcome, asks: Sequence[int]) -> Figures:
+    """Means over seeds, in points: best so far, regret and the difference to random search after so many asks; and the
+    logarithm of the asks that random search needs for what each sampler has at half of the last."""
+    means = {name: curve.mean(axis=0) for name, curve in outcome.curves.items()}
+    figures: Figures = {}
+    for name, mean in means.items():
+        for n in asks:
+            figures["best", name, n] = 100 * mean[n - 1]
+            figures["regret", name, n] = 100 * (outcome.ceiling - mean[n - 1])
+            figures["minus random", name, n] = 100 * (mean[n - 1] - means["random"][n - 1])
+        half = asks[-1] // 2
+        figures["log asks of random", name, half] = math.log(count_asks(means["random"], mean[half - 1]))
+    return figures
+
+
+def resample_seeds(outcomes: list[Outcome], asks: Sequence[int], num_resamples: int) -> list[list[Figures]]:
+    """Per resample of the seeds, the figures of each outcome; the resample is the same for all of them and pairs the
+    samplers by seed."""
+    random = np.random.default_rng(0)
+    num_seeds = len(outcomes[0].curves["random"])
+    drawn = [random.integers(0, num_seeds, num_seeds) for _ in range(num_resamples)]
+    return [[compute_figures(outcome.select(seeds), asks) for outcome in outcomes] for seeds in drawn]
+
+
+def draw_subtables(table: Table, num_tables: int) -> list[Table]:
+    """Subtables of SHARE of the configurations without replacement; the baseline is in all of them."""
+    random = np.random.default_rng(1)
+    others = np.arange(1, len(table.scores))
+    size = round(SHARE * len(table.scores)) - 1
+    return [table.select([0, *np.sort(random.choice(others, size, replace=False))]) for _ in range(num_tables)]
+
+
+def compute_table_variance(outcomes: list[Outcome], asks: Sequence[int], num_resamples: int = 200) -> Figures:
+    """The variance that each figure has by the table's being a sample, from the outcomes on subtables.
+
+    A subtable's figure also varies by its seeds' luck on it. Resampling the seeds adds that luck once more, so the
+    variance over subtables is taken off by as much as the resamples exceed it. A subtable lacks d of n configurations:
+    its variance around the whole table's figure is d / (n - d) of the whole table's around the truth.
+    """
+    num_seeds = len(outcomes[0].curves["random"])
+    own = [compute_figures(outcome, asks) for outcome in outcomes]
+    resamples = resample_seeds(outcomes, asks, num_resamples)
+    variances: Figures = {}
+    for key in own[0]:
+        variance = statistics.variance(figures[key] for figures in own)
+        resampled = statistics.mean(statistics.variance(figures[key] for figures in each) for each in resamples)
+        luck = (resampled - variance) * num_seeds / (num_seeds - 1)
+        variances[key] = max(0.0, variance - luck) * SHARE / (1 - SHARE)
+    return variances
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, its interval over seeds and its interval over seeds and tables."""
+
+    value: float
+    seeds: tuple[float, float]
+    both: tuple[float, float]
+
+
+def estimate(outcome: Outcome, asks: Sequence[int], table_variance: Figures) -> dict[tuple[str, str, int], Estimate]:
+    """All figures with both intervals."""
+    resamples = [figures for [figures] in resample_seeds([outcome], asks, NUM_RESAMPLES)]
+    found = {}
+    for key, value in compute_figures(outcome, asks).items():
+        drawn = np.array([figures[key] for figures in resamples])
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        margin = 1.96 * math.sqrt(drawn.var() + table_variance[key])
+        found[key] = Estimate(value, (float(low), float(high)), (value - margin, value + margin))
+    return found
+
+
+def show_best(found: dict[tuple[str, str, int], Estimate], epochs: int) -> None:
+    """One table: best so far, regret and the paired difference to random search."""
+    print(
+        "\n| asks | epochs | sampler | best, % | 95 %, seeds | regret, points | 95 %, seeds and table "
+        "| minus random, points | 95 %, seeds | 95 %, seeds and table |\n" + "|---" * 10 + "|"
+    )
+    for quantity, name, n in sorted(found, key=lambda key: key[2]):
+        if quantity == "best":
+            best, regret, minus = (found[part, name, n] for part in ("best", "regret", "minus random"))
+            line = f"| {n} | {epochs * n} | {name} | {best.value:.2f} | {best.seeds[0]:.2f} to {best.seeds[1]:.2f} "
+            line += f"| {regret.value:.2f} | {max(0, regret.both[0]):.2f} to {regret.both[1]:.2f} "
+            if name == "random":
+                print(line + "| | | |")
+            else:
+                intervals = (f"{low:+.2f} to {high:+.2f}" for low, high in (minus.seeds, minus.both))
+                print(f"{line}| {minus.value:+.2f} | {' | '.join(intervals)} |")
+
+
+def show_speed(found: dict[tuple[str, str, int], Estimate]) -> None:
+    """One table: asks that random search needs for what each sampler has at half of the asks."""
+    print("\n| sampler | asks | random search needs | factor | 95 %, seeds | 95 %, seeds and table |")
+    print("|---|---|---|---|---|---|")
+    for (quantity, name, n), each in found.items():
+        if quantity == "log asks of random" and name != "random":
+            intervals = (
+                f"{math.exp(low) / n:.2f} to {math.exp(high) / n:.2f}" for low, high in (each.seeds, each.both)
+            )
+            needs = math.exp(each.value)
+            print(f"| {name} | {n} | {needs:.1f} | {needs / n:.2f} | {' | '.join(intervals)} |")
+
+
+def show_gaps(outcome: Outcome, num_asks: int) -> None:
+    """One table: how far the answers lay from what was asked for."""
+    half = num_asks // 2
+    print("\nmean distance of the answer from the ask in the unit cube (1: another schedule):")
+    print(f"| sampler | asks 2 to {half} | asks {half + 1} to {num_asks} |\n|---|---|---|")
+    for name, gaps in outcome.gaps.items():
+        print(f"| {name} | {gaps[:, 1:half].mean():.2f} | {gaps[:, half:num_asks].mean():.2f} |")
+
+
+def draw(outcome: Outcome, num_asks: int, path: Path) -> None:
+    """Best so far against asks: mean over seeds with its 95 % band over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    random, asks = np.random.default_rng(0), np.arange(1, num_asks + 1)
+    for name, curve in outcome.curves.items():
+        seen = 100 * curve[:, :num_asks]
+        means = np.array([seen[random.integers(0, len(seen), len(seen))].mean(axis=0) for _ in range(NUM_RESAMPLES)])
+        low, high = np.percentile(means, [2.5, 97.5], axis=0)
+        (line,) = ax.plot(asks, seen.mean(axis=0), label=name)
+        ax.fill_between(asks, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.axhline(100 * outcome.ceiling, color="grey", linestyle=":", label="best of the table")
+    ax.set_xlabel("asks")
+    ax.set_ylabel("best val_acc so far, %")
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    space = load_space(arguments.space, "cpu")
+    table = read_table(space, arguments.table)
+    samplers, num_asks = dict.fromkeys([*arguments.samplers.split(","), "random"]), arguments.asks
+    if round(SHARE * len(table.scores)) < num_asks:
+        raise SystemExit(f"--asks: at most {SHARE:.0%} of the table's {len(table.scores)} must hold, got {num_asks}.")
+    asks, epochs = [num_asks * part // 4 for part in (1, 2, 3, 4)], space.budget.rungs[-1]
+    outcome = simulate_all(space, table, list(samplers), arguments.seeds, num_asks)
+    subtables = draw_subtables(table, NUM_TABLES)
+    outcomes = [simulate_all(space, each, list(samplers), NUM_TABLE_SEEDS, num_asks) for each in subtables]
+    found = estimate(outcome, asks, compute_table_variance(outcomes, asks))
+    scores = 100 * table.scores
+    print(
+        f"{space.name}: {len(scores)} configurations of {epochs} epochs; best {scores.max():.2f} %, baseline "
+        f"{scores[0]:.2f} %, median {np.median(scores):.2f} %, {(scores <= 100 * CHANCE_ACCURACY).sum()} at chance; "
+        f"{arguments.seeds} seeds; {NUM_TABLES} subtables of {len(subtables[0].scores)}, {NUM_TABLE_SEEDS} seeds each"
+    )
+    show_best(found, epochs)
+    show_speed(found)
+    show_gaps(outcome, num_asks)
+    if arguments.figure:
+        draw(outcome, num_asks, arguments.figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", default="s8")
+    parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
+    parser.add_argument("--samplers", default="tpe,tpe/6,random,qmc")
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--asks", type=int, default=40)
+    parser.add_argument("--figure", type=Path)
+    show(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
