@@ -8,7 +8,7 @@ READY := .venv/.ready
 
 KILLS ?= 20
 
-.PHONY: search test test-default test-faults lint bench clean
+.PHONY: search test test-default test-faults lint bench rows clean
 
 # CIFAR-10 where it can be had, else the generated stand-in: the command says so in a banner.
 search: $(READY)
@@ -40,6 +40,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/vs_stock.py
+
+# Days of trainings that fill README's table of systems; Ctrl-C ends it in order, and it goes on where it was.
+rows: $(READY)
+	$(BIN)/python benchmarks/rows.py run $(ARGS)
 
 # The environment: uv where it is there, pip otherwise. Bytecode is compiled now, so that no start pays for it later.
 $(READY): pyproject.toml constraints.txt

@@ -1,0 +1,185 @@
+"""The steps of benchmarks/rows.py: which there are, what is done of each, what is left to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tune_cifar.confirm import ALL_IMAGES, make_final
+from tune_cifar.errors import RecordError
+from tune_cifar.fidelity import expected_epochs
+from tune_cifar.numerics import count_cores, count_gpus
+from tune_cifar.record import SearchState, read_state, search_folder
+from tune_cifar.schema import TrainConfig, dead_knobs
+from tune_cifar.sealed import TestOpening, find_openings, find_openings_file
+from tune_cifar.space import load_space
+
+TOP = 3  # candidates of a confirmation beside the baseline
+OVER = ("done", "diverged")
+
+
+@dataclass(frozen=True)
+class Step:
+    """`part` is baseline, search, confirm or best; `seed` is of a single training, None of a whole search."""
+
+    space: str
+    part: str
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What the steps are taken with; `pins` are the knobs of --set."""
+
+    storage: Path
+    seeds: int = 5
+    data: str | None = None
+    tier: str = "full"
+    pins: dict[str, Any] = field(default_factory=dict)
+    accept_changes: bool = False
+
+    @property
+    def is_stand_in(self) -> bool:
+        return (self.data or os.environ.get("TUNE_CIFAR_DATA")) == "shapes"
+
+    @property
+    def ledger(self) -> Path:
+        return find_openings_file(self.storage, "shapes" if self.is_stand_in else "cifar10")
+
+    @property
+    def table(self) -> Path:
+        """Beside the ledger."""
+        return self.ledger.with_name("ROWS.csv")
+
+    def list_steps(self, spaces: Iterable[str]) -> list[Step]:
+        """All of them, in order."""
+        seeds = range(1, self.seeds + 1)
+        return [
+            step
+            for space in spaces
+            for step in (
+                *(Step(space, "baseline", seed) for seed in seeds),
+                *(Step(space, "search"), Step(space, "confirm")),
+                *(Step(space, "best", seed) for seed in seeds),
+            )
+        ]
+
+    def name(self, step: Step) -> str:
+        """Of the step's record; a confirmation's is what `confirm` calls it."""
+        words = ["shapes-rows" if self.is_stand_in else "rows", step.space]
+        words += [] if step.part == "search" else [step.part]
+        return "-".join([*words, *([] if step.seed is None else [str(step.seed)])])
+
+    def read(self, step: Step) -> SearchState | None:
+        """The step's record; None before there is one."""
+        folder = search_folder(self.storage, self.name(step))
+        return read_state(folder) if folder.exists() else None
+
+    def find_opening(self, config: TrainConfig) -> TestOpening | None:
+        """The newest opening of the test set for a training."""
+        found = find_openings(self.ledger, config.fingerprint, "shapes" if self.is_stand_in else "cifar10")
+        return found[-1] if found else None
+
+
+def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:
+    """What a single training has otherwise than its tier says; None before the best is known."""
+    if step.part == "baseline":
+        return {**ALL_IMAGES, "seed": step.seed, **queue.pins}
+    search, confirmation = (queue.read(Step(step.space, part)) for part in ("search", "confirm"))
+    if search is None or confirmation is None or not confirmation.is_finished:
+        return None
+    _, final = make_final(search, confirmation, queue.seeds)
+    wanted = {**final.candidates[-1].config, "seed": step.seed, **queue.pins}
+    usual = load_space(step.space, queue.tier).baseline.model_dump(mode="json")
+    dead = dead_knobs(TrainConfig(**wanted))  # --set refuses them
+    return {name: value for name, value in wanted.items() if value != usual[name] and name not in dead}
+
+
+def find_config(queue: Queue, step: Step) -> TrainConfig | None:
+    """What a single training trains; None before the best is known."""
+    settings = find_settings(queue, step)
+    return None if settings is None else load_space(step.space, queue.tier, settings).baseline
+
+
+def find_stage(queue: Queue, step: Step) -> str:
+    """done, diverged (the end of a training too), failed, unfinished or not begun, as ledger and record say.
+
+    Raises:
+        RecordError: when a record has another recipe than would be trained now.
+    """
+    state = queue.read(step)
+    if step.seed is None:
+        return "not begun" if state is None else "done" if state.is_finished else "unfinished"
+    config = find_config(queue, step)
+    if config is None:
+        return "not begun"
+    if queue.find_opening(config):
+        return "done"
+    if state is None:
+        return "not begun"
+    name, recorded = state.header.name, TrainConfig(**state.header.baseline).fingerprint
+    if recorded != config.fingerprint:
+        rule = f"the recipe must be that of {step.space} now, {config.fingerprint}, got {recorded}"
+        raise RecordError(f"{name}: {rule}. Delete it: python -m tune_cifar searches delete {name}")
+    status = state.trials[0].status if state.trials else "running"
+    return status if status in ("diverged", "failed") else "unfinished"
+
+
+def find_commands(queue: Queue, step: Step) -> Iterator[list[str]]:
+    """What is left to run for a step; ask for the next when the one before has ended well."""
+    name, state = queue.name(step), queue.read(step)
+    data = ["--data", queue.data] if queue.data else []
+    going_on = ["--resume", *(["--accept-changes"] if queue.accept_changes else [])]
+    if step.part == "search":
+        new = ["--space", step.space, "--tier", queue.tier, *_make_pins(queue.pins)]
+        yield ["search", "--name", name, *(going_on if state else new), *data]
+    elif step.part == "confirm":
+        search = queue.name(Step(step.space, "search"))
+        new = ["--top", str(TOP), "--seeds", str(queue.seeds)]
+        yield ["confirm", "--search", search, *(going_on if state else new), *data]
+    else:
+        if state is None or not state.is_finished:
+            words = ["--space", step.space, "--tier", queue.tier, *_make_pins(find_settings(queue, step) or {})]
+            words += ["--name", name, "--cpus-per-trial", str(_choose_threads(state)), *data]
+            yield ["train", *words, *(["--resume"] if state else [])]
+        state = queue.read(step)
+        if state is not None and state.trials[0].status == "complete":
+            yield ["reproduce", f"{name}:0", "--test", "--no-retrain", *data]
+
+
+def _make_pins(settings: dict[str, Any]) -> list[str]:
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [word for name, text in texts.items() for word in ("--set", f"{name}={text}")]
+
+
+def _choose_threads(state: SearchState | None) -> int:
+    """All cores, or one beside a GPU; to go on, as recorded, since --resume takes no others."""
+    if state is not None:
+        return (state.resumes[-1] if state.resumes else state.header).numerics.threads
+    return 1 if count_gpus("auto") else count_cores()
+
+
+def estimate_hours(queue: Queue, steps: Iterable[Step]) -> float | None:
+    """What is left of these steps of one space, at the mean speed of its single trainings so far; None before one of
+    them has an epoch."""
+    seconds: list[float] = []
+    num_left = 0.0
+    for step in steps:
+        state = queue.read(step)
+        trials = list(state.trials.values()) if state else []
+        if step.seed is not None:
+            seconds += [result.epoch_seconds for trial in trials for _, result in trial.paid]
+        if find_stage(queue, step) not in OVER:
+            space = load_space(step.space, queue.tier, queue.pins)
+            num_epochs: float = space.baseline.epochs
+            if step.part == "search":
+                num_epochs = space.budget.trials * expected_epochs(space.budget)
+            elif step.part == "confirm":
+                num_epochs *= (1 + TOP) * queue.seeds
+            num_left += max(0.0, num_epochs - sum(trial.epochs_done for trial in trials))
+    return num_left * statistics.fmean(seconds) / 3600 if seconds else None
