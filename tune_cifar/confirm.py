@@ -205,9 +205,11 @@ def summarise(state: SearchState) -> list[Confirmed]:
 
 
 def summarise_tests(state: SearchState, openings: Sequence[TestOpening]) -> list[Confirmed]:
-    """The candidates of a final confirmation by test accuracy, as far as the test set was opened for them."""
-    known = {(opening.run_id, opening.fingerprint): opening.test_acc for opening in openings}
-    found = {trial.number: known.get((trial.run_id, trial.fingerprint)) for trial in state.trials.values()}
+    """The candidates of a final confirmation by test accuracy, as far as the test set was opened for these trainings,
+    under whatever name."""
+    data = state.header.data.name
+    known = {opening.fingerprint: opening.test_acc for opening in openings if opening.data == data}
+    found = {trial.number: known.get(trial.fingerprint) for trial in state.trials.values()}
     return _compare(state, {number: acc for number, acc in found.items() if acc is not None})
 
 

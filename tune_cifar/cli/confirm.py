@@ -91,10 +91,8 @@ def confirm(
         given |= {"device": device, "precision": precision, "deterministic": deterministic}
         given |= {"cpus_per_trial": cpus_per_trial, "name": name or f"{search}-{'final' if final else 'confirm'}"}
         plan: SearchPlan | None = _plan(given, source, search, (top, seeds), settings or [], final, console)
-    elif not state.is_finished:
-        plan = _plan_resume(given, source, state, accept_changes, console)
     else:
-        plan = None
+        plan = None if state.is_finished else _plan_resume(given, source, state, accept_changes, console)
     if plan is not None:
         state, faults = run_plan(plan, console)
         for fault in faults:
