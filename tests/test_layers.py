@@ -35,6 +35,7 @@ LEVELS = {
     "results": 4,
     "plots": 4,
     "driver": 5,
+    "openings": 0,
     "sealed": 5,
     "plan": 5,
     "preflight": 5,

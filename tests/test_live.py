@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.conftest import make_config
-from tests.test_record import CONFIG, make_header, make_result, make_start, make_trial
+from tests.test_record import CONFIG, COURSES, make_cycles, make_header, make_result, make_start, make_trial
 from tune_cifar.data import TrainVal
 from tune_cifar.engine import Trainer
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
@@ -174,6 +174,40 @@ def test_live_table_shows_trials_best_gain_and_time() -> None:
     assert lines[3].split() == ["0", "(baseline)", "complete", "3/3", "70.00", "%", "0.1"]
     assert lines[4] == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), +5.00 points over the baseline"
     assert re.fullmatch(r"0:00:0\d gone, about 0:00:0\d to go", lines[5]) and len(lines) == 6
+
+
+def test_live_table_counts_the_epochs_of_the_cycle_that_a_trial_is_in() -> None:
+    events = [
+        *make_cycles(0, COURSES, "complete"),
+        *make_cycles(1, {1: [0.4], 2: [0.3]}, None),
+        *make_cycles(2, {1: [0.3]}, "stopped"),
+        make_start(3),
+    ]
+    budget = {"trials": 6, "rungs": [1, 2, 3], "fidelity": "cycles"}
+    rows = [line.split() for line in render(events, budget=budget).splitlines()]
+    assert [row[:3] for row in rows[1:4]] == [["3", "running", "0/1"], ["1", "running", "1/2"], ["2", "stopped", "1/1"]]
+    assert rows[4][:4] == ["0", "(baseline)", "complete", "3/3"]
+
+
+def test_search_prints_the_epochs_of_a_cycle_beside_its_length() -> None:
+    console, text = make_console()
+    with make_view(console) as view:
+        tell(view, make_cycles(0, COURSES, None))
+    epochs = [line.split("epoch ")[1].split(":")[0] for line in text.getvalue().splitlines()[1:]]
+    assert epochs == ["1/1", "1/2", "2/2", "1/3", "2/3", "3/3"]
+
+
+def test_time_left_counts_every_cycle_that_was_paid_for() -> None:
+    view = make_view(make_console()[0])
+    tell(
+        view,
+        [
+            *make_cycles(0, COURSES, "complete"),
+            *make_cycles(1, {1: [0.1]}, "stopped"),
+            *make_cycles(2, {1: [0]}, "stopped"),
+        ],
+    )
+    assert view.eta_seconds() == 3 * (6 + 1 + 1) / 3 * 2.0 / 2
 
 
 def test_live_table_stays_small_and_shows_what_runs_first() -> None:

@@ -35,7 +35,7 @@ def default_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def refuse(storage: Path, num_trials: int = 10) -> str:
     """The sentence against a search of small s7 trainings, two at once."""
     with pytest.raises(ConfigError) as caught:
-        check_search_fits(storage, make_config(), num_trials, 2, 3)
+        check_search_fits(storage, make_config(), 2, num_trials, 2, 3)
     sentence = str(caught.value)
     assert "\n" not in sentence and sentence.endswith(".")
     return sentence
@@ -78,19 +78,19 @@ def test_measuring_draws_no_random_number() -> None:
 
 
 def test_needs_grow_with_everything_that_is_written() -> None:
-    small = estimate_disk_needs(make_config(), num_trials=10, max_concurrent=1, keep_weights=1)
+    small = estimate_disk_needs(make_config(), num_epochs=2, num_trials=10, max_concurrent=1, keep_weights=1)
     weights, checkpoint = measure_training(make_config())
     assert (small.checkpoints, small.weights) == (3 * checkpoint, 3 * weights)
     assert small.total == small.checkpoints + small.weights + small.records
-    assert estimate_disk_needs(make_config(), 10, 2, 1).checkpoints == 6 * checkpoint
-    assert estimate_disk_needs(make_config(), 10, 1, 5).weights == 7 * weights
-    assert estimate_disk_needs(make_config(), 1000, 1, 1).records > 10 * small.records
-    assert estimate_disk_needs(make_config(epochs=100), 10, 1, 1).records > small.records
+    assert estimate_disk_needs(make_config(), 2, 10, 2, 1).checkpoints == 6 * checkpoint
+    assert estimate_disk_needs(make_config(), 2, 10, 1, 5).weights == 7 * weights
+    assert estimate_disk_needs(make_config(), 2, 1000, 1, 1).records > 10 * small.records
+    assert estimate_disk_needs(make_config(), 100, 10, 1, 1).records > small.records  # of all cycles
 
 
 def test_a_search_that_fits_is_let_through_and_leaves_no_trace(tmp_path: Path) -> None:
-    check_search_fits(tmp_path, make_config(), 10, 2, 3)
-    check_search_fits(tmp_path / "not" / "yet" / "there", make_config(), 10, 2, 3)
+    check_search_fits(tmp_path, make_config(), 2, 10, 2, 3)
+    check_search_fits(tmp_path / "not" / "yet" / "there", make_config(), 2, 10, 2, 3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,7 +113,7 @@ def test_a_search_larger_than_a_small_disk_is_refused(tmp_path: Path) -> None:
     with mount_small_disk(tmp_path / "disk", num_kb=2000) as disk:
         assert "must be free for the search" in refuse(disk)
         assert refuse(disk / "runs").endswith("fewer trials.")
-    check_search_fits(tmp_path / "disk", make_config(), 10, 2, 3)
+    check_search_fits(tmp_path / "disk", make_config(), 2, 10, 2, 3)
 
 
 @pytest.mark.parametrize("below", ["", "/runs", "/a/b"])

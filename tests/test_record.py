@@ -24,6 +24,8 @@ from pydantic import ValidationError
 
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.events import (
+    Candidate,
+    Confirmation,
     EpochReported,
     Event,
     Header,
@@ -125,6 +127,23 @@ def make_trial(number: int, accs: list[float | None], status: str | None, config
             ending["error_file"] = f"trials/{number:04d}/error.txt"
         events.append(TrialEnded(**ending))
     return events
+
+
+def make_cycles(number: int, courses: dict[int, list[float]], status: Any, **ending: Any) -> list[Event]:
+    """All events of a trial of CONFIG that trains in cycles: the accuracies of each by its length; no end when status
+    is None."""
+    events: list[Event] = [make_start(number)]
+    for cycle, accs in courses.items():
+        results = [make_result(epoch, acc) for epoch, acc in enumerate(accs, 1)]
+        events += [EpochReported(trial=number, result=result, cycle=cycle) for result in results]
+    if status is not None:
+        score = {"complete": list(courses.values())[-1][-1] if courses else None, "diverged": 0.1}.get(status)
+        values = {"cycle": list(courses)[-1] if courses else None, "score": score, "reason": f"it {status}", **ending}
+        events.append(TrialEnded(trial=number, status=status, **values))
+    return events
+
+
+COURSES = {1: [0.5], 2: [0.2, 0.6], 3: [0.1, 0.3, 0.7]}
 
 
 def write_record(storage: Path, header: Header, events: list[Event]) -> SearchState:
@@ -757,6 +776,114 @@ def test_a_complete_trial_without_validation_images_has_no_score_and_does_not_co
     assert state.trials[0].status == "complete"
     assert (state.trials[0].score, state.trials[0].val_acc, state.best) == (None, None, None)
     assert state.arrivals == {}
+
+
+def test_a_trial_in_cycles_tells_where_it_is_and_everything_it_paid_for(tmp_path: Path) -> None:
+    events = [*make_cycles(0, COURSES, "complete"), *make_cycles(1, {1: [0.4], 2: [0.3]}, None)]
+    events += [*make_cycles(2, {1: [0.3]}, "stopped"), *make_cycles(3, {}, "stopped")]
+    state = write_record(tmp_path, make_header(), events)
+    assert read_state(state.folder) == state
+    whole, running, stopped, cut = (state.trials[number] for number in range(4))
+    assert [(cycle, result.epoch) for cycle, result in whole.paid] == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
+    assert [result.val_acc for _, result in whole.paid] == [0.5, 0.2, 0.6, 0.1, 0.3, 0.7]
+    assert (whole.config, whole.fingerprint, whole.score) == (CONFIG, CONFIG.fingerprint, 0.7)
+    assert (running.cycle, running.config, len(running.epochs)) == (2, CONFIG.shorten(2), 1)
+    assert (running.epochs_done, running.val_acc, running.scores) == (2, 0.3, {1: 0.4})
+    assert (stopped.config.epochs, stopped.fingerprint) == (1, CONFIG.shorten(1).fingerprint)
+    assert (cut.cycle, cut.config, cut.fingerprint, cut.paid) == (None, CONFIG, CONFIG.fingerprint, [])
+    assert state.arrivals == {1: {0: 0.5, 1: 0.4, 2: 0.3}, 2: {0: 0.6}, 3: {0: 0.7}}
+
+
+def test_a_trial_that_breaks_down_between_two_cycles_did_so_in_the_longer(tmp_path: Path) -> None:
+    state = write_record(tmp_path, make_header(), make_cycles(0, {1: [0.5]}, "diverged", cycle=2))
+    trial = state.trials[0]
+    assert (trial.cycle, trial.config.epochs, trial.epochs, trial.earlier[0][0]) == (2, 2, [], 1)
+    assert (trial.val_acc, trial.score, trial.fingerprint) == (0.5, 0.1, CONFIG.shorten(2).fingerprint)
+    assert read_state(state.folder) == state
+
+
+def tell_cycle(epoch: int, cycle: int | None) -> EpochReported:
+    return EpochReported(trial=0, result=make_result(epoch), cycle=cycle)
+
+
+WITHOUT = "a trial in cycles must name its cycle, got 'epoch' without one in that of 2 epochs"
+BROKEN_CYCLES: dict[str, tuple[dict[int, list[float]], Event, str]] = {
+    "not begun at 1": ({}, tell_cycle(2, 2), "epoch 1 of 2 must come next, got epoch 2"),
+    "beyond its end": ({1: [0.5]}, tell_cycle(2, 1), "epoch 2 of 1 must come next, got epoch 2"),
+    "before the end of the one before": (
+        {2: [0.5]},
+        tell_cycle(1, 3),
+        r"a cycle must be longer than the whole one before \(2\), at most 3, got 3",
+    ),
+    "shorter": ({2: [0.5, 0.5]}, tell_cycle(1, 1), "a cycle must be longer than the whole one before"),
+    "longer than the trial": ({2: [0.5, 0.5]}, tell_cycle(1, 4), r"a cycle .* at most 3, got 4"),
+    "nameless": ({2: [0.5]}, tell_cycle(2, None), WITHOUT),
+    "nameless end": (
+        {2: [0.5]},
+        TrialEnded(trial=0, status="failed", reason=""),
+        WITHOUT.replace("epoch'", "end'"),
+    ),
+    "complete too early": (
+        {2: [0.5, 0.5]},
+        TrialEnded(trial=0, status="complete", cycle=2, score=0.5, reason=""),
+        "complete must mean 3 epochs, got 2 of 2",
+    ),
+    "complete in a new one": (
+        {2: [0.5, 0.5]},
+        TrialEnded(trial=0, status="complete", cycle=3, score=0.5, reason=""),
+        "complete must mean 3 epochs, got 0 of 3",
+    ),
+}
+
+
+@pytest.mark.parametrize(("courses", "event", "rule"), BROKEN_CYCLES.values(), ids=list(BROKEN_CYCLES))
+def test_a_cycle_that_may_not_follow_is_refused_and_leaves_no_trace(
+    tmp_path: Path, courses: dict[int, list[float]], event: Event, rule: str
+) -> None:
+    state = write_record(tmp_path, make_header(), make_cycles(0, courses, None))
+    with Record.open(state.folder) as record:
+        with pytest.raises(RecordError, match=f"^s7-1:0: {rule}"):
+            record.append(event)
+        assert record.state == state
+
+
+def test_a_cycle_does_not_follow_a_schedule_that_is_one(tmp_path: Path) -> None:
+    state = write_record(tmp_path, make_header(), make_trial(0, [0.5], None))
+    with Record.open(state.folder) as record, pytest.raises(RecordError, match="longer than the whole one before"):
+        record.append(tell_cycle(1, 3))
+
+
+def make_confirmation(**changes: Any) -> Confirmation:
+    """Two candidates under three seeds."""
+    dump = CONFIG.model_dump(mode="json")
+    candidates = [Candidate(run_id="s7-1:0", score=0.7, config=dump), Candidate(run_id="s7-1:4", score=None, config={})]
+    values: dict[str, Any] = {"search": "s7-1", "candidates": candidates, "seeds": [1, 2, 5], "final": False}
+    return Confirmation(**{**values, **changes})
+
+
+def test_a_confirmation_names_its_trials_seed_after_seed() -> None:
+    confirmation = make_confirmation()
+    found = [confirmation.find(number) for number in range(confirmation.num_trials)]
+    order = [("s7-1:0", 1), ("s7-1:4", 1), ("s7-1:0", 2), ("s7-1:4", 2), ("s7-1:0", 5), ("s7-1:4", 5)]
+    assert [(candidate.run_id, seed) for candidate, seed in found] == order
+
+
+@pytest.mark.parametrize("changes", [{"candidates": []}, {"seeds": []}])
+def test_a_confirmation_of_nothing_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        make_confirmation(**changes)
+
+
+def test_a_confirmation_comes_back_with_its_header_and_older_headers_have_none(tmp_path: Path) -> None:
+    header = make_header("s7-1-confirm", kind="confirm", confirmation=make_confirmation())
+    state = write_record(tmp_path, header, [make_start(0, origin="confirm", params={"candidate": "s7-1:0", "seed": 1})])
+    assert read_state(state.folder).header == header == state.header
+    body = make_header("s7-2").model_dump()
+    del body["confirmation"]
+    older = searches_folder(tmp_path) / "s7-2"
+    older.mkdir()
+    (older / "record.jsonl").write_bytes(make_line(1, "header", body))
+    assert read_state(older).header == make_header("s7-2")
 
 
 def test_counts_name_every_status(folder: Path) -> None:

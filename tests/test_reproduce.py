@@ -16,6 +16,7 @@ import torch
 
 from tests.conftest import SHAPES
 from tests.test_cli import invoke, refuse
+from tests.test_search import make_tiny_driver, run_trials
 from tests.test_train import EXPLODING, SMALL, hear_nothing, interrupt_small, open_small, train_small
 from tune_cifar.checkpoint import load_weights
 from tune_cifar.data import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
@@ -24,6 +25,7 @@ from tune_cifar.events import EpochReported, Header, SearchEnded, TrialEnded, Tr
 from tune_cifar.models import MODELS
 from tune_cifar.models.s7 import S7Net
 from tune_cifar.numerics import resolve_numerics
+from tune_cifar.openings import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
 from tune_cifar.record import Record, SearchState, TrialState, read_state, search_folder
 from tune_cifar.reproduce import (
     SEED_NOISE_FILE,
@@ -32,7 +34,6 @@ from tune_cifar.reproduce import (
     reproduce_run,
 )
 from tune_cifar.schema import EpochResult, Numerics
-from tune_cifar.sealed import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
 from tune_cifar.space import list_spaces
 from tune_cifar.train import load_recorded_data, load_trained, run_training
 
@@ -422,6 +423,82 @@ def test_a_run_that_failed_when_it_was_trained_does_not_fail_now(tmp_path: Path,
     outcome = replay_failure(state, state.trials[0], data, fp32, hear_pair)
     assert outcome.verdict == "different"
     assert outcome.detail.startswith("It failed in epoch 3 (tune_cifar.errors.CheckpointError: ")
+
+
+# Trials in cycles
+
+
+def run_in_cycles(storage: Path, numerics: Numerics, **knobs: Any) -> SearchState:
+    """A search of one trial that really trains 1, 2 and 3 epochs, each from scratch, as far as it comes."""
+    driver = make_tiny_driver(storage, numerics, (1, 2, 3), **knobs)
+    run_trials(driver, numerics)
+    driver.finish()
+    driver.record.close()
+    return read_state(driver.record.state.folder)
+
+
+def reproduce_cycles(storage: Path, *words: str) -> Any:
+    return invoke("reproduce", "c:0", "--data", "shapes", "--storage", str(storage), *words)
+
+
+def test_a_trial_in_cycles_is_trained_again_in_its_last_cycle(tmp_path: Path, fp32: Numerics) -> None:
+    trial = run_in_cycles(tmp_path, fp32).trials[0]
+    assert (trial.status, trial.epochs_done) == ("complete", 6)
+    answer = reproduce_cycles(tmp_path)
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.startswith("c:0 (smoke, baseline, complete, 3 epochs) is trained again, fingerprint ")
+    assert answer.stdout.splitlines()[-1] == "identical over 3 epochs"
+
+
+def test_a_trial_that_diverged_in_its_second_cycle_does_so_again(tmp_path: Path, fp32: Numerics) -> None:
+    """In its second epoch, which the first cycle does not have."""
+    state = run_in_cycles(tmp_path, fp32, **EXPLODING, batch_size=10)
+    trial = state.trials[0]
+    assert (trial.status, trial.cycle, len(trial.epochs), trial.epochs_done) == ("diverged", 2, 1, 2), trial.reason
+    assert trial.config.epochs == 2 and "at epoch 2, step " in trial.reason
+    found = json.loads(reproduce_cycles(tmp_path, "--json").stdout)
+    assert (found["verdict"], found["epochs"], found["fingerprint"]) == ("identical", 1, trial.fingerprint)
+    elsewhere = replace(trial, reason=trial.reason.replace("step ", "step 1"))
+    outcome, _ = reproduce_run(state, elsewhere, load_recorded_data(state, trial, SHAPES), fp32, hear_pair)
+    assert (outcome.verdict, outcome.first_different) == ("different", 2)
+
+
+def test_a_trial_that_failed_in_its_second_cycle_does_so_again(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the third step, which the first cycle does not have."""
+    monkeypatch.setitem(MODELS, "s7", make_faulty(3, RuntimeError("odd")))
+    trial = run_in_cycles(tmp_path, fp32).trials[0]
+    assert (trial.status, trial.cycle, len(trial.epochs), trial.epochs_done) == ("failed", 2, 1, 2)
+    answer = reproduce_cycles(tmp_path)
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.splitlines()[-2:] == ["identical over 1 epochs", "It fails again: RuntimeError: odd"]
+    monkeypatch.undo()
+    answer = reproduce_cycles(tmp_path)
+    assert answer.exit_code == 1 and "It failed in epoch 2 (RuntimeError: odd) and does not fail now" in answer.stdout
+
+
+def test_a_trial_that_failed_at_the_start_of_its_second_cycle_does_so_again(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of the second network that is made."""
+    made: list[S7Net] = []
+
+    class Faulty(S7Net):
+        def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+            if self not in made:
+                made.append(self)
+            if self.training and made.index(self) == 1:
+                raise RuntimeError("odd")
+            return super().forward(images_NCHW)
+
+    monkeypatch.setitem(MODELS, "s7", Faulty)
+    trial = run_in_cycles(tmp_path, fp32).trials[0]
+    assert (trial.status, trial.config.epochs, trial.epochs, trial.epochs_done) == ("failed", 2, [], 1)
+    monkeypatch.setitem(MODELS, "s7", make_faulty(1, RuntimeError("odd")))
+    answer = reproduce_cycles(tmp_path, "--json")
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["detail"] == "It fails again: RuntimeError: odd"
 
 
 # The sealed test set

@@ -13,7 +13,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.test_record import CONFIG, make_header, make_result, make_start, make_trial, write_record
+from tests.test_record import (
+    CONFIG,
+    COURSES,
+    make_cycles,
+    make_header,
+    make_result,
+    make_start,
+    make_trial,
+    write_record,
+)
 from tune_cifar.errors import RecordError
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded, TrialRetried
 from tune_cifar.record import Record, SearchState, check_name
@@ -118,6 +127,25 @@ def test_load_curves_has_one_row_per_epoch_with_exact_figures(state: SearchState
     assert rows == [result.model_dump() for result in state.trials[1].epochs]
     assert set(curves["search"]) == {"s7-1"}
     assert list(curves["run_id"].unique()) == [f"s7-1:{number}" for number in (0, 2, 1, 4, 5, 6)]
+
+
+def test_epochs_of_a_trial_in_cycles_stand_with_the_length_of_their_cycle(tmp_path: Path) -> None:
+    events = [*make_cycles(0, COURSES, "complete"), *make_cycles(1, {1: [0.4]}, "diverged", cycle=2)]
+    events += make_trial(2, [0.3, 0.5, 0.6], "complete")
+    budget = {"trials": 3, "rungs": [1, 2, 3], "fidelity": "cycles"}
+    state = write_search(tmp_path, "s7-1", 1, events, budget=budget)
+    curves = load_curves([state])
+    found = [tuple(row) for row in curves[["trial", "cycle", "epoch", "val_acc"]].itertuples(index=False)]
+    whole = [(0, cycle, epoch, acc) for cycle, accs in COURSES.items() for epoch, acc in enumerate(accs, 1)]
+    assert found == [*whole, (1, 1, 1, 0.4), (2, 3, 1, 0.3), (2, 3, 2, 0.5), (2, 3, 3, 0.6)]
+    trials = load_trials([state])
+    assert list(trials["epochs_done"]) == [6, 1, 3]
+    assert list(trials["train_seconds"]) == [12.0, 2.0, 6.0]
+    assert list(trials["epochs"]) == [3, 3, 3], "the whole training's: they compete in one group"
+    assert list(trials["fingerprint"])[:2] == [CONFIG.fingerprint, CONFIG.shorten(2).fingerprint]
+    assert list(trials["val_acc"]) == [0.7, 0.4, 0.6]
+    ((group, rows),) = split_groups(trials)
+    assert (group["fidelity"], len(rows)) == ("cycles", 3)
 
 
 def test_an_epoch_without_validation_is_nan_in_the_curves(tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from tests.test_search import make_space, result_of
+from tests.test_search import make_cycles_driver, make_space, result_of
 from tune_cifar.checkpoint import CheckpointFolder
 from tune_cifar.driver import SearchDriver
-from tune_cifar.errors import ConfigError
+from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.numerics import describe_environment, digest_code
 from tune_cifar.plan import count_trials
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.resume import check_accepted, describe_restored, find_changes, restore_space, warm_start
 from tune_cifar.schema import DataInfo, Numerics
-from tune_cifar.space import SearchSpace, load_space
+from tune_cifar.space import SearchSpace, load_space, parse_space, select_tier
 from tune_cifar.train import make_header
 
 DATA = DataInfo(name="shapes", digest="d", split_hash="s")
@@ -110,6 +110,59 @@ def test_what_is_restored_is_told_with_the_epochs_that_trials_go_on_from(tmp_pat
     sentence, damaged = describe_restored(state, (1, 3))
     assert "2 go on from epochs 1, 1," in sentence and "checkpoint-0002.pt" in damaged
     assert folder.find_newest() == (1, [])
+
+
+def test_a_trial_at_the_end_of_a_cycle_begins_the_next(tmp_path: Path, fp32: Numerics) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    for number, told in enumerate([[(1, 1)], [(1, 1), (2, 1)], []]):
+        driver.ask()
+        for cycle, epoch in told:
+            driver.report(number, cycle, result_of(epoch, 0.5))
+        if told:
+            CheckpointFolder(driver.record.state.trial_folder(number) / "checkpoints").save({"epoch": told[-1][1]})
+    driver.record.close()
+    (sentence,) = describe_restored(driver.record.state, (1, 2, 3))
+    assert sentence == (
+        "3 trials, 1 rung with 2 scores, 1 goes on from epoch 1, 1 begins its next cycle, "
+        "1 without a checkpoint yet begins again, 0 lost"
+    )
+
+
+OLD_TEXT = """
+space: old
+source: a test
+published: {accuracy: 0.5, measured: nowhere}
+corrects: []
+baseline: {model: s7, optimizer: sgd, schedule: onecycle, max_lr: 0.1, batch_size: 100, epochs: 4, train_size: 400}
+search:
+  max_lr: {low: 0.01, high: 1.0, log: true}
+  pct_start: {low: 0.1, high: 0.5}
+budget:
+  full: {trials: 4, rungs: [1, 4], reduction_factor: 2, sampler: {kind: random}, seed: 0}
+  cpu: {trials: 4, rungs: [1, 4], reduction_factor: 2, sampler: {kind: random}, seed: 0}
+"""
+
+
+def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(tmp_path: Path, fp32: Numerics) -> None:
+    """Its text would be refused today: in the first cycle the shortest warm-up would be 0.4 steps long. So would its
+    pins be."""
+    with pytest.raises(SpaceError, match=r"pct_start x steps of the shortest cycle > 1 must hold, got 0\.1 x 4"):
+        parse_space(OLD_TEXT, Path("old.yaml"))
+    space = select_tier(parse_space(OLD_TEXT, Path("old.yaml"), is_recorded=True), "cpu", {"val_size": 50})
+    assert space.obstacle is not None
+    header = make_header("search", "x", space, 0, DATA, fp32, "test")
+    budget, baseline = dict(header.budget), dict(header.baseline)
+    del budget["fidelity"], baseline["warm_restarts"]
+    header = header.model_copy(update={"budget": budget, "baseline": baseline})
+    with Record.create(search_folder(tmp_path, "x"), header) as record:
+        restored = restore_space(record.state.header).limit(4)
+        assert (restored.budget.fidelity, restored.baseline) == ("epochs", space.baseline)
+        driver = SearchDriver(record, restored, lambda state, event: None)
+        driver.ask()
+        for epoch in (1, 2, 3, 4):
+            driver.report(0, 4, result_of(epoch, 0.5))
+    trial = read_state(record.state.folder).trials[0]
+    assert (trial.status, trial.cycle, trial.scores) == ("complete", None, dict.fromkeys((1, 2, 3, 4), 0.5))
 
 
 def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(tmp_path: Path, fp32: Numerics) -> None:

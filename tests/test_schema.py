@@ -314,3 +314,33 @@ def test_config_names_the_misspelt_knob_before_the_missing_one() -> None:
     values = {"model": "s7", "optimizer": "sgd", "schedule": "constant", "batch_size": 8, "epochs": 1}
     with pytest.raises(ConfigError, match=r"max_l is not a known name\. Did you mean max_lr\?"):
         TrainConfig(**values, max_l=0.1)
+
+
+def test_a_recipe_over_fewer_epochs_keeps_the_restarts_that_lie_within() -> None:
+    config = make_config("onecycle", epochs=9, warm_restarts=[2, 5])
+    assert config.warm_restarts == (2, 5), "a list, as JSON has it, is read"
+    short = config.shorten(5)
+    assert short == make_config("onecycle", epochs=5, warm_restarts=(2,))
+    assert config.shorten(2) == make_config("onecycle", epochs=2)
+    assert config.shorten(9) == config
+    assert [config.count_cycle_epochs(epoch) for epoch in range(1, 10)] == [2, 2, 3, 3, 3, 4, 4, 4, 4]
+    assert make_config("onecycle", epochs=3).count_cycle_epochs(3) == 3
+
+
+@pytest.mark.parametrize("restarts", [(0,), (3, 3), (5, 2), (9,), (12,), (-1, 4)])
+def test_warm_restarts_lie_in_order_before_the_last_epoch(restarts: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="warm_restarts increasing from 1 to below epochs must hold, got"):
+        make_config("onecycle", epochs=9, warm_restarts=restarts)
+
+
+@pytest.mark.parametrize("restarts", ["2", 2, (2.0,), [True]])
+def test_warm_restarts_are_a_list_of_whole_numbers(restarts: Any) -> None:
+    with pytest.raises(ConfigError, match="warm_restarts"):
+        make_config("onecycle", epochs=9, warm_restarts=restarts)
+
+
+def test_warm_restarts_belong_to_the_fingerprint_where_there_are_any() -> None:
+    config = make_config("onecycle", epochs=9, warm_restarts=(2, 5))
+    assert len({config.fingerprint, config.shorten(8).fingerprint, make_config("onecycle", epochs=9).fingerprint}) == 3
+    constant = make_config("constant_adamw", epochs=9)
+    assert "warm_restarts" in dead_knobs(constant.model_copy(update={"warm_restarts": (2,)}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from tests.conftest import SHAPES
 from tests.faults.disks import limit_file_size
+from tests.test_engine import curve
+from tune_cifar.data import load_train_val
 from tune_cifar.driver import SearchDriver
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.events import EpochReported, SearchResumed, utc_now
@@ -24,9 +27,9 @@ from tune_cifar.plan import SearchRequest, resolve_resources
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.resume import restore_space
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
-from tune_cifar.search import TrialWorker, _guard, _Scheduler
+from tune_cifar.search import TrialWorker, _guard, _Scheduler, _Searcher
 from tune_cifar.space import SearchSpace, load_space
-from tune_cifar.train import make_header, stop_file
+from tune_cifar.train import CHECKPOINTS, make_header, stop_file, train_trial
 
 # A pinned pct_start: in so few steps the smallest searched one would be no warm-up at all, and is refused.
 SMALL = {"train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
@@ -270,7 +273,8 @@ def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_a
     tmp_path: Path, fp32: Numerics
 ) -> None:
     space = make_space()
-    config = space.baseline.model_copy(update={"train_size": 40, "val_size": 20, "batch_size": 4})
+    tiny = {"train_size": 10, "val_size": 10, "batch_size": 5, "pct_start": 0.9}
+    config = space.baseline.model_copy(update=tiny)
 
     def step_all(name: str, cycles: tuple[int, ...]) -> list[dict[str, Any]]:
         worker = object.__new__(TrialWorker)
@@ -287,6 +291,150 @@ def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_a
     words = [tell(word) for word in step_all("0000", (1, 3))]
     assert words == [tell(word) for name, cycle in (("0001", 1), ("0002", 3)) for word in step_all(name, (cycle,))]
     assert [(cycle, fields[0]) for cycle, fields in words] == [(1, 1), (3, 1), (3, 2), (3, 3)]
+
+
+def make_tiny_driver(
+    storage: Path, numerics: Numerics, rungs: tuple[int, ...], fidelity: str = "cycles", **knobs: Any
+) -> SearchDriver:
+    """A driver of one trial, the baseline, that really trains in cycles: 2 steps an epoch."""
+    tiny = {"train_size": 10, "val_size": 10, "batch_size": 5, "epochs": rungs[-1]}
+    warm_up = {"pct_start": 0.9} if "schedule" not in knobs else {}
+    space = load_space("smoke", "cpu", {**tiny, **warm_up, **knobs})
+    budget = {"rungs": rungs, "fidelity": fidelity, "trials": 1, "max_time_seconds": None}
+    space = dataclasses.replace(space, budget=space.budget.model_copy(update=budget))
+    data = load_train_val(SHAPES, space.baseline.train_size, space.baseline.val_size)
+    header = make_header("search", "c", space, 0, data.info, numerics, "test")
+    return SearchDriver(Record.create(search_folder(storage, "c"), header), space, lambda state, event: None)
+
+
+def run_trials(driver: SearchDriver, numerics: Numerics, num_steps: int = 1000, is_last_heard: bool = True) -> None:
+    """Run the driver's trials in this process, by the very adapters that Ray would call.
+
+    Args:
+        num_steps: after so many epochs everything dies.
+        is_last_heard: the driver has recorded the last of them by then.
+    """
+    fixed = {"source": ("shapes", None), "numerics": numerics.model_dump(mode="json")}
+    searcher, scheduler = _Searcher(driver, fixed), _Scheduler(driver)
+    while isinstance(task := searcher.suggest("t"), dict):
+        worker, goes_on = object.__new__(TrialWorker), True
+        worker.setup(task)
+        while goes_on:
+            if num_steps == 0:
+                return
+            word, num_steps = worker.step(), num_steps - 1
+            if num_steps or is_last_heard:
+                goes_on = scheduler.on_trial_result(None, None, word) == TrialScheduler.CONTINUE
+
+
+def read_paid(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
+    """What trial 0 trained, as the record on disk has it: the cycle of every epoch, and the curve."""
+    trial = read_state(driver.record.state.folder).trials[0]
+    assert trial.status == "complete", trial.reason
+    return [cycle for cycle, _ in trial.paid], curve([result for _, result in trial.paid])
+
+
+@pytest.mark.parametrize("every_seconds", [60.0, 0.0], ids=["checkpoints of ends", "checkpoints of epochs"])
+@pytest.mark.parametrize("death", ["driver", "driver before the record", "worker"])
+def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
+    death: str, every_seconds: float, tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a cycle, at its end, and with a result that the driver did not hear of."""
+    monkeypatch.setattr("tune_cifar.search.train_trial", functools.partial(train_trial, every_seconds=every_seconds))
+    whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 2))
+    run_trials(whole, fp32)
+    whole.record.close()
+    assert read_paid(whole)[0] == [1, 2, 2]
+    for num_steps in (1, 2, 3):
+        driver = make_tiny_driver(tmp_path / str(num_steps), fp32, (1, 2))
+        run_trials(driver, fp32, num_steps, is_last_heard=death == "driver")
+        if death == "worker":
+            driver.retry(0, "worker died", "killed")
+        else:
+            driver = go_on(driver, trials=1)
+        run_trials(driver, fp32)
+        driver.record.close()
+        assert read_paid(driver) == read_paid(whole), num_steps
+
+
+def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_same(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before it, from the middle of that cycle, is no beginning of the longer one."""
+    monkeypatch.setattr("tune_cifar.search.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    whole = make_tiny_driver(tmp_path / "whole", fp32, (2, 3))
+    run_trials(whole, fp32)
+    whole.record.close()
+    driver = make_tiny_driver(tmp_path, fp32, (2, 3))
+    run_trials(driver, fp32, num_steps=2)
+    checkpoints = driver.record.state.trial_folder(0) / CHECKPOINTS
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["checkpoint-0001.pt", "checkpoint-0002.pt"]
+    (checkpoints / "checkpoint-0002.pt").write_bytes(b"torn")
+    driver = go_on(driver, trials=1)
+    run_trials(driver, fp32)
+    driver.record.close()
+    assert read_paid(driver) == read_paid(whole)
+
+
+def test_a_trial_in_continued_cycles_goes_on_over_a_restart(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One training: what was before the restart is not trained again."""
+    monkeypatch.setattr("tune_cifar.search.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 3), "cycles/continue", warm_restarts=[1])
+    run_trials(whole, fp32)
+    whole.record.close()
+    assert read_paid(whole)[0] == [3, 3, 3]
+    for num_steps in (1, 2):
+        driver = make_tiny_driver(tmp_path / str(num_steps), fp32, (1, 3), "cycles/continue", warm_restarts=[1])
+        run_trials(driver, fp32, num_steps)
+        driver = go_on(driver, trials=1)
+        run_trials(driver, fp32, num_steps=3 + num_steps)  # as many are told again from the checkpoint
+        driver.record.close()
+        assert read_paid(driver) == read_paid(whole)
+
+
+@pytest.mark.parametrize(
+    ("told", "cycle", "reason"),
+    [
+        ([], None, "cut after epoch 0: time limit"),
+        ([(1, 1), (2, 1), (2, 2), (3, 1)], 3, "cut after epoch 1 of a cycle of 3: time limit"),
+    ],
+)
+def test_a_trial_in_cycles_that_is_cut_says_in_which(
+    told: list[tuple[int, int]], cycle: int | None, reason: str, tmp_path: Path, fp32: Numerics
+) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    driver.ask()
+    for length, epoch in told:
+        driver.report(0, length, result_of(epoch, 0.5))
+    driver._deadline = time.monotonic()
+    driver.finish()
+    trial = driver.record.state.trials[0]
+    assert (trial.status, trial.cycle, trial.reason) == ("stopped", cycle, reason)
+    driver.record.close()
+
+
+def test_a_trial_whose_worker_died_too_often_between_two_cycles_failed_in_the_second(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    driver.ask()
+    driver.report(0, 1, result_of(1, 0.5))
+    for _ in range(3):
+        driver.retry(0, "worker died", "killed")
+    trial = driver.record.state.trials[0]
+    assert (trial.status, trial.reason, trial.config.epochs, trial.epochs) == ("failed", "worker died, 3 times", 2, [])
+    driver.record.close()
+    assert read_state(driver.record.state.folder).trials[0] == trial
+
+
+def test_what_cannot_be_deleted_of_a_failed_trial_ends_no_search(driver: SearchDriver) -> None:
+    """A folder where its weights would lie: what failed it, too."""
+    driver.ask()
+    (driver.record.state.trial_folder(0) / "weights.safetensors" / "x").mkdir(parents=True)
+    _guard(driver, lambda: driver.fail(0, "CheckpointError: the file must reach the disk"), None)
+    assert driver.fault is None and driver.record.state.trials[0].status == "failed"
 
 
 @pytest.mark.parametrize("val_acc", [0.1, 0.9])

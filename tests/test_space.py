@@ -193,6 +193,12 @@ def test_distributions_are_described_in_the_words_of_the_file() -> None:
     assert describe_distribution(IntDistribution(1, 8)) == "1 to 8"
 
 
+@pytest.mark.parametrize(("epochs", "words"), [(1, "1 epoch each"), (2, "2 epochs each")])
+def test_a_budget_of_one_rung_is_described_by_its_epochs(epochs: int, words: str) -> None:
+    budget = select_tier(parse(MINI), "cpu", {"epochs": epochs}).budget.model_copy(update={"rungs": (epochs,)})
+    assert budget.describe() == f"8 trials, {words}, sampler random, at most 1.5 min"
+
+
 def test_budget_is_described_in_one_line() -> None:
     file = parse(MINI)
     full, cpu = (select_tier(file, tier).budget.describe() for tier in TIERS)
@@ -588,6 +594,17 @@ def test_pinned_warm_restarts_are_refused_where_the_rungs_set_them() -> None:
     with pytest.raises(ConfigError, match="--set: no warm_restarts must stand beside fidelity: cycles/continue"):
         select_tier(parse(text), "full", pins).check_searchable()
     assert select_tier(parse(MINI), "full", pins).baseline.warm_restarts == (1,)
+    assert select_tier(parse(text), "full", pins).baseline.warm_restarts == (1,), "a single training obeys the pin"
+
+
+def test_a_recorded_text_is_not_asked_again_whether_its_rungs_suit_its_fidelity() -> None:
+    text = MINI.replace("rungs: [2, 4]", "rungs: [1, 4]\n    fidelity: epochs")
+    with pytest.raises(SpaceError, match="first rung > pct_start x epochs must hold for fidelity: epochs"):
+        parse(text)
+    assert parse_space(text, Path("mini.yaml"), is_recorded=True).tiers["full"].budget.rungs == (1, 4)
+    text = MINI.replace("rungs: [2, 4]", "rungs: [2, 5]")
+    with pytest.raises(SpaceError, match="last rung = epochs must hold, got 5 and epochs 4"):
+        parse_space(text, Path("mini.yaml"), is_recorded=True)
 
 
 @pytest.mark.parametrize(

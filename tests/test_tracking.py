@@ -23,7 +23,17 @@ from urllib.request import url2pathname
 
 import pytest
 
-from tests.test_record import CONFIG, NUMERICS, make_header, make_result, make_start, make_trial, write_record
+from tests.test_record import (
+    CONFIG,
+    COURSES,
+    NUMERICS,
+    make_cycles,
+    make_header,
+    make_result,
+    make_start,
+    make_trial,
+    write_record,
+)
 from tune_cifar import mlruns
 from tune_cifar.errors import TrackingError
 from tune_cifar.events import (
@@ -372,6 +382,49 @@ def test_a_long_training_goes_into_several_batches_and_loses_nothing(place: Path
     shipped = Shipped(place, "s7")
     history = shipped.read_history(shipped.children["s7-1:0"], "val_acc")
     assert history == [(epoch + 1, epoch / 300) for epoch in range(200)]
+
+
+CYCLES = {"trials": 4, "rungs": [1, 2, 3], "fidelity": "cycles"}
+
+
+@pytest.mark.slow
+def test_the_epochs_of_all_cycles_follow_one_another(place: Path) -> None:
+    """A metric's step counts what was paid for; params are the whole training's, the config that of the last cycle."""
+    events = [*make_cycles(0, COURSES, "complete"), *make_cycles(1, {1: [0.4], 2: [0.1, 0.3]}, "stopped")]
+    events += [*make_cycles(2, {1: [0.2]}, "diverged", cycle=2), SearchEnded(reason="x", wall_seconds=9.0)]
+    assert ship(place, make_tracking_uri(place, None), events, budget=CYCLES) == []
+    shipped = Shipped(place, "s7")
+    whole, stopped, diverged = (shipped.children[f"s7-1:{number}"] for number in range(3))
+    assert shipped.read_history(whole, "val_acc") == list(enumerate([0.5, 0.2, 0.6, 0.1, 0.3, 0.7], 1))
+    assert shipped.read_history(whole, "score") == [(6, 0.7)]
+    assert shipped.read_history(stopped, "val_acc") == [(1, 0.4), (2, 0.1), (3, 0.3)]
+    assert shipped.read_history(diverged, "val_acc") == [(1, 0.2)]
+    assert [run.data.tags["epochs_done"] for run in (whole, stopped, diverged)] == ["6", "3", "1"]
+    for run, epochs in ((whole, 3), (stopped, 2), (diverged, 2)):
+        assert run.data.tags["fingerprint"] == CONFIG.shorten(epochs).fingerprint
+        assert TrainConfig(**json.loads(shipped.read_artifact(run, "config.json"))) == CONFIG.shorten(epochs)
+        assert run.data.params["epochs"] == "3"
+    stamps = [point.timestamp for point in shipped.client.get_metric_history(whole.info.run_id, "val_acc")]
+    assert sorted(stamps) == [whole.info.start_time + 2000 * epoch for epoch in range(1, 7)]
+
+
+@pytest.mark.slow
+def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_is_resumed(place: Path) -> None:
+    start, *epochs, end = make_cycles(0, COURSES, "complete")
+    with drive(place, budget=CYCLES) as driver:
+        driver.tell(start, epochs[0])
+        wait_for(lambda: look(place).get("s7-1:000") == ("RUNNING", 1))
+        driver.tell(epochs[1])  # epoch 1 of a cycle of 2 is no rung
+        assert driver.shipper._pending == {}
+        driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
+        assert driver.shipper.close(600) == []
+        assert look(place)["s7-1:000"] == ("KILLED", 2)
+        driver.resume()
+        driver.tell(*epochs[2:], end, SearchEnded(reason="all trials", wall_seconds=9.0))
+        assert driver.shipper.close(600) == []
+    shipped = Shipped(place, "s7")
+    history = shipped.read_history(shipped.children["s7-1:0"], "val_acc")
+    assert history == list(enumerate([0.5, 0.2, 0.6, 0.1, 0.3, 0.7], 1))
 
 
 @pytest.mark.slow

@@ -14,12 +14,21 @@ from tests.test_engine import curve
 from tune_cifar.checkpoint import load_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
-from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.errors import CheckpointError, ConfigError, RecordError
 from tune_cifar.events import EpochReported, Event, TrialEnded
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space import load_space
-from tune_cifar.train import ERROR, WEIGHTS, Listener, make_header, open_training, run_training, train_trial
+from tune_cifar.train import (
+    CHECKPOINTS,
+    ERROR,
+    WEIGHTS,
+    Listener,
+    make_header,
+    open_training,
+    run_training,
+    train_trial,
+)
 
 SMALL: dict[str, Any] = {"train_size": 20, "val_size": 20, "epochs": 3, "batch_size": 10}
 # Diverges at the end of the second epoch (6 steps each), from each of six seeds.
@@ -136,6 +145,36 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     assert curve(read_state(path.parent).trials[0].epochs) == curve(whole.trials[0].epochs)
 
 
+@pytest.mark.parametrize("left", ["the end", "the middle, for the end is torn", "a longer one"])
+def test_what_another_cycle_left_is_deleted_and_the_training_begins_from_scratch(
+    tmp_path: Path, fp32: Numerics, left: str
+) -> None:
+    config = load_space("smoke", "full", {**SMALL, "epochs": 4}).baseline
+    before, after = (config, config.shorten(2)) if left == "a longer one" else (config.shorten(2), config)
+    data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
+    for result in train_trial(before, data, fp32, folder, every_seconds=0.0):
+        if result.epoch == 2:
+            break
+    if "torn" in left:
+        (folder / CHECKPOINTS / "checkpoint-0002.pt").write_bytes(b"torn")
+    begun_at: list[int] = []
+    results = train_trial(after, data, fp32, folder, on_trainer=lambda trainer: begun_at.append(trainer.epoch))
+    first = next(results)
+    assert list((folder / CHECKPOINTS).iterdir()) == []
+    assert begun_at == [0]
+    assert curve([first, *results]) == curve(list(Trainer(after, data, fp32)))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_and_stays(tmp_path: Path, fp32: Numerics) -> None:
+    config = load_space("smoke", "full", {**SMALL, "schedule": "constant"}).baseline
+    data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
+    list(train_trial(config.shorten(1), data, fp32, folder))
+    other = config.model_copy(update={"max_lr": 0.01})
+    with pytest.raises(CheckpointError, match="It belongs to another configuration"):
+        list(train_trial(other, data, fp32, folder))
+    assert len(list((folder / CHECKPOINTS).iterdir())) == 1
+
+
 def test_resume_with_a_changed_knob_is_refused_with_what_changed_and_frees_the_record(
     tmp_path: Path, fp32: Numerics
 ) -> None:
@@ -218,9 +257,12 @@ def test_a_training_killed_before_its_last_line_is_only_closed_on_resume(tmp_pat
     assert state.finished is not None and state.trials[0] == whole.trials[0]
 
 
-def test_resume_of_a_whole_search_is_refused(tmp_path: Path, fp32: Numerics) -> None:
+@pytest.mark.parametrize(("kind", "words"), [("search", "a search"), ("confirm", "a confirmation")])
+def test_resume_of_what_is_no_single_training_is_refused_with_what_it_is(
+    tmp_path: Path, fp32: Numerics, kind: Any, words: str
+) -> None:
     space = load_space("smoke", "full", SMALL)
-    header = make_header("search", "small", space, 0, load_train_val(SHAPES, 20, 20).info, fp32, "test")
+    header = make_header(kind, "small", space, 0, load_train_val(SHAPES, 20, 20).info, fp32, "test")
     Record.create(search_folder(tmp_path, "small"), header).close()
-    with pytest.raises(ConfigError, match="got a whole search"):
+    with pytest.raises(ConfigError, match=rf"got {words}\.$"):
         open_small(tmp_path, fp32, resume=True)

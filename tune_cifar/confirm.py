@@ -3,6 +3,9 @@ the same seeds; and, once, the confirmed recipe on all 50,000 images for the sea
 
 The best of many scores was chosen partly by luck (the winner's curse). A mean over seeds that took no part in the
 choice was not; and a gain is a difference in pairs, since a seed's luck falls on both.
+
+torch, Optuna and scipy are imported where they are needed: the leaderboard, which only compares, needs neither of the
+first two.
 """
 
 from __future__ import annotations
@@ -14,11 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.events import Candidate, Confirmation
+from tune_cifar.events import KIND_WORDS, Candidate, Confirmation
+from tune_cifar.openings import TestOpening
 from tune_cifar.record import SearchState
-from tune_cifar.resume import restore_space
 from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig
-from tune_cifar.sealed import TestOpening
 from tune_cifar.space import Budget, SamplerBudget, SearchSpace
 
 ALL_IMAGES = {"train_size": NUM_TRAIN_IMAGES, "val_size": 0}
@@ -103,13 +105,16 @@ def make_confirmation(
         changes: knobs that all candidates have otherwise than in the search, such as epochs and train_size.
 
     Raises:
-        ConfigError: when no trial is complete, or a change breaks a rule of the schema or takes the seed.
+        ConfigError: when no trial is complete, or a change breaks a rule of the schema or takes the seed or the
+            validation images.
     """
     header = state.header
     if header.kind != "search":
-        raise ConfigError(f"--search: a search must be named, got {header.name}, a {header.kind}.")
+        raise ConfigError(f"--search: a search must be named, got {header.name}, {KIND_WORDS[header.kind]}.")
     if "seed" in changes:
         raise ConfigError("--set: seed must not be pinned, since the seeds are what is varied. Use --seeds.")
+    if changes.get("val_size") == 0:
+        raise ConfigError("--set: val_size >= 1 must hold, got 0. Candidates are compared on it; --final needs none.")
     ranked = sorted(
         (trial for trial in state.trials.values() if trial.status == "complete" and trial.score is not None),
         key=lambda trial: (-(trial.score or 0.0), trial.number),
@@ -135,7 +140,7 @@ def make_final(state: SearchState, confirmation: SearchState, num_seeds: int) ->
 
     Args:
         state: the search.
-        confirmation: of it, finished.
+        confirmation: of it, as `check_confirmed` wants it.
     """
     confirmed = [found for found in summarise(confirmation) if found.mean is not None]
     best = max(confirmed, key=lambda found: found.mean or 0.0)
@@ -168,9 +173,11 @@ def _settle(
         sampler=SamplerBudget(kind="random"),
         seed=state.header.seed,
     )
+    from tune_cifar.resume import restore_space
+
     space = restore_space(state.header)
     space = replace(space, baseline=baseline, budget=budget, pinned=dict(changes), points=())
-    return replace(space, distributions={}, dropped={}, obstacle=None), confirmation
+    return replace(space, distributions={}, dropped={}), confirmation
 
 
 def find_confirmation(states: Sequence[SearchState], search: str, is_final: bool) -> SearchState | None:
@@ -187,7 +194,7 @@ def check_confirmed(state: SearchState | None, search: str) -> SearchState:
     """A finished confirmation, which chooses what the test set judges.
 
     Raises:
-        RecordError: when there is none, or it has not come to its end.
+        RecordError: when there is none, it has not come to its end, or none of its trainings has a score.
     """
     if state is None:
         way_out = f"First: python -m tune_cifar confirm --search {search}"
@@ -195,6 +202,9 @@ def check_confirmed(state: SearchState | None, search: str) -> SearchState:
     if not state.is_finished:
         way_out = f"First: python -m tune_cifar confirm --search {search} --resume"
         raise RecordError(f"--final: {state.header.name} must have come to its end, got an unfinished one. {way_out}")
+    if all(found.mean is None for found in summarise(state)):
+        way_out = f"See: python -m tune_cifar failures --search {state.header.name}"
+        raise RecordError(f"--final: a training of {state.header.name} must have a score, got none. {way_out}")
     return state
 
 
@@ -205,11 +215,14 @@ def summarise(state: SearchState) -> list[Confirmed]:
 
 
 def summarise_tests(state: SearchState, openings: Sequence[TestOpening]) -> list[Confirmed]:
-    """The candidates of a final confirmation by test accuracy, as far as the test set was opened for these trainings,
-    under whatever name."""
+    """The candidates of a final confirmation by test accuracy, as far as the test set was opened for them: for the same
+    training under any name, since it is opened for none twice. A diverged one counts as chance."""
     data = state.header.data.name
     known = {opening.fingerprint: opening.test_acc for opening in openings if opening.data == data}
-    found = {trial.number: known.get(trial.fingerprint) for trial in state.trials.values()}
+    found = {
+        trial.number: trial.score if trial.status == "diverged" else known.get(trial.fingerprint)
+        for trial in state.trials.values()
+    }
     return _compare(state, {number: acc for number, acc in found.items() if acc is not None})
 
 
@@ -235,7 +248,7 @@ def _compare(state: SearchState, scores: Mapping[int, float]) -> list[Confirmed]
 
 def compare_pairs(pairs: Sequence[tuple[float, float]]) -> Gain | None:
     """The mean of first minus second with its interval; None without a pair."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # Student's t by degrees of freedom and probability; scipy.stats takes longer
 
     if not pairs:
         return None
@@ -243,5 +256,5 @@ def compare_pairs(pairs: Sequence[tuple[float, float]]) -> Gain | None:
     mean, n = statistics.fmean(differences), len(differences)
     if n < 2:
         return Gain(mean, None, n)
-    half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * statistics.stdev(differences) / math.sqrt(n)
     return Gain(mean, (mean - half, mean + half), n)

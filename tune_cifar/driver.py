@@ -187,7 +187,8 @@ class SearchDriver:
         score = {"complete": trial.val_acc, "diverged": CHANCE_ACCURACY}.get(status)
         weights = folder / WEIGHTS if status == "complete" else None
         if status != "complete":
-            (folder / WEIGHTS).unlink(missing_ok=True)  # a shorter cycle's
+            with suppress(OSError):  # a shorter cycle's; left behind, they are read by nobody
+                (folder / WEIGHTS).unlink()
         broke = status in ("diverged", "failed") and len(self._cycles) > 1
         self._live.discard(number)
         self._append(
@@ -235,7 +236,8 @@ class SearchDriver:
         elif self.is_over_time and not self.is_interrupted and self.fault is None:
             reason = "time limit"
             for trial in running:
-                self.end(trial.number, "stopped", f"cut after epoch {trial.epochs_done}: {reason}")
+                cycle = "" if trial.cycle is None else f" of a cycle of {trial.cycle}"
+                self.end(trial.number, "stopped", f"cut after epoch {len(trial.epochs)}{cycle}: {reason}")
         else:
             reason = INTERRUPTED
         self._append(SearchEnded(reason=reason, wall_seconds=time.monotonic() - self._start))

@@ -24,6 +24,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # no separator, no leading dot: joine
 Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")]
 # Relative to the search's folder and inside it: no segment is empty or starts with a dot.
 FileText = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")]
+Kind = Literal["search", "train", "confirm"]
+KIND_WORDS: dict[Kind, str] = {"search": "a search", "train": "a single training", "confirm": "a confirmation"}
 Origin = Literal["baseline", "point", "sampler", "train", "confirm"]
 EndStatus = Literal["complete", "stopped", "diverged", "failed"]
 Fault = Literal["worker died", "out of memory"]
@@ -66,7 +68,7 @@ class Header(Frozen):
     `space_text` the whole space file."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    kind: Literal["search", "train", "confirm"]
+    kind: Kind
     space: str
     tier: str | None
     created: Time

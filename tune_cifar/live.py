@@ -179,11 +179,19 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
         table.add_row(
             str(trial.number) + (" (baseline)" if trial.origin == "baseline" else ""),
             Text(trial.status, style=STYLES[trial.status]),
-            f"{len(trial.epochs)}/{trial.config.epochs}",
+            f"{len(trial.epochs)}/{_find_length(state, trial)}",
             format_percent(trial.val_acc),
             *(format_value(trial.params.get(knob, getattr(trial.config, knob, None))) for knob in knobs),
         )
     return table
+
+
+def _find_length(state: SearchState, trial: TrialState) -> int:
+    """Epochs of the training that a trial is in; before the first one's first epoch the record does not say it."""
+    budget = state.header.budget
+    if trial.status == "running" and trial.cycle is None and budget.get("fidelity") == "cycles":
+        return int(budget["rungs"][0])
+    return trial.config.epochs
 
 
 def print_search_summary(

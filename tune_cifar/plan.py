@@ -82,8 +82,11 @@ class SearchPlan:
         """What will fit into the time, in one sentence or two."""
         budget, numerics = self.space.budget, self.numerics
         workers = self.resources.max_concurrent
+        what = f"search {self.name}: {budget.describe()}"
+        if self.confirmation is not None:
+            what = f"confirmation {self.name}: {budget.trials} trainings of {budget.describe_epochs()} each"
         text = (
-            f"search {self.name}: {budget.describe()}; {workers} at once on {numerics.device_name}, "
+            f"{what}; {workers} at once on {numerics.device_name}, "
             f"{numerics.precision}, {numerics.threads} thread{'s' if numerics.threads > 1 else ''} each. "
             f"An epoch of the baseline takes about {self.epoch_seconds:.2g} s"
         )

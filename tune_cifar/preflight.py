@@ -50,10 +50,13 @@ class DiskNeeds:
         )
 
 
-def estimate_disk_needs(config: TrainConfig, num_trials: int, max_concurrent: int, keep_weights: int) -> DiskNeeds:
+def estimate_disk_needs(
+    config: TrainConfig, num_epochs: int, num_trials: int, max_concurrent: int, keep_weights: int
+) -> DiskNeeds:
     """Disk for a search of trials like `config`; a searched optimizer with more state than its own is not counted.
 
     Args:
+        num_epochs: of a whole trial: those of all its cycles.
         keep_weights: of how many finished trials the weights stay. Those of running trials come on top, written before
             it is known whose stay, and the best trial's copy in MLflow.
     """
@@ -61,7 +64,7 @@ def estimate_disk_needs(config: TrainConfig, num_trials: int, max_concurrent: in
     return DiskNeeds(
         checkpoints=CHECKPOINTS_PER_TRIAL * max_concurrent * checkpoint,
         weights=(keep_weights + max_concurrent + 1) * weights,
-        records=SEARCH_BYTES + num_trials * (TRIAL_BYTES + config.epochs * EPOCH_BYTES),
+        records=SEARCH_BYTES + num_trials * (TRIAL_BYTES + num_epochs * EPOCH_BYTES),
     )
 
 
@@ -79,16 +82,17 @@ def measure_training(config: TrainConfig) -> tuple[int, int]:
 
 
 def check_search_fits(
-    storage: Path, config: TrainConfig, num_trials: int, max_concurrent: int, keep_weights: int
+    storage: Path, config: TrainConfig, num_epochs: int, num_trials: int, max_concurrent: int, keep_weights: int
 ) -> None:
-    """Refuse a search that would fail later for want of a writable folder or of room.
+    """Refuse a search that would fail later for want of a writable folder or of room; see `estimate_disk_needs`.
 
     Raises:
         ConfigError: the temporary folder or the run store cannot be written, or the disk has too little room.
     """
     _check_temporary_folder()
     check_folder(storage, "the run store", "--storage")
-    needs, free = estimate_disk_needs(config, num_trials, max_concurrent, keep_weights), _get_free_bytes(storage)
+    needs = estimate_disk_needs(config, num_epochs, num_trials, max_concurrent, keep_weights)
+    free = _get_free_bytes(storage)
     if needs.total > free:
         raise ConfigError(
             f"{storage}: {_format_mb(needs.total)} must be free for the search ({needs.describe()}), "

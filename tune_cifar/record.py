@@ -88,7 +88,8 @@ class TrialState:
     @property
     def paid(self) -> list[tuple[int, EpochResult]]:
         """Every epoch that was trained, in order, with its cycle's length."""
-        return [*self.earlier, *((self.config.epochs, result) for result in self.epochs)]
+        length = self.cycle or self.whole.epochs
+        return [*self.earlier, *((length, result) for result in self.epochs)]
 
     @property
     def epochs_done(self) -> int:
@@ -106,6 +107,8 @@ class TrialState:
         if isinstance(event, TrialRetried):
             self.retries.append(event)
             return
+        rule = f"a trial in cycles must name its cycle, got {kind!r} without one in that of {self.cycle} epochs."
+        _must(event.cycle is not None or self.cycle is None, self.run_id, rule)
         done, last = len(self.epochs), self.config.epochs
         if event.cycle not in (None, self.cycle):
             old, longest = self.cycle or 0, self.whole.epochs

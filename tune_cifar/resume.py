@@ -37,20 +37,21 @@ class Changes:
 
 
 def restore_space(header: Header) -> SearchSpace:
-    """The space that a recorded search searches, from the record alone: text, tier, pins, points and budget.
+    """The space that a recorded search searches, from the record alone: text, tier, pins, points and budget. That it
+    can be searched was settled when it was recorded.
 
     Raises:
         SpaceError, ConfigError: when this version of tune_cifar refuses the recorded text or pins.
     """
-    file = parse_space(header.space_text, Path(f"{header.space}.yaml"))
+    file = parse_space(header.space_text, Path(f"{header.space}.yaml"), is_recorded=True)
     pinned = {name: tuple(value) if isinstance(value, list) else value for name, value in header.pinned.items()}
     space = select_tier(file, header.tier or "full", {} if header.confirmation else pinned)
     if header.confirmation:  # nothing is searched
         space = replace(space, baseline=TrainConfig(**header.baseline), pinned=pinned)
-        space = replace(space, distributions={}, dropped={}, obstacle=None)
+        space = replace(space, distributions={}, dropped={})
     # A record from before there were cycles does not say its fidelity.
     budget = Budget.model_validate_json(json.dumps({"fidelity": "epochs"} | header.budget))
-    return replace(space, budget=budget, points=tuple(header.points))
+    return replace(space, budget=budget, points=tuple(header.points), obstacle=None)
 
 
 def find_changes(state: SearchState, data: DataInfo, numerics: Numerics, environment: dict[str, str]) -> Changes:
@@ -92,21 +93,26 @@ def check_accepted(changes: Changes, accepts: bool) -> None:
 def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
     """What is there of a search, in a sentence, and one more for everything damaged.
 
-    A trial that runs goes on from its newest whole checkpoint, without one from its start; neither is lost.
+    A trial that runs goes on from its newest whole checkpoint, without one from its start; neither is lost. One that
+    has come to the end of a cycle begins the next.
     """
     scores = [len(state.arrivals.get(rung, {})) for rung in rungs]
     counted = {"trial": len(state.trials), "rung": sum(map(bool, scores)), "score": sum(scores)}
     trials, reached, told = (f"{count} {name}{'' if count == 1 else 's'}" for name, count in counted.items())
     parts = [f"{trials}, {reached} with {told}"]
-    notes, epochs = [], []
+    notes, epochs, num_next = [], [], 0
     for trial in state.trials.values():
-        if trial.status == "running":
+        if trial.status == "running" and trial.cycle is not None and len(trial.epochs) == trial.cycle:
+            num_next += 1
+        elif trial.status == "running":
             epoch, damaged = CheckpointFolder(state.trial_folder(trial.number) / CHECKPOINTS).find_newest()
             epochs.append(epoch)
             notes += damaged
     if going := sorted(epoch for epoch in epochs if epoch is not None):
         verb, where = ("goes", "epoch") if len(going) == 1 else ("go", "epochs")
         parts.append(f"{len(going)} {verb} on from {where} {', '.join(map(str, going))}")
+    if num_next:
+        parts.append(f"{num_next} {'begins its' if num_next == 1 else 'begin their'} next cycle")
     if afresh := epochs.count(None):
         parts.append(f"{afresh} without a checkpoint yet {'begins' if afresh == 1 else 'begin'} again")
     sentence = ", ".join([*parts, "0 lost"])

@@ -25,6 +25,7 @@ NUM_TRAIN_IMAGES = 50_000
 NUM_VAL_IMAGES = 5_000
 NUM_CLASSES = 10
 CHANCE_ACCURACY = 1 / NUM_CLASSES
+MAX_EPOCHS = 1000
 
 
 def knob(
@@ -94,7 +95,7 @@ class TrainConfig(Frozen):
     stay (Loshchilov & Hutter 2017). Increasing, before the last epoch."""
 
     batch_size: int = knob(..., "batch size", "engine", unit="images", log=True, ge=2, le=NUM_TRAIN_IMAGES)
-    epochs: int = knob(..., "epochs", "engine", ge=1, le=1000)
+    epochs: int = knob(..., "epochs", "engine", ge=1, le=MAX_EPOCHS)
     label_smoothing: float = knob(0.0, "label smoothing", "engine", ge=0.0, le=0.9)
     train_size: int = knob(45_000, "training images", "data", unit="images", ge=NUM_CLASSES, le=NUM_TRAIN_IMAGES)
     """A stratified prefix of the 45,000 training images; 50,000 means all of them and no validation."""

@@ -47,8 +47,8 @@ from ray.tune.stopper import Stopper
 from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.driver import SearchDriver
 from tune_cifar.errors import DiskFullError, Diverged, RecordError
-from tune_cifar.events import Confirmation, Event, Fault, SearchResumed, utc_now
-from tune_cifar.fidelity import expected_epochs
+from tune_cifar.events import Confirmation, Event, Fault, Kind, SearchResumed, utc_now
+from tune_cifar.fidelity import expected_epochs, list_cycles
 from tune_cifar.numerics import count_gpus, describe_environment, resolve_numerics, restore_numerics
 from tune_cifar.plan import (
     Resources,
@@ -119,24 +119,24 @@ def prepare_resume(
     )
     notes = [*describe_restored(state, space.budget.rungs), *(f"changed since: {note}" for note in changes.harmless)]
     notes += [f"accepted: {change}" for change in changes.deciding]
-    num_ended = len(state.trials) - state.counts["running"]
-    return replace(plan, num_ended=num_ended, resumed=event, notes=tuple(notes))
+    num_ended, confirmation = len(state.trials) - state.counts["running"], state.header.confirmation
+    return replace(plan, num_ended=num_ended, resumed=event, notes=tuple(notes), confirmation=confirmation)
 
 
 def _prepare(space: SearchSpace, request: SearchRequest, name: str, numerics: Numerics) -> SearchPlan:
     """Check the machine, start the workers' cluster and measure 20 training steps meanwhile."""
     num_gpus = count_gpus(request.device)
     resources = resolve_resources(request, numerics, num_gpus)
-    check_search_fits(
-        request.storage, space.baseline, space.budget.trials, resources.max_concurrent, request.keep_weights
-    )
+    budget, num_at_once = space.budget, resources.max_concurrent
+    num_epochs = sum(list_cycles(budget))
+    check_search_fits(request.storage, space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, space.baseline.train_size, space.baseline.val_size)
         measured = pool.submit(estimate_epoch_seconds, space.baseline, request.source, numerics)
         # In this thread: Ray's processes end with the thread that started them.
         start_ray(resources)
         data, epoch_seconds = loaded.result(), measured.result()
-    epochs_per_trial = expected_epochs(space.budget)
+    epochs_per_trial = expected_epochs(budget)
     return SearchPlan(space, request, name, data.info, numerics, resources, epoch_seconds, epochs_per_trial)
 
 
@@ -348,7 +348,7 @@ def _open_record(plan: SearchPlan) -> Record:
     folder = search_folder(plan.request.storage, plan.name)
     if plan.resumed is None:
         seed = plan.space.budget.seed if plan.request.seed is None else plan.request.seed
-        kind: Literal["search", "confirm"] = "search" if plan.confirmation is None else "confirm"
+        kind: Kind = "search" if plan.confirmation is None else "confirm"
         header = make_header(kind, plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command)
         return Record.create(folder, header.model_copy(update={"confirmation": plan.confirmation}))
     record = Record.open(folder)

@@ -12,17 +12,19 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tune_cifar.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, load_weights, save_weights
 from tune_cifar.data import DataSource, TrainVal, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, DiskFullError, Diverged, RecordError
 from tune_cifar.events import (
+    KIND_WORDS,
     EndStatus,
     EpochReported,
     Event,
     Header,
+    Kind,
     SearchEnded,
     SearchResumed,
     TrialEnded,
@@ -31,7 +33,7 @@ from tune_cifar.events import (
 )
 from tune_cifar.numerics import compare_numerics, describe_environment
 from tune_cifar.record import INTERRUPTED, Record, SearchState, TrialState, search_folder
-from tune_cifar.schema import CHANCE_ACCURACY, DataInfo, EpochResult, Numerics, TrainConfig
+from tune_cifar.schema import CHANCE_ACCURACY, MAX_EPOCHS, DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def train_trial(
     in its search's `trials`. When the search is stopping (`stop_file`) it ends after an epoch, with a checkpoint of it.
 
     A resumed training first yields the results stored in its checkpoint again, so that a consumer which died between
-    a checkpoint and its own note of the result loses nothing.
+    a checkpoint and its own note of the result loses nothing. What the same recipe over another number of epochs (the
+    cycle before) left there is deleted: this training begins from scratch.
 
     Args:
         on_trainer: called once with the Trainer before the first epoch; a display may read its `step`.
@@ -69,7 +72,9 @@ def train_trial(
     trainer = Trainer(config, data, numerics)
     checkpoints = CheckpointFolder(folder / CHECKPOINTS, every_seconds)
     state, _ = checkpoints.load_newest()
-    if state is not None and not _ends_shorter_cycle(state, config):
+    if state is not None and _is_of_another_cycle(state, config):
+        checkpoints.delete()
+    elif state is not None:
         trainer.load_state_dict(state)
     if on_trainer is not None:
         on_trainer(trainer)
@@ -88,10 +93,10 @@ def train_trial(
             return
 
 
-def _ends_shorter_cycle(state: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a checkpoint is the end of the same recipe over fewer epochs; a longer cycle begins from scratch."""
-    epoch = state["epoch"]
-    return bool(epoch < config.epochs and state["fingerprint"] == config.shorten(epoch).fingerprint)
+def _is_of_another_cycle(state: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a checkpoint, of the end or from the middle, is the same recipe's over another number of epochs."""
+    found, lengths = state["fingerprint"], range(state["epoch"], MAX_EPOCHS + 1)
+    return found != config.fingerprint and any(found == config.shorten(length).fingerprint for length in lengths)
 
 
 def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:
@@ -171,7 +176,7 @@ def relative(record: Record, path: Path) -> str:
 
 
 def make_header(
-    kind: Literal["search", "train", "confirm"],
+    kind: Kind,
     name: str,
     space: SearchSpace,
     seed: int,
@@ -232,7 +237,7 @@ def open_training(
     if header.data != data.info:
         changes.append(f"data: {header.data.name} -> {data.info.name}")
     if header.kind != "train":
-        changes.append("a whole search")
+        changes.append(KIND_WORDS[header.kind])
     if changes or record.state.is_finished:
         record.close()
         reason = "; ".join(changes) or "a finished training"

@@ -24,7 +24,20 @@ if TYPE_CHECKING:
     from tune_cifar.record import SearchState
 
 
+Final = Annotated[
+    bool,
+    typer.Option(
+        "--final",
+        help="Train the confirmed best and the baseline on all 50,000 images and open the test set once for each.",
+        rich_help_panel="What",
+    ),
+]
+# Options that a recorded confirmation has settled.
+SETTLED = ("top", "seeds", "settings", "device", "precision", "cpus_per_trial", "deterministic")
+
+
 def confirm(
+    context: typer.Context,
     search: Annotated[
         str, typer.Option("--search", metavar="NAME", help="The search to confirm.", rich_help_panel="What")
     ],
@@ -36,20 +49,14 @@ def confirm(
         int, typer.Option("--seeds", metavar="N", min=1, help="New seeds for each.", rich_help_panel="What")
     ] = 5,
     settings: options.Settings = None,
-    final: Annotated[
-        bool,
-        typer.Option(
-            "--final",
-            help="Train the confirmed best and the baseline on all 50,000 images and open the test set once for each.",
-            rich_help_panel="What",
-        ),
-    ] = False,
+    final: Final = False,
     name: Annotated[
         str | None,
         typer.Option("--name", help="Default: the search's, -confirm or -final.", rich_help_panel="What"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest one of --search.", rich_help_panel="Going on")
+        bool,
+        typer.Option("--resume", help="Go on with the newest one of --search, or --name.", rich_help_panel="Going on"),
     ] = False,
     accept_changes: AcceptChanges = False,
     device: options.Device = "auto",
@@ -69,10 +76,9 @@ def confirm(
 
     Example: python -m tune_cifar confirm --search s8-cpu-1 --top 5 --seeds 5
     """
-    from tune_cifar.confirm import find_confirmation
     from tune_cifar.record import find_storage
-    from tune_cifar.results import load_searches
 
+    _refuse_misplaced(context, final, resume, accept_changes)
     folder = find_storage(storage)
     given = {
         "storage": folder,
@@ -80,29 +86,54 @@ def confirm(
         "max_concurrent": max_concurrent,
         "command": this_command(),
         "tracking_uri": tracking_uri,
-        "keep_weights": 1,
     }
-    state = find_confirmation(load_searches(folder), search, final) if resume else None
-    if resume and state is None:
-        raise ConfigError(f"--resume: a confirmation of {search} must be recorded, got none. Leave --resume out.")
     console = stderr() if as_json else stdout()
     source = _find_source(folder, search, data)
+    state = _find_recorded(folder, search, final, name) if resume else None
+    plan: SearchPlan | None = None
     if state is None:
         given |= {"device": device, "precision": precision, "deterministic": deterministic}
         given |= {"cpus_per_trial": cpus_per_trial, "name": name or f"{search}-{'final' if final else 'confirm'}"}
-        plan: SearchPlan | None = _plan(given, source, search, (top, seeds), settings or [], final, console)
-    else:
-        plan = None if state.is_finished else _plan_resume(given, source, state, accept_changes, console)
+        plan = _plan(given, source, search, (top, seeds), settings or [], final, console)
+    elif not state.is_finished:
+        plan = _plan_resume(given, source, state, accept_changes, console)
     if plan is not None:
         state, faults = run_plan(plan, console)
         for fault in faults:
             say(fault, console, "yellow")
     assert state is not None
+    again = f"python -m tune_cifar confirm{repeat_options(search=search, data=data, storage=storage)}"
     if not state.is_finished:
-        again = repeat_options(search=search, data=data, storage=storage) + (" --final" if final else "")
-        say(f"go on with:\n  python -m tune_cifar confirm{again} --resume", console)
+        again += f"{' --final' if final else ''}{repeat_options(name=name)} --resume"
+        console.print(f"\ngo on with:\n  {again}", soft_wrap=True)
         raise typer.Exit(130)
     _report(state, source, tracking_uri, as_json, console)
+    if not (final or as_json):
+        console.print(f"\nnext:\n  {again} --final", soft_wrap=True)
+
+
+def _refuse_misplaced(context: typer.Context, is_final: bool, resumes: bool, accepts_changes: bool) -> None:
+    """Refuse options that what is recorded answers already."""
+    if is_final:
+        words = "belongs to the confirmation: --final trains what was confirmed."
+        options.refuse_given(context, ("top", "settings"), words)
+    if resumes:
+        options.refuse_given(context, SETTLED, "belongs to a new confirmation: the record has it.")
+    elif accepts_changes:
+        raise typer.BadParameter("--accept-changes belongs to --resume.")
+
+
+def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) -> SearchState:
+    """The confirmation to go on with; of that name, if one is given."""
+    from tune_cifar.confirm import find_confirmation
+    from tune_cifar.results import load_searches
+
+    states = [state for state in load_searches(folder) if name in (None, state.header.name)]
+    state = find_confirmation(states, search, is_final)
+    if state is None:
+        what = f"a {'final ' if is_final else ''}confirmation of {search}{f' named {name}' if name else ''}"
+        raise ConfigError(f"--resume: {what} must be recorded, got none. Leave --resume out.")
+    return state
 
 
 def _find_source(folder: Path, search: str, data: str | None) -> DataSource:
@@ -137,8 +168,6 @@ def _plan(
     (state,) = load_searches(given["storage"], search=search)
     num_top, num_seeds = wanted
     if is_final:
-        if changes:
-            raise typer.BadParameter("--set belongs to the confirmation: --final trains what was confirmed.")
         states = load_searches(given["storage"])
         confirmation = check_confirmed(find_confirmation(states, search, is_final=False), search)
         space, settled = make_final(state, confirmation, num_seeds)
@@ -152,6 +181,7 @@ def _plan(
     with console.status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search import prepare_search
 
+        given["keep_weights"] = settled.num_trials if is_final else 1  # the test set asks for all of them
         plan = prepare_search(space, SearchRequest(source=source, **given), settled)
     say(plan.describe(), console)
     return plan
@@ -164,6 +194,8 @@ def _plan_resume(
     from tune_cifar.plan import SearchRequest
 
     header = state.header
+    assert header.confirmation is not None
+    given["keep_weights"] = header.confirmation.num_trials if header.confirmation.final else 1
     request = SearchRequest(source=source, device=header.numerics.device, name=header.name, **given)
     with console.status("reading the record and starting the workers ..."):
         from tune_cifar.search import prepare_resume
@@ -177,7 +209,7 @@ def _plan_resume(
 def _report(state: SearchState, source: DataSource, tracking_uri: str | None, as_json: bool, console: Console) -> None:
     """Say what a finished confirmation found; of a final one, after the test set was opened for what is not judged."""
     from tune_cifar.confirm import summarise, summarise_tests
-    from tune_cifar.sealed import find_openings_file, load_openings
+    from tune_cifar.openings import find_openings_file, load_openings
 
     settled = state.header.confirmation
     assert settled is not None
@@ -192,9 +224,7 @@ def _report(state: SearchState, source: DataSource, tracking_uri: str | None, as
     if as_json:
         print_json(answer | {"candidates": [found.to_dict() for found in confirmed]})
         return
-    print_confirmed(confirmed, "test" if settled.final else "validation", state, console)
-    if not settled.final:
-        say(f"\nnext:\n  python -m tune_cifar confirm --search {settled.search} --final", console)
+    print_confirmed(confirmed, state, console)
 
 
 def _open_tests(
@@ -202,7 +232,8 @@ def _open_tests(
 ) -> None:
     """Open the test set once for every complete training that it was not opened for."""
     from tune_cifar.numerics import restore_numerics
-    from tune_cifar.sealed import find_openings, open_test
+    from tune_cifar.openings import find_openings
+    from tune_cifar.sealed import open_test
     from tune_cifar.train import load_recorded_data, load_trained
 
     for trial in state.trials.values():
@@ -219,26 +250,30 @@ def _open_tests(
             say(str(exc), console, "yellow")
 
 
-def print_confirmed(confirmed: Sequence[Confirmed], part: str, state: SearchState, console: Console) -> None:
-    """A row per candidate, then the winner's curse in words."""
+def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console: Console) -> None:
+    """A row per candidate (the baseline is the first); of a validation, then the winner's curse in words."""
     from rich.table import Table
 
     from tune_cifar.live import format_percent
 
-    stand_in = "" if state.header.data.name == "cifar10" else f", NOT CIFAR-10 ({state.header.data.name})"
-    config = state.header.baseline
-    length = f"{config['epochs']} epochs of {config['train_size']:,} images"
-    say(f"{state.header.name}: {part} accuracy over seeds after {length}{stand_in}", console, "bold")
+    header, settled = state.header, state.header.confirmation
+    assert settled is not None
+    part = "test" if settled.final else "validation"
+    stand_in = "" if header.data.name == "cifar10" else f", NOT CIFAR-10 ({header.data.name})"
+    length = f"{header.baseline['epochs']} epochs of {header.baseline['train_size']:,} images"
+    num_ended = sum(trial.status != "running" for trial in state.trials.values())
+    so_far = "" if state.is_finished else f", {num_ended} of {settled.num_trials} trainings so far"
+    say(f"{header.name}: {part} accuracy over seeds after {length}{stand_in}{so_far}", console, "bold")
     table = Table("candidate", "search said", "mean", "sd", "seeds", "gain over the baseline", box=None)
-    for found in confirmed:
-        gain = "the baseline" if found.gain is None else found.gain.describe()
+    for i, found in enumerate(confirmed):
+        gain = "the baseline" if i == 0 else "no pair" if found.gain is None else found.gain.describe()
         numbers = (format_percent(found.search_score), format_percent(found.mean), format_percent(found.sd))
         table.add_row(found.run_id, *numbers, str(len(found.scores)), gain)
     console.print(table)
-    ended = [trial for trial in state.trials.values() if trial.status in ("diverged", "failed")]
-    for trial in ended:
-        counted = "counts as a guesser" if trial.status == "diverged" else "is left out"
-        say(f"{trial.run_id} {trial.status}: it {counted}", console, "yellow")
-    if part == "validation":
+    for trial in state.trials.values():
+        if trial.status in ("diverged", "failed"):
+            counted = "counts as a guesser" if trial.status == "diverged" else "is left out"
+            say(f"{trial.run_id} {trial.status}: it {counted}", console, "yellow")
+    if not settled.final:
         for found in confirmed[1:]:
             say(found.describe_curse(), console)

@@ -14,9 +14,9 @@ from tune_cifar.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tune_cifar.openings import TestOpening
     from tune_cifar.record import SearchState, TrialState
     from tune_cifar.schema import EpochResult
-    from tune_cifar.sealed import TestOpening
 
 
 def reproduce(
@@ -73,7 +73,8 @@ def _reproduce(
 ) -> dict[str, Any]:
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
     from tune_cifar.numerics import restore_numerics
-    from tune_cifar.sealed import check_testable, find_openings, find_openings_file, open_test
+    from tune_cifar.openings import find_openings, find_openings_file
+    from tune_cifar.sealed import check_testable, open_test
     from tune_cifar.train import load_recorded_data, load_trained
 
     openings_file = find_openings_file(state.folder.parent.parent, source.name)

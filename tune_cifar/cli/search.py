@@ -152,10 +152,7 @@ SETTLED = (
 
 def _refuse_new_choices(context: typer.Context) -> None:
     """Refuse, with --resume, the options that the record answers already."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in SETTLED and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"{parameter.opts[0]} belongs to a new search: the record has it.")
+    options.refuse_given(context, SETTLED, "belongs to a new search: the record has it.")
     if context.params["name"] is None:
         raise typer.BadParameter("--resume needs --name. Names stand in `searches list`.")
 
@@ -214,6 +211,7 @@ def _plan_resume(
     """Settle how a recorded search goes on and say what of it is there; of one that is finished, and is not to have
     more trials, say how it ended and leave."""
     from tune_cifar.data import find_data
+    from tune_cifar.events import KIND_WORDS
     from tune_cifar.live import print_search_summary, print_stand_in_banner
     from tune_cifar.plan import SearchRequest
     from tune_cifar.results import load_searches
@@ -222,8 +220,8 @@ def _plan_resume(
     (state,) = load_searches(given["storage"], search=given["name"])
     header = state.header
     if header.kind != "search":
-        hint = {"train": "Use `train --resume`.", "confirm": "Use `confirm --resume`."}[header.kind]
-        raise ConfigError(f"--resume: a search must be named, got {header.name}, a {header.kind}. {hint}")
+        hint = f"Use `{header.kind} --resume`."
+        raise ConfigError(f"--resume: a search must be named, got {header.name}, {KIND_WORDS[header.kind]}. {hint}")
     max_seconds = parse_duration(max_time) if max_time else None
     may_go_on = max_seconds is not None and len(state.trials) < state.num_trials
     if state.is_finished and trials is None and not may_go_on:

@@ -87,10 +87,15 @@ class Budget(TrialBudget):
     max_time_seconds: float | None = Field(None, gt=0.0)
     """Wall-clock limit of the whole search."""
 
+    def describe_epochs(self) -> str:
+        """`24 epochs`, those of the whole training."""
+        return f"{self.rungs[-1]} epoch{'s' if self.rungs[-1] > 1 else ''}"
+
     def describe(self) -> str:
         """One line for people."""
-        text = f"{self.trials} trials, rungs at {', '.join(map(str, self.rungs))} epochs"
+        text = f"{self.trials} trials, {self.describe_epochs()} each"
         if len(self.rungs) > 1:
+            text = f"{self.trials} trials, rungs at {', '.join(map(str, self.rungs))} epochs"
             text += f" ({FIDELITY_WORDS[self.fidelity]}), reduction factor {self.reduction_factor}"
         text += f", sampler {self.sampler.kind}"
         text += f" (startup {self.sampler.startup})" if self.sampler.startup else ""

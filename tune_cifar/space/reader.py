@@ -46,8 +46,13 @@ def describe_path(path: Path) -> str:
     return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
 
 
-def parse_space(text: str, path: Path) -> SpaceFile:
-    """Check the text of a space file; `path` only names it (a record keeps the text)."""
+def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
+    """Check the text of a space file; `path` only names it (a record keeps the text).
+
+    Args:
+        is_recorded: a search has been made of it: whether its rungs suit its fidelity is asked no more. The rule is
+            younger than some records, which say nothing of a fidelity.
+    """
     doc = read_document(text, describe_path(path))
     if not isinstance(doc.data, dict):
         raise doc.error((), f"names with values must be given, got {doc.data!r}.")
@@ -63,7 +68,7 @@ def parse_space(text: str, path: Path) -> SpaceFile:
     points = tuple(_read_point(doc, i, baseline, search) for i in range(len(raw.points)))
     if tuple(sorted(raw.budget)) != tuple(sorted(TIERS)):
         raise doc.error(("budget",), f"the tiers {' and '.join(TIERS)} must be given, got {', '.join(raw.budget)}.")
-    tiers = {name: _read_tier(doc, name, entry, baseline, search) for name, entry in raw.budget.items()}
+    tiers = {name: _read_tier(doc, name, entry, baseline, search, is_recorded) for name, entry in raw.budget.items()}
     header = SpaceHeader(**raw.model_dump(include=set(SpaceHeader.model_fields)))
     return SpaceFile(path, text, header, baseline, search, points, tiers)
 
@@ -200,7 +205,9 @@ def _read_point(doc: Document, index: int, baseline: dict[str, Any], search: Sea
     return point
 
 
-def _read_tier(doc: Document, name: str, entry: TierText, baseline: dict[str, Any], search: Searched) -> Tier:
+def _read_tier(
+    doc: Document, name: str, entry: TierText, baseline: dict[str, Any], search: Searched, is_recorded: bool
+) -> Tier:
     where = ("budget", name)
     settings = _read_knobs(doc, (*where, "set"), entry.set)
     searched = entry.only if entry.only is not None else tuple(search)
@@ -211,7 +218,10 @@ def _read_tier(doc: Document, name: str, entry: TierText, baseline: dict[str, An
             raise doc.error((*where, "only", i), f"{knob} must stand once in a tier, searched or set, got it twice.")
     chosen = {knob: search[knob] for knob in searched}
     config = _check_tier(doc, where, {**baseline, **settings}, chosen, settings)
-    if problem := find_rungs_problem(entry.rungs, config.epochs) or find_fidelity_problem(entry, config, chosen):
+    problem = find_rungs_problem(entry.rungs, config.epochs)
+    if problem is None and not is_recorded:
+        problem = find_fidelity_problem(entry, config, chosen)
+    if problem is not None:
         raise doc.error((*where, "rungs"), problem)
     try:
         seconds = parse_duration(entry.max_time) if entry.max_time is not None else None

@@ -113,7 +113,7 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
     rungs = (*(rung for rung in chosen.budget.rungs[:-1] if rung < baseline.epochs), baseline.epochs)
     budget = chosen.budget.model_copy(update={"rungs": rungs})
     obstacle = _find_obstacle(baseline, search, budget)
-    if budget.fidelity == "cycles/continue":
+    if budget.fidelity == "cycles/continue" and "warm_restarts" not in pins:  # a pin stands: `train` obeys it
         baseline = baseline.model_copy(update={"warm_restarts": rungs[:-1]})
     return SearchSpace(
         name=file.header.space,
