@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.test_sampler import Past
+from tune_cifar.sampler import Sampler
 from tune_cifar.space import SearchSpace, load_space
 
 # The benchmarks are scripts, not a package.
@@ -43,8 +45,8 @@ def measure(params: dict[str, Any]) -> float:
 
 
 def make_random_table(space: SearchSpace, num_configs: int) -> Any:
-    propose = proposals.make_proposer(proposals.choose_sampler(space, "random"), 99, num_configs)
-    params = [propose([None] * number) for number in range(num_configs)]
+    sampler = Sampler(proposals.choose_sampler(space, "random"), 99)
+    params = [sampler.ask(number)[0] for number in range(num_configs)]
     return proposals.make_table(space, params, [measure(each) for each in params])
 
 
@@ -76,35 +78,38 @@ def test_knobs_of_onecycle_count_only_between_two_onecycles(space: SearchSpace) 
 
 @pytest.mark.parametrize("name", ["tpe/4", "random"])
 def test_search_begins_with_the_baseline_and_never_gets_an_answer_twice(space: SearchSpace, name: str) -> None:
-    table = make_random_table(space, 12)
-    taken, gaps = proposals.simulate(proposals.choose_sampler(space, name), table, 0, 12)
+    taken, gaps = proposals.Simulator(space, [name], 12).search(name, make_random_table(space, 12), 0)
     assert taken[0] == 0
     assert sorted(taken) == list(range(12))
     assert gaps[0] == 0 < min(gaps[1:])
 
 
-def test_answer_is_the_nearest_configuration_that_is_left(space: SearchSpace) -> None:
-    table, random = make_random_table(space, 30), proposals.choose_sampler(space, "random")
-    propose = proposals.make_proposer(random, 5, 10)
-    taken, gaps = proposals.simulate(random, table, 5, 10)
-    for number in range(1, 10):
-        distances = table.measure_distances(*proposals.locate(space, propose([None] * number)))
+@pytest.mark.parametrize("name", ["tpe/4", "random"])
+def test_answer_is_nearest_of_what_is_left_to_what_a_sampler_with_this_history_asks(
+    space: SearchSpace, name: str
+) -> None:
+    table = make_random_table(space, 30)
+    taken, gaps = proposals.Simulator(space, [name], 12).search(name, table, 5)
+    history: list[Past] = []
+    for number in range(1, 12):
+        last = taken[number - 1]
+        history.append(Past(number - 1, table.params[last], "complete", float(table.scores[last])))
+        ask, _ = Sampler(proposals.choose_sampler(space, name), 5, history).ask(number)
+        distances = table.measure_distances(*proposals.locate(space, ask))
         left = [config for config in range(30) if config not in taken[:number]]
         assert gaps[number] == distances[taken[number]] == min(distances[left])
 
 
 def test_tpe_is_paired_with_random_search_until_it_has_its_startup(space: SearchSpace) -> None:
-    table = make_random_table(space, 40)
-    tpe, random = (
-        proposals.simulate(proposals.choose_sampler(space, name), table, 3, 20) for name in ("tpe", "random")
-    )
-    assert tpe[0][:12] == random[0][:12]
-    assert tpe[0][12:] != random[0][12:]
+    table, simulator = make_random_table(space, 40), proposals.Simulator(space, ["tpe", "random"], 20)
+    tpe, random = (simulator.search(name, table, 3)[0] for name in ("tpe", "random"))
+    assert tpe[:12] == random[:12]
+    assert tpe[12:] != random[12:20]
 
 
 def test_tpe_wins_on_a_dense_table_of_a_smooth_function(space: SearchSpace) -> None:
     table = make_random_table(space, 150)
-    outcome = proposals.simulate_all(space, table, ["tpe", "random"], 6, 24)
+    outcome = proposals.Simulator(space, ["tpe", "random"], 24).run(table, 6)
     found = proposals.compute_figures(outcome, [12, 24])
     assert found["minus random", "tpe", 12] == 0, "the startup's proposals are random search's"
     assert found["regret", "tpe", 24] < found["regret", "random", 24] / 2
