@@ -14,9 +14,9 @@ from tune_cifar.confirm import ALL_IMAGES, make_final
 from tune_cifar.errors import RecordError
 from tune_cifar.fidelity import expected_epochs
 from tune_cifar.numerics import count_cores, count_gpus
+from tune_cifar.openings import TestOpening, find_openings, find_openings_file
 from tune_cifar.record import SearchState, read_state, search_folder
 from tune_cifar.schema import TrainConfig, dead_knobs
-from tune_cifar.sealed import TestOpening, find_openings, find_openings_file
 from tune_cifar.space import load_space
 
 TOP = 3  # candidates of a confirmation beside the baseline

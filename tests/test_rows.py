@@ -26,9 +26,9 @@ from tests.test_record import NUMERICS, make_trial, write_record
 from tune_cifar.confirm import make_confirmation, make_final
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.events import Confirmation, Event, SearchEnded
+from tune_cifar.openings import OPENINGS_COLUMNS
 from tune_cifar.record import INTERRUPTED, SearchState
 from tune_cifar.schema import DataInfo, TrainConfig
-from tune_cifar.sealed import OPENINGS_COLUMNS
 from tune_cifar.space import SearchSpace, load_space, parse_setting, read_space
 from tune_cifar.train import make_header
 
