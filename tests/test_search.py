@@ -601,7 +601,8 @@ def run_cli(folder: Path, *words: str, **options: Any) -> subprocess.CompletedPr
     """A command in a process of its own, in an empty folder."""
     command = [sys.executable, "-m", "tune_cifar", *words]
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(folder / "runs")}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=240, **options)
+    options = {"timeout": 240, **options}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, **options)
 
 
 SEARCH = ("search", "--space", "smoke", "--data", "shapes", "--tier", "cpu")

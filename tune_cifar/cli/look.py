@@ -17,6 +17,7 @@ from tune_cifar.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tune_cifar.record import SearchState, TrialState
 
 # One image of each class.
 NUM_PREVIEW_ROWS = 10
@@ -30,14 +31,19 @@ def leaderboard(
     top: Annotated[int, typer.Option("--top", metavar="N", help="Rows per group in the table.")] = 15,
     storage: options.Storage = None,
 ) -> None:
-    """All trials, best first. Only trials of one data set, split, length and size compete: groups stand apart.
+    """All trials, best first: validation, confirmed and test apart.
+
+    Only trials of one data set, split, length and size compete: groups stand apart.
+
+    Below stand the confirmations, each candidate's mean over new seeds, and what the test set was opened for.
 
     Example: python -m tune_cifar leaderboard --space s10
     """
     from tune_cifar.record import find_storage
     from tune_cifar.results import load_searches, load_trials
 
-    states = load_searches(find_storage(storage), space, search)
+    folder = find_storage(storage)
+    states = load_searches(folder, space, search)
     trials = load_trials(states)
     if as_json:
         sys.stdout.write(str(trials.to_json(orient="records", indent=2)) + "\n")
@@ -46,8 +52,63 @@ def leaderboard(
     elif trials.empty:
         say("No trial is recorded yet. Start with: python -m tune_cifar search --space smoke")
     else:
+        if search is not None:  # its confirmations have names of their own
+            states += [state for state in load_searches(folder) if _confirms(state, search)]
         searched = list(dict.fromkeys(knob for state in states for knob in state.header.distributions))
-        _print_groups(trials, searched, top)
+        _print_groups(trials[trials["kind"] != "confirm"], searched, top)
+        _print_confirmations(states)
+        _print_tests(states, folder)
+
+
+def _confirms(state: SearchState, search: str) -> bool:
+    return state.header.confirmation is not None and state.header.confirmation.search == search
+
+
+def _print_confirmations(states: list[SearchState]) -> None:
+    """Candidates' means over new seeds, a table for each confirmation."""
+    from tune_cifar.cli.confirm import print_confirmed
+    from tune_cifar.confirm import summarise
+
+    found = [state for state in states if (settled := state.header.confirmation) is not None and not settled.final]
+    if found:
+        say("CONFIRMED: validation accuracy under new seeds, in pairs with the baseline", style="bold")
+    for state in found:
+        print_confirmed(summarise(state), state, stdout())
+        say("")
+
+
+def _print_tests(states: list[SearchState], storage: Path) -> None:
+    """What the sealed test set was opened for, of these searches alone: a final confirmation's candidates in a table,
+    any other run in a line."""
+    from tune_cifar.cli.confirm import print_confirmed
+    from tune_cifar.confirm import summarise_tests
+    from tune_cifar.openings import find_openings_file, load_openings
+
+    files = {find_openings_file(storage, state.header.data.name) for state in states}
+    openings = sorted((opening for path in files for opening in load_openings(path)), key=lambda found: found.date)
+    finals = [state for state in states if (settled := state.header.confirmation) is not None and settled.final]
+    shown = {_name_training(state, trial) for state in states for trial in state.trials.values()}
+    summarised = {_name_training(state, trial)[1:] for state in finals for trial in state.trials.values()}
+    others = [
+        opening
+        for opening in openings
+        if (opening.run_id, opening.fingerprint, opening.data) in shown
+        and (opening.fingerprint, opening.data) not in summarised
+    ]
+    if finals or others:
+        say("TEST: accuracy on the sealed test set, chosen by validation alone", style="bold")
+    for state in finals:
+        print_confirmed(summarise_tests(state, openings), state, stdout())
+        say("")
+    for found in others:
+        stand_in = "" if found.data == "cifar10" else f", NOT CIFAR-10 ({found.data})"
+        acc = f"{100 * found.test_acc:.2f} %"
+        say(f"{found.run_id}: test accuracy {acc} on {found.images:,} images{stand_in}, opened {found.date}")
+
+
+def _name_training(state: SearchState, trial: TrialState) -> tuple[str, str, str]:
+    """As the ledger names it: run, fingerprint, data. Runs of another run store may have the same ids."""
+    return trial.run_id, trial.fingerprint, state.header.data.name
 
 
 def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
@@ -56,6 +117,8 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     from tune_cifar.live import format_percent, format_value
     from tune_cifar.results import split_groups
 
+    if not trials.empty:
+        say("VALIDATION: single trials, each of one seed; the best of many is an upper guess", style="bold")
     for group, rows in split_groups(trials):
         data = "" if group["data"] == "cifar10" else f"NOT CIFAR-10 ({group['data']}), "
         title = (
