@@ -102,12 +102,13 @@ def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
     parts = [f"{trials}, {reached} with {told}"]
     notes, epochs, num_next = [], [], 0
     for trial in state.trials.values():
-        if trial.status == "running" and trial.cycle is not None and len(trial.epochs) == trial.cycle:
-            num_next += 1
-        elif trial.status == "running":
+        if trial.status == "running":
             epoch, damaged = CheckpointFolder(state.trial_folder(trial.number) / CHECKPOINTS).find_newest()
-            epochs.append(epoch)
             notes += damaged
+            if trial.cycle is not None and len(trial.epochs) == trial.cycle:
+                num_next += 1
+            else:
+                epochs.append(epoch)
     if going := sorted(epoch for epoch in epochs if epoch is not None):
         verb, where = ("goes", "epoch") if len(going) == 1 else ("go", "epochs")
         parts.append(f"{len(going)} {verb} on from {where} {', '.join(map(str, going))}")

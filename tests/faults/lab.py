@@ -166,27 +166,26 @@ def check_decisions(lab: Lab) -> None:
     rungs, factor = state.header.budget["rungs"][:-1], state.header.budget["reduction_factor"]
     must_stop = set()
     for event in lab.list_events():
-        if isinstance(event, EpochReported) and event.result.epoch in rungs:
-            assert event.result.val_acc is not None
+        if isinstance(event, EpochReported) and event.result.epoch in rungs and event.score is not None:
             arrived = scores.setdefault(event.result.epoch, {})
-            arrived[event.trial] = event.result.val_acc
+            arrived[event.trial] = event.score
             is_baseline = state.trials[event.trial].origin == "baseline"
-            if not is_baseline and not keep(event.result.val_acc, list(arrived.values()), factor):
+            if not is_baseline and not keep(event.score, list(arrived.values()), factor):
                 must_stop.add(event.trial)
         elif isinstance(event, TrialEnded):
             assert (event.status == "stopped") == (event.trial in must_stop), event
 
 
 def check_equal(state: SearchState, reference: SearchState) -> None:
-    """Every trial has the configuration of the uninterrupted search, and the same curve bit for bit as far as both
-    trained it; those that both trained to the end are equal in the end too."""
-    assert {n: trial.config for n, trial in state.trials.items()} == {
-        n: trial.config for n, trial in reference.trials.items()
+    """Every trial has the configuration of the uninterrupted search, and the same curves bit for bit, cycle after
+    cycle, as far as both trained them; those that both trained to the end are equal in the end too."""
+    assert {n: trial.whole for n, trial in state.trials.items()} == {
+        n: trial.whole for n, trial in reference.trials.items()
     }
     num_complete = 0
     for number, trial in state.trials.items():
         other = reference.trials[number]
-        curves = [[[getattr(r, name) for name in REPRODUCIBLE_FIELDS] for r in t.epochs] for t in (trial, other)]
+        curves = [[(c, [getattr(r, name) for name in REPRODUCIBLE_FIELDS]) for c, r in t.paid] for t in (trial, other)]
         length = min(map(len, curves))
         assert curves[0][:length] == curves[1][:length], f"trial {number}"
         if trial.status == other.status == "complete":

@@ -215,14 +215,20 @@ torch.nn.functional.cross_entropy = compute
 """
 
 
-@pytest.mark.parametrize(("step", "num_epochs"), [(1, 0), (120, 3)], ids=["first step", "last epoch"])
-def test_a_nan_is_a_result_of_its_trial_and_the_search_goes_on(tmp_path: Path, step: int, num_epochs: int) -> None:
-    """Of four epochs of 30 steps."""
-    lab = Lab(tmp_path, plant(tmp_path, NAN_LOSS, step), ("--max-concurrent", "1"))
+@pytest.mark.parametrize(
+    ("num", "where", "num_epochs"),
+    [(1, "epoch 1, step 1", 0), (31, "epoch 1, step 1", 1), (210, "epoch 4, step 120", 6)],
+    ids=["first step", "second cycle", "last epoch"],
+)
+def test_a_nan_is_a_result_of_its_trial_and_the_search_goes_on(
+    tmp_path: Path, num: int, where: str, num_epochs: int
+) -> None:
+    """Of cycles of one, two and four epochs of 30 steps."""
+    lab = Lab(tmp_path, plant(tmp_path, NAN_LOSS, num), ("--max-concurrent", "1"))
     text = lab.finish()
     first = lab.state.trials[0]
     assert (first.status, first.epochs_done, first.retries) == ("diverged", num_epochs, [])
-    assert f"the loss must be finite, got nan or inf at epoch {num_epochs + 1}, step {step}" in first.reason
+    assert f"the loss must be finite, got nan or inf at {where}." in first.reason
     assert lab.state.counts["diverged"] == 1 and lab.state.counts["complete"] >= 1 and "diverged" in text
     check_whole(lab)
 
