@@ -717,7 +717,7 @@ def list_openings(storage: Path) -> list[str]:
 def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     from tests.test_search import SEARCH, SETTINGS, run_cli
 
-    answer = run_cli(tmp_path, *SEARCH, *SETTINGS, "--set", "epochs=2", "--trials", "2", "--name", "x")
+    answer = run_cli(tmp_path, *SEARCH, *SETTINGS, "--set", "epochs=1", "--trials", "2", "--name", "x")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     words = ("confirm", "--search", "x", "--data", "shapes")
     command = [sys.executable, "-m", "tune_cifar", *words, "--seeds", "2", "--top", "1", "--max-concurrent", "1"]
@@ -732,14 +732,14 @@ def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in text, text
-    assert "x-confirm: 4 trainings of 2 epochs each; 1 at once" in text
+    assert "x-confirm: 4 trainings of 1 epoch each; 1 at once" in text
     assert f"go on with:\n  python -m tune_cifar {' '.join(words)} --resume\n" in text
     broken = read_state(record.parent)
     assert not broken.is_finished and len(broken.trials) < 4
 
     answer = run_cli(tmp_path, *words, "--resume", "--json")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "confirmation x-confirm: 4 trainings of 2 epochs each" in answer.stderr
+    assert "confirmation x-confirm: 4 trainings of 1 epoch each" in answer.stderr
     state, found = read_state(record.parent), json.loads(answer.stdout)
     assert state.finished is not None and state.finished.reason == "all trials" and state.counts["complete"] == 4
     assert [trial.config.seed for trial in state.trials.values()] == [1, 1, 2, 2]

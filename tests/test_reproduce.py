@@ -681,7 +681,10 @@ def test_search_works_without_the_test_file(workplace: Path, sealed: Path, monke
 
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     words = ["search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "sealed"]
-    words += [f"--set={setting}" for setting in ("train_size=200", "val_size=100", "batch_size=50", "epochs=2")]
+    words += [
+        f"--set={setting}"
+        for setting in ("train_size=200", "val_size=100", "batch_size=50", "epochs=2", "pct_start=0.3")
+    ]
     answer = run_in_a_process(*words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "sealed ended after" in answer.stdout and not (sealed / TEST_FILE).exists()
