@@ -38,7 +38,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Ratios against what a user would use instead, about an hour and a half with nothing beside it.
 bench: $(READY)
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/augment.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/vs_stock.py
 
 # Days of trainings that fill README's table of systems; Ctrl-C ends it in order, and it goes on where it was.

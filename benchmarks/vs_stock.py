@@ -3,9 +3,9 @@
     python benchmarks/vs_stock.py [--pairs 3] [--trials 24] [--epochs 3] [--train-size 8000] [--json FILE]
 
 stock: Ray Tune as its PyTorch tutorial does it: a function trainable, a DataLoader whose dataset applies albumentations
-image by image, fp32, NCHW, a new worker process for every trial, Ray's MLflow callback.
+image by image, fp32, NCHW, torch's own layers, a new worker process for every trial, Ray's MLflow callback.
 ours: `run_search` with one rung at the last epoch.
-Both train the same model class on the same images; both run in a process of their own; pairs are taken in turn.
+Both train the same network on the same images; both run in a process of their own; pairs are taken in turn.
 Reported per side: wall time of the whole process, wall time from the first trial's start to the last trial's end, and
 training images per second over that span. The ratio is the median over pairs.
 """
@@ -15,16 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pairs import Figures, compare, make_parser, run_side, take_turns, write_json
 
 VAL_SIZE = 1000
 CONFIG_SEED = 7
@@ -45,7 +42,7 @@ def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
     return dataclasses.replace(space, points=tuple(points[1:]))
 
 
-def run_ours(arguments: argparse.Namespace) -> dict[str, float]:
+def run_ours(arguments: argparse.Namespace) -> Figures:
     """One search through run_search; returns the span of the trials and the images trained."""
     from tune_cifar.data import find_data
     from tune_cifar.events import EpochReported, TrialStarted
@@ -68,7 +65,7 @@ def run_ours(arguments: argparse.Namespace) -> dict[str, float]:
     return {"span": times[-1] - times[0], "mean_val_acc": statistics.mean(score or 0.0 for score in scores)}
 
 
-def run_stock(arguments: argparse.Namespace) -> dict[str, float]:
+def run_stock(arguments: argparse.Namespace) -> Figures:
     """The same configurations as a user of Ray Tune's PyTorch tutorial would run them."""
     from ray import tune
     from ray.air.integrations.mlflow import MLflowLoggerCallback
@@ -93,12 +90,11 @@ def run_stock(arguments: argparse.Namespace) -> dict[str, float]:
 def train_stock(parameters: dict[str, Any]) -> None:
     """A training loop in the tutorial's shape: Dataset, DataLoader, model, optimizer, report per epoch."""
     import torch
-    import torch.nn.functional as F
     from ray import tune
+    from source_loop import AugmentedImages, build_source_model, make_loader, train_batch
     from torch.utils.data import DataLoader
 
     from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.models import build_model
     from tune_cifar.optim import make_optimizer, make_schedule
     from tune_cifar.schema import TrainConfig
 
@@ -108,17 +104,16 @@ def train_stock(parameters: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     data = load_train_val(find_data(None), config.train_size, config.val_size)
     assert data.val is not None
-    train = DataLoader(AugmentedImages(data.train, config), batch_size=config.batch_size, shuffle=True)
-    val = DataLoader(AugmentedImages(data.val, None), batch_size=500)
-    model = build_model(config)
+    train = make_loader(data.train, config)
+    val_images: Any = AugmentedImages(data.val, None)
+    val = DataLoader(val_images, batch_size=500)
+    model = build_source_model(config)
     optimizer = make_optimizer(model.parameters(), config)
     schedule = make_schedule(optimizer, config)
     for epoch in range(config.epochs):
         model.train()
         for step, (images, labels) in enumerate(train):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
+            train_batch(model, optimizer, images, labels, config.label_smoothing)
             if (epoch, step) != (config.epochs - 1, len(train) - 1):
                 schedule.step()
         model.eval()
@@ -127,93 +122,25 @@ def train_stock(parameters: dict[str, Any]) -> None:
         tune.report({"val_acc": num_correct / config.val_size, "epoch": epoch + 1, "started": started})
 
 
-class AugmentedImages:
-    """A map-style dataset: s7's published augmentation by albumentations, image by image; None is Normalize alone."""
-
-    def __init__(self, split: Any, config: Any) -> None:
-        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-        import albumentations as A
-        import cv2
-
-        cv2.setNumThreads(0)
-        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-        ops = []
-        if config is not None:
-            t, s, r, size = config.shift_limit, config.scale_limit, config.rotate_limit, config.cutout_size
-            hole = {"num_holes_range": (1, 1), "hole_height_range": (size, size), "hole_width_range": (size, size)}
-            ops = [
-                A.HorizontalFlip(p=config.hflip_p),
-                A.Affine(
-                    scale=(1 - s, 1 + s),
-                    keep_ratio=True,
-                    translate_percent=(-t, t),
-                    rotate=(-r, r),
-                    border_mode=cv2.BORDER_REFLECT_101,
-                    p=config.shift_scale_rotate_p,
-                ),
-                A.CoarseDropout(**hole, fill=tuple(255 * m for m in mean), p=config.cutout_p),
-                A.ToGray(p=config.gray_p),
-            ]
-        self._compose = A.Compose([*ops, A.Normalize(mean=mean, std=std)])
-        self._images = split.images_NCHW.permute(0, 2, 3, 1).numpy()
-        self._labels = split.labels_N.tolist()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        import torch
-
-        image = self._compose(image=self._images[index])["image"]
-        return torch.from_numpy(image).permute(2, 0, 1), self._labels[index]
-
-
-def run_pair(arguments: argparse.Namespace, first: str) -> dict[str, dict[str, float]]:
-    """Both sides, one after the other, each in a fresh process whose whole life is timed."""
-    pair = {}
-    for side in (first, "ours" if first == "stock" else "stock"):
-        sizes = ["--trials", arguments.trials, "--epochs", arguments.epochs, "--train-size", arguments.train_size]
-        start = time.time()
-        command = [sys.executable, __file__, "--side", side, *map(str, sizes)]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode:
-            raise SystemExit(answer.stderr[-3000:])
-        figures = json.loads(answer.stdout.strip().splitlines()[-1])
-        images = arguments.trials * arguments.epochs * arguments.train_size
-        pair[side] = {"wall": time.time() - start, "images_per_second": images / figures["span"], **figures}
-        print(f"{side}: " + ", ".join(f"{name} {value:.4g}" for name, value in pair[side].items()), flush=True)
-    return pair
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=3)
+    parser = make_parser(__doc__, pairs=3)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--train-size", type=int, default=8000)
-    parser.add_argument("--side", choices=("ours", "stock"))
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps((run_ours if arguments.side == "ours" else run_stock)(arguments)))
+        figures = (run_ours if arguments.side == "ours" else run_stock)(arguments)
+        num_images = arguments.trials * arguments.epochs * arguments.train_size
+        print(json.dumps(figures | {"images_per_second": num_images / figures["span"]}))
         return
-    pairs = [run_pair(arguments, ("stock", "ours")[i % 2]) for i in range(arguments.pairs)]
-    ratios = {
-        "whole": [pair["stock"]["wall"] / pair["ours"]["wall"] for pair in pairs],
-        "without_start_up": [pair["stock"]["span"] / pair["ours"]["span"] for pair in pairs],
-    }
-    for name, values in ratios.items():
-        print(
-            f"{name}: {statistics.median(values):.2f}x "
-            f"(median of {len(values)}: {min(values):.2f} to {max(values):.2f})"
-        )
-    if arguments.json:
-        facts = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-            "shape": {"trials": arguments.trials, "epochs": arguments.epochs, "train_size": arguments.train_size},
-        }
-        arguments.json.write_text(json.dumps({**facts, "pairs": pairs, "ratios": ratios}, indent=2) + "\n")
+    shape = {name: getattr(arguments, name) for name in ("trials", "epochs", "train_size")}
+    options = [word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)]
+    pairs = take_turns(("stock", "ours"), arguments.pairs, lambda side: run_side(__file__, side, options))
+    ratios = {"whole": compare(pairs, "stock", "ours", "wall")}
+    ratios["without_start_up"] = compare(pairs, "stock", "ours", "span")
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio.describe()}")
+    write_json(arguments.json, {"shape": shape, "pairs": pairs, "ratios": ratios})
 
 
 if __name__ == "__main__":

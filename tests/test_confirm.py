@@ -619,6 +619,15 @@ def test_a_finished_confirmation_as_json_is_one_document() -> None:
     assert best["gain"]["pairs"] == 2 and "next:" not in answer.stderr
 
 
+def test_a_finished_confirmation_is_told_without_its_data(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNE_CIFAR_DATA", str(workplace / "nowhere"))
+    storage = workplace / "runs"
+    write_confirmed(storage, write_search(storage, [0.5, 0.7]), [0.5, 0.6, 0.52, 0.61])
+    answer = invoke("confirm", "--search", "x", "--resume")
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.startswith("x-confirm: validation accuracy over seeds after 2 epochs of 1,000 images\n")
+
+
 def test_a_candidate_without_a_pair_is_not_taken_for_the_baseline(workplace: Path) -> None:
     storage = workplace / "runs"
     write_confirmed(storage, write_search(storage, [0.5, 0.7], data=SHAPES_INFO), ["failed", "diverged", "failed", 0.6])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.models import MODELS, build_model, set_dropout_generator
-from tune_cifar.models.layers import Dropout, Residual, StridedDepthwiseConv2d
+from tune_cifar.models.layers import Dropout, Residual, StridedDepthwiseConv2d, SubsamplingConv2d
 from tune_cifar.models.s6 import Depthwise5x5
 from tune_cifar.models.summary import describe_model
 from tune_cifar.schema import ModelName, TrainConfig
@@ -364,6 +364,20 @@ def test_the_strided_depthwise_of_s7_has_the_gradients_of_an_ordinary_conv() -> 
     options = {"stride": 2, "padding": 1, "groups": 6, "bias": False}
     images = torch.randn(3, 6, 11, 14, generator=torch.Generator().manual_seed(0))
     compare_convs(StridedDepthwiseConv2d(6, stride=2), nn.Conv2d(6, 6, 3, **options), images)
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_strided_and_dilated_conv_of_s8_has_the_gradients_of_an_ordinary_conv(
+    memory_format: torch.memory_format, stride: int
+) -> None:
+    options = {"stride": stride, "dilation": stride, "padding": stride, "bias": False}
+    images = torch.randn(3, 5, 11, 14, generator=torch.Generator().manual_seed(0)).to(memory_format=memory_format)
+    conv = SubsamplingConv2d(5, 4, stride)
+    compare_convs(conv, nn.Conv2d(5, 4, 3, **options), images)
+    x = images.double().requires_grad_()
+    conv(x).square().sum().backward()
+    assert x.grad.stride() == images.stride()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

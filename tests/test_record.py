@@ -553,6 +553,13 @@ def test_append_after_close_is_refused(folder: Path) -> None:
         record.append(make_start(6))
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds a search held does not wait a second for it."""
+    monkeypatch.setattr("tune_cifar.record.LOCK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_search_has_one_driver_and_any_number_of_readers(folder: Path) -> None:
     with Record.open(folder) as record:
         with pytest.raises(RecordError, match=r"s7-1: one driver alone must hold it, got .*Wait, or stop it\.$"):
@@ -562,11 +569,13 @@ def test_a_search_has_one_driver_and_any_number_of_readers(folder: Path) -> None
     Record.open(folder).close()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_new_search_is_held_by_its_creator(tmp_path: Path) -> None:
     with Record.create(search_folder(tmp_path, "s7-1"), make_header()) as record, pytest.raises(RecordError):
         Record.open(record.state.folder)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_search_in_use_is_refused_with_the_name_of_its_owner(folder: Path) -> None:
     with Record.open(folder):
         assert is_live(folder)

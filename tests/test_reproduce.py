@@ -650,6 +650,7 @@ def sealed(workplace: Path, cifar10: DataSource) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_training_works_without_the_test_file_and_the_test_names_it_until_it_is_back(
     workplace: Path, sealed: Path, cifar10: DataSource, monkeypatch: pytest.MonkeyPatch

@@ -88,15 +88,14 @@ def confirm(
         "tracking_uri": tracking_uri,
     }
     console = stderr() if as_json else stdout()
-    source = _find_source(folder, search, data)
     state = _find_recorded(folder, search, final, name) if resume else None
     plan: SearchPlan | None = None
     if state is None:
         given |= {"device": device, "precision": precision, "deterministic": deterministic}
         given |= {"cpus_per_trial": cpus_per_trial, "name": name or f"{search}-{'final' if final else 'confirm'}"}
-        plan = _plan(given, source, search, (top, seeds), settings or [], final, console)
+        plan = _plan(given, data, search, (top, seeds), settings or [], final, console)
     elif not state.is_finished:
-        plan = _plan_resume(given, source, state, accept_changes, console)
+        plan = _plan_resume(given, data, state, accept_changes, console)
     if plan is not None:
         state, faults = run_plan(plan, console)
         for fault in faults:
@@ -107,7 +106,9 @@ def confirm(
         again += f"{' --final' if final else ''}{repeat_options(name=name)} --resume"
         console.print(f"\ngo on with:\n  {again}", soft_wrap=True)
         raise typer.Exit(130)
-    _report(state, source, tracking_uri, as_json, console)
+    if final:
+        _open_tests(state, data, tracking_uri, console)
+    _report(state, as_json, console)
     if not (final or as_json):
         console.print(f"\nnext:\n  {again} --final", soft_wrap=True)
 
@@ -136,21 +137,20 @@ def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) 
     return state
 
 
-def _find_source(folder: Path, search: str, data: str | None) -> DataSource:
-    """The data that the search was trained on."""
+def _find_source(state: SearchState, data: str | None) -> DataSource:
+    """The data that a search or its confirmation was trained on."""
     from tune_cifar.data import find_data
-    from tune_cifar.results import load_searches
 
-    (state,) = load_searches(folder, search=search)
-    source = find_data(data or ("shapes" if state.header.data.name == "shapes" else None))
-    if source.name != state.header.data.name:
-        raise ConfigError(f"--data: {state.header.data.name} must be given as in {search}, got {source.name}.")
+    header = state.header
+    source = find_data(data or ("shapes" if header.data.name == "shapes" else None))
+    if source.name != header.data.name:
+        raise ConfigError(f"--data: {header.data.name} must be given as in {header.name}, got {source.name}.")
     return source
 
 
 def _plan(
     given: dict[str, Any],
-    source: DataSource,
+    data: str | None,
     search: str,
     wanted: tuple[int, int],
     settings: list[str],
@@ -166,6 +166,7 @@ def _plan(
 
     changes = dict(parse_setting(setting) for setting in settings)
     (state,) = load_searches(given["storage"], search=search)
+    source = _find_source(state, data)
     num_top, num_seeds = wanted
     if is_final:
         states = load_searches(given["storage"])
@@ -188,7 +189,7 @@ def _plan(
 
 
 def _plan_resume(
-    given: dict[str, Any], source: DataSource, state: SearchState, accepts_changes: bool, console: Console
+    given: dict[str, Any], data: str | None, state: SearchState, accepts_changes: bool, console: Console
 ) -> SearchPlan:
     """Settle how a recorded confirmation goes on and say what of it is there."""
     from tune_cifar.plan import SearchRequest
@@ -196,7 +197,7 @@ def _plan_resume(
     header = state.header
     assert header.confirmation is not None
     given["keep_weights"] = header.confirmation.num_trials if header.confirmation.final else 1
-    request = SearchRequest(source=source, device=header.numerics.device, name=header.name, **given)
+    request = SearchRequest(source=_find_source(state, data), device=header.numerics.device, name=header.name, **given)
     with console.status("reading the record and starting the workers ..."):
         from tune_cifar.search import prepare_resume
 
@@ -206,8 +207,8 @@ def _plan_resume(
     return plan
 
 
-def _report(state: SearchState, source: DataSource, tracking_uri: str | None, as_json: bool, console: Console) -> None:
-    """Say what a finished confirmation found; of a final one, after the test set was opened for what is not judged."""
+def _report(state: SearchState, as_json: bool, console: Console) -> None:
+    """Say what a finished confirmation found."""
     from tune_cifar.confirm import summarise, summarise_tests
     from tune_cifar.openings import find_openings_file, load_openings
 
@@ -215,8 +216,7 @@ def _report(state: SearchState, source: DataSource, tracking_uri: str | None, as
     assert settled is not None
     answer: dict[str, Any] = {"search": settled.search, "name": state.header.name, "final": settled.final}
     if settled.final:
-        ledger = find_openings_file(state.folder.parent.parent, source.name)
-        _open_tests(state, source, ledger, tracking_uri, console)
+        ledger = find_openings_file(state.folder.parent.parent, state.header.data.name)
         confirmed = summarise_tests(state, load_openings(ledger))
         answer["openings_file"] = str(ledger)
     else:
@@ -227,18 +227,21 @@ def _report(state: SearchState, source: DataSource, tracking_uri: str | None, as
     print_confirmed(confirmed, state, console)
 
 
-def _open_tests(
-    state: SearchState, source: DataSource, ledger: Path, tracking_uri: str | None, console: Console
-) -> None:
+def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, console: Console) -> None:
     """Open the test set once for every complete training that it was not opened for."""
     from tune_cifar.numerics import restore_numerics
-    from tune_cifar.openings import find_openings
+    from tune_cifar.openings import find_openings, find_openings_file
     from tune_cifar.sealed import open_test
     from tune_cifar.train import load_recorded_data, load_trained
 
-    for trial in state.trials.values():
-        if trial.status != "complete" or find_openings(ledger, trial.fingerprint, source.name):
-            continue
+    header = state.header
+    ledger = find_openings_file(state.folder.parent.parent, header.data.name)
+    complete = [trial for trial in state.trials.values() if trial.status == "complete"]
+    sealed = [trial for trial in complete if not find_openings(ledger, trial.fingerprint, header.data.name)]
+    if not sealed:
+        return
+    source = _find_source(state, data)
+    for trial in sealed:
         loaded = load_recorded_data(state, trial, source)
         way_out = "They belong to what is confirmed: confirm it under another --name."
         trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics), way_out)

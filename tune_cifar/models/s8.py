@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from tune_cifar.models.layers import Dropout, stack
+from tune_cifar.models.layers import Dropout, SubsamplingConv2d, stack
 
 WIDTH = 32
 
@@ -32,7 +32,7 @@ def make_stage(num_in: int, dropout: float) -> nn.Sequential:
     return stack(
         conv1=block(nn.Conv2d(num_in, WIDTH, 3, padding=1, bias=False)),
         conv2=block(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)),
-        strided=block(nn.Conv2d(WIDTH, WIDTH, 3, stride=2, dilation=2, padding=2, bias=False)),
+        strided=block(SubsamplingConv2d(WIDTH, WIDTH, stride=2)),
     )
 
 

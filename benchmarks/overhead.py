@@ -1,0 +1,180 @@
+"""What a trial costs that trains nothing: this search against stock Ray Tune and in-process Optuna.
+
+    python benchmarks/overhead.py [--trials 10 100 1000] [--rounds 1] [--json FILE]
+    python benchmarks/overhead.py --trials 10 --rounds 3
+
+One trial at a time, 24 epochs reported by each; seconds per trial from the first trial's start to the end of it all.
+ours: `run_search`, whose worker invents its epochs: TPE, the record synced, MLflow (SQLite) shipped. ours, rungs: the
+same with one epoch, as where only rungs report. stock: a function trainable, a new process per trial, Ray's MLflow
+callback, random points; for the smallest number of trials only. optuna: TPE with its successive halving, in memory.
+
+Besides, in the same rounds: `first trial`, seconds from the start of the process to the first trial's first epoch, and
+of `bare`, to the end of `import ray.tune, torch; ray.init()`; `shutdown`, from the last trial's end to the process's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pairs import Figures, Round, compare, make_parser, median_figure, print_table, run_side, take_turns, write_json
+
+EPOCHS = 24
+
+
+def since_start() -> float:
+    """Seconds that this process has lived."""
+    return time.time() - psutil.Process().create_time()
+
+
+def make_result(epoch: int) -> Any:
+    """What an epoch might have reported."""
+    from tune_cifar.schema import EpochResult
+
+    acc = 0.3 + epoch / 100
+    losses = {"train_loss": 2.3 - acc, "train_acc": acc, "val_loss": 2.3 - acc, "val_acc": acc}
+    costs = {"epoch_seconds": 1.0, "images_per_second": 1000.0, "peak_memory_mb": 500.0}
+    return EpochResult(epoch=epoch, step=10 * epoch, lr=0.01, **losses, **costs)
+
+
+def run_ours(num_trials: int, epochs: int) -> Figures:
+    """One search of s7's cpu tier; nothing stops a trial."""
+    from tune_cifar import search
+    from tune_cifar.data import DataSource
+    from tune_cifar.events import EpochReported, TrialEnded, TrialStarted
+    from tune_cifar.plan import SearchRequest
+    from tune_cifar.space import load_space
+
+    class EmptyWorker(search.TrialWorker):  # type: ignore[misc]
+        def _make_results(self) -> Iterator[tuple[int, Any]]:
+            for cycle in self._trial["cycles"]:
+                for epoch in range(1, cycle + 1):
+                    yield cycle, make_result(epoch)
+
+    times: dict[type, list[float]] = {TrialStarted: [], EpochReported: [], TrialEnded: []}
+
+    def note(state: Any, event: Any) -> None:
+        if type(event) in times:
+            times[type(event)].append(since_start())
+
+    search.TrialWorker = EmptyWorker
+    space = load_space("s7", "cpu", {"epochs": epochs, "train_size": 1000, "val_size": 100})
+    changes = {"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
+    space = dataclasses.replace(space, budget=space.budget.model_copy(update=changes))
+    with tempfile.TemporaryDirectory() as folder:
+        request = SearchRequest(DataSource("shapes", None), Path(folder), "overhead", name="empty", max_concurrent=1)
+        state, faults = search.run_search(search.prepare_search(space, request), note)
+        end = since_start()
+        assert not faults and state.counts["complete"] == num_trials, (faults, state.counts)
+    begin = times[TrialStarted][0]
+    return {
+        "seconds_per_trial": (end - begin) / num_trials,
+        "steady_seconds_per_trial": (times[TrialEnded][-1] - times[TrialEnded][0]) / max(1, num_trials - 1),
+        "first_trial": times[EpochReported][0],
+        "last_end": times[TrialEnded][-1],
+    }
+
+
+def run_stock(num_trials: int) -> Figures:
+    """Ray Tune as its tutorial does it, with nothing to train."""
+    from ray import tune
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    def train_nothing(config: dict[str, Any]) -> None:
+        for epoch in range(1, EPOCHS + 1):
+            result = make_result(epoch).model_dump()
+            tune.report({name: value for name, value in result.items() if value is not None})
+
+    with tempfile.TemporaryDirectory() as folder:
+        callback = MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="stock")
+        begin = since_start()
+        results = tune.Tuner(
+            tune.with_resources(train_nothing, {"cpu": 1}),
+            param_space={name: tune.uniform(0, 1) for name in ("max_lr", "dropout", "pct_start")},
+            tune_config=tune.TuneConfig(num_samples=num_trials, max_concurrent_trials=1),
+            run_config=tune.RunConfig(storage_path=folder, callbacks=[callback], verbose=0),
+        ).fit()
+        assert results.num_errors == 0
+        return {"seconds_per_trial": (since_start() - begin) / num_trials}
+
+
+def run_optuna(num_trials: int) -> Figures:
+    """Optuna's own loop in this process, without parallelism, tracking or anything on disk."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def train_nothing(trial: optuna.Trial) -> float:
+        for name in ("max_lr", "dropout", "pct_start"):
+            trial.suggest_float(name, 0, 1)
+        for epoch in range(1, EPOCHS + 1):
+            trial.report(make_result(epoch).val_acc, epoch)
+            trial.should_prune()
+        return float(make_result(EPOCHS).val_acc)
+
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.SuccessiveHalvingPruner())
+    begin = time.perf_counter()
+    study.optimize(train_nothing, n_trials=num_trials)
+    return {"seconds_per_trial": (time.perf_counter() - begin) / num_trials}
+
+
+def run_bare() -> Figures:
+    """What nobody who uses both can do without."""
+    import ray
+    import torch  # noqa: F401
+    from ray import tune  # noqa: F401
+
+    ray.init(include_dashboard=False, logging_level="ERROR")
+    return {"first_trial": since_start()}
+
+
+SIDES = {
+    "ours": lambda num: run_ours(num, EPOCHS),
+    "ours, rungs": lambda num: run_ours(num, 1),
+    "stock": run_stock,
+    "optuna": run_optuna,
+    "bare": lambda num: run_bare(),
+}
+
+
+def run(side: str, num_trials: int) -> Figures:
+    """A side in a process of its own, and how long it took to end."""
+    found = run_side(__file__, side, ("--trials", num_trials))
+    return found | ({"shutdown": found["wall"] - found["last_end"]} if "last_end" in found else {})
+
+
+def main() -> None:
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("--trials", type=int, nargs="+", default=[10, 100, 1000])
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(SIDES[arguments.side](*arguments.trials)))
+        return
+    found: dict[int, list[Round]] = {}
+    for num_trials in sorted(arguments.trials):
+        print(f"{num_trials} trials", flush=True)
+        sides = [side for side in SIDES if not found or side not in ("stock", "bare")]
+        found[num_trials] = take_turns(sides, arguments.rounds, lambda side, n=num_trials: run(side, n))  # type: ignore[misc]
+    rows = [
+        (num, side, *(median_figure(rounds, side, figure) for figure in ("seconds_per_trial", "wall")))
+        for num, rounds in found.items()
+        for side in rounds[0]
+        if side != "bare"
+    ]
+    print_table("Trials that train nothing", ("trials", "side", "seconds per trial", "whole process, s"), rows)
+    fewest = next(iter(found.values()))
+    print(f"stock / ours: {compare(fewest, 'stock', 'ours', 'seconds_per_trial').describe()}")
+    for side in ("ours", "bare"):
+        print(f"{side}: ready after {median_figure(fewest, side, 'first_trial'):.2f} s")
+    print(f"shutdown: {median_figure(fewest, 'ours', 'shutdown'):.2f} s")
+    write_json(arguments.json, {"rounds": found})
+
+
+if __name__ == "__main__":
+    main()

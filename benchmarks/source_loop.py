@@ -1,0 +1,94 @@
+"""What a user would write instead: the source systems' own way of training, for the benchmarks to stand beside.
+
+Dataset with albumentations image by image, DataLoader, fp32, NCHW, nn.Dropout.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, MEAN_COLOR
+from tune_cifar.data import Split
+from tune_cifar.models import build_model
+from tune_cifar.models.layers import Dropout, ReluDropout, ScaledBatchNorm2d
+from tune_cifar.schema import TrainConfig
+
+
+def compose(config: TrainConfig | None) -> Any:
+    """The config's augmentation as an albumentations pipeline of uint8 HWC images; None is Normalize alone."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import albumentations as A
+    import cv2
+
+    cv2.setNumThreads(0)
+    ops: list[Any] = []
+    if config is not None:
+        side, border = 32 + 2 * config.crop_pad, {"border_mode": cv2.BORDER_REFLECT_101}
+        s, t, r, size = config.scale_limit, config.shift_limit, config.rotate_limit, config.cutout_size
+        hole = {"num_holes_range": (1, 1), "hole_height_range": (size, size), "hole_width_range": (size, size)}
+        if config.crop_pad:
+            ops += [A.PadIfNeeded(side, side, **border), A.RandomCrop(32, 32)]
+        if config.hflip_p:
+            ops.append(A.HorizontalFlip(p=config.hflip_p))
+        if config.shift_scale_rotate_p:
+            ranges = {"scale": (1 - s, 1 + s), "translate_percent": (-t, t), "rotate": (-r, r)}
+            ops.append(A.Affine(**ranges, keep_ratio=True, **border, p=config.shift_scale_rotate_p))
+        if config.cutout_p:
+            ops.append(A.CoarseDropout(**hole, fill=MEAN_COLOR, p=config.cutout_p))
+        if config.gray_p:
+            ops.append(A.ToGray(p=config.gray_p))
+    return A.Compose([*ops, A.Normalize(mean=CIFAR_MEAN, std=CIFAR_STD)])
+
+
+class AugmentedImages:
+    """A map-style dataset that augments image by image; a config of None is Normalize alone."""
+
+    def __init__(self, split: Split, config: TrainConfig | None) -> None:
+        self._compose = compose(config)
+        self._images = split.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
+        self._labels = split.labels_N.tolist()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self._compose(image=self._images[index])["image"]
+        return torch.from_numpy(image).permute(2, 0, 1), self._labels[index]
+
+
+def make_loader(split: Split, config: TrainConfig) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Augmented and shuffled batches of a training, made in this process."""
+    images: Any = AugmentedImages(split, config)
+    return DataLoader(images, batch_size=config.batch_size, shuffle=True)
+
+
+def build_source_model(config: TrainConfig) -> nn.Module:
+    """The config's network of torch's own layers."""
+    model = build_model(config)
+    for name, layer in [*model.named_modules()]:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, ReluDropout):
+            plain: nn.Module = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(layer.p))
+        elif isinstance(layer, Dropout):
+            plain = (nn.Dropout2d if layer.whole_channels else nn.Dropout)(layer.p)
+        elif isinstance(layer, ScaledBatchNorm2d):
+            plain = nn.BatchNorm2d(layer.num_features)
+        else:
+            continue
+        setattr(parent, name.rpartition(".")[2], plain)
+    return model
+
+
+def train_batch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, smoothing: float
+) -> None:
+    """One optimizer step as every tutorial writes it."""
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels, label_smoothing=smoothing).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
