@@ -8,7 +8,7 @@ READY := .venv/.ready
 
 KILLS ?= 20
 
-.PHONY: search test test-default test-faults lint bench rows clean
+.PHONY: search test test-default test-faults lint bench bench-gpu rows clean
 
 # CIFAR-10 where it can be had, else the generated stand-in: the command says so in a banner.
 search: $(READY)
@@ -45,6 +45,15 @@ bench: $(READY)
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/vs_stock.py
+
+# What waits for a GPU: the tests that need one, then the figures that benchmarks/NOTES.md lists as targets.
+bench-gpu: $(READY)
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/gpu.py --space s10
+	$(BIN)/python benchmarks/gpu.py --space s7 --epochs 6
+	$(BIN)/python benchmarks/packing.py --space s7
+	$(BIN)/python benchmarks/augment.py
+	time $(TUNE) search --space s10 --tier full --trials 100 --execution captured
 
 # Days of trainings that fill README's table of systems; Ctrl-C ends it in order, and it goes on where it was.
 rows: $(READY)

@@ -49,10 +49,9 @@ def repeat(step: Callable[[], object], seconds: float) -> list[float]:
 
 def run_ours(space: str, seconds: float) -> Figures:
     """The engine's step, its forward passes alone and its evaluation."""
-    import torch
-
+    from tune_cifar.augment.batched import apply_normalize
     from tune_cifar.engine import Trainer
-    from tune_cifar.numerics import autocast, resolve_numerics
+    from tune_cifar.numerics import autocast, memory_format, resolve_numerics
 
     config, data = load(space)
     trainer = Trainer(config, data, resolve_numerics())
@@ -60,7 +59,8 @@ def run_ours(space: str, seconds: float) -> Figures:
     num_steps = max(5, round(seconds / trainer.measure_step_seconds(5)))
     images_per_second = config.batch_size / trainer.measure_step_seconds(num_steps)
 
-    images, _ = trainer.make_batch(torch.arange(config.batch_size))
+    batch = data.train.images_NCHW[: config.batch_size]
+    images = apply_normalize(batch, memory_format=memory_format(trainer.numerics))
 
     def forward() -> None:
         with autocast(trainer.numerics):

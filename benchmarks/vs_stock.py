@@ -95,7 +95,7 @@ def train_stock(parameters: dict[str, Any]) -> None:
     from torch.utils.data import DataLoader
 
     from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.optim import make_optimizer, make_schedule
+    from tune_cifar.optim import apply_settings, make_optimizer, schedule_steps
     from tune_cifar.schema import TrainConfig
 
     started = time.time()
@@ -109,13 +109,12 @@ def train_stock(parameters: dict[str, Any]) -> None:
     val = DataLoader(val_images, batch_size=500)
     model = build_source_model(config)
     optimizer = make_optimizer(model.parameters(), config)
-    schedule = make_schedule(optimizer, config)
+    schedule = schedule_steps(config)
     for epoch in range(config.epochs):
         model.train()
-        for step, (images, labels) in enumerate(train):
+        for images, labels in train:
+            apply_settings(optimizer, next(schedule))
             train_batch(model, optimizer, images, labels, config.label_smoothing)
-            if (epoch, step) != (config.epochs - 1, len(train) - 1):
-                schedule.step()
         model.eval()
         with torch.no_grad():
             num_correct = sum((model(images).argmax(1) == labels).sum().item() for images, labels in val)

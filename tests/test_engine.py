@@ -14,10 +14,12 @@ import torch
 from tests.conftest import make_config
 from tune_cifar.checkpoint import load_checkpoint, save_checkpoint
 from tune_cifar.data import TrainVal
-from tune_cifar.engine import Trainer, derive_seed
+from tune_cifar.engine import Trainer
 from tune_cifar.errors import CheckpointError, Diverged
 from tune_cifar.numerics import resolve_numerics
+from tune_cifar.optim import schedule_steps
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics, TrainConfig
+from tune_cifar.step import derive_seed
 
 
 def curve(results: list[EpochResult]) -> list[dict[str, Any]]:
@@ -139,13 +141,13 @@ def test_evaluation_equals_the_definition(shapes: TrainVal, fp32: Numerics) -> N
 def test_every_image_is_trained_once_an_epoch_and_the_last_batch_is_kept(shapes: TrainVal, fp32: Numerics) -> None:
     trainer = Trainer(make_config(), shapes, fp32)
     seen: list[torch.Tensor] = []
-    make_batch = trainer.make_batch
+    train_step = trainer._train_step
 
-    def spy(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy(indices: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(indices)
-        return make_batch(indices)
+        return train_step(indices, settings)
 
-    trainer.make_batch = spy  # type: ignore[method-assign]
+    trainer._train_step = spy  # type: ignore[method-assign]
     next(iter(trainer))
     assert [len(indices) for indices in seen] == [32, 32, 32, 24]
     assert torch.cat(seen).sort().values.tolist() == list(range(120))
@@ -167,7 +169,8 @@ def test_the_first_three_losses_are_the_golden_ones(shapes: TrainVal, fp32: Nume
     trainer = Trainer(make_config(), shapes, fp32)
     trainer.model.train()
     order = torch.arange(120)
-    losses = [trainer._train_step(order[i * 32 : (i + 1) * 32])[0].item() for i in range(3)]
+    batches = zip(torch.split(order, 32)[:3], schedule_steps(trainer.config), strict=False)
+    losses = [trainer._train_step(*batch)[0].item() for batch in batches]
     assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-4)
 
 

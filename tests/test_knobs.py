@@ -10,6 +10,7 @@ import torch
 from tests.conftest import SHAPES, make_config
 from tune_cifar.data import load_train_val
 from tune_cifar.engine import Trainer
+from tune_cifar.optim import schedule_steps
 from tune_cifar.schema import KNOBS, Numerics, TrainConfig
 
 # For each knob: another value, and what must hold for the knob to be alive.
@@ -65,11 +66,11 @@ def observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
     losses = []
     trainer.model.train()
     order = torch.arange(config.train_size)
-    for step in range(6):
-        group = {k: v for k, v in trainer._optimizer.param_groups[0].items() if k != "params"}
-        groups.append(repr(sorted(group.items())))
+    for step, settings in zip(range(6), schedule_steps(config), strict=False):
         start = step * config.batch_size % max(1, config.train_size - config.batch_size)
-        losses.append(trainer._train_step(order[start : start + config.batch_size])[0].item())
+        losses.append(trainer._train_step(order[start : start + config.batch_size], settings)[0].item())
+        group = {k: v for k, v in trainer._step.optimizer.param_groups[0].items() if k != "params"}
+        groups.append(repr(sorted(group.items())))
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     return {
         "optimizer": groups,

@@ -81,6 +81,11 @@ def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: st
     [
         ({"device": "gpu"}, "--device: auto, cpu or cuda must be given, got 'gpu'."),
         ({"precision": "fp16"}, "--precision: auto, fp32 or bf16 must be given, got 'fp16'."),
+        ({"execution": "graph"}, "--execution: eager or captured must be given, got 'graph'."),
+        (
+            {"device": "cpu", "execution": "captured"},
+            "--execution: captured needs a CUDA device, got a training on the CPU. Leave it out.",
+        ),
         ({"threads": 0}, f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 0."),
         ({"threads": 4096}, f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 4096."),
     ],
@@ -114,6 +119,7 @@ def test_recorded_numerics_are_restored_where_they_can_be(fp32: Numerics) -> Non
     recorded = fp32.model_copy(
         update={
             "precision": "bf16",
+            "execution": "captured",
             "threads": 2,
             "memory_format": "contiguous",
             "device_name": "elsewhere",
@@ -123,9 +129,11 @@ def test_recorded_numerics_are_restored_where_they_can_be(fp32: Numerics) -> Non
     here = restore_numerics(recorded)
     assert (here.precision, here.threads, here.memory_format) == ("bf16", 2, "contiguous")
     assert (here.versions, here.device_name) == (fp32.versions, fp32.device_name)
+    assert here.execution == "eager"
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "execution": "captured",
     "device": "cuda",
     "device_name": "another processor",
     "capability": "another",
@@ -143,7 +151,7 @@ def test_comparison_names_what_differs_before_and_now(fp32: Numerics, name: str)
 
 
 def test_comparison_covers_every_field(fp32: Numerics) -> None:
-    assert set(OTHER_VALUES) == set(Numerics.model_fields) - {"versions", "execution"}  # execution has one value yet
+    assert set(OTHER_VALUES) == set(Numerics.model_fields) - {"versions"}
 
 
 def test_comparison_names_changed_new_and_gone_libraries(fp32: Numerics) -> None:

@@ -11,22 +11,14 @@ from torch import nn
 
 from tests.conftest import make_config
 from tune_cifar.errors import ConfigError
-from tune_cifar.optim import make_optimizer, make_schedule
+from tune_cifar.optim import Settings, apply_settings, make_optimizer, schedule_steps
 from tune_cifar.schema import TrainConfig
 
 
-def run_schedule(config: TrainConfig) -> tuple[list[float], list[float]]:
-    """LR and momentum (beta1) that every step of a training would use."""
-    optimizer = make_optimizer([nn.Parameter(torch.zeros(2))], config)
-    schedule = make_schedule(optimizer, config)
-    lrs, momenta = [], []
-    for step in range(config.epochs * config.num_steps_per_epoch):
-        group = optimizer.param_groups[0]
-        lrs.append(group["lr"])
-        momenta.append(group["momentum"] if "momentum" in group else group["betas"][0])
-        optimizer.step()
-        if step + 1 < config.epochs * config.num_steps_per_epoch:
-            schedule.step()
+def run_schedule(config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """LR and momentum (beta1) of every step of a training."""
+    lrs, momenta = zip(*schedule_steps(config), strict=True)
+    assert len(lrs) == config.epochs * config.num_steps_per_epoch
     return lrs, momenta
 
 
@@ -72,30 +64,30 @@ def test_step_schedule_falls_at_the_fractions_whatever_the_batch_size() -> None:
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step"])
 def test_a_restarted_schedule_is_that_of_a_training_as_long_as_its_cycle(schedule: str) -> None:
-    whole = make_config(schedule=schedule, epochs=5, warm_restarts=(2,))
-    parameters = [nn.Parameter(torch.zeros(1))]
-    optimizer = make_optimizer(parameters, whole)
-    for epoch, length in ((1, 2), (3, 3)):
-        cycle = make_config(schedule=schedule, epochs=length)
-        alone = make_optimizer([nn.Parameter(torch.zeros(1))], cycle)
-        schedules = [make_schedule(optimizer, whole, epoch), make_schedule(alone, cycle)]
-        for _ in range(length * cycle.num_steps_per_epoch - 1):
-            for stepped, made in zip((optimizer, alone), schedules, strict=True):
-                stepped.step()
-                made.step()
-            group, other = optimizer.param_groups[0], alone.param_groups[0]
-            assert (group["lr"], group["momentum"]) == (other["lr"], other["momentum"])
+    whole = list(schedule_steps(make_config(schedule=schedule, epochs=5, warm_restarts=(2,))))
+    cycles = [list(schedule_steps(make_config(schedule=schedule, epochs=length))) for length in (2, 3)]
+    assert whole == cycles[0] + cycles[1]
+
+
+def test_a_resumed_training_asks_for_the_rest_of_its_schedule() -> None:
+    config = make_config(epochs=5, warm_restarts=(2,))
+    whole = list(schedule_steps(config))
+    for num_done in (0, 1, 7, 8, 9, 19, 20):
+        assert list(schedule_steps(config, num_done)) == whole[num_done:]
 
 
 def test_constant_schedule_never_moves() -> None:
     lrs, _ = run_schedule(make_config(schedule="constant", epochs=5))
-    assert lrs == [0.01] * 20
+    assert lrs == (0.01,) * 20
 
 
 def test_onecycle_refuses_a_warm_up_of_one_step_or_less() -> None:
     config = make_config(pct_start=0.1)
     with pytest.raises(ConfigError, match=r"pct_start x total steps > 1 must hold, got 0\.1 x 8"):
-        make_schedule(make_optimizer([nn.Parameter(torch.zeros(1))], config), config)
+        schedule_steps(config)
+    late = make_config(pct_start=0.1, epochs=5, warm_restarts=(4,))
+    with pytest.raises(ConfigError, match=r"got 0\.1 x 4"):
+        schedule_steps(late)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +104,13 @@ def test_onecycle_refuses_a_warm_up_of_one_step_or_less() -> None:
 def test_optimizer_carries_the_configs_value(changes: dict[str, Any], key: str, value: Any) -> None:
     optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], make_config(**changes))
     assert optimizer.param_groups[0][key] == value
+
+
+@pytest.mark.parametrize(("optimizer", "key", "want"), [("sgd", "momentum", 0.6), ("adam", "betas", (0.6, 0.999))])
+def test_settings_reach_the_optimizer(optimizer: str, key: str, want: Any) -> None:
+    made = make_optimizer([nn.Parameter(torch.zeros(1))], make_config(optimizer=optimizer))
+    apply_settings(made, Settings(0.3, 0.6))
+    assert (made.param_groups[0]["lr"], made.param_groups[0][key]) == (0.3, want)
 
 
 def test_coupled_decay_enters_adams_gradient_and_decoupled_decay_does_not() -> None:

@@ -7,37 +7,29 @@ waits for the device inside an epoch on CUDA.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import resource
 import time
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tune_cifar.augment import select_interpreter
-from tune_cifar.augment.batched import apply_normalize, draw_policy
-from tune_cifar.augment.policies import make_policy
+from tune_cifar.augment.batched import apply_normalize
 from tune_cifar.data import Split, TrainVal
-from tune_cifar.errors import CheckpointError, ConfigError, Diverged
+from tune_cifar.errors import CheckpointError, Diverged
 from tune_cifar.judge import measure_logits
-from tune_cifar.models import build_model
 from tune_cifar.numerics import apply_numerics, autocast, memory_format
-from tune_cifar.optim import make_optimizer, make_schedule
+from tune_cifar.optim import Settings, schedule_steps
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
+from tune_cifar.step import derive_seed, give_back, take_step
 
 # Images in one forward pass of an evaluation. Fixed: bits of a validation loss depend on it. 1,000 images of s7 take
 # 0.19 s in batches of 100 to 200, 0.33 s in batches of 250 to 500 (bf16, one thread of an EPYC Zen 5, 2026-11-21).
 EVAL_BATCH_SIZE = 200
-
-
-def derive_seed(seed: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose (init, order, augment, dropout): streams of different purposes are unrelated."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
 
 
 class Trainer:
@@ -67,24 +59,15 @@ class Trainer:
         self.config = config
         self.numerics = numerics
         self._device = torch.device(numerics.device)
-        self._memory_format = memory_format(numerics)
         self._train = _move_to(data.train, self._device)
         self._val = _move_to(data.val, self._device) if data.val else None
-        self._policy = make_policy(config)
-        self._apply_policy = select_interpreter(config.augment_backend)
+        self._schedule = schedule_steps(config)
+        self._step = take_step(config, numerics)
+        weakref.finalize(self, give_back, self._step)
+        self.model = self._step.model
         # Order on the CPU, so that a GPU training sees the same batches; the others where they are used.
-        self._generators = {
-            "order": torch.Generator().manual_seed(derive_seed(config.seed, "order")),
-            "augment": torch.Generator(self._device).manual_seed(derive_seed(config.seed, "augment")),
-            "dropout": torch.Generator(self._device).manual_seed(derive_seed(config.seed, "dropout")),
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, "init"))
-            model = build_model(config, self._generators["dropout"])
-        self.model = model.to(self._device, memory_format=self._memory_format)  # type: ignore[call-overload]
-        self._optimizer = make_optimizer(self.model.parameters(), config)
-        self._schedule = make_schedule(self._optimizer, config)
-        self._restart_steps = {epoch * config.num_steps_per_epoch for epoch in config.warm_restarts}
+        order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
+        self._generators = {"order": order, **self._step.generators}
         self.epoch = 0
         self.step = 0
         self.results: list[EpochResult] = []
@@ -129,61 +112,38 @@ class Trainer:
         num_images = len(self._train)
         losses: list[Tensor] = []
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        lr = 0.0
-        for indices in self._draw_batches():
-            lr = self._optimizer.param_groups[0]["lr"]
-            loss, correct = self._train_step(indices)
+        schedule = list(itertools.islice(self._schedule, self.config.num_steps_per_epoch))
+        for indices, settings in zip(self._draw_batches(), self._step.place(schedule), strict=True):
+            loss, correct = self._train_step(indices, settings)
             losses.append(loss * len(indices))
             num_correct += correct
             if self._device.type == "cpu":  # reading a GPU's loss would wait for it: there the epoch's end tells
                 self._check_finite(losses[-1:], self.step)
         self._check_finite(losses, self.step - len(losses) + 1)
-        return torch.stack(losses).sum().item() / num_images, num_correct.item() / num_images, lr
+        return torch.stack(losses).sum().item() / num_images, num_correct.item() / num_images, schedule[-1].lr
 
-    def sweep(self, lrs: Iterable[float]) -> Iterator[float]:
+    def sweep(self, lrs: Sequence[float]) -> Iterator[float]:
         """Train one step at each of these learning rates and yield its loss, which may be nan or inf: here divergence
-        is a measurement. Passes over the images follow each other, each in a new order. Use a Trainer of its own.
-
-        Raises:
-            ConfigError: unless the schedule is constant: another would move the momentum meanwhile.
+        is a measurement. The momentum is the config's. Passes over the images follow each other, each in a new order.
+        Use a Trainer of its own.
         """
-        if self.config.schedule != "constant":
-            raise ConfigError(f"sweep: schedule constant must hold, got {self.config.schedule}.")
         self.model.train()
         batches = (indices for _ in itertools.count() for indices in self._draw_batches())
-        for lr, indices in zip(lrs, batches, strict=False):
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            yield self._train_step(indices)[0].item()
+        settings = self._step.place([Settings(lr, self.config.momentum) for lr in lrs])
+        for indices, placed in zip(batches, settings, strict=False):
+            yield self._train_step(indices, placed)[0].item()
 
     def _draw_batches(self) -> tuple[Tensor, ...]:
         """The indices of all images in a new order, by batches. Advances the order's generator."""
         order = torch.randperm(len(self._train), generator=self._generators["order"]).to(self._device)
         return torch.split(order, self.config.batch_size)
 
-    def _train_step(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer and schedule step; returns the mean loss and the number of right answers, on the device."""
-        images, labels = self.make_batch(indices)
-        with autocast(self.numerics):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
+    def _train_step(self, indices: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+        """One optimizer step under settings that the step has placed; the mean loss and the number of right answers, on
+        the device, until the next step."""
+        images_NCHW, labels_N = self._train.images_NCHW.index_select(0, indices), self._train.labels_N[indices]
         self.step += 1
-        if self.step in self._restart_steps:
-            self._schedule = make_schedule(self._optimizer, self.config, self.epoch + 2)
-        elif self.step < self.total_steps:
-            self._schedule.step()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
-
-    def make_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network sees in training: the images at these indices (N,), augmented and normalised (N, 3, 32, 32)
-        float32, and their labels (N,). Advances the augmentation's generator."""
-        images_NCHW = self._train.images_NCHW.index_select(0, indices)
-        draws = draw_policy(self._policy, len(indices), self._generators["augment"])
-        batch = self._apply_policy(self._policy, images_NCHW, draws, self._memory_format)
-        return batch, self._train.labels_N[indices]
+        return self._step.train(images_NCHW, labels_N, settings)
 
     def _check_finite(self, losses: list[Tensor], first_step: int) -> None:
         bad = (~torch.stack(losses).isfinite()).nonzero()
@@ -206,7 +166,7 @@ class Trainer:
         self.model.eval()
         logits = []
         for images_NCHW in torch.split(split.images_NCHW.to(self._device), EVAL_BATCH_SIZE):
-            images = apply_normalize(images_NCHW, memory_format=self._memory_format)
+            images = apply_normalize(images_NCHW, memory_format=memory_format(self.numerics))
             with autocast(self.numerics):
                 logits.append(self.model(images).float())
         return torch.cat(logits)
@@ -215,10 +175,11 @@ class Trainer:
         """Median seconds of a training step, measured by training: use a Trainer of its own for it."""
         self.model.train()
         order = torch.arange(len(self._train), device=self._device)
+        (settings,) = self._step.place([next(schedule_steps(self.config))])
         seconds = []
         for i in range(num_steps):
             start = time.perf_counter()
-            self._train_step(order.roll(-i * self.config.batch_size)[: self.config.batch_size])
+            self._train_step(order.roll(-i * self.config.batch_size)[: self.config.batch_size], settings)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -231,8 +192,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
+            "optimizer": self._step.optimizer.state_dict(),
             "generators": {name: generator.get_state() for name, generator in self._generators.items()},
             "results": [result.model_dump() for result in self.results],
         }
@@ -250,9 +210,8 @@ class Trainer:
             )
         self.epoch, self.step = state["epoch"], state["step"]
         self.model.load_state_dict(state["model"])
-        self._schedule = make_schedule(self._optimizer, self.config, min(self.epoch + 1, self.config.epochs))
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+        self._schedule = schedule_steps(self.config, self.step)
+        self._step.optimizer.load_state_dict(state["optimizer"])
         for name, generator in self._generators.items():
             generator.set_state(state["generators"][name])
         self.results = [EpochResult(**result) for result in state["results"]]

@@ -25,7 +25,11 @@ DETERMINISTIC_CUBLAS = ":4096:8"
 
 
 def resolve_numerics(
-    device: str = "auto", precision: str = "auto", threads: int = 1, deterministic: bool = False
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int = 1,
+    deterministic: bool = False,
+    execution: str = "eager",
 ) -> Numerics:
     """Settle device, precision and memory format on this machine.
 
@@ -35,9 +39,10 @@ def resolve_numerics(
             compute capability >= 8).
         threads: of one training on the CPU.
         deterministic: ask for deterministic kernels; matters on CUDA only.
+        execution: eager, or captured: a training step as one CUDA graph.
 
     Raises:
-        ConfigError: for a device, precision or number of cores that this machine does not have.
+        ConfigError: for a device, precision, number of cores or execution that this machine does not have.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device: auto, cpu or cuda must be given, got {device!r}.")
@@ -48,6 +53,10 @@ def resolve_numerics(
     if device == "cuda" and not has_cuda:
         raise ConfigError("--device: cuda needs a CUDA device, got a machine without one. Use --device cpu.")
     on_cuda = has_cuda and device != "cpu"
+    if execution not in ("eager", "captured"):
+        raise ConfigError(f"--execution: eager or captured must be given, got {execution!r}.")
+    if execution == "captured" and not on_cuda:
+        raise ConfigError("--execution: captured needs a CUDA device, got a training on the CPU. Leave it out.")
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(on_cuda) else "fp32"
     return Numerics(
@@ -59,7 +68,7 @@ def resolve_numerics(
         memory_format="channels_last" if precision == "bf16" or on_cuda else "contiguous",
         threads=threads,
         deterministic=deterministic,
-        execution="eager",
+        execution=cast(Literal["eager", "captured"], execution),
         versions={"python": platform.python_version(), **{name: _find_version(name) for name in COMPUTING_LIBRARIES}},
     )
 
@@ -72,7 +81,8 @@ def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
         ConfigError: when the recorded device is not here.
     """
     here = resolve_numerics(device or recorded.device, recorded.precision, recorded.threads, recorded.deterministic)
-    return here.model_copy(update={"memory_format": recorded.memory_format})
+    execution = recorded.execution if here.device == "cuda" else "eager"
+    return here.model_copy(update={"memory_format": recorded.memory_format, "execution": execution})
 
 
 # The libraries whose versions may change bits.
@@ -195,7 +205,7 @@ def describe_environment() -> dict[str, str]:
 # The rooms whose code decides what is tried, trained and stopped; the others show, store and ship.
 DECIDING_ROOMS = (
     *("schema", "space", "shapes", "data", "augment", "models", "optim", "numerics"),
-    *("engine", "fidelity", "sampler", "train", "driver"),
+    *("step", "engine", "fidelity", "sampler", "train", "driver"),
 )
 
 

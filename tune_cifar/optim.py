@@ -1,18 +1,25 @@
 """Optimizers and learning-rate schedules from a config: the only room that names torch.optim.
 
-Schedules are stepped once per batch over `total_steps = epochs x steps per epoch`, whatever the batch size.
+A schedule moves once per batch over `epochs x steps per epoch`, whatever the batch size. It depends on the config
+alone, so a resumed training asks for the rest of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import TrainConfig
+
+# Adam's published defaults, which every source system kept.
+BETA2, ADAM_EPS = 0.999, 1e-8
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
@@ -29,28 +36,50 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
             weight_decay=config.weight_decay,
             fused=True,
         )
-    betas = (config.momentum, 0.999)  # beta2: Adam's published default, which every source system kept
+    options: dict[str, Any] = {"lr": config.max_lr, "betas": (config.momentum, BETA2), "eps": ADAM_EPS, "fused": True}
     if config.optimizer == "adam":
-        return Adam(parameters, lr=config.max_lr, betas=betas, weight_decay=config.weight_decay, fused=True)
-    return AdamW(parameters, lr=config.max_lr, betas=betas, weight_decay=config.decoupled_weight_decay, fused=True)
+        return Adam(parameters, weight_decay=config.weight_decay, **options)
+    return AdamW(parameters, weight_decay=config.decoupled_weight_decay, **options)
 
 
-def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch: int = 1) -> LRScheduler:
-    """The config's schedule from its beginning, over the whole cycle that the epoch (from 1) belongs to; to be stepped
-    after every optimizer step of the cycle but the last.
+class Settings(NamedTuple):
+    """What the schedule decides about one step; momentum is Adam's beta1."""
+
+    lr: float
+    momentum: float
+
+
+def schedule_steps(config: TrainConfig, num_done: int = 0) -> Iterator[Settings]:
+    """The settings of every step of a training, one cycle after another, without the first `num_done`.
 
     Raises:
-        ConfigError: when OneCycle's warm-up would be no longer than one step.
+        ConfigError: when a OneCycle's warm-up would be no longer than one step.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = config.max_lr  # a warm restart finds it annealed
-    total_steps = config.count_cycle_epochs(epoch) * config.num_steps_per_epoch
-    if config.schedule == "onecycle":
-        if config.pct_start * total_steps <= 1:
+    lengths = [num_epochs * config.num_steps_per_epoch for num_epochs in config.cycle_epochs]
+    for total_steps in lengths:
+        if config.schedule == "onecycle" and config.pct_start * total_steps <= 1:
             raise ConfigError(
                 f"schedule onecycle: pct_start x total steps > 1 must hold, got {config.pct_start} x {total_steps}. "
                 "Raise pct_start or epochs, or lower batch_size."
             )
+    steps = itertools.chain.from_iterable(_schedule_cycle(config, total_steps) for total_steps in lengths)
+    return itertools.islice(steps, num_done, None)
+
+
+def _schedule_cycle(config: TrainConfig, total_steps: int) -> Iterator[Settings]:
+    """From torch's schedule on an optimizer that has nothing else to do."""
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], config)
+    schedule = _make_schedule(optimizer, config, total_steps)
+    group = optimizer.param_groups[0]
+    for step in range(total_steps):
+        yield Settings(float(group["lr"]), float(group["momentum"] if "momentum" in group else group["betas"][0]))
+        optimizer.step()
+        if step + 1 < total_steps:
+            schedule.step()
+
+
+def _make_schedule(optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
+    if config.schedule == "onecycle":
         return OneCycleLR(
             optimizer,
             max_lr=config.max_lr,
@@ -69,3 +98,95 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch: int = 1) -> 
         milestones = [round(fraction * total_steps) for fraction in config.milestone_fractions]
         return MultiStepLR(optimizer, milestones=milestones, gamma=config.gamma)
     return ConstantLR(optimizer, factor=1.0, total_iters=0)
+
+
+def apply_settings(optimizer: Optimizer, settings: Settings) -> None:
+    """Let the optimizer's next step use these."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr
+        if "betas" in group:
+            group["betas"] = (settings.momentum, group["betas"][1])
+        else:
+            group["momentum"] = settings.momentum
+
+
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
+
+
+class DeviceOptimizer:
+    """SGD, Adam and AdamW whose settings lie in device memory, so that a captured step serves every configuration.
+
+    torch's own take a tensor for the learning rate, but no momentum and no weight decay. To rounding the same updates.
+
+    Args:
+        knobs: lr, momentum, weight_decay and decoupled_weight_decay as tensors (). A decay that is 0 in the config is
+            left out of the program.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], config: TrainConfig, knobs: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._parameters: list[torch.Tensor] = list(parameters)
+        self._lr, self._momentum = knobs["lr"], knobs["momentum"]
+        is_adamw = config.optimizer == "adamw"
+        self._coupled = knobs["weight_decay"] if config.weight_decay and not is_adamw else None
+        self._decoupled = knobs["decoupled_weight_decay"] if config.decoupled_weight_decay and is_adamw else None
+        self._is_adam = config.optimizer != "sgd"
+        self._nesterov = config.nesterov
+        self._means = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._squares = [torch.zeros_like(parameter) for parameter in self._parameters] if self._is_adam else []
+        self._num_steps = torch.zeros((), device=self._lr.device)
+
+    def zero_grad(self) -> None:
+        """As torch.optim's."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the parameters in place."""
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        assert len(grads) == len(self._parameters), "backward must have reached every parameter"
+        if self._coupled is not None:
+            torch._foreach_add_(grads, torch._foreach_mul(self._parameters, self._coupled))
+        if self._decoupled is not None:
+            torch._foreach_mul_(self._parameters, 1 - self._lr * self._decoupled)
+        updates = self._find_adams_updates(grads) if self._is_adam else self._find_sgds_updates(grads)
+        torch._foreach_sub_(self._parameters, torch._foreach_mul(updates, self._lr))
+
+    def _find_sgds_updates(self, grads: list[torch.Tensor]) -> Tensors:
+        torch._foreach_mul_(self._means, self._momentum)
+        torch._foreach_add_(self._means, grads)
+        if not self._nesterov:
+            return self._means
+        return torch._foreach_add(grads, torch._foreach_mul(self._means, self._momentum))
+
+    def _find_adams_updates(self, grads: list[torch.Tensor]) -> Tensors:
+        self._num_steps += 1
+        torch._foreach_mul_(self._means, self._momentum)
+        torch._foreach_add_(self._means, torch._foreach_mul(grads, 1 - self._momentum))
+        torch._foreach_mul_(self._squares, BETA2)
+        torch._foreach_addcmul_(self._squares, grads, grads, 1 - BETA2)
+        sizes = torch._foreach_sqrt(self._squares)
+        torch._foreach_div_(sizes, (1 - BETA2**self._num_steps).sqrt())
+        torch._foreach_add_(sizes, ADAM_EPS)
+        updates = torch._foreach_div(self._means, sizes)
+        torch._foreach_div_(updates, 1 - self._momentum**self._num_steps)
+        return updates
+
+    def reset(self) -> None:
+        """As before the first step, in place."""
+        for tensor in self._list_state():
+            tensor.zero_()
+
+    def state_dict(self) -> dict[str, list[torch.Tensor]]:
+        """For a checkpoint."""
+        return {"state": self._list_state()}
+
+    def load_state_dict(self, state: dict[str, list[torch.Tensor]]) -> None:
+        """In place."""
+        for tensor, saved in zip(self._list_state(), state["state"], strict=True):
+            tensor.copy_(saved)
+
+    def _list_state(self) -> list[torch.Tensor]:
+        return [*self._means, *self._squares, self._num_steps]

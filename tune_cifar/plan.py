@@ -30,6 +30,7 @@ class SearchRequest:
     device: str = "auto"
     precision: str = "auto"
     deterministic: bool = False
+    execution: str = "eager"
     cpus_per_trial: int = 1
     gpus_per_trial: float | None = None
     max_concurrent: int | None = None

@@ -179,10 +179,10 @@ class TrainConfig(Frozen):
         restarts = tuple(epoch for epoch in self.warm_restarts if epoch < epochs)
         return self.model_copy(update={"epochs": epochs, "warm_restarts": restarts})
 
-    def count_cycle_epochs(self, epoch: int) -> int:
-        """Length in epochs of the schedule's cycle that an epoch (from 1) belongs to."""
-        bounds = (0, *self.warm_restarts, self.epochs)
-        return next(end - start for start, end in itertools.pairwise(bounds) if epoch <= end)
+    @property
+    def cycle_epochs(self) -> tuple[int, ...]:
+        """Lengths in epochs of the schedule's cycles, one after another."""
+        return tuple(end - start for start, end in itertools.pairwise((0, *self.warm_restarts, self.epochs)))
 
     @property
     def fingerprint(self) -> str:
@@ -312,7 +312,8 @@ class Numerics(Frozen):
     """Threads of one training on the CPU."""
     deterministic: bool
     """Only deterministic kernels (always true in effect on a CPU)."""
-    execution: Literal["eager"]
+    execution: Literal["eager", "captured"]
+    """How a training step runs: kernel by kernel, or as one program with its knobs in device memory."""
     versions: dict[str, str]
     """Of the libraries that compute: python, torch, numpy, albumentations."""
 

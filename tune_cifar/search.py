@@ -80,7 +80,8 @@ def prepare_search(space: SearchSpace, request: SearchRequest, confirmation: Con
     """
     name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
     check_is_new(search_folder(request.storage, name))
-    numerics = resolve_numerics(request.device, request.precision, request.cpus_per_trial, request.deterministic)
+    how = (request.cpus_per_trial, request.deterministic, request.execution)
+    numerics = resolve_numerics(request.device, request.precision, *how)
     return replace(_prepare(space, request, name, numerics), confirmation=confirmation)
 
 

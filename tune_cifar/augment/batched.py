@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tune_cifar.augment.policies import (
     IMAGE_SIDE,
+    MAX_CROP_PAD,
     Crop,
     Cutout,
     Gray,
@@ -30,6 +31,7 @@ from tune_cifar.augment.policies import (
     PixelOp,
     Policy,
     ShiftScaleRotate,
+    Strength,
     split_policy,
 )
 
@@ -126,11 +128,11 @@ def draw_policy(policy: Policy, num_images: int, generator: torch.Generator) -> 
 def _draw_op(op: PixelOp, uniform: tuple[Tensor, ...]) -> OpDraws:
     """Turn an image's uniform numbers in [0, 1) into what the operation needs."""
 
-    def below(stream: Stream, num_values: int) -> Tensor:
+    def below(stream: Stream, num_values: int | Tensor) -> Tensor:
         # A float32 uniform is at most 1 - 2^-24; its product with a count never rounds up to the count.
         return (uniform[stream] * num_values).long()
 
-    def within(stream: Stream, limit: float) -> Tensor:
+    def within(stream: Stream, limit: Strength) -> Tensor:
         return uniform[stream] * (2 * limit) - limit
 
     match op:
@@ -215,20 +217,23 @@ def apply_crop(op: Crop, images: Tensor, draws: CropDraws) -> Tensor:
     """Cut every image's window out of its reflect-101 padding, row by row.
 
     Rows are padded to the left and right only; a row above or below the image is found at its mirrored place. As the
-    windows of a padded row overlap in memory, picking a row at a column is one copy of 32 contiguous bytes.
+    windows of a padded row overlap in memory, picking a row at a column is one copy of 32 contiguous bytes. What is
+    padded by is at least what the host knows of op.pad.
     """
     num_images, channels, height, width = images.shape
+    pad, margin = (op.pad.long(), MAX_CROP_PAD) if isinstance(op.pad, Tensor) else (op.pad, op.pad)
     mirrored = images.flip(-1)
     right = width - 1
-    padded = torch.cat((mirrored[..., right - op.pad : right], images, mirrored[..., 1 : 1 + op.pad]), dim=-1)
-    padded_width = width + 2 * op.pad
+    padded = torch.cat((mirrored[..., right - margin : right], images, mirrored[..., 1 : 1 + margin]), dim=-1)
+    padded_width = width + 2 * margin
     windows = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
 
     device = images.device
-    row = draws.top[:, None] - op.pad + torch.arange(height, device=device)
+    row = draws.top[:, None] - pad + torch.arange(height, device=device)
     row = (height - 1) - ((height - 1) - row.abs()).abs()
+    left = draws.left + (margin - pad)
     plane = torch.arange(num_images * channels, device=device).view(num_images, channels, 1)
-    starts = (plane * height + row[:, None, :]) * padded_width + draws.left[:, None, None]
+    starts = (plane * height + row[:, None, :]) * padded_width + left[:, None, None]
     return windows.index_select(0, starts.flatten()).view(images.shape)
 
 

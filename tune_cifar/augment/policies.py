@@ -9,11 +9,19 @@ crop, hflip, shift_scale_rotate, cutout, gray, normalize. Borders are mirrored w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 from tune_cifar.schema import TrainConfig
 
+if TYPE_CHECKING:  # a policy is data: to look at it, torch is not needed
+    from torch import Tensor
+
 # Height and width of a CIFAR-10 image, in pixels: the interval from which holes are placed.
 IMAGE_SIDE = 32
+MAX_CROP_PAD = 16
+
+Strength: TypeAlias = Union[float, "Tensor"]
+"""A number, or where a captured step reads one anew each time: a tensor () in device memory."""
 
 # Mean and standard deviation of each channel over all pixels of the 50,000 training images, scaled to [0, 1]:
 # population std of 51.2 M values a channel, not the mean of per-image stds (the often-seen 0.2023, 0.1994, 0.2010).
@@ -32,15 +40,15 @@ class Crop:
     Origin: `s10`, `s10_postact`. Deviates from s10: 4 px, as its assignment asked; its code padded by 2.
     """
 
-    pad: int
-    """Pixels on each side, from 1 to 16."""
+    pad: int | Tensor
+    """Pixels on each side, from 1 to MAX_CROP_PAD."""
 
 
 @dataclass(frozen=True)
 class HFlip:
     """Swap left and right. Origin: all five; s6 swapped top and bottom by mistake, because its arrays were CHW."""
 
-    p: float
+    p: Strength
     """Probability that an image is flipped."""
 
 
@@ -52,13 +60,13 @@ class ShiftScaleRotate:
     albumentations 1.x. Deviates from albumentations 2.0.8: that one cuts the shift to whole pixels (0 twice as likely).
     """
 
-    shift_limit: float
+    shift_limit: Strength
     """The shift of an axis is uniform in +- this fraction of the side."""
-    scale_limit: float
+    scale_limit: Strength
     """The scale is uniform in 1 +- this."""
-    rotate_limit: float
+    rotate_limit: Strength
     """The angle is uniform in +- this many degrees; positive turns the picture counter-clockwise."""
-    p: float
+    p: Strength
     """Probability that an image is warped."""
 
 
@@ -70,9 +78,9 @@ class Cutout:
     pixels (s7's holes were black); here it is the mean colour in pixel units, hence 0 after Normalize (to 0.01).
     """
 
-    size: int
+    size: int | Tensor
     """Side of the hole in pixels, from 1 to 32."""
-    p: float
+    p: Strength
     """Probability that an image gets a hole."""
     fill: tuple[int, int, int] = MEAN_COLOR
     """Red, green and blue of the hole, uint8."""
@@ -82,7 +90,7 @@ class Cutout:
 class Gray:
     """Replace the three channels by 0.299 R + 0.587 G + 0.114 B, rounded to uint8. Origin: `s7` (ToGray)."""
 
-    p: float
+    p: Strength
     """Probability that an image loses its colours."""
 
 

@@ -33,7 +33,10 @@ Final = Annotated[
     ),
 ]
 # Options that a recorded confirmation has settled.
-SETTLED = ("top", "seeds", "settings", "device", "precision", "cpus_per_trial", "deterministic")
+SETTLED = (
+    *("top", "seeds", "settings"),
+    *("device", "precision", "execution", "cpus_per_trial", "deterministic"),
+)
 
 
 def confirm(
@@ -61,6 +64,7 @@ def confirm(
     accept_changes: AcceptChanges = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    execution: options.Execution = "eager",
     cpus_per_trial: options.Cpus = 1,
     gpus_per_trial: Gpus = None,
     max_concurrent: MaxConcurrent = None,
@@ -91,7 +95,7 @@ def confirm(
     state = _find_recorded(folder, search, final, name) if resume else None
     plan: SearchPlan | None = None
     if state is None:
-        given |= {"device": device, "precision": precision, "deterministic": deterministic}
+        given |= {"device": device, "precision": precision, "execution": execution, "deterministic": deterministic}
         given |= {"cpus_per_trial": cpus_per_trial, "name": name or f"{search}-{'final' if final else 'confirm'}"}
         plan = _plan(given, data, search, (top, seeds), settings or [], final, console)
     elif not state.is_finished:

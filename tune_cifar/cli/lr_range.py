@@ -61,6 +61,7 @@ def lr_range(
     yes: Yes = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    execution: options.Execution = "eager",
     cpus_per_trial: options.Cpus = 1,
     deterministic: options.Deterministic = False,
     data: options.Data = None,
@@ -96,7 +97,7 @@ def lr_range(
     check_folder(folder, "the test's folder", "--out" if out else "--storage")
     if (folder / "sweeps.json").exists():
         raise ConfigError(f"--out: a folder without another test must be given, got {folder}.")
-    source, numerics = find_data(data), resolve_numerics(device, precision, cpus_per_trial, deterministic)
+    source, numerics = find_data(data), resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     console = stderr() if as_json else stdout()
     print_stand_in_banner(console, source.name)
     images = load_train_val(source, recipe.baseline.train_size, val_size=0)

@@ -79,6 +79,15 @@ Precision = Annotated[
         rich_help_panel="How",
     ),
 ]
+Execution = Annotated[
+    str,
+    typer.Option(
+        "--execution",
+        metavar="eager|captured",
+        help="captured keeps a training step as one CUDA graph; not yet measured on a GPU.",
+        rich_help_panel="How",
+    ),
+]
 Cpus = Annotated[
     int, typer.Option("--cpus-per-trial", metavar="N", help="Threads of one training.", rich_help_panel="How")
 ]

@@ -96,6 +96,7 @@ def search(
     warm_trials: WarmTrials = 5,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    execution: options.Execution = "eager",
     cpus_per_trial: options.Cpus = 1,
     gpus_per_trial: Gpus = None,
     max_concurrent: MaxConcurrent = None,
@@ -135,7 +136,8 @@ def search(
         assert space is not None
         if accept_changes:
             raise typer.BadParameter("--accept-changes belongs to --resume.")
-        given |= {"seed": seed, "device": device, "precision": precision, "deterministic": deterministic}
+        given |= {"seed": seed, "device": device, "precision": precision}
+        given |= {"execution": execution, "deterministic": deterministic}
         given |= {"cpus_per_trial": cpus_per_trial}
         warm = (warm_start, warm_trials) if warm_start else None
         plan = _plan_search(given, space, tier, settings or [], trials, max_time, data, warm)
@@ -146,7 +148,7 @@ def search(
 # Options that a recorded search has settled.
 SETTLED = (
     *("space", "tier", "settings", "seed", "warm_start", "warm_trials"),
-    *("device", "precision", "cpus_per_trial", "deterministic"),
+    *("device", "precision", "execution", "cpus_per_trial", "deterministic"),
 )
 
 

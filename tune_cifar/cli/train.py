@@ -29,6 +29,7 @@ def train(
     ] = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    execution: options.Execution = "eager",
     cpus_per_trial: options.Cpus = 1,
     deterministic: options.Deterministic = False,
     data: options.Data = None,
@@ -54,7 +55,7 @@ def train(
         check_name(name)
     source = find_data(data)
     found = load_space(space, tier, dict(parse_setting(setting) for setting in settings or []))
-    numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic)
+    numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     print_stand_in_banner(console, source.name)
     record, loaded = open_training(found, source, numerics, folder, name, this_command(), resume)
     with record, TrainingView(console, loaded.info) as view:

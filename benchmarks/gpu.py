@@ -1,0 +1,72 @@
+"""A whole training on a GPU, eager against captured; without a GPU a dry run, which measures nothing.
+
+    python benchmarks/gpu.py [--space s10] [--epochs 24] [--train-size 50000] [--rounds 3] [--json FILE]
+    python benchmarks/gpu.py --space s7 --epochs 1 --train-size 256 --rounds 1      # on a CPU
+
+A side trains the space's baseline twice in one process, under two learning rates, as a warm worker would. Figures:
+seconds from having the images to the end of the first step, for the first and the second training (`start`,
+`warm_start`), seconds of the second training (`train`), epochs/s, and the device's peak memory in MiB (0 off CUDA).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from pairs import Figures, compare, make_parser, median_figure, print_table, run_side, take_turns, write_json
+
+SIDES = ("eager", "captured")
+
+
+def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
+    """Two trainings, one after the other."""
+    import torch
+
+    from tune_cifar.data import find_data, load_train_val
+    from tune_cifar.engine import Trainer
+    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.space import load_space
+
+    numerics = resolve_numerics().model_copy(update={"execution": execution})
+    val_size = 0 if train_size == 50_000 else 500
+    sizes: dict[str, Any] = {"epochs": epochs, "train_size": train_size, "val_size": val_size}
+    config = load_space(space, "full", sizes).baseline
+    data = load_train_val(find_data(None), train_size, val_size)
+    on_cuda = numerics.device == "cuda"
+    figures: Figures = {}
+    for name, max_lr in (("start", config.max_lr), ("warm_start", config.max_lr / 2)):
+        start = time.perf_counter()
+        trainer = Trainer(config.model_copy(update={"max_lr": max_lr}), data, numerics)
+        trainer.measure_step_seconds(1)
+        figures[name] = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in trainer:
+            pass
+        figures["train"] = time.perf_counter() - start
+        del trainer
+    memory = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else 0.0
+    return {**figures, "epochs_per_second": epochs / figures["train"], "memory": memory}
+
+
+def main() -> None:
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("--space", default="s10")
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--train-size", type=int, default=50_000)
+    arguments = parser.parse_args()
+    shape = {name: getattr(arguments, name) for name in ("space", "epochs", "train_size")}
+    if arguments.side:
+        print(json.dumps(run(arguments.side, **shape)))
+        return
+    options = [word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)]
+    rounds = take_turns(SIDES, arguments.rounds, lambda side: run_side(__file__, side, options))
+    names = ("start", "warm_start", "train", "epochs_per_second", "memory")
+    rows = [(side, *(median_figure(rounds, side, name) for name in names)) for side in SIDES]
+    print_table(f"{shape}", ("", *names), rows)
+    print(f"captured / eager, epochs/s: {compare(rounds, 'captured', 'eager', 'epochs_per_second').describe()}")
+    write_json(arguments.json, {"shape": shape, "rounds": rounds})
+
+
+if __name__ == "__main__":
+    main()
