@@ -64,9 +64,10 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
             times[type(event)].append(since_start())
 
     search.TrialWorker = EmptyWorker
-    space = load_space("s7", "cpu", {"epochs": epochs, "train_size": 1000, "val_size": 100})
+    space = load_space("s7", "cpu", {"train_size": 5000, "val_size": 100})
     changes = {"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
-    space = dataclasses.replace(space, budget=space.budget.model_copy(update=changes))
+    baseline = space.baseline.model_copy(update={"epochs": epochs})
+    space = dataclasses.replace(space, baseline=baseline, budget=space.budget.model_copy(update=changes))
     with tempfile.TemporaryDirectory() as folder:
         request = SearchRequest(DataSource("shapes", None), Path(folder), "overhead", name="empty", max_concurrent=1)
         state, faults = search.run_search(search.prepare_search(space, request), note)

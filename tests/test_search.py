@@ -269,6 +269,13 @@ def test_a_trial_that_diverges_did_so_in_the_cycle_it_was_in(
     assert read_state(driver.record.state.folder).trials[0] == trial
 
 
+@pytest.fixture
+def epoch_by_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker tells of every epoch by itself, as it does of long ones."""
+    monkeypatch.setattr("tune_cifar.search.REPORT_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("epoch_by_epoch")
 def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_alone(
     tmp_path: Path, fp32: Numerics
 ) -> None:
@@ -281,16 +288,62 @@ def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_a
         folder = tmp_path / "search" / "trials" / name
         folder.mkdir(parents=True)
         trial = {"trial": 0, "config": config.model_dump(mode="json"), "cycles": cycles, "folder": str(folder)}
-        worker.setup(trial | {"source": ("shapes", None), "numerics": fp32.model_dump(mode="json")})
+        worker.setup(trial | {"rungs": (1, 3), "source": ("shapes", None), "numerics": fp32.model_dump(mode="json")})
         return list(iter(worker.step, {"trial": 0, "outcome": "paused", "text": ""}))
 
     def tell(word: dict[str, Any]) -> tuple[int, Any]:
-        result = EpochResult.model_validate_json(word["text"])
-        return word["cycle"], [getattr(result, name) for name in REPRODUCIBLE_FIELDS]
+        cycle, dump = word["text"].split(" ", 1)
+        result = EpochResult.model_validate_json(dump)
+        return int(cycle), [getattr(result, name) for name in REPRODUCIBLE_FIELDS]
 
     words = [tell(word) for word in step_all("0000", (1, 3))]
     assert words == [tell(word) for name, cycle in (("0001", 1), ("0002", 3)) for word in step_all(name, (cycle,))]
     assert [(cycle, fields[0]) for cycle, fields in words] == [(1, 1), (3, 1), (3, 2), (3, 3)]
+
+
+def test_a_worker_tells_of_short_epochs_together_up_to_a_rung_and_then_of_the_end(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_tiny_driver(tmp_path, fp32, (2, 5), fidelity="epochs")
+    words = hear_words(driver, monkeypatch, fp32, seconds=1000.0)
+    assert [(word["outcome"], word["text"].count("\n")) for word in words] == [("epochs", 1), ("epochs", 2)]
+    together = read_paid(driver)
+    alone = make_tiny_driver(tmp_path / "alone", fp32, (2, 5), fidelity="epochs")
+    assert len(hear_words(alone, monkeypatch, fp32, seconds=0.0)) == 5
+    assert read_paid(alone) == together
+
+    broken = make_tiny_driver(tmp_path / "broken", fp32, (5,))
+    first, second = hear_words(broken, monkeypatch, fp32, seconds=1000.0, breaks_after=3)
+    assert (first["outcome"], first["text"].count("\n"), second["outcome"]) == ("epochs", 2, "failed")
+    (trial,) = broken.record.state.trials.values()
+    assert (trial.status, trial.epochs_done) == ("failed", 3)
+
+
+def hear_words(
+    driver: SearchDriver, monkeypatch: pytest.MonkeyPatch, numerics: Numerics, seconds: float, breaks_after: int = 99
+) -> list[dict[str, Any]]:
+    """What the worker of trial 0 says, when it may gather epochs for so long and training breaks after so many."""
+    from tune_cifar import search
+
+    words, hear, train = [], _Scheduler._hear, search.train_trial
+
+    def note(self: _Scheduler, word: dict[str, Any]) -> bool:
+        words.append(word)
+        return hear(self, word)
+
+    def train_some(*args: Any) -> Any:
+        for result in train(*args):
+            yield result
+            if result.epoch == breaks_after:
+                raise ValueError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "REPORT_SECONDS", seconds)
+        patch.setattr(search, "train_trial", train_some)
+        patch.setattr(_Scheduler, "_hear", note)
+        run_trials(driver, numerics)
+    driver.record.close()
+    return words
 
 
 def make_tiny_driver(
@@ -334,6 +387,7 @@ def read_paid(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
     return [cycle for cycle, _ in trial.paid], curve([result for _, result in trial.paid])
 
 
+@pytest.mark.usefixtures("epoch_by_epoch")
 @pytest.mark.parametrize("every_seconds", [60.0, 0.0], ids=["checkpoints of ends", "checkpoints of epochs"])
 @pytest.mark.parametrize("death", ["driver", "driver before the record", "worker"])
 def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
@@ -527,6 +581,7 @@ def test_weights_that_find_no_room_end_the_search_and_leave_their_trial_unfinish
             "trial": 0,
             "config": small,
             "cycles": (1,),
+            "rungs": (1,),
             "folder": str(tmp_path / "0000"),
             "source": ("shapes", None),
             "numerics": numerics,

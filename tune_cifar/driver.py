@@ -71,6 +71,11 @@ class SearchDriver:
         return {}
 
     @property
+    def rungs(self) -> tuple[int, ...]:
+        """The epochs after which a trial is judged, the last one among them."""
+        return self._space.budget.rungs
+
+    @property
     def is_over_time(self) -> bool:
         """True once the search's time is used up."""
         return self._deadline is not None and time.monotonic() >= self._deadline
@@ -169,7 +174,7 @@ class SearchDriver:
             self.end(trial.number, "complete", "all epochs")
             self._keep_best_weights()
             return False
-        is_rung = last.epoch in budget.rungs and trial.cycle in (None, last.epoch)
+        is_rung = last.epoch in self.rungs and trial.cycle in (None, last.epoch)
         if not is_rung or last.val_acc is None or trial.origin == "baseline":
             return True
         arrivals = self.record.state.arrivals[last.epoch]
@@ -203,7 +208,7 @@ class SearchDriver:
                 time=utc_now(),
             )
         )
-        rungs = {epoch: value for epoch, value in trial.scores.items() if epoch in self._space.budget.rungs}
+        rungs = {epoch: value for epoch, value in trial.scores.items() if epoch in self.rungs}
         self._proposer.tell(number, status, rungs, score)
         CheckpointFolder(folder / CHECKPOINTS).delete()
 

@@ -11,6 +11,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,8 @@ from tune_cifar.space import SearchSpace
 from tune_cifar.tracking import Shipper, make_tracking_uri
 from tune_cifar.train import Listener, make_header, stop_file, train_trial
 
+# A worker tells of so many seconds of epochs at once: a word costs 10 ms of this process, more than many an epoch.
+REPORT_SECONDS = 1.0
 # How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
 SHIPPING_SECONDS = 60.0
 URGENT_SECONDS = 2.0
@@ -153,33 +156,39 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         """Called by Ray with every further trial; nothing heavy here, so that `step` can tell of any fault."""
         self._trial = new_config
         self._results = None
+        self._end: tuple[str, str] | None = None
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch. Divergence and exceptions are results: Ray would run the trial again on an exception.
+        """Train for REPORT_SECONDS, at most up to a rung. Divergence and exceptions are results: Ray would run the
+        trial again on an exception.
 
         Returns:
-            trial, outcome (epoch, paused, diverged, failed, out of memory, disk full) and text: an EpochResult in JSON
-            (Tune flattens nested values), or what happened in words. With an epoch the length of its cycle.
+            trial, outcome (epochs, paused, diverged, failed, out of memory, disk full) and text: what happened in
+            words, or a line per epoch, its cycle's length and an EpochResult in JSON (Tune flattens nested values).
         """
-        number = self._trial["trial"]
-        try:
-            if self._results is None:
-                self._results = self._make_results()
-            cycle, result = next(self._results)
-        except StopIteration:
-            return {"trial": number, "outcome": "paused", "text": ""}
-        except Diverged as exc:
-            return {"trial": number, "outcome": "diverged", "text": str(exc)}
-        except DiskFullError as exc:  # its weights found no room
-            return {"trial": number, "outcome": "disk full", "text": str(exc)}
-        except Exception as exc:
-            outcome, text = "out of memory" if is_out_of_memory(exc) else "failed", traceback.format_exc()
+        lines: list[str] = []
+        deadline = time.monotonic() + REPORT_SECONDS
+        while self._end is None:
+            try:
+                if self._results is None:
+                    self._results = self._make_results()
+                cycle, result = next(self._results)
+            except Exception as exc:
+                self._end = explain_end(exc)
+            else:
+                lines.append(f"{cycle} {result.model_dump_json()}")
+                if result.epoch in self._trial["rungs"] or time.monotonic() >= deadline:
+                    break
+        if self._end is not None:
+            self._results = None  # and with it model, optimizer and batches
+            torch.cuda.empty_cache()
+        if lines:
+            outcome, text = "epochs", "\n".join(lines)
         else:
-            return {"trial": number, "outcome": "epoch", "text": result.model_dump_json(), "cycle": cycle}
-        self._results = None  # and with it model, optimizer and batches
-        torch.cuda.empty_cache()
-        return {"trial": number, "outcome": outcome, "text": text}
+            assert self._end is not None
+            outcome, text = self._end
+        return {"trial": self._trial["trial"], "outcome": outcome, "text": text}
 
     def _make_results(self) -> Iterator[tuple[int, EpochResult]]:
         config = TrainConfig(**self._trial["config"])
@@ -192,6 +201,18 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
                 yield cycle, result
             if stop_file(folder.parents[1]).exists():
                 return
+
+
+def explain_end(exc: Exception) -> tuple[str, str]:
+    """Outcome and text of what a trial's results ended with."""
+    if isinstance(exc, StopIteration):
+        return "paused", ""
+    if isinstance(exc, Diverged):
+        return "diverged", str(exc)
+    if isinstance(exc, DiskFullError):  # its weights found no room
+        return "disk full", str(exc)
+    text = "".join(traceback.format_exception(exc))
+    return "out of memory" if is_out_of_memory(exc) else "failed", text
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
@@ -235,6 +256,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
             "trial": trial.number,
             "config": trial.whole.model_dump(mode="json"),
             "cycles": self._driver.list_cycles_left(trial),
+            "rungs": self._driver.rungs,
             "folder": str(folder),
             **self._fixed,
         }
@@ -257,8 +279,11 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
     def _hear(self, word: dict[str, Any]) -> bool:
         """Hand a worker's word to the driver; True when the trial goes on."""
         number, outcome, text = word["trial"], word["outcome"], word["text"]
-        if outcome == "epoch":
-            return self._driver.report(number, word["cycle"], EpochResult.model_validate_json(text))
+        if outcome == "epochs":
+            epochs = (line.split(" ", 1) for line in text.splitlines())
+            return all(
+                self._driver.report(number, int(cycle), EpochResult.model_validate_json(dump)) for cycle, dump in epochs
+            )
         if outcome == "paused":
             self._driver.pause(number)
         elif outcome == "diverged":
