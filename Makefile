@@ -29,9 +29,10 @@ test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=tests/test_%.py) $(COVERED:%=--cov=tune_cifar.%) \
 	  --cov=tune_cifar.events --cov-branch --cov-report=term-missing --cov-fail-under=100
 
-# Every fault done to whole searches, KILLS of them by kill -9 at random moments.
+# Every fault done to whole searches, KILLS of them by kill -9 at random moments; and what else takes minutes.
 test-faults: $(READY)
 	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "not gpu" tests/faults --durations=0
+	$(BIN)/python -m pytest -q -m faults --ignore=tests/faults --durations=0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -762,6 +762,7 @@ def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.faults  # it takes long, as these do
 @pytest.mark.timeout(900)
 def test_a_final_opens_the_test_set_once_for_each_training_and_not_again(tmp_path: Path) -> None:
     """On 50,000 images of the stand-in, one epoch; the search and its confirmation are made, the baseline the best."""

@@ -1,4 +1,4 @@
-"""Six faults done to whole searches, on real Ray and real MLflow; test_long.py has the rest (`make test-faults`)."""
+"""Faults done to whole searches, on real Ray and real MLflow; test_long.py has the rest (`make test-faults`)."""
 
 from __future__ import annotations
 
@@ -129,6 +129,7 @@ def test_a_search_whose_records_tail_is_torn_goes_on_and_one_flipped_in_the_midd
     check_equal(lab.state, reference)
 
 
+@pytest.mark.faults
 def test_a_search_ends_the_same_when_mlflow_is_gone_in_the_middle_and_sync_completes_it(
     tmp_path: Path, reference: SearchState
 ) -> None:
