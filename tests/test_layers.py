@@ -41,6 +41,7 @@ LEVELS = {
     "plan": 6,
     "preflight": 6,
     "resume": 6,
+    "worker": 6,
     "search": 7,
     "reproduce": 7,
     "confirm": 7,
@@ -50,7 +51,7 @@ LEVELS = {
 }
 # A package's modules may import each other; the command line's may import live.
 ROOMS = {
-    "ray": {"search"},
+    "ray": {"search", "worker"},
     "optuna": {"space", "sampler", "results"},
     "mlflow": {"mlstore", "mlruns"},
     "filelock": {"mlstore", "tracking"},

@@ -27,9 +27,10 @@ from tune_cifar.plan import SearchRequest, resolve_resources
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.resume import restore_space
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
-from tune_cifar.search import TrialWorker, _guard, _Scheduler, _Searcher
+from tune_cifar.search import _guard, _Scheduler, _Searcher
 from tune_cifar.space import SearchSpace, load_space
 from tune_cifar.train import CHECKPOINTS, make_header, stop_file, train_trial
+from tune_cifar.worker import TrialWorker
 
 # A pinned pct_start: in so few steps the smallest searched one would be no warm-up at all, and is refused.
 SMALL = {"train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
@@ -272,7 +273,7 @@ def test_a_trial_that_diverges_did_so_in_the_cycle_it_was_in(
 @pytest.fixture
 def epoch_by_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker tells of every epoch by itself, as it does of long ones."""
-    monkeypatch.setattr("tune_cifar.search.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("tune_cifar.worker.REPORT_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("epoch_by_epoch")
@@ -323,23 +324,21 @@ def hear_words(
     driver: SearchDriver, monkeypatch: pytest.MonkeyPatch, numerics: Numerics, seconds: float, breaks_after: int = 99
 ) -> list[dict[str, Any]]:
     """What the worker of trial 0 says, when it may gather epochs for so long and training breaks after so many."""
-    from tune_cifar import search
-
-    words, hear, train = [], _Scheduler._hear, search.train_trial
+    words, hear = [], _Scheduler._hear
 
     def note(self: _Scheduler, word: dict[str, Any]) -> bool:
         words.append(word)
         return hear(self, word)
 
     def train_some(*args: Any) -> Any:
-        for result in train(*args):
+        for result in train_trial(*args):
             yield result
             if result.epoch == breaks_after:
                 raise ValueError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "REPORT_SECONDS", seconds)
-        patch.setattr(search, "train_trial", train_some)
+        patch.setattr("tune_cifar.worker.REPORT_SECONDS", seconds)
+        patch.setattr("tune_cifar.worker.train_trial", train_some)
         patch.setattr(_Scheduler, "_hear", note)
         run_trials(driver, numerics)
     driver.record.close()
@@ -394,7 +393,7 @@ def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
     death: str, every_seconds: float, tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a cycle, at its end, and with a result that the driver did not hear of."""
-    monkeypatch.setattr("tune_cifar.search.train_trial", functools.partial(train_trial, every_seconds=every_seconds))
+    monkeypatch.setattr("tune_cifar.worker.train_trial", functools.partial(train_trial, every_seconds=every_seconds))
     whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 2))
     run_trials(whole, fp32)
     whole.record.close()
@@ -415,7 +414,7 @@ def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before it, from the middle of that cycle, is no beginning of the longer one."""
-    monkeypatch.setattr("tune_cifar.search.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr("tune_cifar.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
     whole = make_tiny_driver(tmp_path / "whole", fp32, (2, 3))
     run_trials(whole, fp32)
     whole.record.close()
@@ -434,7 +433,7 @@ def test_a_trial_in_continued_cycles_goes_on_over_a_restart(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One training: what was before the restart is not trained again."""
-    monkeypatch.setattr("tune_cifar.search.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr("tune_cifar.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
     whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 3), "cycles/continue", warm_restarts=[1])
     run_trials(whole, fp32)
     whole.record.close()
