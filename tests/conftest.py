@@ -57,6 +57,16 @@ def shapes() -> TrainVal:
     return load_train_val(SHAPES, 120, 100)
 
 
+# Four steps an epoch, as the small config has, of 8 images or fewer.
+FEW = {"batch_size": 8, "train_size": 30, "val_size": 10}
+
+
+@pytest.fixture(scope="session")
+def few() -> TrainVal:
+    """The stand-in images of `make_config(**FEW)`."""
+    return load_train_val(SHAPES, FEW["train_size"], FEW["val_size"])
+
+
 @pytest.fixture(scope="session")
 def cifar10() -> DataSource:
     """The real CIFAR-10; skips where TUNE_CIFAR_DATA does not lead to it."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import make_config
+from tests.conftest import FEW, make_config
 from tune_cifar.checkpoint import load_checkpoint, save_checkpoint
 from tune_cifar.data import TrainVal
 from tune_cifar.engine import Trainer
@@ -57,12 +57,14 @@ def test_a_training_in_another_process_is_bitwise_equal(shapes: TrainVal, fp32: 
 
 
 def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_begins_anew(
-    shapes: TrainVal, fp32: Numerics
+    few: TrainVal, fp32: Numerics
 ) -> None:
-    config = make_config(epochs=4, warm_restarts=(1, 3))
-    results = list(Trainer(config, shapes, fp32))
-    (short,) = Trainer(config.shorten(1), shapes, fp32)
-    assert config.shorten(1) == make_config(epochs=1) and config.shorten(3) == make_config(epochs=3, warm_restarts=(1,))
+    config = make_config(**FEW, epochs=4, warm_restarts=(1, 3))
+    results = list(Trainer(config, few, fp32))
+    (short,) = Trainer(config.shorten(1), few, fp32)
+    assert config.shorten(1) == make_config(**FEW, epochs=1) and config.shorten(3) == make_config(
+        **FEW, epochs=3, warm_restarts=(1,)
+    )
     assert curve(results[:1]) == curve([short])
     ends = [result.lr for result in results]
     assert ends[0] == ends[2] == ends[3] < ends[1]  # every cycle ends annealed; epoch 2 is the middle of one
@@ -73,14 +75,14 @@ def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_begins_ane
     [{}, {"optimizer": "adam", "augment_backend": "albumentations"}, {"epochs": 4, "warm_restarts": (1, 2)}],
 )
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
-    shapes: TrainVal, fp32: Numerics, tmp_path: Path, changes: dict[str, Any]
+    few: TrainVal, fp32: Numerics, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    config = make_config(**({"epochs": 3} | changes))
-    whole = train_here(config, shapes, fp32)
-    interrupted = Trainer(config, shapes, fp32)
+    config = make_config(**(FEW | {"epochs": 3} | changes))
+    whole = train_here(config, few, fp32)
+    interrupted = Trainer(config, few, fp32)
     next(iter(interrupted))
     save_checkpoint(tmp_path / "checkpoint-0001.pt", interrupted.state_dict())
-    resumed = Trainer(config, shapes, fp32)
+    resumed = Trainer(config, few, fp32)
     resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint-0001.pt"))
     assert curve(resumed.results) == whole[:1]
     assert curve(list(resumed)) == whole[1:]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import SHAPES, make_config
+from tests.conftest import FEW, SHAPES, make_config
 from tune_cifar.data import load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.optim import schedule_steps
@@ -51,10 +51,6 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "cutout_size": (4, {}),
     "gray_p": (1.0, {}),
 }
-
-
-# 4 steps an epoch, as the small config has, of 8 images each.
-FEW = {"batch_size": 8, "train_size": 30}
 
 
 def observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.conftest import SHAPES, make_config
+from tests.conftest import FEW, SHAPES, make_config
 from tests.test_cli import invoke, refuse
 from tests.test_engine import train_here
 from tune_cifar.cli.lr_range import _propose
@@ -292,14 +292,9 @@ def test_learning_rates_are_evenly_spaced_in_log() -> None:
 # The sweep on the engine
 
 
-@pytest.fixture(scope="module")
-def few() -> TrainVal:
-    return load_train_val(SHAPES, 30, 10)
-
-
 def make_small(**changes: Any) -> TrainConfig:
     """Four steps an epoch of 8 images or fewer."""
-    return make_config(**{"batch_size": 8, "train_size": 30, "val_size": 10, **changes})
+    return make_config(**{**FEW, **changes})
 
 
 def weights(trainer: Trainer) -> torch.Tensor:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import make_config
+from tests import conftest
+from tests.conftest import FEW
 from tune_cifar import step as room
 from tune_cifar.augment.batched import apply_pixel_ops, draw_policy
 from tune_cifar.augment.policies import make_policy
@@ -30,6 +31,10 @@ def captured(fp32: Numerics, monkeypatch: pytest.MonkeyPatch) -> Numerics:
     return fp32.model_copy(update={"execution": "captured"})
 
 
+def make_config(**changes: Any) -> TrainConfig:
+    return conftest.make_config(**{**FEW, **changes})
+
+
 def curve(results: list[EpochResult]) -> list[list[Any]]:
     return [[getattr(result, name) for name in REPRODUCIBLE_FIELDS] for result in results]
 
@@ -48,11 +53,11 @@ RECIPES: list[dict[str, Any]] = [
     [(RECIPES[0], 0.001), (RECIPES[0], 0.01), (RECIPES[0], 0.03), *((recipe, 0.002) for recipe in RECIPES[1:])],
 )
 def test_a_captured_training_is_the_eager_one_to_rounding(
-    recipe: dict[str, Any], max_lr: float, shapes: TrainVal, fp32: Numerics, captured: Numerics
+    recipe: dict[str, Any], max_lr: float, few: TrainVal, fp32: Numerics, captured: Numerics
 ) -> None:
     """Without dropout, whose dice are others: order, augmentation and every update agree."""
     config = make_config(**PLAIN, **recipe, max_lr=max_lr, epochs=1)
-    start, eager, program = (Trainer(config, shapes, numerics) for numerics in (fp32, fp32, captured))
+    start, eager, program = (Trainer(config, few, numerics) for numerics in (fp32, fp32, captured))
     (result,), (other,) = list(eager), list(program)
     assert result.lr == other.lr and result.step == other.step
     assert result.train_loss == pytest.approx(other.train_loss, rel=1e-4)
@@ -75,28 +80,28 @@ def test_dropout_of_a_captured_step_drops_the_configs_share(captured: Numerics) 
     assert output[kept].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-4)
 
 
-def test_a_step_taken_again_trains_as_a_new_one(shapes: TrainVal, captured: Numerics) -> None:
+def test_a_step_taken_again_trains_as_a_new_one(few: TrainVal, captured: Numerics) -> None:
     first = make_config(max_lr=0.01, rotate_limit=30.0, weight_decay=0.01)
     second = make_config(max_lr=0.05, rotate_limit=5.0, weight_decay=0.1, dropout=0.2, seed=3, epochs=3)
     assert find_shape(first, captured) == find_shape(second, captured)
-    alone = curve(list(Trainer(second, shapes, captured)))
+    alone = curve(list(Trainer(second, few, captured)))
     room._idle.clear()
-    trainer = Trainer(first, shapes, captured)
+    trainer = Trainer(first, few, captured)
     step = trainer._step
     before = curve(list(trainer))
     del trainer
     assert list(room._idle.values()) == [step]
-    trainer = Trainer(second, shapes, captured)
+    trainer = Trainer(second, few, captured)
     assert trainer._step is step and room._idle == {}
     assert curve(list(trainer)) == alone
     del trainer
-    assert curve(list(Trainer(first, shapes, captured))) == before
+    assert curve(list(Trainer(first, few, captured))) == before
 
 
-def test_two_trainings_at_once_have_a_step_each(shapes: TrainVal, captured: Numerics) -> None:
+def test_two_trainings_at_once_have_a_step_each(few: TrainVal, captured: Numerics) -> None:
     config = make_config(epochs=2)
-    alone = curve(list(Trainer(config, shapes, captured)))
-    trainers = [Trainer(config, shapes, captured) for _ in range(2)]
+    alone = curve(list(Trainer(config, few, captured)))
+    trainers = [Trainer(config, few, captured) for _ in range(2)]
     results = [list(pair) for pair in zip(*(iter(trainer) for trainer in trainers), strict=True)]
     assert [curve(list(column)) for column in zip(*results, strict=True)] == [alone, alone]
 
@@ -131,24 +136,24 @@ def test_the_reference_augmentation_is_never_captured(captured: Numerics) -> Non
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_resumed_captured_training_is_bitwise_the_uninterrupted_one(
-    optimizer: str, shapes: TrainVal, captured: Numerics, tmp_path: Any
+    optimizer: str, few: TrainVal, captured: Numerics, tmp_path: Any
 ) -> None:
     config = make_config(optimizer=optimizer, epochs=3)
-    whole = curve(list(Trainer(config, shapes, captured)))
-    interrupted = Trainer(config, shapes, captured)
+    whole = curve(list(Trainer(config, few, captured)))
+    interrupted = Trainer(config, few, captured)
     next(iter(interrupted))
     save_checkpoint(tmp_path / "checkpoint-0001.pt", interrupted.state_dict())
     list(interrupted)
     del interrupted
-    resumed = Trainer(config, shapes, captured)
+    resumed = Trainer(config, few, captured)
     resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint-0001.pt"))
     assert curve(list(resumed)) == whole[1:]
 
 
-def test_a_sweep_runs_captured_too(shapes: TrainVal, fp32: Numerics, captured: Numerics) -> None:
+def test_a_sweep_runs_captured_too(few: TrainVal, fp32: Numerics, captured: Numerics) -> None:
     config = make_config(**PLAIN)
     lrs = [10 ** (i / 2 - 4) for i in range(6)]
-    losses = [list(Trainer(config, shapes, numerics).sweep(lrs)) for numerics in (fp32, captured)]
+    losses = [list(Trainer(config, few, numerics).sweep(lrs)) for numerics in (fp32, captured)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -174,48 +179,48 @@ def test_the_device_optimizer_makes_torchs_updates(recipe: dict[str, Any]) -> No
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
-def test_strengths_in_device_memory_give_the_same_pictures(shapes: TrainVal) -> None:
+def test_strengths_in_device_memory_give_the_same_pictures(few: TrainVal) -> None:
     config = make_config(crop_pad=4)
     tensors = {name: torch.tensor(float(getattr(config, name))) for name in DEVICE_KNOBS}
     placed = make_policy(SimpleNamespace(**(config.model_dump() | tensors)))  # type: ignore[arg-type]
     pictures = []
     for policy in (make_policy(config), placed):
-        draws = draw_policy(policy, 120, torch.Generator().manual_seed(0))
-        pictures.append(apply_pixel_ops(policy, shapes.train.images_NCHW, draws))
+        draws = draw_policy(policy, len(few.train), torch.Generator().manual_seed(0))
+        pictures.append(apply_pixel_ops(policy, few.train.images_NCHW, draws))
     assert torch.equal(*pictures)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("max_lr", [0.001, 0.01, 0.03])
 @pytest.mark.parametrize("model", ["s7", "s8", "s10"])
-def test_a_cuda_graph_trains_as_its_program_does(model: str, max_lr: float, shapes: TrainVal) -> None:
+def test_a_cuda_graph_trains_as_its_program_does(model: str, max_lr: float, few: TrainVal) -> None:
     """Bit for bit where kernels are deterministic: the graph against the same program, kernel by kernel."""
     numerics = resolve_numerics("cuda", "bf16", deterministic=True).model_copy(update={"execution": "captured"})
     config = make_config(model=model, max_lr=max_lr)
-    graph = Trainer(config, shapes, numerics)
-    program = Trainer(config, shapes, numerics)
+    graph = Trainer(config, few, numerics)
+    program = Trainer(config, few, numerics)
     assert isinstance(program._step, CapturedStep)
     program._step._replay = program._step._run_captured
     assert curve(list(graph)) == curve(list(program))
 
 
 @pytest.mark.gpu
-def test_a_captured_gpu_training_follows_the_eager_one(shapes: TrainVal) -> None:
+def test_a_captured_gpu_training_follows_the_eager_one(few: TrainVal) -> None:
     config = make_config(**PLAIN)
     eager = resolve_numerics("cuda", "fp32", deterministic=True)
     results = [
-        list(Trainer(config, shapes, eager.model_copy(update={"execution": execution})))[-1]
+        list(Trainer(config, few, eager.model_copy(update={"execution": execution})))[-1]
         for execution in ("eager", "captured")
     ]
     assert results[0].train_loss == pytest.approx(results[1].train_loss, rel=0.01)
 
 
 @pytest.mark.gpu
-def test_a_captured_step_never_waits_for_the_device(shapes: TrainVal) -> None:
+def test_a_captured_step_never_waits_for_the_device(few: TrainVal) -> None:
     numerics = resolve_numerics("cuda", "bf16").model_copy(update={"execution": "captured"})
     config = make_config()
     step = CapturedStep(config, numerics)
-    images, labels = shapes.train.images_NCHW[:32].cuda(), shapes.train.labels_N[:32].cuda()
+    images, labels = few.train.images_NCHW[:8].cuda(), few.train.labels_N[:8].cuda()
     placed = step.place([Settings(0.01, 0.9)] * 3)
     torch.cuda.set_sync_debug_mode("error")
     try:
