@@ -53,9 +53,19 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+observed: dict[str, dict[str, Any]] = {}
+
+
 def observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
     """Everything visible of a training: shapes, losses, weights and optimizer settings over six of its eight steps,
-    and the sizes of what it reads."""
+    and the sizes of what it reads. The same config is trained once."""
+    dump = config.model_dump_json()
+    if dump not in observed:
+        observed[dump] = train_and_observe(config, numerics)
+    return observed[dump]
+
+
+def train_and_observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
     data = load_train_val(SHAPES, config.train_size, config.val_size)
     trainer = Trainer(config, data, numerics)
     groups = []
