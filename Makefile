@@ -54,7 +54,7 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py --space s7 --epochs 6
 	$(BIN)/python benchmarks/packing.py --space s7
 	$(BIN)/python benchmarks/augment.py
-	time $(TUNE) search --space s10 --tier full --trials 100 --execution captured
+	$(TUNE) search --space s10 --tier full --trials 100 --execution captured
 
 # Days of trainings that fill README's table of systems; Ctrl-C ends it in order, and it goes on where it was.
 rows: $(READY)

@@ -290,7 +290,8 @@ def test_every_dropout_layer_draws_from_the_generator_given_in_forward_order(nam
     generator = torch.Generator().manual_seed(5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(config, generator)
+        model = build_model(config)
+    set_dropout_generator(model, generator)
     assert all(module.generator is generator for module in model.modules() if isinstance(module, Dropout))
     before = torch.get_rng_state()
     logits = model(make_images())

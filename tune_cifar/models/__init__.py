@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from tune_cifar.models.layers import set_dropout_generator
@@ -25,12 +24,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_model(config: TrainConfig, dropout_generator: torch.Generator | None = None) -> nn.Module:
-    """The configuration's network on the CPU, in training mode; initial weights come from torch's global generator.
-
-    Args:
-        dropout_generator: the dice of every Dropout, on the device where the model will run; None: torch's default.
-    """
-    model = MODELS[config.model](dropout=config.dropout)
-    set_dropout_generator(model, dropout_generator)
-    return model
+def build_model(config: TrainConfig) -> nn.Module:
+    """The configuration's network on the CPU, in training mode; initial weights come from torch's global generator, and
+    so do the dice of every Dropout until `set_dropout_generator` says otherwise."""
+    return MODELS[config.model](dropout=config.dropout)
