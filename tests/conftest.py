@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts background jobs with Ctrl-C ignored, and their children inherit it: the tests mean to press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# typer builds every command anew for each one that a test types.
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 from tune_cifar.data import DataSource, TrainVal, find_data, load_train_val
 from tune_cifar.errors import DataError
@@ -22,16 +26,16 @@ SHAPES = DataSource("shapes", None)
 
 
 def make_config(**changes: Any) -> TrainConfig:
-    """A small s7 training: 4 steps of 32 images an epoch, 2 epochs, every op of the augmentation on."""
+    """A small s7 training: 4 steps of 16 images an epoch, 2 epochs, every op of the augmentation on."""
     values: dict[str, Any] = {
         "model": "s7",
         "optimizer": "sgd",
         "schedule": "onecycle",
         "max_lr": 0.01,
-        "batch_size": 32,
+        "batch_size": 16,
         "epochs": 2,
-        "train_size": 120,
-        "val_size": 100,
+        "train_size": 60,
+        "val_size": 50,
         "dropout": 0.05,
         "hflip_p": 0.3,
         "shift_scale_rotate_p": 0.5,
@@ -54,7 +58,7 @@ def fp32() -> Numerics:
 @pytest.fixture(scope="session")
 def shapes() -> TrainVal:
     """The stand-in images that make_config trains on."""
-    return load_train_val(SHAPES, 120, 100)
+    return load_train_val(SHAPES, 60, 50)
 
 
 # Four steps an epoch, as the small config has, of 8 images or fewer.

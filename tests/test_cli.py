@@ -257,6 +257,7 @@ def test_leaderboard_keeps_the_stand_in_apart_and_names_it(workplace: Path) -> N
     assert len(titles) == 2 and titles[1].startswith("NOT CIFAR-10 (shapes), 3 epochs of 500 images")
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_data_verify_proves_every_file(cifar10: DataSource) -> None:
     answer = invoke("data", "verify", "--data", str(cifar10.folder), "--json")
@@ -330,6 +331,7 @@ def test_train_of_a_diverging_configuration_says_so(workplace: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on_to_the_same_curve(workplace: Path) -> None:
     """A real SIGINT, sent when the second epoch is recorded."""
     folder = search_folder(workplace / "runs", "t")

@@ -482,6 +482,7 @@ def test_the_expected_md5s_are_torchvisions() -> None:
     assert CIFAR10.base_folder == BATCHES_FOLDER
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_all_real_files_are_as_published(cifar10: DataSource) -> None:
     checks = verify_data(cifar10)
@@ -490,12 +491,14 @@ def test_all_real_files_are_as_published(cifar10: DataSource) -> None:
     assert [(check.found_md5, check.num_bytes) for check in checks] == list(FILES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_the_real_split_is_the_recorded_one(cifar10: DataSource) -> None:
     info = load_train_val(cifar10, 45_000, 5_000).info
     assert (info.name, info.digest, info.split_hash) == ("cifar10", GOLDEN_DIGEST, GOLDEN_SPLIT_HASH)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_splits_have_their_sizes_their_classes_and_no_image_in_common(cifar10: DataSource) -> None:
     loaded, test = load_train_val(cifar10, 45_000, 5_000), load_test(cifar10)
@@ -507,6 +510,7 @@ def test_real_splits_have_their_sizes_their_classes_and_no_image_in_common(cifar
     assert len(seen[0] | seen[1] | seen[2]) == 60_000
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_pixels_and_labels_are_those_that_torchvision_reads(cifar10: DataSource) -> None:
     from torchvision.datasets import CIFAR10
@@ -520,6 +524,7 @@ def test_real_pixels_and_labels_are_those_that_torchvision_reads(cifar10: DataSo
         assert tuple(theirs.classes) == data.CLASS_NAMES["cifar10"]
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_the_normalising_constants_are_those_of_the_50000_training_images(cifar10: DataSource) -> None:
     from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
@@ -534,6 +539,7 @@ def test_the_normalising_constants_are_those_of_the_50000_training_images(cifar1
         assert CIFAR_STD[channel] == pytest.approx(std, abs=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_training_data_load_with_the_test_file_removed_or_full_of_rubbish(cifar10: DataSource, tmp_path: Path) -> None:
     missing = link_files(cifar10, tmp_path / "links", TEST_FILE)
@@ -546,6 +552,7 @@ def test_training_data_load_with_the_test_file_removed_or_full_of_rubbish(cifar1
         load_test(source)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_loading_opens_the_training_files_or_the_test_file_and_never_both(cifar10: DataSource) -> None:
     opened: list[str] = []
@@ -567,6 +574,7 @@ def test_loading_opens_the_training_files_or_the_test_file_and_never_both(cifar1
     is_watching = False
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_one_altered_pixel_is_refused(cifar10: DataSource, tmp_path: Path) -> None:
     path = link_files(cifar10, tmp_path, "data_batch_5")
@@ -580,8 +588,8 @@ def test_one_altered_pixel_is_refused(cifar10: DataSource, tmp_path: Path) -> No
         load_train_val(find_data(str(tmp_path)), 100, 100)
 
 
-@pytest.mark.real_data
 @pytest.mark.slow
+@pytest.mark.real_data
 def test_fetching_unpacks_verifies_and_cleans_up(
     cifar10: DataSource, tmp_path: Path, serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ FACTS = {
     "s10_postact": (6_575_370, 379.3, 88, 4_480, 3),
 }
 NAMES = tuple(FACTS)
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow if name.startswith("s10") else ()) for name in NAMES]
 
 # Convs in forward order: kernel, channels in, out, groups, stride, padding, dilation, side of the output, parameters.
 S6_CONVS = [
@@ -226,7 +227,7 @@ def make_transparent(model: nn.Module) -> nn.Sequential:
     return features.eval()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SLOWLY)
 def test_the_receptive_field_is_the_extent_of_the_gradient_in_a_large_image(name: str) -> None:
     images = torch.ones(1, 3, 192, 192, requires_grad=True)
     features = make_transparent(MODELS[name]())(images)
@@ -329,7 +330,7 @@ def test_the_relu_of_a_residual_block_stands_inside_s10_and_after_the_addition_i
         assert body.min() < 0 and torch.equal(output, (x + body).relu()) and output.min() == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SLOWLY)
 def test_bf16_channels_last_training_gives_nearly_the_gradient_of_fp32(name: str) -> None:
     gradients = []
     for bf16 in (False, True):

@@ -95,6 +95,7 @@ def test_backend_does_not_change_the_policy() -> None:
     assert make_policy(albumentations) == make_policy(make_config(**ALL_KNOBS))
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_constants_are_the_pixel_statistics_of_the_50000_training_images(cifar10: DataSource) -> None:
     images_NCHW = load_train_val(cifar10, NUM_TRAIN_IMAGES, 0).train.images_NCHW

@@ -290,7 +290,11 @@ def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_a
         folder.mkdir(parents=True)
         trial = {"trial": 0, "config": config.model_dump(mode="json"), "cycles": cycles, "folder": str(folder)}
         worker.setup(trial | {"rungs": (1, 3), "source": ("shapes", None), "numerics": fp32.model_dump(mode="json")})
-        return list(iter(worker.step, {"trial": 0, "outcome": "paused", "text": ""}))
+        words = []
+        while (word := worker.step())["outcome"] == "epochs":
+            words.append(word)
+        assert word["outcome"] == "paused", word["text"]
+        return words
 
     def tell(word: dict[str, Any]) -> tuple[int, Any]:
         cycle, dump = word["text"].split(" ", 1)
@@ -387,7 +391,10 @@ def read_paid(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
 
 
 @pytest.mark.usefixtures("epoch_by_epoch")
-@pytest.mark.parametrize("every_seconds", [60.0, 0.0], ids=["checkpoints of ends", "checkpoints of epochs"])
+@pytest.mark.parametrize(
+    "every_seconds",
+    [pytest.param(60.0, id="checkpoints of ends", marks=pytest.mark.slow), pytest.param(0.0, id="of epochs")],
+)
 @pytest.mark.parametrize("death", ["driver", "driver before the record", "worker"])
 def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
     death: str, every_seconds: float, tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch

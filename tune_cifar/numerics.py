@@ -159,7 +159,9 @@ def apply_numerics(numerics: Numerics) -> None:
     torch.set_num_threads(numerics.threads)
     if numerics.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_CUBLAS)
-    torch.use_deterministic_algorithms(numerics.deterministic)
+    # Setting it imports torch's compiler, two seconds of every process.
+    if torch.are_deterministic_algorithms_enabled() != numerics.deterministic:
+        torch.use_deterministic_algorithms(numerics.deterministic)
     torch.backends.cudnn.deterministic = numerics.deterministic
     torch.backends.cudnn.benchmark = numerics.device == "cuda" and not numerics.deterministic
 

@@ -6,6 +6,7 @@ alone, so a resumed training asks for the rest of it.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -27,19 +28,26 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
 
     Weight decay applies to every parameter, as in the source systems.
     """
+    options: dict[str, Any] = {"lr": config.max_lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
-        return SGD(
-            parameters,
-            lr=config.max_lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    options: dict[str, Any] = {"lr": config.max_lr, "betas": (config.momentum, BETA2), "eps": ADAM_EPS, "fused": True}
-    if config.optimizer == "adam":
-        return Adam(parameters, weight_decay=config.weight_decay, **options)
-    return AdamW(parameters, weight_decay=config.decoupled_weight_decay, **options)
+        options |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    else:
+        options |= {"betas": (config.momentum, BETA2), "eps": ADAM_EPS}
+    if config.optimizer == "adamw":
+        options["weight_decay"] = config.decoupled_weight_decay
+    return _CLASSES[config.optimizer](parameters, **options)
+
+
+def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
+    """The same optimizer without what tells `torch.compile` to leave it alone: nothing is compiled here, and torch
+    would import its compiler for that, two seconds of every process.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+_CLASSES = {"sgd": _without_compiler(SGD), "adam": _without_compiler(Adam), "adamw": _without_compiler(AdamW)}
 
 
 class Settings(NamedTuple):
