@@ -19,10 +19,10 @@ search: $(READY)
 	fi
 
 # The default tier; the three rooms that everything rests on must be fully covered by their own tests. Then what needs
-# Ray, MLflow and a fresh environment.
+# Ray, MLflow and a fresh environment: four at once, for they wait for processes half of their time.
 COVERED := schema space record
 test: test-default
-	$(BIN)/python -m pytest -q -n 2 -m "slow and not faults and not gpu" --durations=5
+	$(BIN)/python -m pytest -q -n 4 -m "slow and not faults and not gpu" --durations=5
 
 test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=--ignore=tests/test_%.py)
