@@ -45,7 +45,7 @@ def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
             pass
         figures["train"] = time.perf_counter() - start
         del trainer
-    memory = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else 0.0
+    memory = torch.cuda.max_memory_reserved() / 2**20 if on_cuda else 0.0
     return {**figures, "epochs_per_second": epochs / figures["train"], "memory": memory}
 
 

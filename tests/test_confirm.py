@@ -35,7 +35,7 @@ from tune_cifar.driver import SearchDriver
 from tune_cifar.errors import ConfigError, DataError, RecordError
 from tune_cifar.events import Confirmation, Event, Kind
 from tune_cifar.openings import OPENINGS_COLUMNS, OPENINGS_FILE, TestOpening
-from tune_cifar.plan import Resources, SearchPlan, SearchRequest
+from tune_cifar.plan import Cost, Resources, SearchPlan, SearchRequest
 from tune_cifar.record import Record, SearchState, read_state, search_folder
 from tune_cifar.resume import restore_space
 from tune_cifar.schema import DataInfo, TrainConfig
@@ -349,11 +349,14 @@ def make_plan(made: tuple[SearchSpace, Confirmation | None]) -> SearchPlan:
     space, settled = made
     request = SearchRequest(SHAPES, Path("runs"), "test")
     resources = Resources(1, 0.0, 2, 0)
-    return SearchPlan(space, request, "n", CIFAR10, NUMERICS, resources, 0.5, 2.0, confirmation=settled)
+    return SearchPlan(
+        space, request, "n", CIFAR10, NUMERICS, resources, Cost(0.5, 700.0, 24_000.0), 2.0, confirmation=settled
+    )
 
 
 def test_a_plan_says_what_it_is_of(tmp_path: Path) -> None:
-    rest = "; 2 at once on a processor, fp32, 1 thread each. An epoch of the baseline takes about 0.5 s."
+    rest = "; 2 at once on a processor, fp32, 1 thread each. "
+    rest += "An epoch of the baseline takes about 0.5 s; a trial holds 0.68 of 23 GB."
     state = write_search(tmp_path, [0.5, 0.7])
     text = make_plan(make_confirmation(state, 1, 3, {})).describe()
     assert text == f"confirmation n: 6 trainings of 2 epochs each{rest}"

@@ -101,7 +101,7 @@ class Trainer:
             lr=lr,
             epoch_seconds=time.perf_counter() - start,
             images_per_second=len(self._train) / (trained - start),
-            peak_memory_mb=_peak_memory_mb(self._device),
+            peak_memory_mb=self.peak_memory_mb,
         )
         self.results.append(result)
         return result
@@ -171,6 +171,13 @@ class Trainer:
                 logits.append(self.model(images).float())
         return torch.cat(logits)
 
+    @property
+    def peak_memory_mb(self) -> float:
+        """MiB that this process held at most: of the GPU since the epoch began, or of the machine."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kilobytes on Linux
+
     def measure_step_seconds(self, num_steps: int = 20) -> float:
         """Median seconds of a training step, measured by training: use a Trainer of its own for it."""
         self.model.train()
@@ -219,9 +226,3 @@ class Trainer:
 
 def _move_to(split: Split, device: torch.device) -> Split:
     return Split(split.images_NCHW.to(device), split.labels_N.to(device))
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kilobytes on Linux

@@ -112,6 +112,12 @@ def count_cores() -> int:
     return len(psutil.Process().cpu_affinity() or [0])
 
 
+def get_memory_mb(numerics: Numerics) -> float:
+    """MiB of memory of the GPU, or of the machine."""
+    num_bytes = torch.cuda.mem_get_info()[1] if numerics.device == "cuda" else psutil.virtual_memory().total
+    return num_bytes / 2**20
+
+
 def count_gpus(device: str) -> int:
     """CUDA devices that may be used under this --device."""
     return 0 if device == "cpu" else torch.cuda.device_count()

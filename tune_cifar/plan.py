@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError
 from tune_cifar.events import Confirmation, SearchResumed
-from tune_cifar.numerics import check_cpus, count_cores, count_gpus
+from tune_cifar.numerics import check_cpus, count_cores, count_gpus, get_memory_mb
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
 
@@ -53,12 +54,33 @@ class Resources:
     num_gpus: int
 
 
+# What a process holds of a GPU beside torch's allocator (CUDA's context, kernels), in MiB: an estimate, see NOTES.
+CONTEXT_MB = 600.0
+# Of a device's memory, so much is given to trials.
+USABLE_MEMORY = 0.9
+
+
+class Cost(NamedTuple):
+    """What a trial of the baseline takes, measured by training a few steps."""
+
+    epoch_seconds: float
+    memory_mb: float
+    """MiB that its process holds: of the GPU, or of the machine."""
+    device_mb: float
+    """MiB that there are."""
+
+    @property
+    def num_room(self) -> int:
+        """Trials for which one device has the memory."""
+        return int(USABLE_MEMORY * self.device_mb / self.memory_mb)
+
+
 @dataclass(frozen=True)
 class SearchPlan:
     """Everything settled before the first trial.
 
     Attributes:
-        epoch_seconds: of the baseline, from measured training steps.
+        cost: of one trial, measured.
         epochs_per_trial: expected under the rungs.
         num_ended: trials of a resumed search that need nothing more.
         resumed: what the record will say of the resume; None for a new search.
@@ -72,7 +94,7 @@ class SearchPlan:
     data: DataInfo
     numerics: Numerics
     resources: Resources
-    epoch_seconds: float
+    cost: Cost
     epochs_per_trial: float
     num_ended: int = 0
     resumed: SearchResumed | None = None
@@ -89,14 +111,29 @@ class SearchPlan:
         text = (
             f"{what}; {workers} at once on {numerics.device_name}, "
             f"{numerics.precision}, {numerics.threads} thread{'s' if numerics.threads > 1 else ''} each. "
-            f"An epoch of the baseline takes about {self.epoch_seconds:.2g} s"
+            f"An epoch of the baseline takes about {self.cost.epoch_seconds:.2g} s{self._describe_memory()}"
         )
         if budget.max_time_seconds is None:
             return text + "."
-        num_epochs = budget.max_time_seconds * workers / self.epoch_seconds
+        num_epochs = budget.max_time_seconds * workers / self.cost.epoch_seconds
         num_trials = min(budget.trials - self.num_ended, int(num_epochs / self.epochs_per_trial))
         more = " more" if self.num_ended else ""
         return text + f": the time is enough for about {num_trials}{more} trials."
+
+    def _describe_memory(self) -> str:
+        """What a trial holds, and the advice that follows from it when trials at once are too many or could be more."""
+        resources, cost = self.resources, self.cost
+        text = f"; a trial holds {cost.memory_mb / 1024:.2g} of {cost.device_mb / 1024:.0f} GB"
+        if self.numerics.device == "cpu":
+            few = cost.num_room < resources.max_concurrent
+            return f"{text} (--max-concurrent {max(1, cost.num_room)} has room)" if few else text
+        at_once = int(1 / resources.gpus_per_trial) if resources.gpus_per_trial < 1 else 1
+        num_room = min(cost.num_room, 100)  # Ray counts in hundredths here
+        num_useful = min(num_room, count_cores() // resources.cpus_per_trial)
+        if num_room < at_once or num_useful > at_once:
+            better = max(1, min(num_room, num_useful))
+            text += f" (--gpus-per-trial {int(100 / better) / 100:g} has room for {better} at once)"
+        return text
 
 
 def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:
@@ -124,15 +161,18 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     return Resources(cpus, gpus, min(fits, request.max_concurrent or fits), num_gpus)
 
 
-def estimate_epoch_seconds(config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20) -> float:
-    """Seconds of one epoch, from the median of measured training steps; evaluation is counted as forward passes.
+def measure_cost(config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20) -> Cost:
+    """Of one training: seconds of an epoch from the median step, evaluation counted as forward passes; memory.
 
     A forward pass costs about a third of a training step per image (one of forward, backward by inputs, backward by
-    weights).
+    weights). On a CPU the memory is this process's, which holds a little more than a worker.
     """
     data = load_train_val(source, config.train_size, config.val_size)
-    step_seconds = Trainer(config, data, numerics).measure_step_seconds(num_steps)
-    return step_seconds * (config.num_steps_per_epoch + config.val_size / config.batch_size / 3)
+    trainer = Trainer(config, data, numerics)
+    step_seconds = trainer.measure_step_seconds(num_steps)
+    num_steps_per_epoch = config.num_steps_per_epoch + config.val_size / config.batch_size / 3
+    memory_mb = trainer.peak_memory_mb + (CONTEXT_MB if numerics.device == "cuda" else 0.0)
+    return Cost(step_seconds * num_steps_per_epoch, memory_mb, get_memory_mb(numerics))
 
 
 def count_trials(text: str, num_started: int | None = None) -> int:

@@ -291,7 +291,7 @@ class EpochResult(Frozen):
     images_per_second: float
     """Training images over training time, evaluation not counted."""
     peak_memory_mb: float
-    """Peak of the process (CPU) or of the device's allocator (CUDA), in MiB."""
+    """Peak of the process (CPU) or of what torch's allocator held of the device (CUDA), in MiB."""
 
 
 # The part of an EpochResult that a reproduction must meet bit for bit; the rest measures the machine.

@@ -38,7 +38,7 @@ from tune_cifar.plan import (
     SearchPlan,
     SearchRequest,
     count_trials,
-    estimate_epoch_seconds,
+    measure_cost,
     resolve_resources,
 )
 from tune_cifar.preflight import check_search_fits
@@ -116,12 +116,12 @@ def _prepare(space: SearchSpace, request: SearchRequest, name: str, numerics: Nu
     check_search_fits(request.storage, space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, space.baseline.train_size, space.baseline.val_size)
-        measured = pool.submit(estimate_epoch_seconds, space.baseline, request.source, numerics)
+        measured = pool.submit(measure_cost, space.baseline, request.source, numerics)
         # In this thread: Ray's processes end with the thread that started them.
         start_ray(resources)
-        data, epoch_seconds = loaded.result(), measured.result()
+        data, cost = loaded.result(), measured.result()
     epochs_per_trial = expected_epochs(budget)
-    return SearchPlan(space, request, name, data.info, numerics, resources, epoch_seconds, epochs_per_trial)
+    return SearchPlan(space, request, name, data.info, numerics, resources, cost, epochs_per_trial)
 
 
 def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:

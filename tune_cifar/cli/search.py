@@ -259,7 +259,7 @@ def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]
 
     view = SearchView(
         console,
-        plan.epoch_seconds,
+        plan.cost.epoch_seconds,
         plan.epochs_per_trial,
         plan.space.budget.max_time_seconds,
         plan.space.budget.trials,
