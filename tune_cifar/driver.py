@@ -7,6 +7,7 @@ this class.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
 from contextlib import suppress
@@ -61,6 +62,9 @@ class SearchDriver:
         limit = space.budget.max_time_seconds
         self._deadline = None if limit is None else self._start + limit
         self._live: set[int] = set()
+        self._best: list[tuple[float, int]] = []
+        for trial in record.state.trials.values():
+            self._keep_weights_if_best(trial)
         stop_file(record.state.folder).unlink(missing_ok=True)
         unfinished = [trial for trial in record.state.trials.values() if trial.status == "running"]
         # The driver before may have died between a trial's last result and what followed from it.
@@ -172,7 +176,7 @@ class SearchDriver:
         last, budget = trial.epochs[-1], self._space.budget
         if last.epoch == trial.whole.epochs:
             self.end(trial.number, "complete", "all epochs")
-            self._keep_best_weights()
+            self._keep_weights_if_best(trial)
             return False
         is_rung = last.epoch in self.rungs and trial.cycle in (None, last.epoch)
         if not is_rung or last.val_acc is None or trial.origin == "baseline":
@@ -248,15 +252,14 @@ class SearchDriver:
         self._append(SearchEnded(reason=reason, wall_seconds=time.monotonic() - self._start))
         stop_file(self.record.state.folder).unlink(missing_ok=True)
 
-    def _keep_best_weights(self) -> None:
-        state = self.record.state
-        complete = [
-            (-trial.score, trial.number)
-            for trial in state.trials.values()
-            if trial.status == "complete" and trial.score is not None
-        ]
-        for _, number in sorted(complete)[self._keep_weights :]:
-            (state.trial_folder(number) / WEIGHTS).unlink(missing_ok=True)
+    def _keep_weights_if_best(self, trial: TrialState) -> None:
+        """Of the trials seen so far only the best complete ones' weights stay; of equal ones, the earlier's."""
+        if trial.status != "complete" or trial.score is None:
+            return
+        heapq.heappush(self._best, (trial.score, -trial.number))
+        if len(self._best) > self._keep_weights:
+            _, number = heapq.heappop(self._best)
+            (self.record.state.trial_folder(-number) / WEIGHTS).unlink(missing_ok=True)
 
     def _append(self, event: Event) -> None:
         self.record.append(event)
