@@ -9,8 +9,8 @@ same with one epoch, as where only rungs report. stock: a function trainable, a 
 callback, random points; for the smallest number of trials only. optuna: TPE with its successive halving, in memory.
 
 Besides, with the smallest number, a `command` as a user types it, two trials of smoke: `running`, seconds from its
-start until the first trial trains, and of `bare`, until the end of `import ray.tune, torch; ray.init()`; `shutdown`, from the
-last trial's end to the command's.
+start until the first trial trains, and of `bare`, until the end of `import ray.tune, torch; ray.init()`; `shutdown`,
+from the last trial's end to the command's.
 """
 
 from __future__ import annotations
