@@ -24,7 +24,7 @@ from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.judge import Judgement, Mistake, judge_logits, measure_logits
 from tune_cifar.numerics import resolve_numerics
-from tune_cifar.plots import save_confusion, save_judgement, save_mistakes, save_per_class, save_reliability
+from tune_cifar.plots.judgement import save_confusion, save_judgement, save_mistakes, save_per_class, save_reliability
 from tune_cifar.record import SearchState
 from tune_cifar.schema import Numerics
 from tune_cifar.tracking import make_tracking_uri, sync_search
@@ -165,7 +165,7 @@ def test_predicted_logits_measure_exactly_what_evaluate_does(precision: str) -> 
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are drawn instead of being written."""
     drawn: list[Figure] = []
-    monkeypatch.setattr("tune_cifar.plots._save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("tune_cifar.plots.judgement.save", lambda figure, path: drawn.append(figure))
     return drawn
 
 

@@ -35,6 +35,9 @@ LEVELS = {
     "tracking": 6,
     "results": 5,
     "plots": 5,
+    "tables": 6,
+    "health": 6,
+    "report": 8,
     "driver": 6,
     "openings": 0,
     "sealed": 6,
@@ -52,14 +55,16 @@ LEVELS = {
 # A package's modules may import each other; the command line's may import live.
 ROOMS = {
     "ray": {"search", "worker"},
-    "optuna": {"space", "sampler", "results"},
+    "optuna": {"space", "sampler", "tables"},
     "mlflow": {"mlstore", "mlruns"},
     "filelock": {"mlstore", "tracking"},
     "albumentations": {"augment/reference"},
     "cv2": {"augment/reference"},
     "scipy": {"confirm"},
-    "pandas": {"results", "cli/look"},  # cli/look: for type checking only
-    "matplotlib": {"plots"},
+    "pandas": {"results", "tables", "health", "plots", "report", "cli/look"},  # cli/look: for type checking only
+    "matplotlib": {"plots", "report"},  # report: for type checking only
+    "plotly": {"plots/interactive"},
+    "jinja2": {"report"},
     "pydantic": {"schema", "space", "events"},
     "pydantic_core": {"schema", "space"},
     "ruamel": {"space"},

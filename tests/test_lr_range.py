@@ -42,7 +42,7 @@ from tune_cifar.lr_range import (
     smooth,
     summarise,
 )
-from tune_cifar.plots import save_lr_range
+from tune_cifar.plots.lr_range import save_lr_range
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space import Range, load_space, read_space
 from tune_cifar.tracking import ship_lr_range

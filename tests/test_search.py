@@ -692,6 +692,17 @@ def test_a_search_records_every_trial_to_its_end(searched: tuple[Path, SearchSta
     assert {trial.config.seed for trial in state.trials.values()} == {0}
 
 
+@pytest.mark.gpu
+def test_two_trials_at_once_share_a_gpu(tmp_path: Path) -> None:
+    words = ("--set", "epochs=3", "--trials", "2", "--name", "shared", "--device", "cuda", "--gpus-per-trial", "0.5")
+    answer = run_cli(tmp_path, *SEARCH, *SETTINGS, *words)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    state = read_state(search_folder(tmp_path / "runs", "shared"))
+    assert state.header.numerics.device == "cuda" and state.counts["complete"] == 2
+    (first, second) = state.trials.values()
+    assert second.started is not None and first.ended is not None and second.started < first.ended
+
+
 @pytest.mark.slow
 def test_a_search_says_what_it_does_and_what_comes_next(searched: tuple[Path, SearchState, str]) -> None:
     _, _, text = searched

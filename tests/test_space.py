@@ -927,7 +927,7 @@ def test_an_edited_range_changes_its_own_line_only(mini: Path) -> None:
     text = MINI.replace(before, before + "  # a {comment}").replace("\n", "\r\n")
     mini.write_bytes(text.encode())
     file = read_space(mini)
-    edited = edit_range(file, "max_lr", 1.25e-5, 0.5)
+    edited = edit_range(file, "max_lr", Range(1.25e-5, 0.5, log=True))
     assert edited == text.replace("{low: 1.0e-4, high: 1, log: true}", "{low: 1.25e-5, high: 0.5, log: true}")
     write_space(file, edited)
     assert mini.read_bytes() == edited.encode()
@@ -937,9 +937,8 @@ def test_an_edited_range_changes_its_own_line_only(mini: Path) -> None:
 def test_an_edit_is_shown_as_a_diff_and_none_as_nothing(mini: Path) -> None:
     file = read_space(mini)
     assert describe_edit(file, MINI) == ""
-    changed = [
-        line for line in describe_edit(file, edit_range(file, "max_lr", 1e-3, 1.0)).splitlines() if line[0] in "+-"
-    ]
+    text = edit_range(file, "max_lr", Range(1e-3, 1.0, log=True))
+    changed = [line for line in describe_edit(file, text).splitlines() if line[0] in "+-"]
     assert changed == [
         "--- mini.yaml",
         "+++ mini.yaml (proposed)",
@@ -948,9 +947,14 @@ def test_an_edit_is_shown_as_a_diff_and_none_as_nothing(mini: Path) -> None:
     ]
 
 
+def test_a_range_that_is_not_logarithmic_is_written_without_the_word(mini: Path) -> None:
+    text = edit_range(read_space(mini), "pct_start", Range(0.2, 0.45))
+    assert "  pct_start: {low: 0.2, high: 0.45}\n" in text
+
+
 def test_an_edit_that_breaks_a_rule_of_the_file_is_refused(mini: Path) -> None:
     with pytest.raises(SpaceError, match=r"^mini.yaml:\d+: max_lr: the baseline's value must lie within"):
-        edit_range(read_space(mini), "max_lr", 0.1, 1.0)
+        edit_range(read_space(mini), "max_lr", Range(0.1, 1.0, log=True))
 
 
 @pytest.mark.parametrize(
@@ -984,7 +988,7 @@ def test_writing_keeps_mode_mark_and_link_and_leaves_nothing_else(mini: Path) ->
     link.parent.mkdir()
     link.symlink_to(mini)
     file = read_space(link)
-    write_space(file, edit_range(file, "max_lr", 1e-3, 1.0))
+    write_space(file, edit_range(file, "max_lr", Range(1e-3, 1.0, log=True)))
     assert link.is_symlink() and mini.read_bytes().startswith(b"\xef\xbb\xbfspace: mini")
     assert mini.stat().st_mode & 0o777 == 0o640
     assert [path.name for path in sorted(mini.parent.iterdir())] == ["links", "mini.yaml"]
@@ -992,7 +996,7 @@ def test_writing_keeps_mode_mark_and_link_and_leaves_nothing_else(mini: Path) ->
 
 def test_a_file_that_changed_meanwhile_or_is_gone_is_not_overwritten(mini: Path) -> None:
     file = read_space(mini)
-    text = edit_range(file, "max_lr", 1e-3, 1.0)
+    text = edit_range(file, "max_lr", Range(1e-3, 1.0, log=True))
     mini.write_text(MINI + "# another hand\n")
     with pytest.raises(SpaceError, match=r"^mini.yaml: the file must be as it was read, got a changed one\."):
         write_space(file, text)

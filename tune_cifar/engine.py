@@ -27,9 +27,10 @@ from tune_cifar.optim import Settings, schedule_steps
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.step import derive_seed, give_back, take_step
 
-# Images in one forward pass of an evaluation. Fixed: bits of a validation loss depend on it. 1,000 images of s7 take
-# 0.19 s in batches of 100 to 200, 0.33 s in batches of 250 to 500 (bf16, one thread of an EPYC Zen 5, 2026-11-21).
-EVAL_BATCH_SIZE = 200
+# Images in one forward pass of an evaluation. Fixed: a validation loss may depend on it in its bits. 1,000 of s7 take
+# 0.19 s in batches of 100 to 200, 0.33 s in 250 to 500 (bf16, one thread of an EPYC Zen 5, 2026-11-21); s10 does 300
+# images/s in batches of 100, 275 in batches of 200, with equal bits (Zen 4, the same day).
+EVAL_BATCH_SIZE = 100
 
 
 class Trainer:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from tune_cifar.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
 from tune_cifar.record import SearchState, TrialState
+from tune_cifar.results import describe_gain
 from tune_cifar.schema import DataInfo, EpochResult, Status
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def print_search_summary(
     else:
         say(f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.config.epochs} epochs")
         console.print(_knob_table(state, best))
-        say(_gain_sentence(state, best))
+        say(describe_gain(state, best))
     failed = [str(state.folder / trial.error_file) for trial in state.trials.values() if trial.error_file]
     if failed:
         say("\n  ".join([f"{len(failed)} failed; tracebacks:", *failed]), "red")
@@ -245,23 +246,6 @@ def _knob_table(state: SearchState, best: TrialState) -> Table:
     for knob in state.header.distributions:
         table.add_row(knob, format_value(state.header.baseline[knob]), format_value(getattr(best.config, knob)))
     return table
-
-
-def _gain_sentence(state: SearchState, best: TrialState) -> str:
-    """The gain beside the noise of the validation set: an accuracy p on n images has sd sqrt(p (1 - p) / n), the
-    difference of two about 1.4 times that; and the best of many is chosen partly by luck."""
-    if best.score is None or state.baseline_score is None:
-        return "The baseline did not finish: no gain can be told."
-    if best.origin == "baseline":
-        return f"No trial beat the baseline ({format_percent(state.baseline_score)}): there is no gain."
-    gain = 100 * (best.score - state.baseline_score)
-    sd = 100 * (2 * best.score * (1 - best.score) / best.config.val_size) ** 0.5
-    verdict = "within" if abs(gain) <= 2 * sd else "beyond"
-    return (
-        f"gain over the baseline ({format_percent(state.baseline_score)}): {gain:+.2f} points, {verdict} twice the "
-        f"{sd:.2f} points that {best.config.val_size} validation images alone scatter; one seed, best of "
-        f"{state.counts['complete']}: an upper guess until it is confirmed over seeds"
-    )
 
 
 def _print_next(console: Console, state: SearchState, data_option: str, storage_option: str) -> None:

@@ -22,7 +22,7 @@ from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError
 from tune_cifar.events import utc_now
 from tune_cifar.numerics import describe_environment
-from tune_cifar.plots import save_lr_range
+from tune_cifar.plots.lr_range import save_lr_range
 from tune_cifar.schema import KNOBS, DataInfo, Numerics, TrainConfig, dead_knobs
 from tune_cifar.space import SearchSpace
 from tune_cifar.space.rules import find_value_problem

@@ -230,6 +230,23 @@ def _find_newest(states: list[SearchState], space: str | None) -> SearchState:
     raise RecordError(f"{where}: a finished search on CIFAR-10 must be recorded, got {got}.{hint}")
 
 
+def describe_gain(state: SearchState, best: TrialState) -> str:
+    """The gain beside the noise of the validation set: an accuracy p on n images has sd sqrt(p (1 - p) / n), the
+    difference of two about 1.4 times that; and the best of many is chosen partly by luck."""
+    if best.score is None or state.baseline_score is None:
+        return "The baseline did not finish: no gain can be told."
+    if best.origin == "baseline":
+        return f"No trial beat the baseline ({100 * state.baseline_score:.2f} %): there is no gain."
+    gain = 100 * (best.score - state.baseline_score)
+    sd = 100 * (2 * best.score * (1 - best.score) / best.config.val_size) ** 0.5
+    verdict = "within" if abs(gain) <= 2 * sd else "beyond"
+    return (
+        f"gain over the baseline ({100 * state.baseline_score:.2f} %): {gain:+.2f} points, {verdict} twice the "
+        f"{sd:.2f} points that {best.config.val_size} validation images alone scatter; one seed, best of "
+        f"{state.counts['complete']}: an upper guess until it is confirmed over seeds"
+    )
+
+
 @dataclass(frozen=True)
 class Failure:
     """What a traceback, or words about a worker's death, tells.

@@ -88,7 +88,7 @@ class Sampler:
         space.check_searchable()
         self._space = space
         self._seed = seed
-        self._study = _make_study(RandomSampler(seed=seed))
+        self._study = make_study(RandomSampler(seed=seed))
         self._trials: list[Trial] = []
         self._fixed = [space.baseline_params, *space.points]
         self._sequence = _Sequence(space.distributions, seed) if space.budget.sampler.kind == "qmc" else None
@@ -179,7 +179,7 @@ class _Sequence:
             sampler = QMCSampler(
                 qmc_type="sobol", scramble=True, seed=seed, independent_sampler=RandomSampler(seed=seed)
             )
-        self._study = _make_study(sampler)
+        self._study = make_study(sampler)
         self._points: list[dict[str, Any]] = []
 
     def point(self, number: int) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class _Sequence:
         return self._points[number]
 
 
-def _make_study(sampler: BaseSampler) -> optuna.Study:
+def make_study(sampler: BaseSampler) -> optuna.Study:
     """An in-memory study to be maximised, made without Optuna's notice of it."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

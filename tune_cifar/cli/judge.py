@@ -92,7 +92,7 @@ def keep_judgement(
     """Write the judgement of these images (into `judge/` of the run store unless told where) and log it to MLflow; what
     was judged, the files, and MLflow's fault or None."""
     from tune_cifar.judge import find_judge_folder
-    from tune_cifar.plots import save_judgement
+    from tune_cifar.plots.judgement import save_judgement
     from tune_cifar.tracking import make_tracking_uri, ship_judgement
 
     storage = state.folder.parent.parent

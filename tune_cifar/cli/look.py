@@ -205,7 +205,7 @@ def preview(
     """
     from tune_cifar.augment.preview import make_preview
     from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.plots import save_preview
+    from tune_cifar.plots.judgement import save_preview
     from tune_cifar.space import load_space, parse_setting
 
     found = load_space(space, "full", dict(parse_setting(setting) for setting in settings or []))

@@ -187,13 +187,13 @@ def _check_proposable(space: str, settings: list[str]) -> None:
 def _propose(space: str, report: dict[str, Any], yes: bool, as_json: bool, console: Console) -> dict[str, Any]:
     """Show the file's change as a diff and, when it is accepted, make it."""
     from tune_cifar.lr_range import propose_range
-    from tune_cifar.space import read_space
+    from tune_cifar.space import Range, read_space
     from tune_cifar.space.edit import describe_edit, edit_range, write_space
 
     file = read_space(space)
     medians = [found["lr"] for found in report["estimators"].values() if found["lr"] is not None]
     keep = [values["max_lr"] for values in (file.baseline, *file.points) if "max_lr" in values]
-    text = edit_range(file, "max_lr", *propose_range(medians, keep))
+    text = edit_range(file, "max_lr", Range(*propose_range(medians, keep), log=True))
     diff = describe_edit(file, text)
     console.print(diff, end="", soft_wrap=True)
     if report["data"]["name"] != "cifar10":

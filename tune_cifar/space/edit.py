@@ -35,19 +35,20 @@ def check_editable(file: SpaceFile, knob: str) -> None:
     _split_entry(file, knob)
 
 
-def edit_range(file: SpaceFile, knob: str, low: float, high: float) -> str:
-    """The file's text with another range of a knob, logarithmic, on the line where it stands under `search`.
+def edit_range(file: SpaceFile, knob: str, wanted: Range) -> str:
+    """The file's text with another range of a knob on the line where it stands under `search`.
 
     Raises:
         SpaceError: as `check_editable`, and when the new text breaks a rule of space files.
     """
     check_editable(file, knob)
     lines, index, (before, after) = _split_entry(file, knob)
-    lines[index] = f"{before}{{low: {_write_number(low)}, high: {_write_number(high)}, log: true}}{after}"
+    log = ", log: true" if wanted.log else ""
+    lines[index] = f"{before}{{low: {_write_number(wanted.low)}, high: {_write_number(wanted.high)}{log}}}{after}"
     text = "".join(lines)
     edited = parse_space(text, file.path)
-    wanted = {**file.search, knob: Range(low, high, log=True)}
-    assert edited == replace(file, text=text, search=wanted), "nothing but the range changes"
+    search = {**file.search, knob: wanted}
+    assert edited == replace(file, text=text, search=search), "nothing but the range changes"
     return text
 
 
@@ -101,8 +102,8 @@ def _split_entry(file: SpaceFile, knob: str) -> tuple[list[str], int, tuple[str,
 
 
 def _write_number(value: float) -> str:
-    """As the space files write it: 5.2e-4, and from 0.1 on 0.52, 1.0, 100.0."""
-    if value >= 0.1:
+    """As the space files write it: 5.2e-4, and 0.0 and from 0.1 on 0.52, 1.0, 100.0."""
+    if value == 0 or value >= 0.1:
         return repr(value)
     texts = (f"{value:.{digits}e}" for digits in range(1, 17))
     mantissa, exponent = next(text for text in texts if float(text) == value).split("e")

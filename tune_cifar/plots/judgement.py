@@ -1,29 +1,20 @@
-"""Tables and pictures in, figures out. Nothing is computed here."""
+"""What the network sees, and what it answered: augmentation previews and the figures of a judgement."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
-from numpy.typing import NDArray
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.judge import NUM_BINS, NUM_MISTAKES, Judgement
-from tune_cifar.schema import TrainConfig
+from tune_cifar.plots.style import BLUE, ORANGE, save
 
 JUDGEMENT_FILE = "judgement.json"
-# Told apart in every common kind of colour blindness, and in grey (Okabe and Ito's palette).
-BLUE, ORANGE = "#0072B2", "#E69F00"
-DPI = 110
 
 
 def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
@@ -42,7 +33,7 @@ def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
     axes[0, 0].set_title("original", fontsize=8)
     axes[0, 1].set_title("augmented", fontsize=8, loc="left")
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_judgement(judgement: Judgement, pictures: NDArray[np.uint8], title: str, folder: Path) -> list[Path]:
@@ -86,7 +77,7 @@ def save_confusion(judgement: Judgement, title: str, path: Path) -> None:
     axes.set_ylabel("true class (images)")
     figure.colorbar(image, shrink=0.7, ticks=[0, 1, 5, 10, 25, 50, 100], label="% of the true class's images")
     axes.set_title(f"{title}\naccuracy {100 * judgement.accuracy:.2f} %; an empty field is no image", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_per_class(judgement: Judgement, title: str, path: Path) -> None:
@@ -106,7 +97,7 @@ def save_per_class(judgement: Judgement, title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower right", frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_reliability(judgement: Judgement, title: str, path: Path) -> None:
@@ -132,7 +123,7 @@ def save_reliability(judgement: Judgement, title: str, path: Path) -> None:
     below.set_xlim(0, 100)
     below.set_ylabel("images")
     below.set_xlabel("confidence: the probability given to the answer, %")
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_mistakes(judgement: Judgement, pictures: NDArray[np.uint8], title: str, path: Path) -> None:
@@ -152,56 +143,9 @@ def save_mistakes(judgement: Judgement, pictures: NDArray[np.uint8], title: str,
         axes.set_title(f"{answer}\nlabelled {names[mistake.true]} (no. {mistake.index})", fontsize=9)
     count = f"the {len(judgement.mistakes)} most confident mistakes" if judgement.mistakes else "no mistake"
     figure.suptitle(f"{title}\n{count}", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _format_sure(confidence: float) -> str:
     """In percent; nothing is rounded up to certainty."""
     return f"{100 * confidence:.2f} %" if confidence < 0.99995 else "> 99.99 %"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
-
-
-# Colours that colour-blind readers tell apart (Okabe and Ito), one for each estimator of an LR range test.
-MARK_COLOURS = ("#D55E00", "#0072B2", "#009E73")
-
-
-def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
-    """Write the PNG of an LR range test: losses as points and smoothed, a line for each seed, and the estimators.
-
-    Args:
-        report: what sweeps.json holds.
-    """
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    sweeps = [sweep for sweep in report["sweeps"] if sweep["losses"]]
-    for sweep, shade in zip(sweeps, np.linspace(0.2, 0.6, len(sweeps)), strict=True):
-        axes.plot(sweep["lrs"], sweep["losses"], ".", markersize=3, color=str(shade), alpha=0.3)
-        axes.plot(sweep["lrs"], sweep["smoothed"], color=str(shade), label=f"seed {sweep['seed']}")
-    for (name, found), colour in zip(report["estimators"].items(), MARK_COLOURS, strict=True):
-        if found["lr"] is not None:
-            spread = f", seeds within x {found['factor']:.2g}" if found["factor"] is not None else ""
-            axes.axvline(found["lr"], color=colour, label=f"{name}: {found['lr']:.2e}{spread}")
-    baseline = report["config"]["max_lr"]
-    axes.axvline(baseline, color="black", linewidth=1, linestyle=":", label=f"baseline: {baseline:.2e}")
-    if sweeps:  # the blow-up at a sweep's end would press the fall flat
-        starts = [sweep["smoothed"][0] for sweep in sweeps]
-        axes.set_ylim(0.9 * min(min(sweep["smoothed"]) for sweep in sweeps), 1.3 * max(starts))
-    axes.set_xscale("log")
-    axes.set_xlabel(_label_knob("max_lr"))
-    axes.set_ylabel("training loss of the step (nats per image)")
-    data = "" if report["data"]["name"] == "cifar10" else f", NOT CIFAR-10 ({report['data']['name']})"
-    recipe = f"{report['config']['optimizer']}, batches of {report['config']['batch_size']}"
-    axes.set_title(f"LR range test of {report['space']} ({report['tier']}){data}: {recipe}", fontsize=10)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.2)
-    _save(figure, path)
-
-
-def _label_knob(name: str) -> str:
-    """A knob's label and unit, from the schema."""
-    extra = TrainConfig.model_fields[name].json_schema_extra
-    assert isinstance(extra, dict)
-    return f"{extra['label']} ({extra['unit']})" if extra["unit"] else str(extra["label"])
