@@ -23,7 +23,7 @@ from tune_cifar.tables import make_importances, make_slices
 
 
 def examine(state: SearchState) -> tuple[tuple[str, ...], str]:
-    found = examine_space(state, make_slices(state), make_importances(state))
+    found = examine_space(state, make_slices(state), make_importances(state, num_resamples=20))
     return found.sentences, found.diff
 
 
@@ -60,12 +60,18 @@ def test_the_proposal_is_a_space_file_that_differs_in_that_range_alone(searched:
 def test_the_best_trials_at_an_edge_are_told_of_and_that_side_stays(tmp_path: Path) -> None:
     sentences, diff = examine(run_search(tmp_path, 30, at_the_bottom))
     (sentence,) = (found for found in sentences if found.startswith("max_lr"))
-    assert "best trials lie in the lower tenth of its range, at 0.003. The best value may lie beyond it." in sentence
+    assert "best trials lie in the lower tenth of its range, at 0.003; the best may lie beyond it." in sentence
     assert all("low: 3.0e-3" in line for line in diff.splitlines() if line.startswith("+  max_lr"))
 
 
+def test_at_the_schemas_own_bound_nothing_lies_beyond(tmp_path: Path) -> None:
+    sentences, _ = examine(run_search(tmp_path, 30, lambda trial, cycle: 0.6 - 2 * trial.whole.dropout))
+    (sentence,) = (found for found in sentences if found.startswith("dropout"))
+    assert sentence.endswith("lie in the lower tenth of its range, at 0; nothing lies beyond it.")
+
+
 def test_a_knob_without_effect_is_named_and_not_narrowed(searched: SearchState) -> None:
-    importances = make_importances(searched)
+    importances = make_importances(searched, num_resamples=5)
     importances.loc[importances["knob"] == "dropout", ["importance", "low", "high"]] = [0.01, 0.0, 0.05]
     found = examine_space(searched, make_slices(searched), importances)
     assert "dropout: no effect was seen; a pinned value would leave the trials to the other knobs." in found.sentences
@@ -100,6 +106,7 @@ class Page(HTMLParser):
             self.text += data
 
 
+@pytest.mark.slow
 def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its_words(searched: SearchState) -> None:
     html = make_report(searched)
     page = Page(html)
@@ -129,6 +136,7 @@ def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its
     assert make_report(searched) == html
 
 
+@pytest.mark.slow
 def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup(tmp_path: Path) -> None:
     state = run_search(tmp_path, 3)
     state.header = state.header.model_copy(
@@ -139,6 +147,7 @@ def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup
     assert "search &lt;b&gt;&amp;" in html and "search <b>" not in html
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workplace: Path) -> None:
     run_search(workplace / "runs", 3)
     path = workplace / "runs" / "reports" / "x.html"

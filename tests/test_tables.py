@@ -212,6 +212,7 @@ def test_every_figure_shows_its_table_and_can_be_saved_as_svg(searched: SearchSt
     assert not plt.get_fignums()
 
 
+@pytest.mark.slow
 def test_figures_of_a_search_with_a_single_trial_can_be_drawn(tmp_path: Path) -> None:
     state = run_search(tmp_path, 1)
     for name, figure in draw_all(state).items():

@@ -13,6 +13,7 @@ from tune_cifar.errors import SpaceError
 from tune_cifar.record import SearchState
 from tune_cifar.space import Range, parse_space
 from tune_cifar.space.edit import describe_edit, edit_range
+from tune_cifar.space.rules import find_value_problem
 
 # With fewer trials that were scored, nothing is said.
 MIN_TRIALS = 12
@@ -56,9 +57,12 @@ def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.Data
         edges = [sum(place < EDGE for place in places), sum(place > 1 - EDGE for place in places)]
         for number, end, bound in zip(edges, ("lower", "upper"), (searched.low, searched.high), strict=True):
             if 2 * number >= len(places):
+                way_out = (
+                    "nothing lies beyond it" if _is_last(str(knob), searched, end) else "the best may lie beyond it"
+                )
                 sentences.append(
                     f"{knob}: {number} of the {len(places)} best trials lie in the {end} tenth of its range, "
-                    f"at {bound:g}. The best value may lie beyond it."
+                    f"at {bound:g}; {way_out}."
                 )
         if str(knob) in idle:
             sentences.append(f"{knob}: no effect was seen; a pinned value would leave the trials to the other knobs.")
@@ -74,6 +78,12 @@ def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.Data
     return Health(tuple(sentences) or (fine,), describe_edit(file, text))
 
 
+def _is_last(knob: str, searched: Range, end: str) -> bool:
+    """Whether the schema allows nothing beyond the range's end."""
+    beyond = _value(-0.01 if end == "lower" else 1.01, searched)
+    return find_value_problem(knob, beyond, knob) is not None
+
+
 def _find_idle(importances: pd.DataFrame) -> set[str]:
     """Knobs whose importance stays below half an equal share even at the upper end of its interval."""
     return set(importances[importances["high"] < 0.5 / max(1, len(importances))]["knob"])
@@ -87,6 +97,12 @@ def _place(value: float, searched: Range) -> float:
     return (value - low) / (high - low)
 
 
+def _value(place: float, searched: Range) -> float:
+    """What lies at a place, also a little outside."""
+    low, high = float(searched.low), float(searched.high)
+    return low * (high / low) ** place if searched.log else low + (high - low) * place
+
+
 def _narrow(searched: Range, places: list[float], edges: list[int], kept: list[float]) -> Range | None:
     """The better trials with a margin, and what the file itself trains; a side at whose edge they lie stays."""
     begin = 0.0 if 2 * edges[0] >= len(places) else max(0.0, min(places) - MARGIN)
@@ -95,10 +111,9 @@ def _narrow(searched: Range, places: list[float], edges: list[int], kept: list[f
     if end - begin > WORTH:
         return None
     low, high = float(searched.low), float(searched.high)
-    ends = [low * (high / low) ** place if searched.log else low + (high - low) * place for place in (begin, end)]
     return Range(
-        low if begin == 0 else max(low, _round(ends[0], math.floor)),
-        high if end == 1 else min(high, _round(ends[1], math.ceil)),
+        low if begin == 0 else max(low, _round(_value(begin, searched), math.floor)),
+        high if end == 1 else min(high, _round(_value(end, searched), math.ceil)),
         log=searched.log,
     )
 

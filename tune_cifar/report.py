@@ -20,6 +20,7 @@ from tune_cifar.plots.interactive import make_parallel_html
 from tune_cifar.plots.style import make_svg
 from tune_cifar.record import SearchState
 from tune_cifar.results import describe_gain, group_failures, load_trials
+from tune_cifar.space import describe_distribution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,10 +50,9 @@ def write_report(state: SearchState, path: Path) -> None:
         )
     if not any(trial.scores for trial in state.trials.values()):
         raise ConfigError(f"{state.header.name}: a trial must have reached a rung, got none. Wait, or --resume it.")
-    text = make_report(state)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(make_report(state), encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"{path}: the report must be writable there, got {exc.strerror!r}.") from exc
 
@@ -75,7 +75,7 @@ def make_report(state: SearchState) -> str:
         gain=describe_gain(state, state.best) if state.best is not None else "",
         counts={status: count for status, count in state.counts.items() if count},
         rungs=tables.list_rungs(state),
-        ranges={knob: str(found) for knob, found in tables.list_distributions(state).items()},
+        ranges={knob: describe_distribution(found) for knob, found in tables.list_distributions(state).items()},
         trials=_list_best(state),
         pictures=list(_draw(state, slices, importances)),
         parallel=Markup(make_parallel_html(slices)),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, say
+from tune_cifar.cli.terminal import print_json, say, stderr
 
 
 def report(
@@ -32,7 +32,8 @@ def report(
     folder = find_storage(storage)
     (state,) = load_searches(folder, search=search)
     path = out or folder / "reports" / f"{search}.html"
-    write_report(state, path)
+    with stderr().status("drawing the figures"):
+        write_report(state, path)
     if as_json:
         print_json({"search": search, "file": str(path)})
     else:
