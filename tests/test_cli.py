@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.test_record import EVENTS, make_header, write_record
-from tune_cifar.cli import app, main
+from tune_cifar.cli import app, run
 from tune_cifar.data import FILES, DataSource
 from tune_cifar.errors import ConfigError, DataError, RecordError, SpaceError, TrackingError, TuneCifarError
 from tune_cifar.record import read_state, search_folder
@@ -160,7 +160,7 @@ def test_main_shows_our_errors_as_one_line_and_exits_with_1(
     bad.write_text("space: bad\n")
     monkeypatch.setattr(sys, "argv", ["tune_cifar", "spaces", "check", str(bad)])
     with pytest.raises(SystemExit) as caught:
-        main()
+        run()
     out, err = capsys.readouterr()
     assert caught.value.code == 1 and out == ""
     assert err.startswith("error ") and "[red]bad.yaml" in err and err.count("\n") == 1

@@ -42,8 +42,21 @@ app.add_typer(spaces.app, name="spaces")
 app.add_typer(data.app, name="data")
 
 
+def run() -> None:
+    """What was typed, with our own errors as a sentence."""
+    try:
+        app()
+    except TuneCifarError as exc:
+        from rich.text import Text
+
+        sentence = " ".join(str(exc).splitlines())
+        stderr().print(Text.assemble(("error", "bold red"), " ", sentence), soft_wrap=True)
+        sys.exit(1)
+
+
 def main() -> None:
-    """Entry point of the console script and of `python -m tune_cifar`. `kill` ends a command as Ctrl-C does."""
+    """Entry point of the console script and of `python -m tune_cifar`, which ends its process. `kill` ends a command as
+    Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     status: int | str | None = 1
 
@@ -55,13 +68,7 @@ def main() -> None:
     # Registered first, called last: taking torch, Ray and MLflow apart would take one to two seconds more.
     atexit.register(leave)
     try:
-        app()
+        run()
     except SystemExit as exc:
         status = exc.code
         raise
-    except TuneCifarError as exc:
-        from rich.text import Text
-
-        sentence = " ".join(str(exc).splitlines())
-        stderr().print(Text.assemble(("error", "bold red"), " ", sentence), soft_wrap=True)
-        sys.exit(1)
