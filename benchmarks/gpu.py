@@ -1,7 +1,7 @@
 """A whole training on a GPU, eager against captured; without a GPU a dry run, which measures nothing.
 
     python benchmarks/gpu.py [--space s10] [--epochs 24] [--train-size 50000] [--rounds 3] [--json FILE]
-    python benchmarks/gpu.py --space s7 --epochs 1 --train-size 256 --rounds 1      # on a CPU
+    python benchmarks/gpu.py --space s7 --epochs 1 --train-size 1024 --rounds 1      # on a CPU
 
 A side trains the space's baseline twice in one process, under two learning rates, as a warm worker would. Figures:
 seconds from having the images to the end of the first step, for the first and the second training (`start`,
