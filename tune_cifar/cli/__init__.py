@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from tune_cifar.cli import confirm, data, judge, look, lr_range, reproduce, search, searches, spaces, train
+from tune_cifar.cli import confirm, data, export, judge, look, lr_range, reproduce, search, searches, spaces, train
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -30,6 +30,7 @@ app.command()(confirm.confirm)
 app.command()(reproduce.reproduce)
 app.command()(lr_range.lr_range)
 app.command()(judge.judge)
+app.command()(export.export)
 app.command()(searches.failures)
 app.command()(searches.sync)
 app.command()(look.leaderboard)
