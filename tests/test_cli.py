@@ -72,8 +72,8 @@ EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
 
 
 def test_the_commands_are_those_of_the_readme() -> None:
-    assert set(COMMANDS) >= {"search", "train", "lr-range", "confirm", "reproduce", "judge", "leaderboard", "ui"}
-    assert set(COMMANDS) >= {"models", "preview"}
+    assert set(COMMANDS) >= {"search", "train", "lr-range", "confirm", "reproduce", "judge", "export"}
+    assert set(COMMANDS) >= {"leaderboard", "ui", "models", "preview"}
     assert set(COMMANDS) >= {"spaces list", "spaces show", "spaces check", "data fetch", "data verify"}
 
 

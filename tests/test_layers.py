@@ -49,6 +49,7 @@ LEVELS = {
     "reproduce": 7,
     "confirm": 7,
     "lr_range": 7,
+    "export": 7,
     "cli": 9,
     "live": 9,
 }
@@ -71,6 +72,9 @@ ROOMS = {
     "torchvision": {"data"},
     "torchinfo": {"models/summary"},
     "safetensors": {"checkpoint"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "onnxscript": {"export"},
     "cryptography": {"models/layers"},
     "typer": {"cli"},
     "rich": {"live", "cli"},
@@ -160,7 +164,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
 
 
 LIGHT_COMMANDS = (
-    *(["--help"], ["search", "--help"], ["lr-range", "--help"]),
+    *(["--help"], ["search", "--help"], ["lr-range", "--help"], ["export", "--help"]),
     *(["spaces", "list"], ["leaderboard", "--help"]),
 )
 

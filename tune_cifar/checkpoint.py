@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from tune_cifar.errors import CheckpointError, DiskFullError
@@ -39,7 +40,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    _write_atomically(path, _make_head(payload) + payload)
+    write_atomically(path, _make_head(payload) + payload)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -74,13 +75,14 @@ def _read_payload(path: Path) -> bytes:
     return payload
 
 
-def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """A model's state_dict as safetensors, contiguous on the CPU, written atomically.
 
     Raises:
         CheckpointError: when the disk does not take it.
     """
-    _write_atomically(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_atomically(path, save(tensors, metadata))
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -94,6 +96,19 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as exc:  # safetensors raises its own and the system's errors
         raise CheckpointError(f"{path}: whole safetensors weights must be there, got: {exc}") from exc
     return weights
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """What `save_weights` wrote beside the weights; empty where it was given none.
+
+    Raises:
+        CheckpointError: when the file is missing or not safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception as exc:  # safetensors raises its own and the system's errors
+        raise CheckpointError(f"{path}: whole safetensors weights must be there, got: {exc}") from exc
 
 
 class CheckpointFolder:
@@ -174,7 +189,12 @@ def _remove(paths: list[Path]) -> None:
             path.unlink()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one, never a part.
+
+    Raises:
+        CheckpointError: when the disk does not take it; the old file stays.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ TuneCifarError
 │   └── DiskFullError  there was no room for one, or for weights
 ├── RecordError       a search's record cannot be read, or a name is taken or unknown
 ├── TrackingError     MLflow cannot be reached or refuses
+├── ExportError       an exported file does not compute what the network computes
 └── Diverged          the loss stopped being a number: a result of a trial, not a fault of the program
 """
 
@@ -49,6 +50,10 @@ class RecordError(TuneCifarError):
 
 class TrackingError(TuneCifarError):
     """The MLflow store cannot be reached or refuses."""
+
+
+class ExportError(TuneCifarError):
+    """An exported file does not compute what the network computes."""
 
 
 class Diverged(TuneCifarError):  # noqa: N818  (a result, not a fault: it keeps the field's own word)

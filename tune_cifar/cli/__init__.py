@@ -13,7 +13,20 @@ import sys
 
 import typer
 
-from tune_cifar.cli import confirm, data, judge, look, lr_range, report, reproduce, search, searches, spaces, train
+from tune_cifar.cli import (
+    confirm,
+    data,
+    export,
+    judge,
+    look,
+    lr_range,
+    report,
+    reproduce,
+    search,
+    searches,
+    spaces,
+    train,
+)
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -31,6 +44,7 @@ app.command()(reproduce.reproduce)
 app.command()(lr_range.lr_range)
 app.command()(judge.judge)
 app.command()(report.report)
+app.command()(export.export)
 app.command()(searches.failures)
 app.command()(searches.sync)
 app.command()(look.leaderboard)
