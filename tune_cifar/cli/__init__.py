@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from tune_cifar.cli import confirm, data, judge, look, lr_range, reproduce, search, searches, spaces, train
+from tune_cifar.cli import confirm, data, judge, look, lr_range, plan, reproduce, search, searches, spaces, train
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(search.search)
+app.command()(plan.plan)
 app.command()(train.train)
 app.command()(confirm.confirm)
 app.command()(reproduce.reproduce)
