@@ -12,7 +12,7 @@ from typing import Any
 
 from tune_cifar.confirm import ALL_IMAGES, make_final
 from tune_cifar.errors import RecordError
-from tune_cifar.fidelity import expected_epochs
+from tune_cifar.forecast import forecast_search
 from tune_cifar.numerics import count_cores, count_gpus
 from tune_cifar.openings import TestOpening, find_openings, find_openings_file
 from tune_cifar.record import SearchState, read_state, search_folder
@@ -178,7 +178,8 @@ def estimate_hours(queue: Queue, steps: Iterable[Step]) -> float | None:
             space = load_space(step.space, queue.tier, queue.pins)
             num_epochs: float = space.baseline.epochs
             if step.part == "search":
-                num_epochs = space.budget.trials * expected_epochs(space.budget)
+                budget = space.budget.model_copy(update={"max_time_seconds": None})
+                num_epochs = forecast_search(budget, 1, 1.0).epochs.mean
             elif step.part == "confirm":
                 num_epochs *= (1 + TOP) * queue.seeds
             num_left += max(0.0, num_epochs - sum(trial.epochs_done for trial in trials))

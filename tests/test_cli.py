@@ -73,7 +73,7 @@ EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
 
 def test_the_commands_are_those_of_the_readme() -> None:
     assert set(COMMANDS) >= {"search", "train", "lr-range", "confirm", "reproduce", "judge", "export"}
-    assert set(COMMANDS) >= {"leaderboard", "ui", "models", "preview"}
+    assert set(COMMANDS) >= {"leaderboard", "ui", "models", "preview", "plan", "report"}
     assert set(COMMANDS) >= {"spaces list", "spaces show", "spaces check", "data fetch", "data verify"}
 
 
@@ -104,6 +104,9 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     ("search --space s77", SpaceError, "a known name or a path must be given, got 's77'. Did you mean s7?"),
     ("search --space s7 --max-time 8x", ConfigError, "a time such as 90s, 8m or 1h30m must be given, got '8x'."),
     ("search --space s7 --trials 0", ConfigError, "--trials: a number >= 1 must be given, got '0'."),
+    ("plan --space s77", SpaceError, "a known name or a path must be given, got 's77'. Did you mean s7?"),
+    ("plan --space s7 --trials +5", ConfigError, "--trials: a number >= 1 must be given, got '+5'."),
+    ("plan --space s7 --device cpu --gpus-per-trial 1", ConfigError, "--gpus-per-trial: 0 must hold on a CPU, got 1."),
     ("spaces show s11", SpaceError, "a known name or a path must be given, got 's11'."),
     ("spaces check no/such.yaml", SpaceError, "no/such.yaml: a space file must exist there, got none."),
     ("train --space s7 --set maxlr=1", ConfigError, "--set: 'maxlr' is not a known knob. Did you mean max_lr?"),
@@ -139,11 +142,11 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
 @pytest.mark.parametrize(("command", "kind", "sentence"), MISTAKES, ids=[command for command, _, _ in MISTAKES])
 @pytest.mark.usefixtures("workplace")
 def test_a_mistake_is_answered_in_one_sentence(command: str, kind: type[TuneCifarError], sentence: str) -> None:
-    needs_data = command.split()[0] in ("train", "search", "preview", "lr-range")
+    needs_data = command.split()[0] in ("train", "search", "preview", "lr-range", "plan")
     assert sentence in refuse(kind, *command.split(), *(["--data", "shapes"] if needs_data else []))
 
 
-@pytest.mark.parametrize("command", ["train", "preview", "search", "lr-range"])
+@pytest.mark.parametrize("command", ["train", "preview", "search", "lr-range", "plan"])
 def test_missing_data_are_refused_with_every_way_out(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -280,6 +283,76 @@ def test_data_verify_of_the_stand_in_says_that_it_has_no_files() -> None:
     answer = invoke("data", "verify", "--data", "shapes")
     assert (answer.exit_code, answer.stdout) == (0, "The stand-in is generated: it has no files.\n")
     assert json.loads(invoke("data", "verify", "--data", "shapes", "--json").stdout) == []
+
+
+# Planning
+
+
+PLAN = [
+    "plan",
+    "--space",
+    "smoke",
+    "--tier",
+    "cpu",
+    "--data",
+    "shapes",
+    "--device",
+    "cpu",
+    *TINY,
+    "--set=pct_start=0.9",
+]
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever imports Ray now gets an ImportError."""
+    monkeypatch.delitem(sys.modules, "tune_cifar.search", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_plan_tells_rungs_epochs_time_disk_and_the_search_and_leaves_nothing_behind(workplace: Path) -> None:
+    answer = invoke(*PLAN, "--trials", "9", "--max-concurrent", "1")
+    assert answer.exit_code == 0, answer.output
+    assert "NOT CIFAR-10" in answer.stdout and not list(workplace.iterdir())
+    lines = [line.strip() for line in answer.stdout.splitlines()]
+    (title,) = [line for line in lines if line.startswith("smoke (cpu): 9 trials, rungs at 1, 3 epochs")]
+    assert "reduction factor 2" in title and "at most 1 min" in title
+    assert [line.split()[:2] for line in lines if re.match(r"\d epochs? +\d+\.\d of 9\.0", line)] == [
+        ["1", "epoch"],
+        ["3", "epochs"],
+    ]
+    (cost,) = [line for line in lines if "An epoch of the baseline takes about" in line]
+    assert cost.startswith("1 at once on ") and "; a trial holds " in cost
+    epochs = re.search(r"trial-epochs +(\d+) +(\d+) to (\d+)", answer.stdout)
+    assert epochs is not None
+    mean, low, high = map(int, epochs.groups())
+    assert 12 <= low <= mean <= high <= 9 * 4
+    assert re.search(r"wall time +0:00:\d\d +0:00:\d\d to 0:00:\d\d", answer.stdout)
+    assert re.search(r"disk: at most \d+ MB \(checkpoints \d+ MB, weights ", answer.stdout)
+    words = shlex.split(lines[-1])
+    assert words[:4] == ["python", "-m", "tune_cifar", "search"] and words[4:-4] == PLAN[1:]
+    assert words[-4:] == ["--trials", "9", "--max-concurrent", "1"]
+    COMMANDS["search"].make_context("search", words[4:])  # raises for an unknown option
+
+
+@pytest.mark.usefixtures("without_ray", "workplace")
+def test_plan_as_json_has_exactly_the_promised_keys() -> None:
+    answer = invoke(*PLAN, "--json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert set(found) == {
+        *("space", "tier", "data", "device", "precision", "cpus_per_trial", "gpus_per_trial", "max_concurrent"),
+        *("budget", "epoch_seconds", "memory_mb", "rungs", "trials", "trial_epochs", "wall_seconds", "disk_bytes"),
+        "command",
+    }
+    assert [rung["epochs"] for rung in found["rungs"]] == [1, 3] and found["rungs"][0]["trials"] == 4.0
+    assert set(found["trial_epochs"]) == set(found["wall_seconds"]) == {"mean", "low", "high"}
+    assert found["trials"]["complete"] == found["rungs"][1]["trials"]
+    assert found["disk_bytes"]["total"] == sum(
+        found["disk_bytes"][part] for part in ("checkpoints", "weights", "records")
+    )
+    assert (found["data"], found["gpus_per_trial"]) == ("shapes", 0.0) and "--json" not in found["command"]
 
 
 # Training

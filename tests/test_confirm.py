@@ -350,18 +350,18 @@ def make_plan(made: tuple[SearchSpace, Confirmation | None]) -> SearchPlan:
     request = SearchRequest(SHAPES, Path("runs"), "test")
     resources = Resources(1, 0.0, 2, 0)
     return SearchPlan(
-        space, request, "n", CIFAR10, NUMERICS, resources, Cost(0.5, 700.0, 24_000.0), 2.0, confirmation=settled
+        space, request, "n", CIFAR10, NUMERICS, resources, Cost(0.5, 700.0, 24_000.0), confirmation=settled
     )
 
 
 def test_a_plan_says_what_it_is_of(tmp_path: Path) -> None:
     rest = "; 2 at once on a processor, fp32, 1 thread each. "
-    rest += "An epoch of the baseline takes about 0.5 s; a trial holds 0.68 of 23 GB."
+    rest += "An epoch of the baseline takes about 0.5 s; a trial holds 0.68 of 23 GB: about "
     state = write_search(tmp_path, [0.5, 0.7])
     text = make_plan(make_confirmation(state, 1, 3, {})).describe()
-    assert text == f"confirmation n: 6 trainings of 2 epochs each{rest}"
+    assert text == f"confirmation n: 6 trainings of 2 epochs each{rest}12 trial-epochs in 0:00:07."
     text = make_plan(make_confirmation(state, 1, 3, {"epochs": 1})).describe()
-    assert text == f"confirmation n: 6 trainings of 1 epoch each{rest}"
+    assert text == f"confirmation n: 6 trainings of 1 epoch each{rest}6 trial-epochs in 0:00:06."
     space = load_space("smoke", "cpu", {"epochs": 1})
     assert make_plan((space, None)).describe().startswith("search n: 4 trials, 1 epoch each, sampler tpe (startup 1), ")
 

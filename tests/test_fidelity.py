@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
-from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_cifar.fidelity import expected_epochs, keep, list_cycles
+from tune_cifar.fidelity import keep, list_cycles, list_steps
 from tune_cifar.space import Budget
 from tune_cifar.space.layout import Fidelity, SamplerBudget
 
@@ -69,14 +67,21 @@ def test_reduction_factor_one_is_a_fault_of_the_caller() -> None:
         keep(0.5, [0.5], 1)
 
 
-def make_budget(rungs: tuple[int, ...], fidelity: Fidelity = "cycles", reduction_factor: int = 3) -> Budget:
+def make_budget(
+    rungs: tuple[int, ...],
+    fidelity: Fidelity = "cycles",
+    reduction_factor: int = 3,
+    trials: int = 9,
+    max_time_seconds: float | None = None,
+) -> Budget:
     return Budget(
-        trials=9,
+        trials=trials,
         fidelity=fidelity,
         rungs=rungs,
         reduction_factor=reduction_factor,
         sampler=SamplerBudget(kind="random"),
         seed=0,
+        max_time_seconds=max_time_seconds,
     )
 
 
@@ -85,23 +90,8 @@ def test_trial_trains_from_scratch_once_or_once_for_every_rung(fidelity: Fidelit
     assert list_cycles(make_budget((1, 3, 8), fidelity)) == cycles
 
 
-@pytest.mark.parametrize("fidelity", get_args(Fidelity))
-def test_expected_epochs_without_a_middle_rung_are_all_epochs(fidelity: Fidelity) -> None:
-    assert expected_epochs(make_budget((24,), fidelity)) == 24
-
-
-@pytest.mark.parametrize("fidelity", get_args(Fidelity))
-def test_expected_epochs_agree_with_a_long_simulated_search(fidelity: Fidelity) -> None:
-    budget, dice = make_budget((1, 3, 9), fidelity), random.Random(0)
-    reached: dict[int, list[float]] = {rung: [] for rung in budget.rungs}
-    total = 0
-    for _ in range(1000):
-        before = 0
-        for rung in budget.rungs:
-            total += rung - before
-            before = 0 if fidelity == "cycles" else rung
-            score = dice.random()
-            reached[rung].append(score)
-            if not keep(score, reached[rung], budget.reduction_factor):
-                break
-    assert total / 1000 == pytest.approx(expected_epochs(budget), rel=0.1)
+def test_from_rung_to_rung_a_trial_pays_for_a_whole_cycle_or_for_what_is_missing() -> None:
+    assert list_steps(make_budget((1, 3, 8), "cycles")) == (1, 3, 8)
+    assert list_steps(make_budget((1, 3, 8), "cycles/continue")) == (1, 2, 5)
+    assert list_steps(make_budget((1, 3, 8), "epochs")) == (1, 2, 5)
+    assert list_steps(make_budget((8,), "epochs")) == (8,)

@@ -14,10 +14,21 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.conftest import make_config
-from tests.test_record import CONFIG, COURSES, make_cycles, make_header, make_result, make_start, make_trial
+from tests.test_fidelity import make_budget
+from tests.test_record import (
+    CONFIG,
+    COURSES,
+    make_cycles,
+    make_header,
+    make_result,
+    make_resume,
+    make_start,
+    make_trial,
+)
 from tune_cifar.data import TrainVal
 from tune_cifar.engine import Trainer
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
+from tune_cifar.forecast import START_SECONDS, forecast_search
 from tune_cifar.live import (
     SearchView,
     SweepView,
@@ -48,9 +59,11 @@ def make_console(width: int = 100, **options: Any) -> tuple[Console, StringIO]:
     return Console(file=text, width=width, **options), text
 
 
-def make_view(console: Console, max_seconds: float | None = None, num_trials: int = 6) -> SearchView:
-    """Of trials of 3 epochs, 1.5 expected, at 2 s an epoch until known better, two at once."""
-    return SearchView(console, 2.0, 1.5, max_seconds, num_trials, 2)
+def make_view(
+    console: Console, max_seconds: float | None = None, num_trials: int = 6, rungs: tuple[int, ...] = (3,)
+) -> SearchView:
+    """Of trials of 3 epochs at 2 s an epoch until known better, two at once."""
+    return SearchView(console, make_budget(rungs, trials=num_trials, max_time_seconds=max_seconds), 2, 2.0)
 
 
 def tell(view: SearchView, events: list[Event], **header: Any) -> SearchState:
@@ -79,7 +92,7 @@ def test_search_prints_one_plain_line_per_event_without_a_terminal() -> None:
     assert "\x1b" not in text.getvalue() and len(lines) == len(events)
     assert lines[0] == "[0:00:00] trial 0 starts (baseline): max_lr 0.1"
     assert lines[1] == "[0:00:00] trial 0 epoch 1/3: val_acc 30.00 %"
-    best = "best so far 70.00 % (trial 0), about 0:00:08 to go"
+    best = "best so far 70.00 % (trial 0), about 0:00:18 to go"
     assert lines[4] == f"[0:00:00] trial 0 complete (it complete); {best}"
     assert lines[-1].startswith("[0:00:00] trial 1 stopped (it stopped); best so far 70.00 % (trial 0), about ")
 
@@ -95,20 +108,21 @@ def test_a_failure_whose_reason_holds_brackets_is_shown_as_it_is() -> None:
 
 def test_time_left_before_the_first_epoch_is_the_estimate() -> None:
     view = make_view(make_console()[0])
-    assert view.eta_seconds() == 6 * 1.5 * 2.0 / 2
+    assert view.eta_seconds() == START_SECONDS + 6 * 3 * 2.0 / 2
 
 
 def test_time_left_follows_the_price_of_real_epochs() -> None:
     view = make_view(make_console()[0])
     tell(view, [make_start(0), EpochReported(trial=0, result=make_result(1, epoch_seconds=10.0))])
-    assert view.eta_seconds() == (6 * 1.5 - 1) * 10.0 / 2
+    assert view.eta_seconds() == 90.0  # one worker has 2 + 3 + 3 epochs before it, the other 3 + 3 + 3
 
 
-def test_time_left_follows_the_real_lengths_of_trials_once_three_have_ended() -> None:
-    view = make_view(make_console()[0])
-    events = [*make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [0.1], "stopped")]
-    tell(view, [*events, *make_trial(2, [0.1, 0.1], "stopped")])
-    assert view.eta_seconds() == 3 * 2 * 2.0 / 2  # three trials of two epochs at two seconds, two at once
+def test_time_left_is_what_the_simulation_says_of_the_present_state() -> None:
+    view = make_view(make_console()[0], num_trials=100, rungs=(1, 3))
+    assert view.eta_seconds() == pytest.approx(forecast_search(view._budget, 2, 2.0).seconds.mean, rel=0.1)
+    state = tell(view, [*make_cycles(0, {1: [0.5], 3: [0.1, 0.2, 0.3]}, "complete"), *make_cycles(1, {1: [0.4]}, None)])
+    more = forecast_search(view._budget, 2, 2.0, state, start_seconds=0.0).seconds.mean
+    assert view.eta_seconds() == pytest.approx(more, rel=0.1)
 
 
 @pytest.mark.parametrize("accs", [[0.1], [0.1, 0.2, 0.3]])
@@ -173,7 +187,7 @@ def test_live_table_shows_trials_best_gain_and_time() -> None:
     assert lines[2].split() == ["1", "complete", "3/3", "75.00", "%", "0.1"]
     assert lines[3].split() == ["0", "(baseline)", "complete", "3/3", "70.00", "%", "0.1"]
     assert lines[4] == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), +5.00 points over the baseline"
-    assert re.fullmatch(r"0:00:0\d gone, about 0:00:0\d to go", lines[5]) and len(lines) == 6
+    assert re.fullmatch(r"0:00:0\d gone, about 0:00:1\d to go", lines[5]) and len(lines) == 6
 
 
 def test_live_table_counts_the_epochs_of_the_cycle_that_a_trial_is_in() -> None:
@@ -197,17 +211,11 @@ def test_search_prints_the_epochs_of_a_cycle_beside_its_length() -> None:
     assert epochs == ["1/1", "1/2", "2/2", "1/3", "2/3", "3/3"]
 
 
-def test_time_left_counts_every_cycle_that_was_paid_for() -> None:
-    view = make_view(make_console()[0])
-    tell(
-        view,
-        [
-            *make_cycles(0, COURSES, "complete"),
-            *make_cycles(1, {1: [0.1]}, "stopped"),
-            *make_cycles(2, {1: [0]}, "stopped"),
-        ],
-    )
-    assert view.eta_seconds() == 3 * (6 + 1 + 1) / 3 * 2.0 / 2
+@pytest.mark.parametrize(("courses", "left"), [({1: [0.5]}, 5), ({1: [0.5], 2: [0.2]}, 4), (COURSES, 0)])
+def test_time_left_counts_every_cycle_that_is_still_to_come(courses: dict[int, list[float]], left: int) -> None:
+    view = make_view(make_console()[0], num_trials=1, rungs=(1, 2, 3))
+    tell(view, make_cycles(0, courses, None))
+    assert view.eta_seconds() == 2.0 * left
 
 
 def test_live_table_stays_small_and_shows_what_runs_first() -> None:
@@ -273,6 +281,36 @@ def test_summary_tells_pins_drops_failures_and_tracking_faults_as_they_are() -> 
 def test_summary_of_the_stand_in_says_what_it_is() -> None:
     text = summarise(make_trial(0, [0.3, 0.5, 0.6], "complete"), data=SHAPES_INFO)
     assert "NOT CIFAR-10: these accuracies were measured on the generated stand-in." in text
+
+
+def test_summary_tells_what_was_paid_beside_what_was_predicted() -> None:
+    events = [*make_trial(0, [0.3, 0.5, 0.6], "complete"), *make_trial(1, [0.4], "stopped")]
+    text = summarise(events, predicted_epochs=5.2)
+    assert "trial-epochs: 4 paid, 5 predicted (error +30 %)\n" in text
+    assert "trial-epochs: 4 paid, 4 predicted (error -5 %)\n" in summarise(events, predicted_epochs=3.8)
+    assert "trial-epochs" not in summarise(events), "an older record has no prediction"
+    assert "trial-epochs" not in summarise([make_start(0)], predicted_epochs=5.0), "nothing was paid"
+
+
+@pytest.mark.parametrize(
+    ("trials", "limit", "reason", "is_told"),
+    [
+        (4, None, "all trials", True),
+        (9, None, "all trials", False),
+        (4, 60.0, "all trials", False),
+        (4, None, "time limit", False),
+        (4, None, "interrupted", False),
+    ],
+)
+def test_a_resumed_search_tells_of_its_prediction_only_if_it_was_the_predicted_one(
+    trials: int, limit: float | None, reason: str, is_told: bool
+) -> None:
+    budget = {"trials": 4, "rungs": [1, 2, 3], "max_time_seconds": limit}
+    first = [*make_trial(0, [0.3, 0.5, 0.6], "complete"), SearchEnded(reason="interrupted", wall_seconds=1.0)]
+    again = [make_resume(trials), *make_trial(1, [0.4], "stopped"), SearchEnded(reason=reason, wall_seconds=1.0)]
+    console, text = make_console()
+    print_search_summary(console, make_state([*first, *again], budget=budget, predicted_epochs=4.0), [], [])
+    assert ("trial-epochs: 4 paid, 4 predicted (error +0 %)" in text.getvalue()) is is_told
 
 
 def test_summarys_next_commands_repeat_the_options_and_are_never_broken() -> None:

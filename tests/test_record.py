@@ -194,6 +194,17 @@ def test_reading_gives_the_state_the_writer_had(folder: Path, tmp_path: Path) ->
     assert [event.trial for event in EVENTS if isinstance(event, TrialStarted)] == list(written.trials)
 
 
+@pytest.mark.parametrize("predicted", [None, 38.25])
+def test_a_header_has_a_prediction_unless_it_is_from_before_there_were_any(
+    folder: Path, predicted: float | None
+) -> None:
+    body = make_header().model_dump(mode="json", exclude={"predicted_epochs"})
+    if predicted is not None:
+        body["predicted_epochs"] = predicted
+    (folder / "record.jsonl").write_bytes(make_line(1, "header", body))
+    assert read_state(folder).header == make_header(predicted_epochs=predicted)
+
+
 def test_a_trial_carries_all_that_its_events_told(folder: Path) -> None:
     trial = read_state(folder).trials[3]
     assert (trial.number, trial.run_id, trial.origin, trial.status) == (3, "s7-1:3", "sampler", "failed")

@@ -715,6 +715,20 @@ def test_a_search_says_what_it_does_and_what_comes_next(searched: tuple[Path, Se
 
 
 @pytest.mark.slow
+def test_a_search_tells_how_far_off_its_prediction_was(searched: tuple[Path, SearchState, str]) -> None:
+    """Six trials in cycles of 1 and 3 epochs, the n-th of which goes on with ceil(n / 2) chances in n: two standard
+    deviations of this luck are 6.6 epochs of about 17."""
+    _, state, text = searched
+    predicted = state.header.predicted_epochs
+    paid = sum(trial.epochs_done for trial in state.trials.values())
+    chances = [-(-n // 2) / n for n in range(1, 7)]
+    luck = 3 * sum(chance * (1 - chance) for chance in chances) ** 0.5
+    assert predicted == pytest.approx(6 + 3 * sum(chances), rel=0.05)
+    assert predicted is not None and abs(predicted - paid) <= 2 * luck
+    assert f"trial-epochs: {paid} paid, {predicted:.0f} predicted (error " in text
+
+
+@pytest.mark.slow
 def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(searched: tuple[Path, SearchState, str]) -> None:
     _, state, _ = searched
     assert {trial.config.batch_size for trial in state.trials.values()} == {8}

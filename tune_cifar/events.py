@@ -65,7 +65,7 @@ class Confirmation(Frozen):
 class Header(Frozen):
     """The first event. `baseline` is a TrainConfig as JSON, `distributions` Optuna's JSON per searched knob, `points`
     the values tried right after the baseline, `pinned` the knobs fixed on the command line, `seed` the sampler's,
-    `space_text` the whole space file."""
+    `space_text` the whole space file, `predicted_epochs` the trial-epochs that were expected of the budget."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     kind: Kind
@@ -84,6 +84,7 @@ class Header(Frozen):
     environment: dict[str, str]
     command: str
     confirmation: Confirmation | None = None
+    predicted_epochs: float | None = None
 
 
 class TrialStarted(Frozen):

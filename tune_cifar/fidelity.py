@@ -30,7 +30,12 @@ def keep(score: float, scores_at_rung: Collection[float], reduction_factor: int)
     assert not any(math.isnan(other) for other in scores_at_rung), "a score must be a number"
     assert reduction_factor >= 2, "a reduction factor below 2 stops nothing"
     rank = 1 + sum(other > score for other in scores_at_rung)
-    return rank <= math.ceil(len(scores_at_rung) / reduction_factor)
+    return goes_on(rank, len(scores_at_rung), reduction_factor)
+
+
+def goes_on(rank: int, num_scores: int, reduction_factor: int) -> bool:
+    """The rule itself: `keep` for a trial whose place (1 is the best) among the scores at the rung is known."""
+    return rank <= math.ceil(num_scores / reduction_factor)
 
 
 def list_cycles(budget: Budget) -> tuple[int, ...]:
@@ -38,11 +43,8 @@ def list_cycles(budget: Budget) -> tuple[int, ...]:
     return budget.rungs if budget.fidelity == "cycles" else budget.rungs[-1:]
 
 
-def expected_epochs(budget: Budget) -> float:
-    """Epochs that a trial of a long search trains on average, when scores come in no particular order.
-
-    The first few trials of a search cost more: the rule keeps at least one at every rung.
-    """
-    steps = [end - start for start, end in itertools.pairwise((0, *budget.rungs))]
-    lengths = budget.rungs if budget.fidelity == "cycles" else steps
-    return sum(length / float(budget.reduction_factor) ** i for i, length in enumerate(lengths))
+def list_steps(budget: Budget) -> tuple[int, ...]:
+    """Epochs that a trial pays for from each rung to the next: a cycle from scratch, or what one schedule lacks."""
+    if budget.fidelity == "cycles":
+        return budget.rungs
+    return tuple(end - start for start, end in itertools.pairwise((0, *budget.rungs)))

@@ -17,9 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_cifar.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
+from tune_cifar.forecast import START_SECONDS, forecast_search
 from tune_cifar.record import SearchState, TrialState
 from tune_cifar.results import describe_gain
 from tune_cifar.schema import DataInfo, EpochResult, Status
+from tune_cifar.space import Budget
 
 if TYPE_CHECKING:
     from tune_cifar.engine import Trainer
@@ -68,30 +70,20 @@ class SearchView:
     """Shows a running search; a listener of its record and a context manager.
 
     Args:
-        epoch_seconds: estimate of one epoch of the baseline, until real ones are known.
-        epochs_per_trial: expected epochs of a trial under the rungs.
-        max_seconds: the search's time limit, None for none.
-        num_trials: of the budget.
+        budget: what the search is to do; its time limit begins now.
         num_concurrent: trials at once.
+        epoch_seconds: estimate of one epoch of the baseline, until real ones are known.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        epoch_seconds: float,
-        epochs_per_trial: float,
-        max_seconds: float | None,
-        num_trials: int,
-        num_concurrent: int,
-    ) -> None:
+    def __init__(self, console: Console, budget: Budget, num_concurrent: int, epoch_seconds: float) -> None:
         self._console = console
-        self._epoch_seconds = epoch_seconds
-        self._epochs_per_trial = epochs_per_trial
-        self._max_seconds = max_seconds
-        self._num_trials = num_trials
+        self._budget = budget.model_copy(update={"max_time_seconds": None})
+        self._max_seconds = budget.max_time_seconds
         self._num_concurrent = num_concurrent
+        self._epoch_seconds = epoch_seconds
         self._start = time.monotonic()
         self._state: SearchState | None = None
+        self._forecast: tuple[SearchState | None, float] | None = None
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render, transient=True)
 
     def __enter__(self) -> SearchView:
@@ -121,16 +113,21 @@ class SearchView:
         self._console.print(words, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def eta_seconds(self) -> float:
-        """Expected seconds to the end: expected epochs left at the mean epoch's price, never beyond the time limit."""
+        """Expected seconds to the end, simulated from where the search stands at the mean epoch's price, never beyond
+        the time limit."""
         state, elapsed = self._state, time.monotonic() - self._start
+        if self._forecast is None or self._forecast[0] is not state:
+            self._forecast = state, self._simulate(state)
+        expected = self._forecast[1]
+        return expected if self._max_seconds is None else min(expected, max(0.0, self._max_seconds - elapsed))
+
+    def _simulate(self, state: SearchState | None) -> float:
+        """Seconds to the end without a time limit. About 2 ms, since it is asked for after every event."""
         trials = list(state.trials.values()) if state else []
         seconds = [result.epoch_seconds for trial in trials for _, result in trial.paid]
         price = sum(seconds) / len(seconds) if seconds else self._epoch_seconds
-        ended = [trial.epochs_done for trial in trials if trial.status != "running"]
-        per_trial = sum(ended) / len(ended) if len(ended) >= 3 else self._epochs_per_trial
-        num_left = (self._num_trials - len(ended)) * per_trial - (len(seconds) - sum(ended))
-        expected = max(0.0, num_left) * price / self._num_concurrent
-        return expected if self._max_seconds is None else min(expected, max(0.0, self._max_seconds - elapsed))
+        start = 0.0 if seconds else START_SECONDS
+        return forecast_search(self._budget, self._num_concurrent, price, state, start, effort=400).seconds.mean
 
     def _describe(self, state: SearchState, event: Event) -> str:
         clock = f"[{format_seconds(time.monotonic() - self._start)}]"
@@ -161,7 +158,7 @@ class SearchView:
 
     def _status_line(self, state: SearchState) -> Text:
         counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count)
-        line = f"{len(state.trials)}/{self._num_trials} trials: {counts}"
+        line = f"{len(state.trials)}/{self._budget.trials} trials: {counts}"
         if state.best is not None:
             line += f"   best {format_percent(state.best.score)} (trial {state.best.number})"
             score, baseline = state.best.score, state.baseline_score
@@ -222,6 +219,8 @@ def print_search_summary(
     say(f"\n{header.name} ended after {took} ({state.finished.reason}): {len(state.trials)} trials, {counts}", "bold")
     if header.data.name == "shapes":
         say("NOT CIFAR-10: these accuracies were measured on the generated stand-in.", "bold yellow")
+    if prediction := _describe_prediction(state):
+        say(prediction)
     if header.pinned:
         say("pinned for all trials: " + ", ".join(f"{k} = {format_value(v)}" for k, v in header.pinned.items()))
     if dropped:
@@ -239,6 +238,20 @@ def print_search_summary(
     for fault in dict.fromkeys(tracking_faults):
         say(fault, "yellow")
     _print_next(console, state, data_option, storage_option)
+
+
+def _describe_prediction(state: SearchState) -> str:
+    """What was paid beside what was predicted; nothing where another search than the predicted one was run."""
+    header, predicted = state.header, state.header.predicted_epochs
+    paid = sum(trial.epochs_done for trial in state.trials.values())
+    if predicted is None or not paid or not state.is_finished:
+        return ""
+    if state.resumes:  # each launch has a time limit of its own
+        wanted = header.budget["trials"], None
+        assert state.finished is not None
+        if (state.num_trials, header.budget.get("max_time_seconds")) != wanted or state.finished.reason != "all trials":
+            return ""
+    return f"trial-epochs: {paid} paid, {predicted:.0f} predicted (error {100 * (predicted / paid - 1):+.0f} %)"
 
 
 def _knob_table(state: SearchState, best: TrialState) -> Table:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +15,11 @@ from tune_cifar.data import DataSource, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError
 from tune_cifar.events import Confirmation, SearchResumed
-from tune_cifar.numerics import check_cpus, count_cores, count_gpus, get_memory_mb
+from tune_cifar.fidelity import list_cycles
+from tune_cifar.forecast import Forecast, forecast_search
+from tune_cifar.numerics import check_cpus, count_cores, count_gpus, get_memory_mb, resolve_numerics
+from tune_cifar.preflight import DiskNeeds, check_search_fits, estimate_disk_needs
+from tune_cifar.record import SearchState, check_is_new, search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space import SearchSpace
 
@@ -81,8 +89,7 @@ class SearchPlan:
 
     Attributes:
         cost: of one trial, measured.
-        epochs_per_trial: expected under the rungs.
-        num_ended: trials of a resumed search that need nothing more.
+        past: the search as it is recorded, when it goes on.
         resumed: what the record will say of the resume; None for a new search.
         notes: what was restored and what has changed, a sentence each.
         confirmation: what is trained when nothing is searched: a search's candidates again, under new seeds.
@@ -95,30 +102,44 @@ class SearchPlan:
     numerics: Numerics
     resources: Resources
     cost: Cost
-    epochs_per_trial: float
-    num_ended: int = 0
+    past: SearchState | None = None
     resumed: SearchResumed | None = None
     notes: tuple[str, ...] = ()
     confirmation: Confirmation | None = None
 
+    @cached_property
+    def forecast(self) -> Forecast:
+        """What is expected to be paid, the past apart."""
+        return forecast_search(self.space.budget, self.resources.max_concurrent, self.cost.epoch_seconds, self.past)
+
+    @property
+    def disk_needs(self) -> DiskNeeds:
+        """At most, if every trial trained to its last epoch."""
+        budget, request = self.space.budget, self.request
+        num_epochs, num_at_once = sum(list_cycles(budget)), self.resources.max_concurrent
+        return estimate_disk_needs(self.space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights)
+
     def describe(self) -> str:
-        """What will fit into the time, in one sentence or two."""
-        budget, numerics = self.space.budget, self.numerics
-        workers = self.resources.max_concurrent
+        """What will be done, and how much of it fits into the time or how long it takes, in one sentence or two."""
+        budget, expected = self.space.budget, self.forecast
         what = f"search {self.name}: {budget.describe()}"
         if self.confirmation is not None:
             what = f"confirmation {self.name}: {budget.trials} trainings of {budget.describe_epochs()} each"
-        text = (
-            f"{what}; {workers} at once on {numerics.device_name}, "
+        text = f"{what}; {self.describe_cost()}"
+        more = " more" if self.past is not None and self.past.counts["running"] < len(self.past.trials) else ""
+        if budget.max_time_seconds is None:
+            took = timedelta(seconds=round(expected.seconds.mean))
+            return f"{text}: about {expected.epochs.mean:.0f}{more} trial-epochs in {took}."
+        return f"{text}: the time is enough for about {expected.started:.0f}{more} trials."
+
+    def describe_cost(self) -> str:
+        """How trials run and what one takes; no full stop at the end."""
+        numerics = self.numerics
+        return (
+            f"{self.resources.max_concurrent} at once on {numerics.device_name}, "
             f"{numerics.precision}, {numerics.threads} thread{'s' if numerics.threads > 1 else ''} each. "
             f"An epoch of the baseline takes about {self.cost.epoch_seconds:.2g} s{self._describe_memory()}"
         )
-        if budget.max_time_seconds is None:
-            return text + "."
-        num_epochs = budget.max_time_seconds * workers / self.cost.epoch_seconds
-        num_trials = min(budget.trials - self.num_ended, int(num_epochs / self.epochs_per_trial))
-        more = " more" if self.num_ended else ""
-        return text + f": the time is enough for about {num_trials}{more} trials."
 
     def _describe_memory(self) -> str:
         """What a trial holds, and the advice that follows from it when trials at once are too many or could be more."""
@@ -134,6 +155,46 @@ class SearchPlan:
             better = max(1, min(num_room, num_useful))
             text += f" (--gpus-per-trial {int(100 / better) / 100:g} has room for {better} at once)"
         return text
+
+
+def settle_search(
+    space: SearchSpace, request: SearchRequest, start_workers: Callable[[Resources], None] | None = None
+) -> SearchPlan:
+    """Settle a new search: name, numerics, resources; see `check_and_measure`.
+
+    Raises:
+        RecordError: when the name is taken.
+        ConfigError, DataError: when an option does not fit the machine or the data are not there.
+    """
+    name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_is_new(search_folder(request.storage, name))
+    how = (request.cpus_per_trial, request.deterministic, request.execution)
+    numerics = resolve_numerics(request.device, request.precision, *how)
+    return check_and_measure(space, request, name, numerics, start_workers)
+
+
+def check_and_measure(
+    space: SearchSpace,
+    request: SearchRequest,
+    name: str,
+    numerics: Numerics,
+    start_workers: Callable[[Resources], None] | None = None,
+) -> SearchPlan:
+    """Check that the machine is fit for a search and measure 20 training steps.
+
+    Args:
+        start_workers: called in this thread while others read the data and measure.
+    """
+    resources = resolve_resources(request, numerics, count_gpus(request.device))
+    config, budget, num_at_once = space.baseline, space.budget, resources.max_concurrent
+    num_epochs = sum(list_cycles(budget))
+    check_search_fits(request.storage, config, num_epochs, budget.trials, num_at_once, request.keep_weights)
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
+        measured = pool.submit(measure_cost, config, request.source, numerics)
+        if start_workers is not None:
+            start_workers(resources)
+        return SearchPlan(space, request, name, loaded.result().info, numerics, resources, measured.result())
 
 
 def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:

@@ -11,10 +11,8 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
 from types import FrameType
 from typing import Any, Literal
 
@@ -31,20 +29,11 @@ from tune_cifar.data import load_train_val
 from tune_cifar.driver import SearchDriver
 from tune_cifar.errors import DiskFullError, RecordError
 from tune_cifar.events import Confirmation, Event, Fault, Kind, SearchResumed, utc_now
-from tune_cifar.fidelity import expected_epochs, list_cycles
-from tune_cifar.numerics import count_gpus, describe_environment, resolve_numerics, restore_numerics
-from tune_cifar.plan import (
-    Resources,
-    SearchPlan,
-    SearchRequest,
-    count_trials,
-    measure_cost,
-    resolve_resources,
-)
-from tune_cifar.preflight import check_search_fits
-from tune_cifar.record import Record, SearchState, check_is_new, search_folder
+from tune_cifar.numerics import describe_environment, restore_numerics
+from tune_cifar.plan import Resources, SearchPlan, SearchRequest, check_and_measure, count_trials, settle_search
+from tune_cifar.record import Record, SearchState, search_folder
 from tune_cifar.resume import check_accepted, describe_restored, find_changes, restore_space
-from tune_cifar.schema import EpochResult, Numerics
+from tune_cifar.schema import EpochResult
 from tune_cifar.space import SearchSpace
 from tune_cifar.tracking import Shipper, make_tracking_uri
 from tune_cifar.train import Listener, make_header
@@ -55,17 +44,8 @@ URGENT_SECONDS = 2.0
 
 
 def prepare_search(space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None) -> SearchPlan:
-    """Settle a new search, or a confirmation of one: name, numerics, resources; see `_prepare`.
-
-    Raises:
-        RecordError: when the name is taken.
-        ConfigError, DataError: when an option does not fit the machine or the data are not there.
-    """
-    name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
-    check_is_new(search_folder(request.storage, name))
-    how = (request.cpus_per_trial, request.deterministic, request.execution)
-    numerics = resolve_numerics(request.device, request.precision, *how)
-    return replace(_prepare(space, request, name, numerics), confirmation=confirmation)
+    """Settle a new search, or a confirmation of one, while the workers' cluster starts; raises as `settle_search`."""
+    return replace(settle_search(space, request, start_ray), confirmation=confirmation)
 
 
 def prepare_resume(
@@ -92,7 +72,8 @@ def prepare_resume(
     data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size).info
     changes = find_changes(state, data, numerics, environment)
     check_accepted(changes, accepts_changes)
-    plan = _prepare(space, replace(request, cpus_per_trial=numerics.threads), request.name, numerics)
+    request = replace(request, cpus_per_trial=numerics.threads)
+    plan = check_and_measure(space, request, state.header.name, numerics, start_ray)
     event = SearchResumed(
         time=utc_now(),
         trials=num_trials,
@@ -103,25 +84,7 @@ def prepare_resume(
     )
     notes = [*describe_restored(state, space.budget.rungs), *(f"changed since: {note}" for note in changes.harmless)]
     notes += [f"accepted: {change}" for change in changes.deciding]
-    num_ended, confirmation = len(state.trials) - state.counts["running"], state.header.confirmation
-    return replace(plan, num_ended=num_ended, resumed=event, notes=tuple(notes), confirmation=confirmation)
-
-
-def _prepare(space: SearchSpace, request: SearchRequest, name: str, numerics: Numerics) -> SearchPlan:
-    """Check the machine, start the workers' cluster and measure 20 training steps meanwhile."""
-    num_gpus = count_gpus(request.device)
-    resources = resolve_resources(request, numerics, num_gpus)
-    budget, num_at_once = space.budget, resources.max_concurrent
-    num_epochs = sum(list_cycles(budget))
-    check_search_fits(request.storage, space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights)
-    with ThreadPoolExecutor(1) as pool:
-        loaded = pool.submit(load_train_val, request.source, space.baseline.train_size, space.baseline.val_size)
-        measured = pool.submit(measure_cost, space.baseline, request.source, numerics)
-        # In this thread: Ray's processes end with the thread that started them.
-        start_ray(resources)
-        data, cost = loaded.result(), measured.result()
-    epochs_per_trial = expected_epochs(budget)
-    return SearchPlan(space, request, name, data.info, numerics, resources, cost, epochs_per_trial)
+    return replace(plan, past=state, resumed=event, notes=tuple(notes), confirmation=state.header.confirmation)
 
 
 def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
@@ -222,7 +185,8 @@ class _Stopper(Stopper):  # type: ignore[misc]
 
 
 def start_ray(resources: Resources) -> None:
-    """A silent local cluster of this process, without dashboard. Never joins another."""
+    """A silent local cluster of this process, without dashboard. Never joins another. Ray's processes end with the
+    thread that started them."""
     if not ray.is_initialized():
         ray.init(
             address="local",
@@ -280,7 +244,8 @@ def _open_record(plan: SearchPlan) -> Record:
         seed = plan.space.budget.seed if plan.request.seed is None else plan.request.seed
         kind: Kind = "search" if plan.confirmation is None else "confirm"
         header = make_header(kind, plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command)
-        return Record.create(folder, header.model_copy(update={"confirmation": plan.confirmation}))
+        more = {"confirmation": plan.confirmation, "predicted_epochs": plan.forecast.epochs.mean}
+        return Record.create(folder, header.model_copy(update=more))
     record = Record.open(folder)
     record.append(plan.resumed)
     return record

@@ -20,6 +20,7 @@ from tune_cifar.cli import (
     judge,
     look,
     lr_range,
+    plan,
     report,
     reproduce,
     search,
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(search.search)
+app.command()(plan.plan)
 app.command()(train.train)
 app.command()(confirm.confirm)
 app.command()(reproduce.reproduce)

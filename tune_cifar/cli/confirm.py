@@ -9,7 +9,7 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.judge import keep_judgement, say_kept
-from tune_cifar.cli.search import AcceptChanges, Gpus, MaxConcurrent, run_plan
+from tune_cifar.cli.search import AcceptChanges, run_plan
 from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError
 
@@ -66,8 +66,8 @@ def confirm(
     precision: options.Precision = "auto",
     execution: options.Execution = "eager",
     cpus_per_trial: options.Cpus = 1,
-    gpus_per_trial: Gpus = None,
-    max_concurrent: MaxConcurrent = None,
+    gpus_per_trial: options.Gpus = None,
+    max_concurrent: options.MaxConcurrent = None,
     deterministic: options.Deterministic = False,
     data: options.Data = None,
     tracking_uri: options.TrackingUri = None,

@@ -31,6 +31,29 @@ Space = Annotated[
         autocompletion=complete_space,
     ),
 ]
+Tier = Annotated[
+    str | None,
+    typer.Option(
+        "--tier", metavar="full|cpu", help="Budget. Default: full with a GPU, else cpu.", rich_help_panel="What"
+    ),
+]
+Trials = Annotated[
+    str | None,
+    typer.Option("--trials", metavar="N", help="At most N trials; with --resume also +N.", rich_help_panel="What"),
+]
+MaxTime = Annotated[
+    str | None,
+    typer.Option("--max-time", metavar="8m", help="Of this launch: such as 90s, 8m, 2h.", rich_help_panel="What"),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of the sampler.", rich_help_panel="What")]
+Gpus = Annotated[
+    float | None,
+    typer.Option("--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU.", rich_help_panel="How"),
+]
+MaxConcurrent = Annotated[
+    int | None,
+    typer.Option("--max-concurrent", metavar="N", help="Trials at once. Default: as fit.", rich_help_panel="How"),
+]
 RunId = Annotated[str | None, typer.Argument(help="A run id such as NAME:7, from `leaderboard`.")]
 Best = Annotated[bool, typer.Option("--best", help="The best trial of --space or --search.")]
 BestSpace = Annotated[str | None, typer.Option("--space", help="Its newest finished search on CIFAR-10 is meant.")]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
+from tune_cifar.cli.plan import choose_search
 from tune_cifar.cli.terminal import repeat_options, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError
 
@@ -16,34 +17,9 @@ if TYPE_CHECKING:
     from tune_cifar.plan import SearchPlan
     from tune_cifar.record import SearchState
 
-Tier = Annotated[
-    str | None,
-    typer.Option(
-        "--tier", metavar="full|cpu", help="Budget. Default: full with a GPU, else cpu.", rich_help_panel="What"
-    ),
-]
-Trials = Annotated[
-    str | None,
-    typer.Option("--trials", metavar="N", help="At most N trials; with --resume also +N.", rich_help_panel="What"),
-]
-MaxTime = Annotated[
-    str | None,
-    typer.Option("--max-time", metavar="8m", help="Of this launch: such as 90s, 8m, 2h.", rich_help_panel="What"),
-]
 Name = Annotated[
     str | None, typer.Option("--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of the sampler.", rich_help_panel="What")]
-Gpus = Annotated[
-    float | None,
-    typer.Option("--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU.", rich_help_panel="How"),
-]
-MaxConcurrent = Annotated[
-    int | None,
-    typer.Option("--max-concurrent", metavar="N", help="Trials at once. Default: as fit.", rich_help_panel="How"),
-]
-
-
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the search --name, from its record.", rich_help_panel="Going on")
 ]
@@ -84,12 +60,12 @@ def search(
             autocompletion=options.complete_space,
         ),
     ] = None,
-    tier: Tier = None,
-    trials: Trials = None,
-    max_time: MaxTime = None,
+    tier: options.Tier = None,
+    trials: options.Trials = None,
+    max_time: options.MaxTime = None,
     settings: options.Settings = None,
     name: Name = None,
-    seed: Seed = None,
+    seed: options.Seed = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
     warm_start: WarmStart = None,
@@ -98,8 +74,8 @@ def search(
     precision: options.Precision = "auto",
     execution: options.Execution = "eager",
     cpus_per_trial: options.Cpus = 1,
-    gpus_per_trial: Gpus = None,
-    max_concurrent: MaxConcurrent = None,
+    gpus_per_trial: options.Gpus = None,
+    max_concurrent: options.MaxConcurrent = None,
     deterministic: options.Deterministic = False,
     data: options.Data = None,
     tracking_uri: options.TrackingUri = None,
@@ -170,22 +146,10 @@ def _plan_search(
     warm: tuple[str, int] | None,
 ) -> SearchPlan:
     """Settle a new search and say what it will do."""
-    from tune_cifar.data import find_data
     from tune_cifar.live import print_stand_in_banner
-    from tune_cifar.plan import SearchRequest, count_trials
     from tune_cifar.results import load_searches
-    from tune_cifar.space import load_space, parse_duration, parse_setting
 
-    pinned = dict(parse_setting(setting) for setting in settings)
-    limits = count_trials(trials) if trials else None, parse_duration(max_time) if max_time else None
-    source = find_data(data)
-    load_space(space, tier or "cpu", pinned).limit(*limits)  # a mistake is told before Ray is imported
-    request = SearchRequest(source=source, **given)
-    if tier is None:
-        tier = request.default_tier
-        if tier == "cpu":
-            say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
-    found = load_space(space, tier, pinned).limit(*limits)
+    found, request = choose_search(given, space, tier, settings, (trials, max_time), data)
     if warm is not None:
         from tune_cifar.resume import warm_start
 
@@ -193,7 +157,7 @@ def _plan_search(
         found, notes = warm_start(found, state, warm[1])
         for note in notes:
             say(note, stderr())
-    print_stand_in_banner(stdout(), source.name)
+    print_stand_in_banner(stdout(), request.source.name)
     with stdout().status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search import prepare_search
 
@@ -257,13 +221,5 @@ def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]
     from tune_cifar.live import SearchView
     from tune_cifar.search import run_search
 
-    view = SearchView(
-        console,
-        plan.cost.epoch_seconds,
-        plan.epochs_per_trial,
-        plan.space.budget.max_time_seconds,
-        plan.space.budget.trials,
-        plan.resources.max_concurrent,
-    )
-    with view:
+    with SearchView(console, plan.space.budget, plan.resources.max_concurrent, plan.cost.epoch_seconds) as view:
         return run_search(plan, view.hear, view.stop)

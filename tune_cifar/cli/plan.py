@@ -1,0 +1,157 @@
+"""`plan`: what a search would take, before anything is spent."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tune_cifar.cli import options
+from tune_cifar.cli.terminal import print_json, say, stderr, stdout
+
+if TYPE_CHECKING:
+    from tune_cifar.plan import SearchPlan, SearchRequest
+    from tune_cifar.space import SearchSpace
+
+
+def plan(
+    space: options.Space,
+    tier: options.Tier = None,
+    trials: options.Trials = None,
+    max_time: options.MaxTime = None,
+    settings: options.Settings = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    execution: options.Execution = "eager",
+    cpus_per_trial: options.Cpus = 1,
+    gpus_per_trial: options.Gpus = None,
+    max_concurrent: options.MaxConcurrent = None,
+    deterministic: options.Deterministic = False,
+    data: options.Data = None,
+    storage: options.Storage = None,
+    as_json: options.Json = False,
+) -> None:
+    """Tell what a search would take, by 20 measured training steps and a simulation of it; nothing is started.
+
+    Rungs and how many trials are expected at each, trial-epochs, wall time, memory and disk. The simulated trials are
+    judged as real ones are; a search tells at its end how far off its own prediction was.
+
+    Example: python -m tune_cifar plan --space s10 --max-time 8m
+    """
+    from tune_cifar.live import print_stand_in_banner
+    from tune_cifar.plan import settle_search
+    from tune_cifar.record import find_storage
+
+    given = {
+        "storage": find_storage(storage),
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "execution": execution,
+        "deterministic": deterministic,
+        "cpus_per_trial": cpus_per_trial,
+        "gpus_per_trial": gpus_per_trial,
+        "max_concurrent": max_concurrent,
+        "command": _describe_search(),
+    }
+    found, request = choose_search(given, space, tier, settings or [], (trials, max_time), data)
+    console = stderr() if as_json else stdout()
+    print_stand_in_banner(console, request.source.name)
+    with console.status("measuring 20 training steps ..."):
+        settled = settle_search(found, request)
+    if as_json:
+        print_json(_to_dict(settled))
+    else:
+        _print_plan(settled)
+
+
+def choose_search(
+    given: dict[str, Any],
+    space: str,
+    tier: str | None,
+    settings: list[str],
+    limits: tuple[str | None, str | None],
+    data: str | None,
+) -> tuple[SearchSpace, SearchRequest]:
+    """What a new search, or the plan of one, is of.
+
+    Args:
+        given: runtime options, as fields of SearchRequest.
+        settings, limits: `--set`; `--trials` and `--max-time`, as typed.
+    """
+    from tune_cifar.data import find_data
+    from tune_cifar.plan import SearchRequest, count_trials
+    from tune_cifar.space import load_space, parse_duration, parse_setting
+
+    trials, max_time = limits
+    pinned = dict(parse_setting(setting) for setting in settings)
+    most = count_trials(trials) if trials else None, parse_duration(max_time) if max_time else None
+    source = find_data(data)
+    load_space(space, tier or "cpu", pinned).limit(*most)  # a mistake is told before Ray or a measurement
+    request = SearchRequest(source=source, **given)
+    if tier is None:
+        tier = request.default_tier
+        if tier == "cpu":
+            say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
+    return load_space(space, tier, pinned).limit(*most), request
+
+
+def _describe_search() -> str:
+    """The search that was planned, as a command."""
+    words = [word for word in sys.argv[2:] if word != "--json"]
+    return f"python -m tune_cifar {shlex.join(['search', *words])}"
+
+
+def _to_dict(plan: SearchPlan) -> dict[str, Any]:
+    space, expected, needs = plan.space, plan.forecast, plan.disk_needs
+    rungs = zip(space.budget.rungs, expected.reached, strict=True)
+    return {
+        "space": space.name,
+        "tier": space.tier,
+        "data": plan.data.name,
+        "device": plan.numerics.device_name,
+        "precision": plan.numerics.precision,
+        "cpus_per_trial": plan.resources.cpus_per_trial,
+        "gpus_per_trial": plan.resources.gpus_per_trial,
+        "max_concurrent": plan.resources.max_concurrent,
+        "budget": space.budget.model_dump(mode="json"),
+        "epoch_seconds": plan.cost.epoch_seconds,
+        "memory_mb": plan.cost.memory_mb,
+        "rungs": [{"epochs": rung, "trials": count} for rung, count in rungs],
+        "trials": {"started": expected.started, "complete": expected.complete},
+        "trial_epochs": expected.epochs._asdict(),
+        "wall_seconds": expected.seconds._asdict(),
+        "disk_bytes": {
+            "checkpoints": needs.checkpoints,
+            "weights": needs.weights,
+            "records": needs.records,
+            "total": needs.total,
+        },
+        "command": plan.request.command,
+    }
+
+
+def _print_plan(plan: SearchPlan) -> None:
+    from rich.table import Table
+
+    from tune_cifar.live import format_seconds
+
+    budget, expected = plan.space.budget, plan.forecast
+    say(f"{plan.space.name} ({plan.space.tier}): {budget.describe()}", style="bold")
+    say(f"{plan.describe_cost()}.")
+    if 0 < plan.resources.gpus_per_trial < 1:
+        say("That was measured alone: trials that share a GPU slow each other down.", style="yellow")
+    table = Table("rung", "trials that reach it", box=None, header_style="bold")
+    for rung, count in zip(budget.rungs, expected.reached, strict=True):
+        table.add_row(f"{rung} epoch{'s' if rung > 1 else ''}", f"{count:.1f} of {expected.started:.1f}")
+    stdout().print(table)
+    table = Table("", "expected", "10 % to 90 % of searches", box=None, header_style="bold")
+    epochs, seconds = expected.epochs, expected.seconds
+    table.add_row("trial-epochs", f"{epochs.mean:.0f}", f"{epochs.low:.0f} to {epochs.high:.0f}")
+    times = [format_seconds(value) for value in seconds]
+    table.add_row("wall time", times[0], f"{times[1]} to {times[2]}")
+    stdout().print(table)
+    needs = plan.disk_needs
+    say(f"disk: at most {needs.total / 1e6:,.0f} MB ({needs.describe()})")
+    say(f"\nstart it with:\n  {plan.request.command}")
