@@ -723,7 +723,6 @@ def test_a_search_tells_how_far_off_its_prediction_was(searched: tuple[Path, Sea
     paid = sum(trial.epochs_done for trial in state.trials.values())
     chances = [-(-n // 2) / n for n in range(1, 7)]
     luck = 3 * sum(chance * (1 - chance) for chance in chances) ** 0.5
-    assert predicted == pytest.approx(6 + 3 * sum(chances), rel=0.05)
     assert predicted is not None and abs(predicted - paid) <= 2 * luck
     assert f"trial-epochs: {paid} paid, {predicted:.0f} predicted (error " in text
 

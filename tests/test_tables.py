@@ -209,7 +209,7 @@ def test_every_figure_shows_its_table_and_can_be_saved_as_svg(searched: SearchSt
     for name, figure in drawn.items():
         save(figure, tmp_path / f"{name}.svg")
         assert (tmp_path / f"{name}.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
-    assert not plt.get_fignums()
+        assert not plt.fignum_exists(figure.number)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from tune_cifar.space import Budget
 # is 0.54, which is a correlation of sin(0.54 pi / 2) (40 configurations of s8, analysis/FINDINGS.md, 2026-11-21).
 CORRELATION = 0.75
 # From the driver's start to the first training step: workers import torch and read the data. 3.0 to 5.4 s in six smoke
-# searches (two workers on two cores of an AMD EPYC Zen 5, 2026-11-21).
+# searches (two workers on two cores of an AMD EPYC Zen 4, 2026-11-21).
 START_SECONDS = 4.0
 MAX_DRAWS = 200
 

@@ -152,6 +152,7 @@ def _print_plan(plan: SearchPlan) -> None:
     times = [format_seconds(value) for value in seconds]
     table.add_row("wall time", times[0], f"{times[1]} to {times[2]}")
     stdout().print(table)
+    say("at the speed that the machine has now: the ranges are the luck at the rungs alone")
     needs = plan.disk_needs
     say(f"disk: at most {needs.total / 1e6:,.0f} MB ({needs.describe()})")
     say(f"\nstart it with:\n  {plan.request.command}")
