@@ -473,6 +473,7 @@ def test_the_command_shows_saves_and_writes_exactly_one_line(mini: Path) -> None
     assert written.low <= min(lrs) / 10 and max(lrs) * 10 <= written.high
 
 
+@pytest.mark.slow
 def test_without_a_terminal_the_diff_is_shown_and_nothing_is_written(mini: Path, tmp_path: Path) -> None:
     answer = invoke(*sweep_words(mini, "--write", "--json", "--out", str(tmp_path / "found")))
     assert answer.exit_code == 0, answer.output
@@ -488,6 +489,7 @@ def test_without_a_terminal_the_diff_is_shown_and_nothing_is_written(mini: Path,
     assert sentence == f"--out: a folder without another test must be given, got {tmp_path}/found."
 
 
+@pytest.mark.slow
 def test_nothing_is_written_when_there_is_no_suggestion(mini: Path) -> None:
     sentence = refuse(ConfigError, *sweep_words(mini, "--write", "--yes", "--low", "1e-9", "--high", "1e-8"))
     assert sentence.startswith("--write: the estimators must agree, got no suggestion: ")

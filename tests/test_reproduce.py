@@ -450,6 +450,7 @@ def test_a_trial_in_cycles_is_trained_again_in_its_last_cycle(tmp_path: Path, fp
     assert answer.stdout.splitlines()[-1] == "identical over 3 epochs"
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverged_in_its_second_cycle_does_so_again(tmp_path: Path, fp32: Numerics) -> None:
     """In its second epoch, which the first cycle does not have."""
     state = run_in_cycles(tmp_path, fp32, **EXPLODING, batch_size=10)
@@ -509,6 +510,7 @@ def read_openings(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_asked(
     workplace: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

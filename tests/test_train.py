@@ -145,6 +145,7 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     assert curve(read_state(path.parent).trials[0].epochs) == curve(whole.trials[0].epochs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["the end", "the middle, for the end is torn", "a longer one"])
 def test_what_another_cycle_left_is_deleted_and_the_training_begins_from_scratch(
     tmp_path: Path, fp32: Numerics, left: str

@@ -80,7 +80,9 @@ def take_over(path: Path, seed: int) -> None:
     write_payload(path, make_hostile(path.parents[1] / "ran"))
 
 
-@pytest.mark.parametrize("damage", [empty, truncate, flip_bit, take_over])
+@pytest.mark.parametrize(
+    "damage", [empty, flip_bit, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (truncate, take_over))]
+)
 def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_curve(
     tmp_path: Path,
     fp32: Numerics,

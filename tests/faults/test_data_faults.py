@@ -73,6 +73,7 @@ def hint(folder: Path) -> str:
     return f"Run `python -m tune_cifar data fetch {folder}`, or use --data shapes."
 
 
+@pytest.mark.slow
 def test_a_training_works_with_the_test_file_removed_and_verify_tells_that_it_is(folder: Path, workplace: Path) -> None:
     (folder / BATCHES_FOLDER / TEST_FILE).unlink()
     answer = invoke(*train(folder))
@@ -83,6 +84,7 @@ def test_a_training_works_with_the_test_file_removed_and_verify_tells_that_it_is
     assert answer.exit_code == 1 and answer.stdout.count("the file must exist, found none") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["truncated", "emptied", "grown", "one bit flipped"])
 def test_a_training_refuses_a_damaged_training_file_before_it_has_made_a_record(
     folder: Path, workplace: Path, batch: Path, table: dict[str, tuple[str, int]], fault: str
@@ -129,6 +131,7 @@ def test_a_hostile_file_is_refused_by_its_md5_before_it_is_unpickled(folder: Pat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_fetching_without_network_is_refused_in_one_sentence_and_leaves_nothing(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
