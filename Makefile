@@ -46,6 +46,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/vs_stock.py
+	@$(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'Not measured, for want of a GPU:', \
+	  'make bench-gpu measures what benchmarks/NOTES.md lists under What waits for a GPU.')"
 
 # What waits for a GPU: the tests that need one, then the figures that benchmarks/NOTES.md lists as targets.
 bench-gpu: $(READY)
