@@ -738,11 +738,11 @@ def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> N
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment
     )
     record = search_folder(tmp_path / "runs", "x-confirm") / "record.jsonl"
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     while time.monotonic() < end and not (record.exists() and '"epoch"' in record.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in text, text
     assert "x-confirm: 4 trainings of 1 epoch each; 1 at once" in text
     assert f"go on with:\n  python -m tune_cifar {' '.join(words)} --resume\n" in text
@@ -766,7 +766,6 @@ def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.faults  # it takes long, as these do
-@pytest.mark.timeout(900)
 def test_a_final_opens_the_test_set_once_for_each_training_and_not_again(tmp_path: Path) -> None:
     """On 50,000 images of the stand-in, one epoch; the search and its confirmation are made, the baseline the best."""
     from tests.test_search import run_cli
@@ -777,7 +776,7 @@ def test_a_final_opens_the_test_set_once_for_each_training_and_not_again(tmp_pat
     state = write_search(storage, [0.5], space=space, data=data)
     write_confirmed(storage, state, [0.5], seeds=1)
     words = ("confirm", "--search", "x", "--final", "--seeds", "1", "--data", "shapes")
-    first = run_cli(tmp_path, *words, timeout=600)
+    first = run_cli(tmp_path, *words)
     assert first.returncode == 0, first.stdout + first.stderr
     final = read_state(search_folder(storage, "x-final"))
     (trial,) = final.trials.values()

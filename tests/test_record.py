@@ -670,12 +670,12 @@ def test_of_processes_that_create_one_name_exactly_one_wins(tmp_path: Path) -> N
     processes = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)]
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == len(processes))
     (tmp_path / "go").touch()
-    outcomes = [process.communicate(timeout=60)[0].strip() for process in processes]
+    outcomes = [process.communicate(timeout=600)[0].strip() for process in processes]
     assert sorted(outcomes) == ["lost", "lost", "lost", "won"]
     assert read_state(search_folder(tmp_path, "s7-1")).header.command == str(outcomes.index("won"))
 
 
-def wait_for(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(is_true: Callable[[], bool], seconds: float = 600.0) -> None:
     """Poll a condition of another process."""
     deadline = time.monotonic() + seconds
     while not is_true():

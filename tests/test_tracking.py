@@ -712,7 +712,6 @@ class Crash(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("is_late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", [Crash, RuntimeError], ids=["a crash", "a fault"])
 def test_after_any_single_call_that_broke_the_runs_are_those_of_a_whole_shipping(
@@ -777,7 +776,6 @@ def test_a_search_of_the_same_name_that_came_later_has_runs_of_its_own(place: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_processes_may_initialise_one_database_at_once(tmp_path: Path) -> None:
     uri, processes = f"sqlite:///{tmp_path}/both.db", []
     for name in ("s7-1", "s7-2"):
@@ -950,7 +948,6 @@ def test_a_disk_that_is_full_under_the_database_is_told_and_sync_completes_it(tm
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from tune_cifar.schema import REPRODUCIBLE_FIELDS
 
 NAME = "x"
 # A resumed search starts Ray anew, on a machine that may be busy.
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 600.0
 
 
 @dataclass
@@ -220,7 +220,7 @@ def serve_mlflow(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_until_it_answers(port: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

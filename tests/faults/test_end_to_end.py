@@ -64,7 +64,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(tmp_path: Path
     process = lab.search()
     lab.wait_for(process, lambda state: count_epochs(state) >= 3)
     lab.list_workers()[0].kill()
-    text, _ = process.communicate(timeout=240)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     retries = [event for event in lab.list_events() if isinstance(event, TrialRetried)]
     assert [event.fault for event in retries] == ["worker died"]
@@ -92,7 +92,7 @@ def test_a_signalled_search_ends_with_130_and_goes_on_to_the_same_curves(
     if is_urgent:
         time.sleep(0.2)
         interrupt(process, number)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 130, text
     assert "search --name x --resume --data shapes" in text and "Traceback" not in text
     state = lab.state
@@ -141,7 +141,7 @@ def test_a_search_ends_the_same_when_mlflow_is_gone_in_the_middle_and_sync_compl
         wait_until_it_answers(port)
         process = lab.search()
         lab.wait_for(process, lambda state: state.counts["complete"] + state.counts["stopped"] >= 2)
-    text, _ = process.communicate(timeout=240)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert "The record is whole" in text and "sync --search x" in text and "Traceback" not in text
     check_equal(lab.state, reference)
@@ -170,7 +170,7 @@ def test_a_search_whose_disk_is_full_ends_with_a_sentence_and_goes_on_when_there
         with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
             while True:
                 ballast.write(bytes(2**12))
-        text, _ = process.communicate(timeout=240)
+        text, _ = process.communicate(timeout=600)
         assert process.returncode == 1, text
         assert re.search(r"(must reach the disk|must take it), got 'No space left on device'\. Make room", text), text
         assert "Traceback" not in text

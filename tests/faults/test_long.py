@@ -41,7 +41,7 @@ def test_workers_killed_at_random_again_and_again_cost_only_time(tmp_path: Path,
         lab.wait_for(process, lambda state, wanted=wanted: count_epochs(state) >= wanted)  # type: ignore[misc]
         for worker in lab.list_workers()[:1]:
             worker.kill()
-    text, _ = process.communicate(timeout=300)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert sum(isinstance(event, TrialRetried) for event in lab.list_events()) >= 2
     check_whole(lab)
@@ -60,7 +60,7 @@ def test_a_worker_killed_in_the_middle_of_a_checkpoint_write_costs_only_time(
         assert process.poll() is None
     for worker in workers:
         worker.kill()
-    text, _ = process.communicate(timeout=300)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert any(isinstance(event, TrialRetried) for event in lab.list_events())
     check_whole(lab)
@@ -76,7 +76,7 @@ def test_a_search_starts_without_its_mlflow_server_and_ships_when_it_is_there(
     lab.wait_for(process, lambda state: count_epochs(state) >= 2)
     with serve_mlflow(lab.storage, port):
         wait_until_it_answers(port)
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text
         if "sync --search x" in text:
             lab.run("sync", "--search", "x", *lab.options)
@@ -148,7 +148,7 @@ def test_a_trial_whose_newest_checkpoint_is_damaged_goes_on_to_the_same_curve(
     process = lab.search()
     lab.wait_for(process, lambda state: count_epochs(state) >= 3)
     interrupt(process)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     paths = list(lab.record.parent.glob("trials/*/checkpoints/*.pt"))
     assert paths
     for path in paths:
@@ -303,7 +303,7 @@ def test_a_trial_out_of_memory_is_told_and_tried_again_alone(
 def test_of_two_searches_of_one_name_at_once_one_runs_and_one_is_refused(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     both = [lab.search() for _ in range(2)]
-    texts = [process.communicate(timeout=300)[0] for process in both]
+    texts = [process.communicate(timeout=600)[0] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1], texts
     refused = texts[[process.returncode for process in both].index(1)]
     assert "a search's name must be new, got one in use" in refused and "Traceback" not in refused
@@ -316,7 +316,7 @@ def test_a_second_driver_on_a_live_search_is_refused_with_its_owner(tmp_path: Pa
     lab.wait_for(process, lambda state: count_epochs(state) >= 1)
     text = lab.run("search", "--resume", "--name", "x", "--data", "shapes", status=1)
     assert f"one driver alone must hold it, got process {process.pid} on" in text
-    process.communicate(timeout=300)
+    process.communicate(timeout=600)
     assert process.returncode == 0
     check_whole(lab)
 
@@ -325,7 +325,7 @@ def test_two_searches_at_once_share_a_new_mlflow_database(tmp_path: Path) -> Non
     labs = [Lab(tmp_path, options=("--trials", "3")) for _ in range(2)]
     words = ("search", "--space", "faulty", "--data", "shapes", "--trials", "3", "--max-concurrent", "1", "--name")
     both = [lab.start(*words, name) for lab, name in zip(labs, ("x", "y"), strict=True)]
-    texts = [process.communicate(timeout=300)[0] for process in both]
+    texts = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
     assert not any("MLflow must" in text for text in texts), texts
     runs = labs[0].list_runs()
@@ -341,7 +341,7 @@ def test_a_clock_set_back_an_hour_between_stop_and_resume_changes_nothing(
     process = lab.search()
     lab.wait_for(process, lambda state: count_epochs(state) >= 3)
     interrupt(process, signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     lines = []
     for number, event in enumerate(lab.list_events(), 1):
         name = "created" if isinstance(event, Header) else "time"
