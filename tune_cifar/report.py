@@ -93,7 +93,7 @@ def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _format_percent, "number": _format_number}
-    slices, importances = tables.make_slices(state), tables.make_importances(state)
+    slices, importances, numerics = tables.make_slices(state), tables.make_importances(state), state.header.numerics
     return environment.get_template("report.html").render(
         state=state,
         header=state.header,
@@ -109,8 +109,7 @@ def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str
         parallel=Markup(make_parallel_html(slices)),
         health=examine_space(state, slices, importances),
         faults=group_failures(state),
-        versions=state.header.numerics.versions,
-        numerics=state.header.numerics.model_dump(exclude={"versions"}),
+        environment=numerics.model_dump(exclude={"versions"}) | numerics.versions | state.header.environment,
     )
 
 
