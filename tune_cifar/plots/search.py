@@ -91,6 +91,36 @@ def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def draw_fit(curves: pd.DataFrame, title: str) -> Figure:
+    """Loss and accuracy of one trial over the epochs that it paid, on the training and on the validation images; a
+    line where it began a longer training.
+
+    Args:
+        curves: tables.make_curves, the rows of one trial.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    parts = (("train", "training images, augmented, dropout on", "--", ORANGE), ("val", "validation images", "-", BLUE))
+    begins = curves[curves["cycle"] != curves["cycle"].shift()]
+    for axes, (what, scale, label) in zip(panels, (("loss", 1, "loss"), ("acc", 100, "accuracy (%)")), strict=True):
+        for part, text, style, colour in parts:
+            look = {"linestyle": style, "color": colour, "marker": "o", "markersize": 4}
+            for place, (_, rows) in enumerate(curves.groupby("cycle", sort=False)):
+                axes.plot(rows["epochs_paid"], scale * rows[f"{part}_{what}"], label="" if place else text, **look)
+        for begin, cycle in zip(begins["epochs_paid"], begins["cycle"], strict=True):
+            axes.axvline(begin - 0.5, color="0.6", linewidth=0.8)
+            spot = (begin - 0.4, 1.0)
+            axes.annotate(f"training of {cycle}", spot, xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+        axes.set_xlim(0.5, len(curves) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("epochs paid")
+        axes.set_ylabel(label)
+        _tidy(axes)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def draw_asha(rung_scores: pd.DataFrame, rungs: pd.DataFrame, title: str) -> Figure:
     """The rungs side by side: who arrived, the cut-off as it moved, who went on, and what a rung foretold.
 
