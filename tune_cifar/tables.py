@@ -267,7 +267,8 @@ def make_comparison(states: Iterable[SearchState]) -> pd.DataFrame:
 def _describe_group(group: dict[str, Any]) -> str:
     data = "" if group["data"] == "cifar10" else f"NOT CIFAR-10 ({group['data']}), "
     epochs = f"{group['epochs']} epoch{'s' if group['epochs'] > 1 else ''}"
-    return f"{data}{epochs} of {group['train_size']:,} images, {group['val_size']:,} to validate, {group['fidelity']}"
+    sizes = f"{group['train_size']:,} images, {group['val_size']:,} to validate"
+    return f"{data}{epochs} of {sizes}, fidelity {group['fidelity']}"
 
 
 def _compare(state: SearchState) -> dict[str, Any]:

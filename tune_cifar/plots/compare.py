@@ -73,13 +73,14 @@ def draw_standing(comparison: pd.DataFrame, title: str) -> Figure:
         axes.plot(100 * rows["best"], places, "o", color=BLUE, markersize=8)
         axes.plot(100 * rows["published"], places, "D", color="0.65", fillstyle="none", markersize=7)
         axes.set_yticks(places, [f"{row.search}\n({row.space})" for row in rows.itertuples()])
+        axes.use_sticky_edges = False  # a band ends where it ends, not at the figure's edge
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_title(group, fontsize=9, loc="left")
         _tidy(axes)
     panels[-1, 0].set_xlabel("accuracy (%)")
     handles = [
         Line2D([], [], marker="|", linestyle="", color=ORANGE, markersize=12, markeredgewidth=2.5, label="baseline"),
-        Rectangle((0, 0), 1, 1, color=ORANGE, alpha=0.3, label="within twice the validation images' scatter of it"),
+        Rectangle((0, 0), 1, 1, color=ORANGE, alpha=0.3, label="within twice the scatter of the validation images"),
         Line2D([], [], marker="o", linestyle="", color=BLUE, label="best complete trial"),
         Line2D([], [], marker="D", linestyle="", color="0.65", fillstyle="none", label="published: does not compare"),
     ]

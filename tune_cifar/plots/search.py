@@ -109,10 +109,10 @@ def draw_fit(curves: pd.DataFrame, title: str) -> Figure:
         for begin, cycle in zip(begins["epochs_paid"], begins["cycle"], strict=True):
             axes.axvline(begin - 0.5, color="0.6", linewidth=0.8)
             spot = (begin - 0.4, 1.0)
-            axes.annotate(f"training of {cycle}", spot, xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+            axes.annotate(str(cycle), spot, xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
         axes.set_xlim(0.5, len(curves) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlabel("epochs paid")
+        axes.set_xlabel("epochs paid; above: the length of the training")
         axes.set_ylabel(label)
         _tidy(axes)
     handles, labels = panels[0].get_legend_handles_labels()
