@@ -147,8 +147,8 @@ def list_texts(figure: Figure) -> list[str]:
 
 def test_the_figure_of_several_searches_has_a_line_for_each(states: list[SearchState]) -> None:
     figure = draw_best_so_far(make_histories(states), "title")
-    names = [text.split(":")[0] for text in list_texts(figure)]
-    assert names == ["x", "z", "y"]
+    names = [text.split(",")[0] for text in list_texts(figure)]
+    assert names == ["x", "z", "y", "a complete trial"]
     by_epochs = figure.axes[0]
     best = make_history(states[0])["best"].dropna()
     assert list(by_epochs.lines[0].get_ydata()) == pytest.approx(list(100 * best))

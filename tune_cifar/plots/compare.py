@@ -20,7 +20,8 @@ NUM_DEVIATIONS = 2
 
 
 def draw_best_so_far(histories: pd.DataFrame, title: str) -> Figure:
-    """The best score so far of several searches, against the epochs that they paid and against wall time.
+    """The complete trials of several searches and the best so far, against the epochs that they paid and against wall
+    time.
 
     Args:
         histories: tables.make_histories, of searches whose trials compare.
@@ -33,16 +34,22 @@ def draw_best_so_far(histories: pd.DataFrame, title: str) -> Figure:
             known = rows[rows["best"].notna()]
             colour = COLOURS[place % len(COLOURS)]
             style = STYLES[place // len(COLOURS) % len(STYLES)]
-            text = f"{search}: {100 * known['best'].max():.2f} %" if len(known) else f"{search}: none complete"
+            text = (
+                f"{search}, best so far: {100 * known['best'].max():.2f} %"
+                if len(known)
+                else f"{search}, none complete"
+            )
             look = {"color": colour, "linestyle": style, "linewidth": 1.8}
             axes.step(known[column], 100 * known["best"], where="post", label=text, **look)
-            steps = known[known["is_best"]]
-            axes.plot(steps[column], 100 * steps["best"], "o", color=colour, markersize=4)
+            scored = rows[rows["score"].notna()]
+            axes.plot(scored[column], 100 * scored["score"], "o", color=colour, markersize=5, fillstyle="none")
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         _tidy(axes)
-    panels[0].set_ylabel("best validation accuracy so far (%)")
+    panels[0].set_ylabel("validation accuracy (%)")
     handles, labels = panels[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], marker="o", linestyle="", color="black", fillstyle="none", markersize=5))
+    labels.append("a complete trial")
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -67,13 +74,13 @@ def draw_standing(comparison: pd.DataFrame, title: str) -> Figure:
     )
     for axes, (group, rows) in zip(panels[:, 0], groups, strict=True):
         places = range(len(rows))
+        axes.use_sticky_edges = False  # a band ends before the figure does
         margin = 100 * NUM_DEVIATIONS * rows["scatter"]
         axes.barh(places, 2 * margin, left=100 * rows["baseline"] - margin, height=0.5, color=ORANGE, alpha=0.3)
         axes.plot(100 * rows["baseline"], places, "|", color=ORANGE, markersize=16, markeredgewidth=2.5)
         axes.plot(100 * rows["best"], places, "o", color=BLUE, markersize=8)
         axes.plot(100 * rows["published"], places, "D", color="0.65", fillstyle="none", markersize=7)
         axes.set_yticks(places, [f"{row.search}\n({row.space})" for row in rows.itertuples()])
-        axes.use_sticky_edges = False  # a band ends where it ends, not at the figure's edge
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_title(group, fontsize=9, loc="left")
         _tidy(axes)
