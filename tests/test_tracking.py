@@ -424,6 +424,7 @@ def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_
     with drive(place, budget=CYCLES) as driver:
         driver.tell(start, epochs[0])
         wait_for(lambda: look(place).get("s7-1:000") == ("RUNNING", 1))
+        wait_for(lambda: driver.shipper._pending == {})
         driver.tell(epochs[1])  # epoch 1 of a cycle of 2 is no rung
         assert driver.shipper._pending == {}
         driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
