@@ -187,6 +187,8 @@ def draw_slices(slices: pd.DataFrame, title: str) -> Figure:
         base = rows[rows["origin"] == "baseline"]
         axes.plot(base["value"], 100 * base["rung_score"], "*", color=ORANGE, markeredgecolor="black", markersize=13)
         _scale(axes, knob)
+        if rows["value"].map(lambda value: isinstance(value, str)).any():
+            axes.margins(x=0.25)  # names stand at the ends
         axes.set_xlabel(label_knob(knob))
         _tidy(axes)
     for axes in panels.flat[len(knobs) :]:
@@ -243,9 +245,7 @@ def draw_parallel(slices: pd.DataFrame, title: str) -> Figure:
         values = wide[column].to_numpy() if column == "accuracy" else _place_values(wide[column], column)
         low, high = values.min(), values.max()
         heights[:, place] = (values - low) / (high - low) if high > low else 0.5
-        ends = (wide[column].min(), wide[column].max()) if not isinstance(wide[column].iloc[0], str) else ("", "")
-        for end, height in zip(ends, (0.0, 1.0), strict=True):
-            text = end if isinstance(end, str) else f"{end:.3g}"
+        for text, height in _mark_axis(wide[column]):
             axes.annotate(text, (place, height), (4, 0), textcoords="offset points", fontsize=8, va="center")
     shades = _shade(wide["accuracy"])
     colours = plt.get_cmap(SCORE_COLOURS)
@@ -335,6 +335,14 @@ def _place_values(values: pd.Series[Any], knob: str) -> NDArray[np.float64]:
         return pd.factorize(values, sort=True)[0].astype(np.float64)
     numbers = values.to_numpy(np.float64)
     return np.log(numbers) if is_log_knob(knob) else numbers
+
+
+def _mark_axis(values: pd.Series[Any]) -> list[tuple[str, float]]:
+    """What is written on a parallel axis, and how high: the ends of numbers, every choice."""
+    if not isinstance(values.iloc[0], str):
+        return [(f"{values.min():.3g}", 0.0), (f"{values.max():.3g}", 1.0)]
+    names = sorted(values.unique())
+    return [(name, place / (len(names) - 1) if len(names) > 1 else 0.5) for place, name in enumerate(names)]
 
 
 def _shade(scores: pd.Series[float]) -> Normalize:
