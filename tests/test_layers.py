@@ -63,7 +63,8 @@ ROOMS = {
     "albumentations": {"augment/reference"},
     "cv2": {"augment/reference"},
     "scipy": {"confirm"},
-    "pandas": {"results", "tables", "health", "plots", "report", "cli/look"},  # cli/look: for type checking only
+    # cli/look, tracking: for type checking only
+    "pandas": {"results", "tables", "health", "plots", "report", "cli/look", "tracking"},
     "matplotlib": {"plots", "report"},  # report: for type checking only
     "plotly": {"plots/interactive"},
     "jinja2": {"report"},

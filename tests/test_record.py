@@ -194,6 +194,13 @@ def test_reading_gives_the_state_the_writer_had(folder: Path, tmp_path: Path) ->
     assert [event.trial for event in EVENTS if isinstance(event, TrialStarted)] == list(written.trials)
 
 
+def test_a_searchs_fidelity_is_its_budgets_and_everything_else_is_one_schedule() -> None:
+    budget = {"trials": 1, "fidelity": "cycles"}
+    assert make_header(budget=budget).fidelity == "cycles"
+    assert make_header().fidelity == "epochs", "from before there were any"
+    assert make_header(kind="confirm", budget=budget).fidelity == "epochs"
+
+
 @pytest.mark.parametrize("predicted", [None, 38.25])
 def test_a_header_has_a_prediction_unless_it_is_from_before_there_were_any(
     folder: Path, predicted: float | None

@@ -212,6 +212,18 @@ def test_every_figure_shows_its_table_and_can_be_saved_as_svg(searched: SearchSt
         assert not plt.fignum_exists(figure.number)
 
 
+def test_choices_are_named_on_their_axis_and_keep_off_the_panels_edges() -> None:
+    rows = [("schedule", name, i, "sampler", 0.2 + i / 10) for i, name in enumerate(["step", "cosine", "onecycle"])]
+    rows += [("dropout", 0.1 * i, i, "sampler", 0.2 + i / 10) for i in range(3)]
+    slices = pd.DataFrame(rows, columns=["knob", "value", "trial", "origin", "rung_score"]).astype({"value": "object"})
+    parallel, sliced = figures.draw_parallel(slices, "x"), figures.draw_slices(slices, "x")
+    names = {text.get_text(): text.xy for text in parallel.axes[0].texts if not text.get_text()[0].isdigit()}
+    assert names == {"cosine": (0, 0.0), "onecycle": (0, 0.5), "step": (0, 1.0)}
+    low, high = sliced.axes[0].get_xlim()
+    assert low < -0.4 and high > 2.4
+    plt.close("all")
+
+
 @pytest.mark.slow
 def test_figures_of_a_search_with_a_single_trial_can_be_drawn(tmp_path: Path) -> None:
     state = run_search(tmp_path, 1)

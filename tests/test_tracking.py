@@ -46,8 +46,18 @@ from tune_cifar.events import (
 )
 from tune_cifar.mlruns import EPOCH_METRICS
 from tune_cifar.record import Record, SearchState, find_storage, read_state, search_folder
-from tune_cifar.schema import DataInfo, TrainConfig, dead_knobs
-from tune_cifar.tracking import Shipper, SyncReport, delete_runs, make_tracking_uri, run_ui, stop_ui, sync_search
+from tune_cifar.results import best_so_far, load_trials, split_groups
+from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
+from tune_cifar.tracking import (
+    Shipper,
+    SyncReport,
+    delete_runs,
+    load_shipped_trials,
+    make_tracking_uri,
+    run_ui,
+    stop_ui,
+    sync_search,
+)
 
 WEIGHTS = "trials/0001/weights.safetensors"
 
@@ -414,6 +424,7 @@ def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_
     with drive(place, budget=CYCLES) as driver:
         driver.tell(start, epochs[0])
         wait_for(lambda: look(place).get("s7-1:000") == ("RUNNING", 1))
+        wait_for(lambda: driver.shipper._pending == {})
         driver.tell(epochs[1])  # epoch 1 of a cycle of 2 is no rung
         assert driver.shipper._pending == {}
         driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
@@ -705,6 +716,54 @@ def write_short_record(storage: Path, name: str) -> SearchState:
     state.trial_folder(1).mkdir(parents=True)
     (state.trial_folder(1) / "error.txt").write_text("Traceback: it broke\n")
     return state
+
+
+@pytest.mark.slow
+def test_a_searchs_trials_come_back_from_mlflow_as_the_record_has_them(place: Path) -> None:
+    """All that was shipped; the seconds of training and the dead knobs were not."""
+    recipe = CONFIG.model_copy(update={"max_lr": 0.1 + 0.2, "cutout_p": 0.5, "cutout_size": 8, "warm_restarts": (1,)})
+    ending = [
+        TrialEnded(trial=6, status="failed", reason="it broke", score=None),
+        SearchEnded(reason="x", wall_seconds=9.0),
+    ]
+    events = [*make_events()[:-1], *make_trial(5, [0.2, 0.4, 0.6], "complete", recipe), make_start(6), *ending]
+    state = write_record(place, make_header(), events)
+    uri = make_tracking_uri(place, None)
+    sync_search(uri, place, state)
+    recorded, shipped = load_trials([state]), load_shipped_trials(uri, "s7-1")
+    assert list(shipped.columns) == list(recorded.columns) and len(shipped) == 7
+    absent = {knob: set(shipped["trial"][shipped[knob].isna()]) for knob in KNOBS}
+    dead = {knob: {n for n, trial in state.trials.items() if knob in dead_knobs(trial.whole)} for knob in KNOBS}
+    assert absent == dead and shipped["train_seconds"].isna().all()
+    for name in recorded.columns.difference(["train_seconds", "ended_seq"]):
+        known = ~shipped["trial"].isin(dead.get(name, set()))
+        assert list(shipped[name][known].fillna(-1 if name in ("val_acc", "score") else "")) == list(
+            recorded[name][known].fillna(-1 if name in ("val_acc", "score") else "")
+        ), name
+    assert sorted(shipped["ended_seq"]) == list(range(1, 8))
+    assert best_so_far(shipped)["best"].max() == best_so_far(recorded)["best"].max() == 0.8
+    groups = [(group, list(rows["trial"])) for group, rows in split_groups(shipped)]
+    assert groups == [(group, list(rows["trial"])) for group, rows in split_groups(recorded)]
+
+
+@pytest.mark.slow
+def test_the_newest_search_of_a_name_and_its_fuller_copies_are_read(place: Path) -> None:
+    uri = make_tracking_uri(place, None)
+    sync_search(uri, place, write_record(place, make_header(), make_events()))
+    later = make_header(created="2026-02-01T12:00:00+00:00")
+    sync_search(uri, place, write_record(place / "again", later, make_trial(0, [0.3, 0.5, 0.9], "complete")))
+    client, tags = connect(uri), {"search": "s7-1", "search_created": later.created, "trial": "0", "run_id": "s7-1:0"}
+    client.create_run("1", 1000, tags | {"origin": "baseline"}, "a copy")
+    shipped = load_shipped_trials(uri, "s7-1")
+    assert list(shipped["trial"]) == [0] and list(shipped["score"]) == [0.9]
+    with pytest.raises(TrackingError, match=r"a search of the name must be there, got 's7-2'\. Ship it: python -m"):
+        load_shipped_trials(uri, "s7-2")
+
+
+def test_trials_of_a_database_that_is_not_there_are_refused_and_none_is_made(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"mlflow\.db: an MLflow database must be there, got none\."):
+        load_shipped_trials(make_tracking_uri(tmp_path, None), "s7-1")
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 class Crash(BaseException):

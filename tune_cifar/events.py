@@ -86,6 +86,11 @@ class Header(Frozen):
     confirmation: Confirmation | None = None
     predicted_epochs: float | None = None
 
+    @property
+    def fidelity(self) -> str:
+        """What a trial trains up to a rung; a training without rungs is one schedule."""
+        return str(self.budget.get("fidelity", "epochs")) if self.kind == "search" else "epochs"
+
 
 class TrialStarted(Frozen):
     """A trial got its number: `params` are the searched knobs only (of a confirmation candidate and seed), `config` is

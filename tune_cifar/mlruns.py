@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tune_cifar.errors import TrackingError
 from tune_cifar.events import Header, SearchResumed
 from tune_cifar.judge import Judgement, Part
 from tune_cifar.mlstore import create_experiment, find_experiment, make_client, place_experiment
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
-from tune_cifar.schema import Status, dead_knobs
+from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig, dead_knobs
 
 # Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
 # its `score` too.
@@ -215,19 +216,11 @@ class SearchRuns:
     def _find_runs(self) -> None:
         """Fill parent, children and doubles: second runs, as a server creates that answers too late."""
         groups: dict[int | None, list[Run]] = {}
-        filter_string = " and ".join(f"tags.{name} = '{value}'" for name, value in self._make_identity().items())
-        token: str | None = None
-        while self._experiment_id is not None:
-            page = self._client.search_runs(
-                [self._experiment_id], filter_string, max_results=RUNS_PER_PAGE, page_token=token
-            )
-            for found in page:
-                tags = dict(found.data.tags)
-                run = Run(found.info.run_id, found.info.status, tags, frozenset(found.data.params))
-                groups.setdefault(int(tags["trial"]) if "trial" in tags else None, []).append(run)
-            token = page.token
-            if not token:
-                break
+        experiments = [] if self._experiment_id is None else [self._experiment_id]
+        for found in _search_runs(self._client, experiments, self._make_identity()):
+            tags = dict(found.data.tags)
+            run = Run(found.info.run_id, found.info.status, tags, frozenset(found.data.params))
+            groups.setdefault(int(tags["trial"]) if "trial" in tags else None, []).append(run)
         for number, runs in groups.items():
             first, *others = sorted(runs, key=lambda run: (run.status == "RUNNING", -run.epochs_done, run.run_id))
             self._doubles += others
@@ -308,6 +301,81 @@ class SearchRuns:
                 data = content.read_bytes() if isinstance(content, Path) else content.encode()
                 Path(folder, name).write_bytes(data)
             self._client.log_artifacts(run.run_id, folder, path)
+
+
+def _search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) -> Iterator[Any]:
+    """MLflow's own objects of all runs in these experiments that have these tags, page by page."""
+    filter_string = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
+    token: str | None = None
+    while experiments:
+        page = client.search_runs(experiments, filter_string, max_results=RUNS_PER_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def read_trials(tracking_uri: str, search: str) -> list[dict[str, Any]]:
+    """What MLflow holds of a search's trials, a dict each by number, named as the columns of `load_trials`. Of several
+    searches of one name it is the newest.
+
+    Not there: the seconds of training, and the knobs that are dead in a trial. `ended_seq` counts the ends from 1.
+
+    Raises:
+        TrackingError: when MLflow has no such search.
+    """
+    client = make_client(tracking_uri)
+    experiments = [str(found.experiment_id) for found in client.search_experiments()]
+    runs = list(_search_runs(client, experiments, {"search": search}))
+    created = max((run.data.tags["search_created"] for run in runs), default="")
+    runs = [run for run in runs if run.data.tags["search_created"] == created]
+    parent = next((run for run in runs if "trial" not in run.data.tags), None)
+    if parent is None:
+        rule = f"MLflow: a search of the name must be there, got {search!r}."
+        raise TrackingError(f"{rule} Ship it: python -m tune_cifar sync --search {search}")
+    path = client.download_artifacts(parent.info.run_id, "header.json")
+    header = Header.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    # Of two copies, as a server makes them that answers too late, the fuller one.
+    runs.sort(key=lambda run: (run.info.status != "RUNNING", int(run.data.tags.get("epochs_done", 0))))
+    trials = {int(run.data.tags["trial"]): run for run in runs if "trial" in run.data.tags}
+    ended = {number: run for number, run in trials.items() if run.data.tags.get("status", "running") != "running"}
+    ends = sorted((run.info.end_time or 0, number) for number, run in ended.items())
+    ranks = {number: rank for rank, (_, number) in enumerate(ends, start=1)}
+    return [_read_trial(trials[number], header) | {"ended_seq": ranks.get(number)} for number in sorted(trials)]
+
+
+def _read_trial(run: Any, header: Header) -> dict[str, Any]:
+    tags, metrics = run.data.tags, run.data.metrics
+    status = tags.get("status", "running")
+    return {knob: _read_param(knob, text) for knob, text in run.data.params.items()} | {
+        "search": header.name,
+        "space": header.space,
+        "kind": header.kind,
+        "tier": header.tier,
+        "fidelity": header.fidelity,
+        "trial": int(tags["trial"]),
+        "run_id": tags["run_id"],
+        "status": status,
+        "origin": tags["origin"],
+        "epochs_done": int(tags.get("epochs_done", 0)),
+        "val_acc": metrics.get("val_acc"),
+        "score": CHANCE_ACCURACY if status == "diverged" else metrics.get("score"),
+        "fingerprint": tags.get("fingerprint"),
+        "data": header.data.name,
+        "data_digest": header.data.digest,
+        "split_hash": header.data.split_hash,
+        "reason": tags.get("reason", ""),
+    }
+
+
+def _read_param(knob: str, text: str) -> Any:
+    """A param as `load_trials` has the knob: a number, true or false, else text."""
+    kind = TrainConfig.model_fields[knob].annotation
+    if kind is bool:
+        return text == "True"
+    if kind in (int, float):
+        return kind(text)
+    return str(tuple(json.loads(text))) if text.startswith("[") else text
 
 
 def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:

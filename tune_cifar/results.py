@@ -230,15 +230,20 @@ def _find_newest(states: list[SearchState], space: str | None) -> SearchState:
     raise RecordError(f"{where}: a finished search on CIFAR-10 must be recorded, got {got}.{hint}")
 
 
+def estimate_scatter(accuracy: float, num_images: int) -> float:
+    """Standard deviation of a difference of two accuracies by the luck of the images alone: one accuracy p on n images
+    has sqrt(p (1 - p) / n), the difference about 1.4 times that."""
+    return float((2 * accuracy * (1 - accuracy) / num_images) ** 0.5)
+
+
 def describe_gain(state: SearchState, best: TrialState) -> str:
-    """The gain beside the noise of the validation set: an accuracy p on n images has sd sqrt(p (1 - p) / n), the
-    difference of two about 1.4 times that; and the best of many is chosen partly by luck."""
+    """The gain beside the noise of the validation set; and the best of many is chosen partly by luck."""
     if best.score is None or state.baseline_score is None:
         return "The baseline did not finish: no gain can be told."
     if best.origin == "baseline":
         return f"No trial beat the baseline ({100 * state.baseline_score:.2f} %): there is no gain."
     gain = 100 * (best.score - state.baseline_score)
-    sd = 100 * (2 * best.score * (1 - best.score) / best.config.val_size) ** 0.5
+    sd = 100 * estimate_scatter(best.score, best.config.val_size)
     verdict = "within" if abs(gain) <= 2 * sd else "beyond"
     return (
         f"gain over the baseline ({100 * state.baseline_score:.2f} %): {gain:+.2f} points, {verdict} twice the "
@@ -344,6 +349,11 @@ def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
     )
 
 
+def make_shipped_trials(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """load_trials' table from what another store was told of trials: whole numbers, too, may be absent there."""
+    return _make_frame({name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}, rows)
+
+
 def load_curves(searches: Iterable[SearchState]) -> pd.DataFrame:
     """The long form: one row per reported epoch, with the length of its cycle and the fields of its EpochResult."""
     rows = [
@@ -407,7 +417,7 @@ def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
         "space": header.space,
         "kind": header.kind,
         "tier": header.tier,
-        "fidelity": header.budget.get("fidelity", "epochs") if header.kind == "search" else "epochs",
+        "fidelity": header.fidelity,
         "trial": trial.number,
         "run_id": trial.run_id,
         "status": trial.status,

@@ -1,8 +1,8 @@
-"""What the figures of one search show, as tidy tables: the table first, the picture second.
+"""What the figures of searches show, as tidy tables: the table first, the picture second.
 
-Every function takes a recorded search and returns a DataFrame whose columns its docstring names. Accuracies are
-fractions; NaN is "there is none". Trials are compared by what is comparable: complete trials by their score, all
-trials by the accuracy at the first rung, which everyone reaches.
+Every function takes a recorded search (or several, or a judgement) and returns a DataFrame whose columns its docstring
+names. Accuracies are fractions; NaN is "there is none". Trials are compared by what is comparable: complete trials by
+their score, all trials by the accuracy at the first rung, which everyone reaches.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.importance import PedAnovaImportanceEvaluator
 
 from tune_cifar.fidelity import keep
+from tune_cifar.judge import Judgement
 from tune_cifar.optim import schedule_steps
 from tune_cifar.record import SearchState, TrialState
-from tune_cifar.results import best_so_far, load_curves, load_trials
+from tune_cifar.results import best_so_far, estimate_scatter, load_curves, load_trials, split_groups
 from tune_cifar.sampler import make_study
 from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
+from tune_cifar.space import describe_distribution, load_header, parse_space
 
 # Of a bootstrap interval: the ends in percent.
 INTERVAL = (5, 95)
@@ -41,6 +44,39 @@ def list_distributions(state: SearchState) -> dict[str, BaseDistribution]:
     return {name: json_to_distribution(text) for name, text in state.header.distributions.items()}
 
 
+def make_facts(state: SearchState) -> pd.DataFrame:
+    """What was done, on what: one row per fact, `fact` and `value` in words."""
+    header, budget, numerics = state.header, state.header.budget, state.header.numerics
+    counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count)
+    end, sampler = state.finished, budget.get("sampler") or {}
+    facts = {
+        "space": f"{header.space} ({header.tier})",
+        "data": header.data.name if header.data.name == "cifar10" else f"{header.data.name}: NOT CIFAR-10",
+        "images": f"{header.baseline['train_size']:,} to train, {header.baseline['val_size']:,} to validate",
+        "rungs": f"{', '.join(map(str, list_rungs(state)))} epochs, fidelity {header.fidelity}",
+        "early stopping": f"about one of {budget.get('reduction_factor', 'all')} goes on after a rung",
+        "sampler": f"{sampler.get('kind', 'none')}, seed {header.seed}",
+        "trials": f"{len(state.trials)}: {counts}",
+        "epochs paid": str(sum(trial.epochs_done for trial in state.trials.values())),
+        "begun": f"{header.created[:16].replace('T', ' ')} UTC",
+        "ended": f"{end.reason}, after {end.wall_seconds / 60:.1f} minutes" if end else "not ended",
+        "processor": f"{numerics.device_name}, {numerics.precision}, threads for each trial: {numerics.threads}",
+        "command": header.command,
+    }
+    return pd.DataFrame(list(facts.items()), columns=["fact", "value"])
+
+
+def make_knobs(state: SearchState) -> pd.DataFrame:
+    """One row per searched knob: `knob`, `searched` (its range in the space file's words), `baseline`, and `best` of
+    the best complete trial, None without one."""
+    best = state.best
+    rows = [
+        (knob, describe_distribution(found), state.header.baseline[knob], best and best.params.get(knob))
+        for knob, found in list_distributions(state).items()
+    ]
+    return pd.DataFrame(rows, columns=["knob", "searched", "baseline", "best"], dtype="object")
+
+
 def make_history(state: SearchState) -> pd.DataFrame:
     """One row per ended trial in the order of the ends: the columns of `best_so_far`, and `wall_seconds` since the
     search began (the time between an interruption and a resume counts)."""
@@ -51,6 +87,11 @@ def make_history(state: SearchState) -> pd.DataFrame:
         math.nan if text is None else (datetime.fromisoformat(text) - begin).total_seconds() for text in ended
     ]
     return history
+
+
+def make_histories(states: Iterable[SearchState]) -> pd.DataFrame:
+    """`make_history` of several searches, one after another."""
+    return pd.concat([make_history(state) for state in states], ignore_index=True)
 
 
 def make_curves(state: SearchState) -> pd.DataFrame:
@@ -202,3 +243,103 @@ def make_costs(states: Iterable[SearchState]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["search", "cycle", "status", "trial", "seconds"])
     groups = table.groupby(["search", "cycle", "status"], sort=True)
     return groups.agg(trials=("trial", "nunique"), epochs=("trial", "size"), seconds=("seconds", "sum")).reset_index()
+
+
+def make_comparison(states: Iterable[SearchState]) -> pd.DataFrame:
+    """Searches beside each other, one row each; those whose trials compare have one `group` and stand together.
+
+    Columns: `group` (in words, what the trials have alike), `search`, `space`, `trials`, `complete`, `baseline`,
+    `best`, `gain` (the best of `complete` over the baseline, under one seed: an upper guess), `scatter` (standard
+    deviation of such a difference by the validation images alone), `published` and `measured` (the source's accuracy,
+    and on what: as the recorded space file has it), `epochs_paid`, `wall_seconds` (from the start to the last end).
+    """
+    by_name = {state.header.name: state for state in states}
+    rows = [
+        {"group": _describe_group(group)} | _compare(by_name[name])
+        for group, trials in split_groups(load_trials(by_name.values()))
+        for name in trials["search"].unique()
+    ]
+    columns = ["group", "search", "space", "trials", "complete", "baseline", "best", "gain", "scatter", "published"]
+    table = pd.DataFrame(rows, columns=[*columns, "measured", "epochs_paid", "wall_seconds"])
+    return table.astype(dict.fromkeys(("baseline", "best", "gain", "scatter", "published"), "float64"))
+
+
+def _describe_group(group: dict[str, Any]) -> str:
+    data = "" if group["data"] == "cifar10" else f"NOT CIFAR-10 ({group['data']}), "
+    epochs = f"{group['epochs']} epoch{'s' if group['epochs'] > 1 else ''}"
+    sizes = f"{group['train_size']:,} images, {group['val_size']:,} to validate"
+    return f"{data}{epochs} of {sizes}, fidelity {group['fidelity']}"
+
+
+def _compare(state: SearchState) -> dict[str, Any]:
+    header, baseline, best = state.header, state.baseline_score, state.best
+    published = parse_space(header.space_text, Path(f"{header.space}.yaml"), is_recorded=True).header.published
+    score = best.score if best is not None else None
+    return {
+        "search": header.name,
+        "space": header.space,
+        "trials": len(state.trials),
+        "complete": state.counts["complete"],
+        "baseline": baseline,
+        "best": score,
+        "gain": score - baseline if score is not None and baseline is not None else None,
+        "scatter": estimate_scatter(score, header.baseline["val_size"]) if score is not None else None,
+        "published": published.accuracy,
+        "measured": published.measured,
+        "epochs_paid": sum(trial.epochs_done for trial in state.trials.values()),
+        "wall_seconds": make_history(state)["wall_seconds"].max(),
+    }
+
+
+def make_sources(spaces: Iterable[str], tested: pd.DataFrame) -> pd.DataFrame:
+    """What the sources published beside what was measured on the sealed test set after trainings as long as theirs.
+
+    One row per space: `space`, `source`, `published`, `measured` (on what), `corrects` (what the baseline does
+    otherwise), and of the tested trainings of its baseline and of its search's best `baseline_seeds`, `baseline_test`,
+    `best_seeds`, `best_test` (means; NaN without any).
+
+    Args:
+        tested: analysis/ROWS.csv.
+    """
+    rows = []
+    for space in spaces:
+        header = load_header(space)
+        row: dict[str, Any] = {
+            "space": space,
+            "source": header.source,
+            "published": header.published.accuracy,
+            "measured": header.published.measured,
+            "corrects": " ".join(header.corrects),
+        }
+        for part in ("baseline", "best"):
+            accs = tested[(tested["space"] == space) & (tested["part"] == part)]["test_acc"]
+            row |= {f"{part}_seeds": len(accs), f"{part}_test": float(accs.mean()) if len(accs) else math.nan}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def make_confusions(judgement: Judgement) -> pd.DataFrame:
+    """One row per pair of classes that was mixed up, the most frequent first: `labelled`, `taken_for`, `images`,
+    `share` (of all images with the label)."""
+    names, counts = judgement.class_names, judgement.confusion
+    rows = [
+        (
+            names[true],
+            names[predicted],
+            int(counts[true, predicted]),
+            float(judgement.confusion_shares[true, predicted]),
+        )
+        for true in range(len(names))
+        for predicted in range(len(names))
+        if true != predicted and counts[true, predicted]
+    ]
+    table = pd.DataFrame(rows, columns=["labelled", "taken_for", "images", "share"])
+    return table.sort_values("images", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def make_mistakes(judgement: Judgement) -> pd.DataFrame:
+    """The most confident mistakes in words: `image` (its place among the judged ones), `labelled`, `taken_for`,
+    `confidence`."""
+    names = judgement.class_names
+    rows = [(found.index, names[found.true], names[found.predicted], found.confidence) for found in judgement.mistakes]
+    return pd.DataFrame(rows, columns=["image", "labelled", "taken_for", "confidence"])

@@ -91,6 +91,36 @@ def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def draw_fit(curves: pd.DataFrame, title: str) -> Figure:
+    """Loss and accuracy of one trial over the epochs that it paid, on the training and on the validation images; a
+    line where it began a longer training.
+
+    Args:
+        curves: tables.make_curves, the rows of one trial.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    parts = (("train", "training images, augmented, dropout on", "--", ORANGE), ("val", "validation images", "-", BLUE))
+    begins = curves[curves["cycle"] != curves["cycle"].shift()]
+    for axes, (what, scale, label) in zip(panels, (("loss", 1, "loss"), ("acc", 100, "accuracy (%)")), strict=True):
+        for part, text, style, colour in parts:
+            look = {"linestyle": style, "color": colour, "marker": "o", "markersize": 4}
+            for place, (_, rows) in enumerate(curves.groupby("cycle", sort=False)):
+                axes.plot(rows["epochs_paid"], scale * rows[f"{part}_{what}"], label="" if place else text, **look)
+        for begin, cycle in zip(begins["epochs_paid"], begins["cycle"], strict=True):
+            axes.axvline(begin - 0.5, color="0.6", linewidth=0.8)
+            spot = (begin - 0.4, 1.0)
+            axes.annotate(str(cycle), spot, xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+        axes.set_xlim(0.5, len(curves) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("epochs paid; above: the length of the training")
+        axes.set_ylabel(label)
+        _tidy(axes)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def draw_asha(rung_scores: pd.DataFrame, rungs: pd.DataFrame, title: str) -> Figure:
     """The rungs side by side: who arrived, the cut-off as it moved, who went on, and what a rung foretold.
 
@@ -157,6 +187,8 @@ def draw_slices(slices: pd.DataFrame, title: str) -> Figure:
         base = rows[rows["origin"] == "baseline"]
         axes.plot(base["value"], 100 * base["rung_score"], "*", color=ORANGE, markeredgecolor="black", markersize=13)
         _scale(axes, knob)
+        if rows["value"].map(lambda value: isinstance(value, str)).any():
+            axes.margins(x=0.25)  # names stand at the ends
         axes.set_xlabel(label_knob(knob))
         _tidy(axes)
     for axes in panels.flat[len(knobs) :]:
@@ -213,9 +245,7 @@ def draw_parallel(slices: pd.DataFrame, title: str) -> Figure:
         values = wide[column].to_numpy() if column == "accuracy" else _place_values(wide[column], column)
         low, high = values.min(), values.max()
         heights[:, place] = (values - low) / (high - low) if high > low else 0.5
-        ends = (wide[column].min(), wide[column].max()) if not isinstance(wide[column].iloc[0], str) else ("", "")
-        for end, height in zip(ends, (0.0, 1.0), strict=True):
-            text = end if isinstance(end, str) else f"{end:.3g}"
+        for text, height in _mark_axis(wide[column]):
             axes.annotate(text, (place, height), (4, 0), textcoords="offset points", fontsize=8, va="center")
     shades = _shade(wide["accuracy"])
     colours = plt.get_cmap(SCORE_COLOURS)
@@ -305,6 +335,14 @@ def _place_values(values: pd.Series[Any], knob: str) -> NDArray[np.float64]:
         return pd.factorize(values, sort=True)[0].astype(np.float64)
     numbers = values.to_numpy(np.float64)
     return np.log(numbers) if is_log_knob(knob) else numbers
+
+
+def _mark_axis(values: pd.Series[Any]) -> list[tuple[str, float]]:
+    """What is written on a parallel axis, and how high: the ends of numbers, every choice."""
+    if not isinstance(values.iloc[0], str):
+        return [(f"{values.min():.3g}", 0.0), (f"{values.max():.3g}", 1.0)]
+    names = sorted(values.unique())
+    return [(name, place / (len(names) - 1) if len(names) > 1 else 0.5) for place, name in enumerate(names)]
 
 
 def _shade(scores: pd.Series[float]) -> Normalize:
