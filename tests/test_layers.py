@@ -31,6 +31,7 @@ LEVELS = {
     "train": 5,
     "sampler": 5,
     "mlstore": 3,
+    "mlviews": 3,
     "mlruns": 5,
     "tracking": 6,
     "results": 5,

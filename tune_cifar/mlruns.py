@@ -21,15 +21,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tune_cifar.events import Header, SearchResumed
+from tune_cifar.events import Header, Origin, SearchResumed
 from tune_cifar.judge import Judgement, Part
-from tune_cifar.mlstore import create_experiment, find_experiment, make_client, place_experiment
+from tune_cifar.mlstore import add_tags, create_experiment, find_experiment, make_client, place_experiment
+from tune_cifar.mlviews import make_experiment_tags
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import Status, dead_knobs
 
 # Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
 # its `score` too.
-EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
+EPOCH_METRICS = ("val_acc", "val_loss", "train_acc", "train_loss", "lr", "images_per_second")
 # How the names of a judgement's metrics begin.
 PART_PREFIX: dict[Part, str] = {"validation": "val", "test": "test"}
 # MLflow's own word for each of our states. KILLED is also what still ran when its driver stopped.
@@ -39,6 +40,14 @@ RUN_STATUS: dict[Status, str] = {
     "diverged": "FAILED",
     "failed": "FAILED",
     "running": "RUNNING",
+}
+# A trial's note, before the command that trains it again.
+ORIGIN_WORDS: dict[Origin, str] = {
+    "baseline": "The baseline of the space, the yardstick of every gain. Train it again:",
+    "point": "A point of the space file. Train it again:",
+    "sampler": "Proposed by the sampler. Train it again:",
+    "train": "A single training. Train it again:",
+    "confirm": "A candidate under a new seed. Train it again:",
 }
 # MLflow takes 1,000 metrics, params and tags in a batch; there are some 60 params and tags.
 METRICS_PER_BATCH = 900
@@ -95,6 +104,7 @@ class SearchRuns:
         header = self._header
         if self._experiment_id is None:
             self._experiment_id = create_experiment(self._client, self._experiment, self._artifacts)
+        add_tags(self._client, self._experiment_id, make_experiment_tags(header))
         if self.parent is None:
             self.parent = self._create_run(header.name, _to_ms(header.created), {"kind": header.kind})
         elif self._is_running and self.parent.status != "RUNNING":
@@ -195,7 +205,7 @@ class SearchRuns:
             tags["best_run_id"] = best.run_id
             metrics["best_val_acc"] = best.score
             if state.baseline_score is not None:
-                metrics["gain_over_baseline"] = best.score - state.baseline_score
+                metrics["gain_over_baseline"] = round(best.score - state.baseline_score, 9)  # no 0.09700000000000003
         status = "KILLED" if finished is None or finished.reason == INTERRUPTED else "FINISHED"
         if self.parent.status != status or self._find_news(self.parent, tags):
             from mlflow.entities import Metric
@@ -254,6 +264,7 @@ class SearchRuns:
             "trial": str(trial.number),
             "run_id": trial.run_id,
             "origin": trial.origin,
+            "mlflow.note.content": f"{ORIGIN_WORDS[trial.origin]} `python -m tune_cifar reproduce {trial.run_id}`",
         }
         return self._create_run(f"{self._header.name}:{trial.number:03d}", _find_start(trial, self._header), tags)
 

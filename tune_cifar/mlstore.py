@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,17 @@ def create_experiment(client: Any, name: str, artifacts: str | None) -> str:
         if (found := find_experiment(client, name)) is None:  # else another process was faster
             raise
         return found
+
+
+def add_tags(client: Any, experiment_id: str, tags: Mapping[str, str]) -> None:
+    """Give an experiment the tags that it lacks; those that it has stay as they are."""
+    known = client.get_experiment(experiment_id).tags
+    for name, value in tags.items():
+        if name not in known:
+            client.set_experiment_tag(experiment_id, name, value)
+
+
+def list_experiments(client: Any) -> list[tuple[str, str, dict[str, str]]]:
+    """Name, id and tags of the experiments, the one that was changed last first."""
+    found = client.search_experiments(order_by=["last_update_time DESC"])
+    return [(experiment.name, experiment.experiment_id, dict(experiment.tags)) for experiment in found]

@@ -11,13 +11,18 @@ import typer
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import say, stdout
 
+# Links to MLflow's views; a space has two or three.
+MAX_LINKS = 12
+
 
 def ui(
     optuna: Annotated[
         bool, typer.Option("--optuna", help="optuna-dashboard, on a copy of the recorded searches as they stand now.")
     ] = False,
     search: Annotated[str | None, typer.Option("--search", help="With --optuna: only this search.")] = None,
-    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Default: a free one.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="Default: 5077 for MLflow, or a free one.")
+    ] = None,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:
@@ -47,13 +52,17 @@ def ui(
 
 
 def _serve_mlflow(storage: Path, tracking_uri: str | None, port: int | None) -> None:
-    from tune_cifar.tracking import make_tracking_uri, run_ui, stop_ui
+    """The address, and a link for each of our views: MLflow itself opens on what is there for language models."""
+    from tune_cifar.tracking import list_views, make_tracking_uri, run_ui, stop_ui
 
-    process = None
+    uri, process = make_tracking_uri(storage, tracking_uri), None
     try:
         with stdout().status("starting MLflow's UI ..."):
-            process, address = run_ui(make_tracking_uri(storage, tracking_uri), port)
+            process, address = run_ui(uri, port)
+            views = list_views(uri)
         say(f"MLflow UI: {address}  (Ctrl-C ends it)")
+        for name, link in list(views.items())[:MAX_LINKS]:
+            say(f"  {name}: {address}{link}")
         raise typer.Exit(process.wait())
     finally:
         if process is not None:
