@@ -23,7 +23,7 @@ from typing import Any
 
 from tune_cifar.events import Header, Origin, SearchResumed
 from tune_cifar.judge import Judgement, Part
-from tune_cifar.mlstore import add_tags, create_experiment, find_experiment, make_client, place_experiment
+from tune_cifar.mlstore import create_experiment, find_experiment, make_client, place_experiment
 from tune_cifar.mlviews import make_experiment_tags
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import Status, dead_knobs
@@ -91,7 +91,10 @@ class SearchRuns:
         self._is_running = is_running
         header = state.header
         self._experiment, self._artifacts = place_experiment(tracking_uri, storage, header.space, header.data.name)
-        self._experiment_id = find_experiment(self._client, self._experiment)
+        self._experiment_id: str | None = None
+        self._experiment_tags: dict[str, str] = {}
+        if (found := find_experiment(self._client, self._experiment)) is not None:
+            self._experiment_id, self._experiment_tags = found
         self.parent: Run | None = None
         self.children: dict[int, Run] = {}
         self._doubles: list[Run] = []
@@ -102,9 +105,7 @@ class SearchRuns:
         while self._doubles:
             self._client.delete_run(self._doubles.pop().run_id)
         header = self._header
-        if self._experiment_id is None:
-            self._experiment_id = create_experiment(self._client, self._experiment, self._artifacts)
-        add_tags(self._client, self._experiment_id, make_experiment_tags(header))
+        self._open_experiment()
         if self.parent is None:
             self.parent = self._create_run(header.name, _to_ms(header.created), {"kind": header.kind})
         elif self._is_running and self.parent.status != "RUNNING":
@@ -246,6 +247,16 @@ class SearchRuns:
             else:
                 self.children[number] = first
 
+    def _open_experiment(self) -> None:
+        """Have the experiment, and what its page opens on. Tags that are there stay as they are."""
+        tags = make_experiment_tags(self._header)
+        if self._experiment_id is None:
+            self._experiment_id = create_experiment(self._client, self._experiment, self._artifacts, tags)
+        else:
+            for name in tags.keys() - self._experiment_tags.keys():
+                self._client.set_experiment_tag(self._experiment_id, name, tags[name])
+        self._experiment_tags |= tags
+
     def _make_identity(self) -> dict[str, str]:
         """In MLflow's filters a tag `created` would be the run's start."""
         return {"search": self._header.name, "search_created": self._header.created}
@@ -328,7 +339,8 @@ def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], fo
 
     client, now = make_client(tracking_uri), _to_ms(report["created"])
     name, artifacts = place_experiment(tracking_uri, storage, report["space"], report["data"]["name"])
-    experiment_id = find_experiment(client, name) or create_experiment(client, name, artifacts)
+    found = find_experiment(client, name)
+    experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
     points = [(f"lr_{key.replace('/', '_over_')}", found["lr"], 0) for key, found in report["estimators"].items()]
     for sweep in report["sweeps"]:
         points += [(f"loss_seed_{sweep['seed']}", loss, step) for step, loss in enumerate(sweep["losses"], 1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -86,31 +85,24 @@ def place_experiment(tracking_uri: str, storage: Path, space: str, data_name: st
     return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith("sqlite:") else None
 
 
-def find_experiment(client: Any, name: str) -> str | None:
+def find_experiment(client: Any, name: str) -> tuple[str, dict[str, str]] | None:
+    """Id and tags of an active experiment."""
     found = client.get_experiment_by_name(name)
     if found is None:
         return None
     if found.lifecycle_stage != "active":
         hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
         raise TrackingError(f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}")
-    return str(found.experiment_id)
+    return str(found.experiment_id), dict(found.tags)
 
 
-def create_experiment(client: Any, name: str, artifacts: str | None) -> str:
+def create_experiment(client: Any, name: str, artifacts: str | None, tags: dict[str, str]) -> str:
     try:
-        return str(client.create_experiment(name, artifact_location=artifacts))
+        return str(client.create_experiment(name, artifact_location=artifacts, tags=tags))
     except Exception:
         if (found := find_experiment(client, name)) is None:  # else another process was faster
             raise
-        return found
-
-
-def add_tags(client: Any, experiment_id: str, tags: Mapping[str, str]) -> None:
-    """Give an experiment the tags that it lacks; those that it has stay as they are."""
-    known = client.get_experiment(experiment_id).tags
-    for name, value in tags.items():
-        if name not in known:
-            client.set_experiment_tag(experiment_id, name, value)
+        return found[0]
 
 
 def list_experiments(client: Any) -> list[tuple[str, str, dict[str, str]]]:

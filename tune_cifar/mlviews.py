@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -51,8 +52,12 @@ def make_experiment_tags(header: Header) -> dict[str, str]:
 def list_view_links(experiment_id: str, tags: Mapping[str, str]) -> dict[str, str]:
     """Where our views of an experiment are, behind the server's address, by their names."""
     page = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey="
-    views = {key.removeprefix(VIEW_TAG): value for key, value in sorted(tags.items()) if key.startswith(OUR_VIEWS)}
-    return {str(json.loads(value)["name"]): page + key for key, value in views.items()}
+    links = {}
+    for key, value in sorted(tags.items()):
+        if key.startswith(OUR_VIEWS):
+            with suppress(ValueError, KeyError, TypeError):  # else MLflow's page passes over it too
+                links[str(json.loads(value)["name"])] = page + key.removeprefix(VIEW_TAG)
+    return links
 
 
 def _make_view(name: str, header: Header, state: dict[str, Any]) -> str:
