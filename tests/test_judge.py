@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 from tests.conftest import SHAPES, make_config
 from tests.test_cli import invoke, refuse
 from tests.test_record import CONFIG, make_header, make_trial, write_record
-from tests.test_train import train_small
 from tune_cifar.data import CLASS_NAMES, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, RecordError
@@ -25,7 +23,6 @@ from tune_cifar.judge import Judgement, Mistake, judge_logits, load_judgement, m
 from tune_cifar.numerics import resolve_numerics
 from tune_cifar.plots.judgement import draw_confusion, draw_mistakes, draw_per_class, draw_reliability, save_judgement
 from tune_cifar.record import SearchState
-from tune_cifar.schema import Numerics
 from tune_cifar.tracking import make_tracking_uri, sync_search
 
 NAMES = CLASS_NAMES["cifar10"]
@@ -249,19 +246,6 @@ def test_the_drawn_mistakes_are_the_images_that_were_answered_wrong() -> None:
 
 
 # The command
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
-    """A training of three epochs on the stand-in that validates on 20 images."""
-    return train_small(tmp_path_factory.mktemp("runs"), fp32)
-
-
-@pytest.fixture
-def storage(workplace: Path, trained: SearchState) -> Path:
-    """A run store with that training, and nothing else."""
-    shutil.copytree(trained.folder, workplace / "runs" / "searches" / "small")
-    return workplace / "runs"
 
 
 JUDGE = ("judge", "--data", "shapes")
