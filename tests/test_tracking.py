@@ -200,6 +200,16 @@ def test_a_port_in_use_is_refused_for_the_ui(tmp_path: Path) -> None:
             run_ui(make_tracking_uri(tmp_path, None), port)
 
 
+def test_the_ui_has_the_same_port_each_time_unless_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tune_cifar.tracking import _find_port
+
+    port = find_free_port()
+    monkeypatch.setattr("tune_cifar.tracking.UI_PORT", port)
+    assert _find_port() == port
+    with socket.create_server(("127.0.0.1", port)):
+        assert _find_port() != port
+
+
 def test_there_are_no_runs_to_delete_where_there_is_no_database(tmp_path: Path) -> None:
     state = write_record(tmp_path, make_header(), make_events())
     assert delete_runs(make_tracking_uri(tmp_path, None), tmp_path, state) == 0

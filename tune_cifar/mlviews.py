@@ -77,6 +77,7 @@ def _make_state(order: str, columns: list[str]) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "selectedColumns": columns,
         "columnOrder": columns,
+        "columnWidths": {"metrics.`gain_over_baseline`": 150},  # as wide as its name
         "runsHiddenMode": "SHOW_ALL",
     }
 
