@@ -8,7 +8,7 @@ READY := .venv/.ready
 
 KILLS ?= 20
 
-.PHONY: search test test-default test-faults lint bench bench-gpu rows clean
+.PHONY: search test test-default test-faults browser lint bench bench-gpu rows clean
 
 # CIFAR-10 where it can be had, else the generated stand-in: the command says so in a banner.
 search: $(READY)
@@ -28,6 +28,16 @@ test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=--ignore=tests/test_%.py)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=tests/test_%.py) $(COVERED:%=--cov=tune_cifar.%) \
 	  --cov=tune_cifar.events --cov-branch --cov-report=term-missing --cov-fail-under=100
+
+# Chromium and its driver for the browser tests, where Debian's packages can be had without asking for a password.
+APT := apt-get -qq -o DPkg::Lock::Timeout=120
+browser:
+	@if command -v chromedriver >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
+	if command -v apt-get >/dev/null && $$as true 2>/dev/null && $$as $(APT) update \
+	  && $$as env DEBIAN_FRONTEND=noninteractive $(APT) install --no-install-recommends chromium chromium-driver >/dev/null; \
+	then exit 0; fi; \
+	echo "No chromedriver here, and none could be installed: the browser tests will be skipped."
 
 # Every fault done to whole searches, KILLS of them by kill -9 at random moments; and what else takes minutes.
 test-faults: $(READY)

@@ -31,11 +31,14 @@ LEVELS = {
     "train": 5,
     "sampler": 5,
     "mlstore": 3,
+    "mlviews": 3,
+    "mltrials": 4,
     "mlruns": 5,
     "tracking": 6,
     "results": 5,
     "plots": 5,
     "tables": 6,
+    "dashboard": 6,
     "health": 6,
     "report": 8,
     "driver": 6,
@@ -57,7 +60,7 @@ LEVELS = {
 # A package's modules may import each other; the command line's may import live.
 ROOMS = {
     "ray": {"search", "worker"},
-    "optuna": {"space", "sampler", "tables"},
+    "optuna": {"space", "sampler", "tables", "dashboard"},
     "mlflow": {"mlstore", "mlruns"},
     "filelock": {"mlstore", "tracking"},
     "albumentations": {"augment/reference"},

@@ -52,6 +52,7 @@ from tune_cifar.tracking import (
     Shipper,
     SyncReport,
     delete_runs,
+    list_views,
     load_shipped_trials,
     make_tracking_uri,
     run_ui,
@@ -199,6 +200,16 @@ def test_a_port_in_use_is_refused_for_the_ui(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(TrackingError, match=f"--port: a free port must be given, got {port}, which is in use"):
             run_ui(make_tracking_uri(tmp_path, None), port)
+
+
+def test_the_ui_has_the_same_port_each_time_unless_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tune_cifar.tracking import _find_port
+
+    port = find_free_port()
+    monkeypatch.setattr("tune_cifar.tracking.UI_PORT", port)
+    assert _find_port() == port
+    with socket.create_server(("127.0.0.1", port)):
+        assert _find_port() != port
 
 
 def test_there_are_no_runs_to_delete_where_there_is_no_database(tmp_path: Path) -> None:
@@ -1041,3 +1052,44 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
     found = {name: status for name, status in look(place).items() if name.startswith("s7-1")}
     assert len(found) == 6 and "RUNNING" not in {status for status, _ in found.values()}
     assert (found["s7-1"][0], found["s7-1:001"]) == ("FINISHED", ("FINISHED", 3))
+
+
+# What the page of the UI opens on
+
+
+RANGES = {"distributions": {"max_lr": "{}", "dropout": "{}"}, "tier": "cpu"}
+
+
+@pytest.mark.slow
+def test_an_experiment_has_views_of_its_searches_for_each_tier_and_keeps_what_was_changed(place: Path) -> None:
+    uri = make_tracking_uri(place, None)
+    single = write_record(place, make_header("t", kind="train", distributions={}), make_trial(0, [0.4], None))
+    sync_search(uri, place, single)
+    assert list_views(uri) == {}, "a training searches nothing"
+    sync_search(uri, place, write_record(place, make_header("a", **RANGES), make_trial(0, [0.4], None)))
+    views = list_views(uri)
+    assert list(views) == ["s7: Searches", "s7: Trials, best first (cpu)"]
+    page = "runs?workflowType=machine_learning&viewStateShareKey=tune_cifar"
+    experiment = connect(uri).get_experiment_by_name("s7")
+    assert views["s7: Searches"] == f"/#/experiments/{experiment.experiment_id}/{page}_searches"
+    trials = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.tune_cifar_trials_cpu"])["state"])
+    assert trials["selectedColumns"][-2:] == ["params.`max_lr`", "params.`dropout`"]
+    assert trials["compareRunCharts"][0]["selectedParams"] == ["max_lr", "dropout"]
+    assert experiment.tags["mlflow.note.content"].startswith("The space s7 on cifar10.")
+
+    mine = {"mlflow.note.content": "mine", "mlflow.sharedViewState.tune_cifar_searches": "mine, and no JSON"}
+    for name, value in mine.items():
+        connect(uri).set_experiment_tag(experiment.experiment_id, name, value)
+    sync_search(uri, place, write_record(place, make_header("b", distributions={"max_lr": "{}"}), []))
+    after = connect(uri).get_experiment_by_name("s7").tags
+    assert after == experiment.tags | mine | {
+        key: value for key, value in after.items() if key.endswith("tune_cifar_trials_full")
+    }
+    assert list(list_views(uri)) == ["s7: Trials, best first (cpu)", "s7: Trials, best first (full)"]
+
+
+@pytest.mark.slow
+def test_a_trials_note_says_where_it_comes_from_and_how_it_is_trained_again(shipped: Shipped) -> None:
+    notes = {run_id: run.data.tags["mlflow.note.content"] for run_id, run in shipped.children.items()}
+    assert notes["s7-1:0"].startswith("The baseline of the space")
+    assert notes["s7-1:3"] == "Proposed by the sampler. Train it again: `python -m tune_cifar reproduce s7-1:3`"

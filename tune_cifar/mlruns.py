@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tune_cifar.errors import TrackingError
-from tune_cifar.events import Header, SearchResumed
+from tune_cifar.events import Header, Origin, SearchResumed
 from tune_cifar.judge import Judgement, Part
-from tune_cifar.mlstore import create_experiment, find_experiment, make_client, place_experiment
+from tune_cifar.mlstore import create_experiment, find_experiment, make_client, place_experiment, search_runs
+from tune_cifar.mlviews import make_experiment_tags
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
-from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig, dead_knobs
+from tune_cifar.schema import Status, dead_knobs
 
 # Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
 # its `score` too.
-EPOCH_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
+EPOCH_METRICS = ("val_acc", "val_loss", "train_acc", "train_loss", "lr", "images_per_second")
 # How the names of a judgement's metrics begin.
 PART_PREFIX: dict[Part, str] = {"validation": "val", "test": "test"}
 # MLflow's own word for each of our states. KILLED is also what still ran when its driver stopped.
@@ -41,11 +41,18 @@ RUN_STATUS: dict[Status, str] = {
     "failed": "FAILED",
     "running": "RUNNING",
 }
+# A trial's note, before the command that trains it again.
+ORIGIN_WORDS: dict[Origin, str] = {
+    "baseline": "The baseline of the space, the yardstick of every gain. Train it again:",
+    "point": "A point of the space file. Train it again:",
+    "sampler": "Proposed by the sampler. Train it again:",
+    "train": "A single training. Train it again:",
+    "confirm": "A candidate under a new seed. Train it again:",
+}
 # MLflow takes 1,000 metrics, params and tags in a batch; there are some 60 params and tags.
 METRICS_PER_BATCH = 900
 # MLflow may refuse longer ones.
 MAX_TAG_CHARACTERS = 5000
-RUNS_PER_PAGE = 200
 
 
 @dataclass
@@ -83,7 +90,10 @@ class SearchRuns:
         self._is_running = is_running
         header = state.header
         self._experiment, self._artifacts = place_experiment(tracking_uri, storage, header.space, header.data.name)
-        self._experiment_id = find_experiment(self._client, self._experiment)
+        self._experiment_id: str | None = None
+        self._experiment_tags: dict[str, str] = {}
+        if (found := find_experiment(self._client, self._experiment)) is not None:
+            self._experiment_id, self._experiment_tags = found
         self.parent: Run | None = None
         self.children: dict[int, Run] = {}
         self._doubles: list[Run] = []
@@ -94,8 +104,7 @@ class SearchRuns:
         while self._doubles:
             self._client.delete_run(self._doubles.pop().run_id)
         header = self._header
-        if self._experiment_id is None:
-            self._experiment_id = create_experiment(self._client, self._experiment, self._artifacts)
+        self._open_experiment()
         if self.parent is None:
             self.parent = self._create_run(header.name, _to_ms(header.created), {"kind": header.kind})
         elif self._is_running and self.parent.status != "RUNNING":
@@ -196,7 +205,7 @@ class SearchRuns:
             tags["best_run_id"] = best.run_id
             metrics["best_val_acc"] = best.score
             if state.baseline_score is not None:
-                metrics["gain_over_baseline"] = best.score - state.baseline_score
+                metrics["gain_over_baseline"] = round(best.score - state.baseline_score, 9)  # no 0.09700000000000003
         status = "KILLED" if finished is None or finished.reason == INTERRUPTED else "FINISHED"
         if self.parent.status != status or self._find_news(self.parent, tags):
             from mlflow.entities import Metric
@@ -217,7 +226,7 @@ class SearchRuns:
         """Fill parent, children and doubles: second runs, as a server creates that answers too late."""
         groups: dict[int | None, list[Run]] = {}
         experiments = [] if self._experiment_id is None else [self._experiment_id]
-        for found in _search_runs(self._client, experiments, self._make_identity()):
+        for found in search_runs(self._client, experiments, self._make_identity()):
             tags = dict(found.data.tags)
             run = Run(found.info.run_id, found.info.status, tags, frozenset(found.data.params))
             groups.setdefault(int(tags["trial"]) if "trial" in tags else None, []).append(run)
@@ -228,6 +237,16 @@ class SearchRuns:
                 self.parent = first
             else:
                 self.children[number] = first
+
+    def _open_experiment(self) -> None:
+        """Have the experiment, and what its page opens on. Tags that are there stay as they are."""
+        tags = make_experiment_tags(self._header)
+        if self._experiment_id is None:
+            self._experiment_id = create_experiment(self._client, self._experiment, self._artifacts, tags)
+        else:
+            for name in tags.keys() - self._experiment_tags.keys():
+                self._client.set_experiment_tag(self._experiment_id, name, tags[name])
+        self._experiment_tags |= tags
 
     def _make_identity(self) -> dict[str, str]:
         """In MLflow's filters a tag `created` would be the run's start."""
@@ -247,6 +266,7 @@ class SearchRuns:
             "trial": str(trial.number),
             "run_id": trial.run_id,
             "origin": trial.origin,
+            "mlflow.note.content": f"{ORIGIN_WORDS[trial.origin]} `python -m tune_cifar reproduce {trial.run_id}`",
         }
         return self._create_run(f"{self._header.name}:{trial.number:03d}", _find_start(trial, self._header), tags)
 
@@ -303,81 +323,6 @@ class SearchRuns:
             self._client.log_artifacts(run.run_id, folder, path)
 
 
-def _search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) -> Iterator[Any]:
-    """MLflow's own objects of all runs in these experiments that have these tags, page by page."""
-    filter_string = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
-    token: str | None = None
-    while experiments:
-        page = client.search_runs(experiments, filter_string, max_results=RUNS_PER_PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def read_trials(tracking_uri: str, search: str) -> list[dict[str, Any]]:
-    """What MLflow holds of a search's trials, a dict each by number, named as the columns of `load_trials`. Of several
-    searches of one name it is the newest.
-
-    Not there: the seconds of training, and the knobs that are dead in a trial. `ended_seq` counts the ends from 1.
-
-    Raises:
-        TrackingError: when MLflow has no such search.
-    """
-    client = make_client(tracking_uri)
-    experiments = [str(found.experiment_id) for found in client.search_experiments()]
-    runs = list(_search_runs(client, experiments, {"search": search}))
-    created = max((run.data.tags["search_created"] for run in runs), default="")
-    runs = [run for run in runs if run.data.tags["search_created"] == created]
-    parent = next((run for run in runs if "trial" not in run.data.tags), None)
-    if parent is None:
-        rule = f"MLflow: a search of the name must be there, got {search!r}."
-        raise TrackingError(f"{rule} Ship it: python -m tune_cifar sync --search {search}")
-    path = client.download_artifacts(parent.info.run_id, "header.json")
-    header = Header.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    # Of two copies, as a server makes them that answers too late, the fuller one.
-    runs.sort(key=lambda run: (run.info.status != "RUNNING", int(run.data.tags.get("epochs_done", 0))))
-    trials = {int(run.data.tags["trial"]): run for run in runs if "trial" in run.data.tags}
-    ended = {number: run for number, run in trials.items() if run.data.tags.get("status", "running") != "running"}
-    ends = sorted((run.info.end_time or 0, number) for number, run in ended.items())
-    ranks = {number: rank for rank, (_, number) in enumerate(ends, start=1)}
-    return [_read_trial(trials[number], header) | {"ended_seq": ranks.get(number)} for number in sorted(trials)]
-
-
-def _read_trial(run: Any, header: Header) -> dict[str, Any]:
-    tags, metrics = run.data.tags, run.data.metrics
-    status = tags.get("status", "running")
-    return {knob: _read_param(knob, text) for knob, text in run.data.params.items()} | {
-        "search": header.name,
-        "space": header.space,
-        "kind": header.kind,
-        "tier": header.tier,
-        "fidelity": header.fidelity,
-        "trial": int(tags["trial"]),
-        "run_id": tags["run_id"],
-        "status": status,
-        "origin": tags["origin"],
-        "epochs_done": int(tags.get("epochs_done", 0)),
-        "val_acc": metrics.get("val_acc"),
-        "score": CHANCE_ACCURACY if status == "diverged" else metrics.get("score"),
-        "fingerprint": tags.get("fingerprint"),
-        "data": header.data.name,
-        "data_digest": header.data.digest,
-        "split_hash": header.data.split_hash,
-        "reason": tags.get("reason", ""),
-    }
-
-
-def _read_param(knob: str, text: str) -> Any:
-    """A param as `load_trials` has the knob: a number, true or false, else text."""
-    kind = TrainConfig.model_fields[knob].annotation
-    if kind is bool:
-        return text == "True"
-    if kind in (int, float):
-        return kind(text)
-    return str(tuple(json.loads(text))) if text.startswith("[") else text
-
-
 def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
     """A run of its own for an LR range test (`report` is what its sweeps.json holds), its folder as artifacts. No
     record stands behind it: where a call fails, the run is closed as FAILED."""
@@ -385,7 +330,8 @@ def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], fo
 
     client, now = make_client(tracking_uri), _to_ms(report["created"])
     name, artifacts = place_experiment(tracking_uri, storage, report["space"], report["data"]["name"])
-    experiment_id = find_experiment(client, name) or create_experiment(client, name, artifacts)
+    found = find_experiment(client, name)
+    experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
     points = [(f"lr_{key.replace('/', '_over_')}", found["lr"], 0) for key, found in report["estimators"].items()]
     for sweep in report["sweeps"]:
         points += [(f"loss_seed_{sweep['seed']}", loss, step) for step, loss in enumerate(sweep["losses"], 1)]

@@ -1,10 +1,11 @@
-"""Reaching an MLflow store: a client that changes nothing global, a SQLite database laid out once, experiments."""
+"""Reaching an MLflow store: a client that changes nothing global, a SQLite database laid out once, what lies in it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sqlite3
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tune_cifar.errors import TrackingError
 # Another process may hold the database's write lock for so long, or be initialising the database.
 SQLITE_TIMEOUT_SECONDS = 10.0
 INITIALISING_SECONDS = 120.0
+RUNS_PER_PAGE = 200
 # For our processes only. No retries in the HTTP client: it would create a run again that a slow server has created.
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -86,20 +88,39 @@ def place_experiment(tracking_uri: str, storage: Path, space: str, data_name: st
     return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith("sqlite:") else None
 
 
-def find_experiment(client: Any, name: str) -> str | None:
+def find_experiment(client: Any, name: str) -> tuple[str, dict[str, str]] | None:
+    """Id and tags of an active experiment."""
     found = client.get_experiment_by_name(name)
     if found is None:
         return None
     if found.lifecycle_stage != "active":
         hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
         raise TrackingError(f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}")
-    return str(found.experiment_id)
+    return str(found.experiment_id), dict(found.tags)
 
 
-def create_experiment(client: Any, name: str, artifacts: str | None) -> str:
+def create_experiment(client: Any, name: str, artifacts: str | None, tags: dict[str, str]) -> str:
     try:
-        return str(client.create_experiment(name, artifact_location=artifacts))
+        return str(client.create_experiment(name, artifact_location=artifacts, tags=tags))
     except Exception:
         if (found := find_experiment(client, name)) is None:  # else another process was faster
             raise
-        return found
+        return found[0]
+
+
+def list_experiments(client: Any) -> list[tuple[str, str, dict[str, str]]]:
+    """Name, id and tags of the experiments, the one that was changed last first."""
+    found = client.search_experiments(order_by=["last_update_time DESC"])
+    return [(experiment.name, experiment.experiment_id, dict(experiment.tags)) for experiment in found]
+
+
+def search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) -> Iterator[Any]:
+    """MLflow's own objects of all runs in these experiments that have these tags, page by page."""
+    filter_string = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
+    token: str | None = None
+    while experiments:
+        page = client.search_runs(experiments, filter_string, max_results=RUNS_PER_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -25,6 +25,7 @@ from tune_cifar.plots.interactive import make_parallel_html
 from tune_cifar.plots.style import make_svg
 from tune_cifar.record import SearchState
 from tune_cifar.results import describe_gain, group_failures, load_trials
+from tune_cifar.sampler import list_distributions
 from tune_cifar.space import describe_distribution
 from tune_cifar.train import load_recorded_data, load_trained
 
@@ -101,7 +102,7 @@ def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str
         gain=describe_gain(state, state.best) if state.best is not None else "",
         counts={status: count for status, count in state.counts.items() if count},
         rungs=tables.list_rungs(state),
-        ranges={knob: describe_distribution(found) for knob, found in tables.list_distributions(state).items()},
+        ranges={knob: describe_distribution(found) for knob, found in list_distributions(state.header).items()},
         trials=_list_best(state),
         pictures=list(_draw(state, slices, importances)),
         judged=judged,

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
-from tune_cifar.events import Confirmation
+from tune_cifar.events import Confirmation, Header
 from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
 from tune_cifar.space import SearchSpace
 
@@ -117,28 +118,18 @@ class Sampler:
         return self._start(number, None), "sampler"
 
     def tell(self, number: int, status: Status, rung_scores: dict[int, float], score: float | None) -> None:
-        """Let the sampler learn how a trial ended.
-
-        A stopped trial counts with its scores at the rungs; one that was cut before its first rung says nothing about
-        its knobs and counts as little as a failed one. A diverged trial counts as a guesser.
+        """Let the sampler learn how a trial ended (see `find_outcome`).
 
         Args:
             rung_scores: val_acc by epoch of the rungs that the trial reached.
             score: val_acc of the last epoch of a complete trial.
         """
         trial = self._trials[number]
-        if status == "complete":
-            self._study.tell(trial, score)
-        elif status == "diverged":
-            self._study.tell(trial, CHANCE_ACCURACY)
-        elif status == "stopped" and rung_scores:
-            for epoch, value in sorted(rung_scores.items()):
-                trial.report(value, step=epoch)
-            self._study.tell(trial, state=TrialState.PRUNED)
-        elif status in ("failed", "stopped"):
-            self._study.tell(trial, state=TrialState.FAIL)
-        else:
-            raise ValueError(f"a trial that is told must have ended, got {status}")
+        state, value = find_outcome(status, rung_scores, score)
+        if state == TrialState.PRUNED:
+            for epoch, rung_score in sorted(rung_scores.items()):
+                trial.report(rung_score, step=epoch)
+        self._study.tell(trial, value, state)
 
     def _start(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
         """A new running trial of the study, with these values or with proposed ones."""
@@ -155,6 +146,28 @@ class Sampler:
             return RandomSampler(seed=seed)
         # Optuna 5's defaults are meant: all knobs at once, and running trials count as bad so that proposals spread.
         return TPESampler(seed=seed, n_startup_trials=self._space.budget.sampler.startup)
+
+
+def find_outcome(status: Status, rung_scores: dict[int, float], score: float | None) -> tuple[TrialState, float | None]:
+    """What Optuna is told of an ended trial: its state, and the value of a complete one.
+
+    A stopped trial counts with its scores at the rungs; one that was cut before its first rung says nothing about its
+    knobs and counts as little as a failed one. A diverged trial counts as a guesser.
+    """
+    if status == "complete":
+        return TrialState.COMPLETE, score
+    if status == "diverged":
+        return TrialState.COMPLETE, CHANCE_ACCURACY
+    if status == "stopped" and rung_scores:
+        return TrialState.PRUNED, None
+    if status in ("failed", "stopped"):
+        return TrialState.FAIL, None
+    raise ValueError(f"a trial that is told must have ended, got {status}")
+
+
+def list_distributions(header: Header) -> dict[str, BaseDistribution]:
+    """The searched knobs of a recorded search and their ranges, in the space file's order."""
+    return {name: json_to_distribution(text) for name, text in header.distributions.items()}
 
 
 def fit_point(space: SearchSpace, params: dict[str, Any]) -> dict[str, Any] | None:
@@ -188,11 +201,11 @@ class _Sequence:
         return self._points[number]
 
 
-def make_study(sampler: BaseSampler) -> optuna.Study:
-    """An in-memory study to be maximised, made without Optuna's notice of it."""
+def make_study(sampler: BaseSampler, storage: BaseStorage | None = None, name: str | None = None) -> optuna.Study:
+    """A study to be maximised, in memory unless a storage is given, made without Optuna's notice of it."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        return optuna.create_study(direction="maximize", sampler=sampler)
+        return optuna.create_study(direction="maximize", sampler=sampler, storage=storage, study_name=name)
     finally:
         optuna.logging.set_verbosity(verbosity)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.distributions import BaseDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 
 from tune_cifar.fidelity import keep
@@ -24,7 +24,7 @@ from tune_cifar.judge import Judgement
 from tune_cifar.optim import schedule_steps
 from tune_cifar.record import SearchState, TrialState
 from tune_cifar.results import best_so_far, estimate_scatter, load_curves, load_trials, split_groups
-from tune_cifar.sampler import make_study
+from tune_cifar.sampler import list_distributions, make_study
 from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
 from tune_cifar.space import describe_distribution, load_header, parse_space
 
@@ -37,11 +37,6 @@ TOP_SHARE = 0.25
 def list_rungs(state: SearchState) -> tuple[int, ...]:
     """The epochs after which a search judges its trials; of a training or a confirmation its last epoch alone."""
     return tuple(state.header.budget.get("rungs", ())) or (int(state.header.baseline["epochs"]),)
-
-
-def list_distributions(state: SearchState) -> dict[str, BaseDistribution]:
-    """The searched knobs and their ranges, in the space file's order."""
-    return {name: json_to_distribution(text) for name, text in state.header.distributions.items()}
 
 
 def make_facts(state: SearchState) -> pd.DataFrame:
@@ -72,7 +67,7 @@ def make_knobs(state: SearchState) -> pd.DataFrame:
     best = state.best
     rows = [
         (knob, describe_distribution(found), state.header.baseline[knob], best and best.params.get(knob))
-        for knob, found in list_distributions(state).items()
+        for knob, found in list_distributions(state.header).items()
     ]
     return pd.DataFrame(rows, columns=["knob", "searched", "baseline", "best"], dtype="object")
 
@@ -181,7 +176,7 @@ def make_importances(state: SearchState, num_resamples: int = 100, seed: int = 0
     Optuna's PED-ANOVA on the accuracies at the first rung (Watanabe et al. 2023). NaN everywhere with fewer than ten
     trials or when nothing sets them apart. Knobs that the user pinned are not searched and not listed.
     """
-    first, distributions = list_rungs(state)[0], list_distributions(state)
+    first, distributions = list_rungs(state)[0], list_distributions(state.header)
     told = [(trial.params, _score_at(trial, first)) for trial in state.trials.values()]
     told = [(params, score) for params, score in told if set(params) >= set(distributions) and not math.isnan(score)]
     shares = _find_importances(told, distributions)

@@ -26,8 +26,10 @@ from filelock import FileLock, Timeout
 from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
 from tune_cifar.judge import Judgement
-from tune_cifar.mlruns import SearchRuns, log_lr_range, read_trials
-from tune_cifar.mlstore import MLFLOW_ENVIRONMENT, find_sqlite_file
+from tune_cifar.mlruns import SearchRuns, log_lr_range
+from tune_cifar.mlstore import MLFLOW_ENVIRONMENT, find_sqlite_file, list_experiments, make_client
+from tune_cifar.mltrials import read_trials
+from tune_cifar.mlviews import list_view_links
 from tune_cifar.record import SearchState, TrialState, check_name, find_storage
 from tune_cifar.results import make_shipped_trials
 
@@ -43,6 +45,8 @@ LAST_ROUNDS = 2
 # Another process may be shipping the same search: wait for it so long.
 LOCK_SECONDS = 10.0
 MAX_FAULT_CHARACTERS = 300
+# Of MLflow's UI, where it is free.
+UI_PORT = 5077
 # May stand before what the database said.
 SQLALCHEMY_CHATTER = "(raised as a result of Query-invoked autoflush"
 
@@ -384,9 +388,7 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
         hint = "Run a search first, or give --storage."
         raise TrackingError(f"{path}: an MLflow database must be there, got none. {hint}")
     if port is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _find_port()
     elif _is_listening(port):
         raise TrackingError(f"--port: a free port must be given, got {port}, which is in use. Leave it out.")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri, "--workers", "1"]
@@ -405,6 +407,21 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
     return process, f"http://127.0.0.1:{port}"
 
 
+def list_views(tracking_uri: str) -> dict[str, str]:
+    """What MLflow's UI can open at once, behind its address: our views of every experiment, by names.
+
+    Raises:
+        TrackingError: when MLflow cannot be reached.
+    """
+    with _translating("ui: MLflow must list its experiments"):
+        experiments = list_experiments(make_client(tracking_uri))
+    return {
+        f"{name}: {view}": link
+        for name, experiment_id, tags in experiments
+        for view, link in list_view_links(experiment_id, tags).items()
+    }
+
+
 def stop_ui(process: subprocess.Popen[bytes]) -> None:
     """End the UI and every process that it started."""
     for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
@@ -412,6 +429,16 @@ def stop_ui(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
+
+
+def _find_port() -> int:
+    """The same one whenever it can be had: a browser keeps the page's layout by its address."""
+    for port in (UI_PORT, 0):
+        with socket.socket() as free, suppress(OSError):
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not kept by connections that are closing
+            free.bind(("127.0.0.1", port))
+            return int(free.getsockname()[1])
+    raise TrackingError("--port: a port must be free on loopback, got none.")
 
 
 def _is_listening(port: int) -> bool:

@@ -27,6 +27,7 @@ from tune_cifar.cli import (
     searches,
     spaces,
     train,
+    ui,
 )
 from tune_cifar.cli.terminal import stderr
 from tune_cifar.errors import TuneCifarError
@@ -50,7 +51,7 @@ app.command()(export.export)
 app.command()(searches.failures)
 app.command()(searches.sync)
 app.command()(look.leaderboard)
-app.command()(look.ui)
+app.command()(ui.ui)
 app.command()(look.models)
 app.command()(look.preview)
 app.add_typer(searches.app, name="searches")

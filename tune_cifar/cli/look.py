@@ -1,9 +1,8 @@
-"""`leaderboard`, `ui`, `models`, `preview`: looking at what is there."""
+"""`leaderboard`, `models`, `preview`: looking at what is there."""
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -134,35 +133,6 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         say(title, style="bold")
         stdout().print(table)
         say(f"... and {len(rows) - top} more (--top, --csv)\n" if len(rows) > top else "")
-
-
-def ui(
-    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Default: a free one.")] = None,
-    tracking_uri: options.TrackingUri = None,
-    storage: options.Storage = None,
-) -> None:
-    """Start the MLflow UI on loopback. Ctrl-C ends it.
-
-    Example: python -m tune_cifar ui
-    """
-    from tune_cifar.record import find_storage
-    from tune_cifar.tracking import make_tracking_uri, run_ui, stop_ui
-
-    # A closed terminal and `kill` end it as Ctrl-C does: nothing of MLflow stays behind.
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
-    process = None
-    try:
-        with stdout().status("starting MLflow's UI ..."):
-            process, address = run_ui(make_tracking_uri(find_storage(storage), tracking_uri), port)
-        say(f"MLflow UI: {address}  (Ctrl-C ends it)")
-        raise typer.Exit(process.wait())
-    except KeyboardInterrupt:
-        say("ended")
-    finally:
-        if process is not None:
-            stop_ui(process)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def models(
