@@ -866,30 +866,6 @@ def test_shipped_baseline_is_the_table_of_the_source_systems(
     assert space.header.corrects
 
 
-def make_knob_table() -> str:
-    """The README's table, from the schema."""
-    lines = ["| knob | values | unit | default | not searched because |", "|---|---|---|---|---|"]
-    for name, knob in TrainConfig.model_json_schema()["properties"].items():
-        if "enum" in knob:
-            values = ", ".join(knob["enum"])
-        elif knob["type"] == "boolean":
-            values = "true, false"
-        elif knob["type"] == "array":
-            is_restarts = name == "warm_restarts"
-            values = "increasing from 1 to below epochs" if is_restarts else "increasing within (0, 1)"
-        else:
-            low = f"[{knob['minimum']:g}" if "minimum" in knob else f"({knob['exclusiveMinimum']:g}"
-            high = f"{knob['maximum']:.10g}]" if "maximum" in knob else f"{knob['exclusiveMaximum']:g})"
-            values = f"{knob['type']} in {low}, {high}"
-        default = str(knob.get("default", "must be given")).lower()
-        lines.append(f"| `{name}` | {values} | {knob['unit']} | {default} | {STRUCTURAL.get(name, '')} |")
-    return "\n".join(lines)
-
-
-def test_readme_shows_the_knobs_of_the_schema() -> None:
-    assert make_knob_table() in (FOLDER / "README.md").read_text(), f"\n{make_knob_table()}"
-
-
 def test_readme_shows_a_file_that_would_be_read() -> None:
     """The example of the README, with MINI's baseline for its ellipsis, is a space file."""
     readme = (FOLDER / "README.md").read_text()
