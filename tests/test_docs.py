@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 import knobs
 
 from tests.conftest import SHAPES
-from tests.test_cli import COMMANDS, ROOT, invoke
+from tests.test_cli import COMMANDS, ROOT, invoke, run_in_a_process
 from tests.test_record import make_header, make_trial, write_record
 from tune_cifar.data import FILES, TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
@@ -233,6 +233,72 @@ def test_the_readmes_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatc
     exec(compile(small, str(README), "exec"), found)
     assert found["result"].epoch == 1 and list(found["trials"].columns) == list(TRIAL_COLUMNS)
     assert isinstance(found["config"], TrainConfig)
+
+
+# The user's walk
+
+NAME = "walked"
+# Some ten steps an epoch: a searched warm-up is a tenth of them and must be more than one.
+SMALL = ["--tier=cpu", "--set=train_size=60", "--set=val_size=20", "--set=batch_size=5"]
+# What a command needs beside that, to be short.
+MORE = {
+    "search --warm-start": ["--trials=2"],
+    "lr-range": ["--steps=35", "--seeds=1"],
+    "confirm": ["--top=1", "--seeds=1"],
+    "searches delete": ["--yes"],
+}
+# Commands with tests of their own: one waits for Ctrl-C (test_cli), one trains on 50,000 images (test_confirm), one
+# downloads (test_data).
+LEFT_OUT = ("ui", "confirm --final", "data fetch")
+WITH_RAY = ("search", "confirm")
+
+
+def has(words: Words, command: str) -> bool:
+    """Whether these words are of a command, named with or without options of it."""
+    return find_command(words) == find_command(command.split()) and set(command.split()) <= set(words)
+
+
+def make_small(words: Words, best: str) -> Words:
+    """A command of the README on the stand-in: its placeholders filled, its space smoke, so small that it is short."""
+    name = find_command(words)
+    options = list_options(name)
+    filled = {"NAME": NAME, "NAME:7": best, "FILE": str(ROOT / "search_spaces" / "smoke.yaml")}
+    small = [filled.get(word, word) for word in words]
+    if "--space" in small:
+        place = small.index("--space")
+        # The best of a space is one on CIFAR-10.
+        small[place : place + 2] = ["--search", NAME] if "--best" in small else ["--space", "smoke"]
+        small += [word for word in SMALL if word.split("=")[0] in options and "--best" not in small]
+    if name == "search" and "--name" not in small:
+        small.append("--name=warm" if "--warm-start" in small else f"--name={NAME}")
+    if "--data" in options and "--data" not in small:
+        small += ["--data", "shapes"]
+    return small + [word for command, more in MORE.items() if has(words, command) for word in more]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
+    """As a user goes through it: planning, a search, its best trained again, judged, exported, confirmed, deleted."""
+    best, done = "", []
+    for words, _ in list_lines(README):
+        if any(has(words, command) for command in LEFT_OUT):
+            continue
+        small = make_small(words, best)
+        if find_command(words) in WITH_RAY:  # its cluster ends with its process
+            process = run_in_a_process(*small)
+            status, told = process.returncode, process.stdout + process.stderr
+        else:
+            answer = invoke(*small)
+            status, told = answer.exit_code, f"{answer.output}\n{answer.exception!r}"
+        assert status == 0, f"{shlex.join(small)}\n{told}"
+        done.append(find_command(words))
+        if not best:
+            folder = search_folder(workplace / "runs", NAME)
+            state = read_state(folder) if folder.exists() else None
+            best = state.best.run_id if state is not None and state.best is not None else ""
+    assert set(done) == set(COMMANDS) - {"ui", "data fetch"}
+    assert best and not search_folder(workplace / "runs", NAME).exists()
+    assert {f"{best.replace(':', '-')}.onnx", "preview-smoke.png"} <= {path.name for path in workplace.iterdir()}
 
 
 # Troubles
