@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ typer.testing._get_command = functools.cache(typer.testing._get_command)  # type
 from tune_cifar.data import DataSource, TrainVal, find_data, load_train_val
 from tune_cifar.errors import DataError
 from tune_cifar.numerics import resolve_numerics
+from tune_cifar.record import SearchState
 from tune_cifar.schema import Numerics, TrainConfig
 
 SHAPES = DataSource("shapes", None)
@@ -88,3 +90,18 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNE_CIFAR_RUNS", str(tmp_path / "runs"))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
+    """The run "small:0": three epochs on the stand-in, validated on 20 images. Nobody changes what it left on disk."""
+    from tests.test_train import train_small
+
+    return train_small(tmp_path_factory.mktemp("runs"), fp32)
+
+
+@pytest.fixture
+def storage(workplace: Path, trained: SearchState) -> Path:
+    """A run store with a copy of that training, and nothing else."""
+    shutil.copytree(trained.folder, workplace / "runs" / "searches" / "small")
+    return workplace / "runs"

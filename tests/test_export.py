@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,19 +38,6 @@ from tune_cifar.train import load_trained
 
 EXPORT = ("export", "--data", "shapes")
 SAFETENSORS = (*EXPORT, "small:0", "--format", "safetensors")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
-    """A training of three epochs on the stand-in that validates on 20 images."""
-    return train_small(tmp_path_factory.mktemp("runs"), fp32)
-
-
-@pytest.fixture
-def storage(workplace: Path, trained: SearchState) -> Path:
-    """A run store with that training, and nothing else."""
-    shutil.copytree(trained.folder, workplace / "runs" / "searches" / "small")
-    return workplace / "runs"
 
 
 @pytest.fixture

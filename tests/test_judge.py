@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from tests.conftest import SHAPES, make_config
 from tests.test_cli import invoke, refuse
 from tests.test_record import CONFIG, make_header, make_trial, write_record
-from tests.test_train import train_small
 from tune_cifar.data import CLASS_NAMES, load_train_val
 from tune_cifar.engine import Trainer
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.judge import Judgement, Mistake, judge_logits, measure_logits
+from tune_cifar.judge import Judgement, Mistake, judge_logits, load_judgement, measure_logits
 from tune_cifar.numerics import resolve_numerics
-from tune_cifar.plots.judgement import save_confusion, save_judgement, save_mistakes, save_per_class, save_reliability
+from tune_cifar.plots.judgement import draw_confusion, draw_mistakes, draw_per_class, draw_reliability, save_judgement
 from tune_cifar.record import SearchState
-from tune_cifar.schema import Numerics
 from tune_cifar.tracking import make_tracking_uri, sync_search
 
 NAMES = CLASS_NAMES["cifar10"]
@@ -161,14 +157,6 @@ def test_predicted_logits_measure_exactly_what_evaluate_does(precision: str) -> 
 # Figures
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are drawn instead of being written."""
-    drawn: list[Figure] = []
-    monkeypatch.setattr("tune_cifar.plots.judgement.save", lambda figure, path: drawn.append(figure))
-    return drawn
-
-
 def read_size(path: Path) -> tuple[int, int]:
     """Width and height of a PNG."""
     content = path.read_bytes()
@@ -193,66 +181,71 @@ def test_a_judgements_folder_holds_four_figures_and_all_data(tmp_path: Path) -> 
     assert found["never_predicted"] == ["cat"] and len(found["bins"]) == 15
 
 
+def test_a_kept_judgement_is_read_back_as_it_was(tmp_path: Path) -> None:
+    judgement = judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
+    file, *_ = save_judgement(judgement, make_pictures(5), "x:0", tmp_path)
+    assert load_judgement(file).to_dict() == judgement.to_dict()
+    assert load_judgement(file).warnings == judgement.warnings
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"part": "test"}', '{"classes": 3'])
+def test_a_file_that_is_no_judgement_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "judgement.json"
+    file.write_text(text)
+    with pytest.raises(RecordError, match=r"judgement.json: a judgement must be readable, got .*Make it again with: "):
+        load_judgement(file)
+    file.unlink()
+    with pytest.raises(RecordError, match=r"judgement.json: a judgement must be there\. Make it with: judge RUN\."):
+        load_judgement(file)
+
+
 def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/x: figures must be writable there, got 'Not a directory'\."):
         save_judgement(judge_answers([0], [0]), make_pictures(1), "x", tmp_path / "file" / "x")
 
 
-def test_the_drawn_confusion_shows_percents_of_the_true_class(figures: list[Figure], tmp_path: Path) -> None:
-    save_confusion(judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5]), "x:0", tmp_path)
-    axes = figures[0].axes[0]
+def test_the_drawn_confusion_shows_percents_of_the_true_class() -> None:
+    figure = draw_confusion(judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5]), "x:0")
+    axes = figure.axes[0]
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert texts == {(0, 0): "66.7", (2, 0): "33.3", (5, 3): "100.0", (5, 5): "100.0"}
     assert axes.get_yticklabels()[0].get_text() == "airplane (3)"
     assert axes.get_title() == "x:0\naccuracy 60.00 %; an empty field is no image"
 
 
-def test_the_drawn_classes_show_their_accuracy_and_which_have_no_image(figures: list[Figure], tmp_path: Path) -> None:
-    save_per_class(judge_answers([0, 1, 0], [0, 1, 1]), "x:0", tmp_path)
-    axes = figures[0].axes[0]
+def test_the_drawn_classes_show_their_accuracy_and_which_have_no_image() -> None:
+    figure = draw_per_class(judge_answers([0, 1, 0], [0, 1, 1]), "x:0")
+    axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["100.0 % of 1", "50.0 % of 2", *["no image"] * 8]
     assert [bar.get_width() for bar in axes.patches[:2]] == [100.0, 50.0]
     assert axes.lines[0].get_label() == "all images: 66.67 %"
 
 
-def test_the_reliability_diagram_shows_each_filled_bin(figures: list[Figure], tmp_path: Path) -> None:
+def test_the_reliability_diagram_shows_each_filled_bin() -> None:
     judgement = judge_answers([1] * 4, [1, 1, 1, 0], [0.9, 0.9, 0.5, 0.5])
-    save_reliability(judgement, "x:0", tmp_path)
-    above, below = figures[0].axes
+    figure = draw_reliability(judgement, "x:0")
+    above, below = figure.axes
     assert np.allclose(above.lines[1].get_xydata(), [[50, 50], [90, 100]], atol=1e-4)
     assert [text.get_text() for text in below.texts] == ["2", "2"]
     assert above.get_title() == "x:0\nexpected calibration error 5.00 % (15 bins)"
 
 
-def test_the_drawn_mistakes_are_the_images_that_were_answered_wrong(figures: list[Figure], tmp_path: Path) -> None:
+def test_the_drawn_mistakes_are_the_images_that_were_answered_wrong() -> None:
     judgement = judge_answers([3, 0, 9, 1], [3, 5, 0, 1], [0.9, 0.8, 0.99999, 0.9])
-    save_mistakes(judgement, make_pictures(4), "x:0", tmp_path)
-    shown = [axes for axes in figures[0].axes if axes.images]
+    figure = draw_mistakes(judgement, make_pictures(4), "x:0")
+    shown = [axes for axes in figure.axes if axes.images]
     assert [int(np.asarray(axes.images[0].get_array())[0, 0, 0]) for axes in shown] == [2, 1]
     assert [axes.get_title() for axes in shown] == [
         "taken for truck, > 99.99 %\nlabelled airplane (no. 2)",
         "taken for airplane, 80.00 %\nlabelled dog (no. 1)",
     ]
-    assert figures[0].get_suptitle() == "x:0\nthe 2 most confident mistakes"
-    save_mistakes(judge_answers([0], [0]), make_pictures(1), "x:0", tmp_path)
-    assert figures[1].get_suptitle() == "x:0\nno mistake"
+    assert figure.get_suptitle() == "x:0\nthe 2 most confident mistakes"
+    figure = draw_mistakes(judge_answers([0], [0]), make_pictures(1), "x:0")
+    assert figure.get_suptitle() == "x:0\nno mistake"
 
 
 # The command
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
-    """A training of three epochs on the stand-in that validates on 20 images."""
-    return train_small(tmp_path_factory.mktemp("runs"), fp32)
-
-
-@pytest.fixture
-def storage(workplace: Path, trained: SearchState) -> Path:
-    """A run store with that training, and nothing else."""
-    shutil.copytree(trained.folder, workplace / "runs" / "searches" / "small")
-    return workplace / "runs"
 
 
 JUDGE = ("judge", "--data", "shapes")
@@ -283,7 +276,7 @@ def test_judge_shows_and_keeps_what_the_kept_weights_make_of_the_recorded_valida
 
 
 def test_judge_of_the_best_as_json_goes_where_it_is_told_and_survives_a_broken_tracking_store(
-    storage: Path, trained: SearchState, figures: list[Figure]
+    storage: Path, trained: SearchState
 ) -> None:
     (storage / "mlflow.db").write_text("this is no database, whatever its name says\n" * 40)
     answer = invoke(*JUDGE, "--best", "--search", "small", "--json", "--out", "here")
@@ -292,7 +285,7 @@ def test_judge_of_the_best_as_json_goes_where_it_is_told_and_survives_a_broken_t
     assert (found["run_id"], found["part"], found["folder"], found["files"]) == ("small:0", "validation", "here", FILES)
     assert found["accuracy"] == found["recorded_val_acc"] == trained.trials[0].val_acc
     assert "a SQLite database must be writable there, got: file is not a database." in found["mlflow_fault"]
-    assert Path("here/judgement.json").exists() and len(figures) == 4 and not (storage / "judge").exists()
+    assert sorted(path.name for path in Path("here").iterdir()) == sorted(FILES) and not (storage / "judge").exists()
 
 
 def test_a_run_without_kept_weights_is_refused_with_the_way_out(storage: Path, trained: SearchState) -> None:

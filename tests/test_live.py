@@ -40,7 +40,7 @@ from tune_cifar.live import (
     print_stand_in_banner,
 )
 from tune_cifar.lr_range import Sweep
-from tune_cifar.record import SearchState
+from tune_cifar.record import INTERRUPTED, TIME_LIMIT, SearchState
 from tune_cifar.schema import DataInfo, Numerics
 
 SHAPES_INFO = DataInfo(name="shapes", digest="d2", split_hash="h2")
@@ -75,10 +75,16 @@ def tell(view: SearchView, events: list[Event], **header: Any) -> SearchState:
     return state
 
 
-def summarise(events: list[Event], faults: list[str] | None = None, dropped: list[str] | None = None, **kw: Any) -> str:
+def summarise(
+    events: list[Event],
+    faults: list[str] | None = None,
+    dropped: list[str] | None = None,
+    reason: str = "all trials",
+    **kw: Any,
+) -> str:
     """The end of a search without a terminal, `kw` being the header's changes."""
     console, text = make_console()
-    state = make_state([*events, SearchEnded(reason="all trials", wall_seconds=61.2)], **kw)
+    state = make_state([*events, SearchEnded(reason=reason, wall_seconds=61.2)], **kw)
     print_search_summary(console, state, faults or [], dropped or [], " --data shapes", " --storage '/my runs'")
     return text.getvalue()
 
@@ -256,9 +262,11 @@ def test_summary_says_when_the_gain_is_within_the_noise_and_when_there_is_none()
 
 
 def test_summary_of_a_search_without_a_complete_trial_says_so() -> None:
-    text = summarise([*make_trial(0, [0.3], "stopped")])
+    text = summarise([*make_trial(0, [0.3], "stopped")], reason=TIME_LIMIT)
     assert "No trial reached its last epoch: there is no score to compare. Give it more --max-time." in text
     assert "reproduce --best" not in text
+    text = summarise([*make_trial(0, [0.3], None)], reason=INTERRUPTED)
+    assert "there is no score to compare.\n" in text and "--resume" in text
 
 
 def test_summary_tells_pins_drops_failures_and_tracking_faults_as_they_are() -> None:

@@ -9,15 +9,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from optuna.distributions import FloatDistribution, distribution_to_json
 
 from tests.test_cli import invoke, refuse
 from tests.test_record import EVENTS, make_header, make_start, write_record
 from tests.test_tables import run_search
+from tests.test_train import train_small
 from tune_cifar.errors import ConfigError
 from tune_cifar.health import examine_space
 from tune_cifar.record import SearchState, TrialState
 from tune_cifar.report import make_report, write_report
-from tune_cifar.schema import DataInfo
+from tune_cifar.schema import DataInfo, Numerics
 from tune_cifar.space import Range, parse_space
 from tune_cifar.tables import make_importances, make_slices
 
@@ -148,14 +150,34 @@ def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup
 
 
 @pytest.mark.slow
+def test_the_best_trial_is_judged_where_its_weights_and_the_data_are(tmp_path: Path, fp32: Numerics) -> None:
+    trained = train_small(tmp_path, fp32)
+    distributions = {"max_lr": distribution_to_json(FloatDistribution(1e-3, 0.1, log=True))}
+    trained.header = trained.header.model_copy(update={"kind": "search", "distributions": distributions})
+    path = tmp_path / "x.html"
+    assert write_report(trained, path, "shapes") is None
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    for name in ("Confusion", "Classes", "Calibration", "Most confident mistakes", "Augmentation"):
+        assert f"{name}." in page.text and f'aria-label="{name}"' in html
+    assert "Nothing is shown." not in page.text and len(page.ids) == len(set(page.ids))
+    missing = write_report(trained, path, str(tmp_path / "nowhere"))
+    assert missing is not None and "nowhere" in missing
+    page = Page(path.read_text(encoding="utf-8"))
+    assert f"Nothing is shown. {missing}" in page.text and "Confusion." not in page.text
+
+
+@pytest.mark.slow
 def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workplace: Path) -> None:
     run_search(workplace / "runs", 3)
     path = workplace / "runs" / "reports" / "x.html"
-    answer = invoke("report", "--search", "x")
+    answer = invoke("report", "--search", "x", "--data", "nowhere")
     assert answer.exit_code == 0 and path.name in answer.stdout.replace("\n", "")
     first = path.read_text(encoding="utf-8")
-    answer = invoke("report", "--search", "x", "--out", "mine.html", "--json")
-    assert json.loads(answer.stdout) == {"search": "x", "file": "mine.html"}
+    answer = invoke("report", "--search", "x", "--out", "mine.html", "--data", "nowhere", "--json")
+    found = json.loads(answer.stdout)
+    assert (found["search"], found["file"]) == ("x", "mine.html")
+    assert "nowhere" in found["missing"]
     assert Path("mine.html").read_text(encoding="utf-8") == first
 
 
@@ -169,4 +191,4 @@ def test_what_has_nothing_to_report_is_refused(workplace: Path) -> None:
 def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(searched: SearchState, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"the report must be writable there, got '"):
-        write_report(searched, tmp_path / "file" / "x.html")
+        write_report(searched, tmp_path / "file" / "x.html", None)

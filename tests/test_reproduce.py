@@ -41,12 +41,6 @@ Change = Callable[[EpochResult], EpochResult]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
-    """A finished training of three epochs on the stand-in; tests copy it and leave it alone."""
-    return train_small(tmp_path_factory.mktemp("runs"), fp32)
-
-
-@pytest.fixture(scope="module")
 def exploded(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
     """A training that diverged in its second epoch."""
     return train_small(tmp_path_factory.mktemp("runs"), fp32, **EXPLODING)

@@ -107,10 +107,20 @@ def test_looking_at_searches_imports_nothing_heavy(storage: Path, command: str) 
 def test_a_deleted_search_is_gone_and_the_others_stay(storage: Path) -> None:
     (storage / "searches" / "whole" / "trials" / "0000").mkdir(parents=True)
     (storage / "searches" / "whole" / "trials" / "0000" / "weights").write_bytes(bytes(2_000_000))
+    views = ["reports/whole.html", "reports/whole-2.html"]
+    views += ["judge/whole-0/a.png", "judge/whole-0-test/a.png", "judge/whole-2-0/a.png", "judge/whole-1/a.png"]
+    for view in views:
+        (storage / view).parent.mkdir(parents=True, exist_ok=True)
+        (storage / view).touch()
     answer = invoke("searches", "delete", "whole", "--yes", "--keep-mlflow", "--storage", str(storage))
     assert answer.exit_code == 0, answer.output
     assert answer.stdout == "whole is deleted: 1 trial, 2.0 MB, MLflow as it was\n"
     assert list_names(storage) == {"stopped", "killed", "torn"}
+    assert [view for view in views if (storage / view).exists()] == [
+        "reports/whole-2.html",
+        "judge/whole-2-0/a.png",
+        "judge/whole-1/a.png",  # no trial of it
+    ]
 
 
 def test_nothing_is_deleted_unless_the_answer_is_yes(storage: Path) -> None:

@@ -27,7 +27,7 @@ from tune_cifar.events import (
     utc_now,
 )
 from tune_cifar.fidelity import keep, list_cycles
-from tune_cifar.record import INTERRUPTED, Record, SearchState, TrialState
+from tune_cifar.record import INTERRUPTED, TIME_LIMIT, Record, SearchState, TrialState
 from tune_cifar.sampler import Confirmer, Proposer, Sampler
 from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
 from tune_cifar.space import SearchSpace
@@ -243,7 +243,7 @@ class SearchDriver:
         if not running and not self._wants_more:
             reason = "all trials"
         elif self.is_over_time and not self.is_interrupted and self.fault is None:
-            reason = "time limit"
+            reason = TIME_LIMIT
             for trial in running:
                 cycle = "" if trial.cycle is None else f" of a cycle of {trial.cycle}"
                 self.end(trial.number, "stopped", f"cut after epoch {len(trial.epochs)}{cycle}: {reason}")

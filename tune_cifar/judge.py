@@ -1,10 +1,11 @@
 """What a network's answers are worth: loss and accuracy, each class, confusion, calibration, the worst mistakes.
 
-Logits and labels in, figures as data out; plots.py draws them. All accuracies are fractions in [0, 1].
+Logits and labels in, figures as data out; plots/judgement.py draws them. All accuracies are fractions in [0, 1].
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tune_cifar.errors import RecordError
+
 Part = Literal["validation", "test"]
 
 # Losses are summed in float32 over so many images, these sums in float64: bits of every recorded loss depend on it.
@@ -22,6 +25,8 @@ NUM_IMAGES_PER_SUM = 200
 # Of equal width over [0, 1], as in Guo et al., "On Calibration of Modern Neural Networks" (2017).
 NUM_BINS = 15
 NUM_MISTAKES = 10
+# In the folder of a judgement, beside its figures.
+JUDGEMENT_FILE = "judgement.json"
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,38 @@ class Judgement:
             "never_predicted": self.never_predicted,
             "warnings": self.warnings,
         }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Judgement:
+        """The judgement whose `to_dict` this is; entries that it does not know are passed over."""
+        return cls(
+            part=found["part"],
+            num_images=found["num_images"],
+            loss=math.nan if found["loss"] is None else found["loss"],
+            accuracy=found["accuracy"],
+            classes=tuple(ClassFigures(**figures) for figures in found["classes"]),
+            confusion=torch.tensor(found["confusion"]),
+            ece=found["ece"],
+            bins=tuple(Bin(**figures) for figures in found["bins"]),
+            mistakes=tuple(Mistake(**figures) for figures in found["mistakes"]),
+        )
+
+
+def load_judgement(file: Path) -> Judgement:
+    """A kept judgement.
+
+    Args:
+        file: JUDGEMENT_FILE in the folder that `judge` names.
+
+    Raises:
+        RecordError: the file is absent, or is not a judgement.
+    """
+    try:
+        return Judgement.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError as exc:
+        raise RecordError(f"{file}: a judgement must be there. Make it with: judge RUN.") from exc
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        raise RecordError(f"{file}: a judgement must be readable, got {exc!r}. Make it again with: judge RUN.") from exc
 
 
 def measure_logits(logits_NK: Tensor, labels_N: Tensor) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tune_cifar.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
 from tune_cifar.forecast import START_SECONDS, forecast_search
-from tune_cifar.record import SearchState, TrialState
+from tune_cifar.record import TIME_LIMIT, SearchState, TrialState
 from tune_cifar.results import describe_gain
 from tune_cifar.schema import DataInfo, EpochResult, Status
 from tune_cifar.space import Budget
@@ -227,7 +227,8 @@ def print_search_summary(
         say("not searched, since the pins leave them without effect: " + ", ".join(dropped))
     best = state.best
     if best is None:
-        say("No trial reached its last epoch: there is no score to compare. Give it more --max-time.")
+        advice = " Give it more --max-time." if state.finished.reason == TIME_LIMIT else ""
+        say(f"No trial reached its last epoch: there is no score to compare.{advice}")
     else:
         say(f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.config.epochs} epochs")
         console.print(_knob_table(state, best))

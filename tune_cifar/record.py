@@ -47,6 +47,8 @@ OWNER_FILE = "owner.json"
 LOCK_SECONDS = 1.0
 INTERRUPTED = "interrupted"
 """The reason of a SearchEnded that leaves trials running, to be gone on with."""
+TIME_LIMIT = "time limit"
+"""The reason of a SearchEnded that stopped what was running."""
 
 
 @dataclass

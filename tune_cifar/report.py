@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,29 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from tune_cifar import tables
-from tune_cifar.errors import ConfigError
+from tune_cifar.augment.preview import make_preview
+from tune_cifar.data import CLASS_NAMES, find_data
+from tune_cifar.errors import ConfigError, TuneCifarError
 from tune_cifar.health import examine_space
+from tune_cifar.judge import judge_logits
+from tune_cifar.numerics import restore_numerics
+from tune_cifar.plots import judgement
 from tune_cifar.plots import search as figures
 from tune_cifar.plots.interactive import make_parallel_html
 from tune_cifar.plots.style import make_svg
 from tune_cifar.record import SearchState
 from tune_cifar.results import describe_gain, group_failures, load_trials
 from tune_cifar.space import describe_distribution
+from tune_cifar.train import load_recorded_data, load_trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # In the report, trials of so many ranks; all are in `leaderboard --csv`.
 NUM_BEST = 15
+# Training images whose augmentation is shown.
+NUM_PREVIEWED = 5
+NO_WEIGHTS = "A search keeps them with --keep-weights."
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,14 @@ class Picture:
     svg: Markup
 
 
-def write_report(state: SearchState, path: Path) -> None:
+def write_report(state: SearchState, path: Path, data: str | None) -> str | None:
     """Write the report of a recorded search, in the place of one that is there.
+
+    Args:
+        data: a folder or a name as `find_data` takes it; the best trial's kept weights are judged on its images.
+
+    Returns:
+        Why the figures of images are missing in it, in a sentence, or None.
 
     Raises:
         ConfigError: nothing was searched, no trial has ended yet, or the file cannot be written.
@@ -50,15 +65,26 @@ def write_report(state: SearchState, path: Path) -> None:
         )
     if not any(trial.scores for trial in state.trials.values()):
         raise ConfigError(f"{state.header.name}: a trial must have reached a rung, got none. Wait, or --resume it.")
+    missing, judged = None, []
+    try:
+        judged = list(_draw_best(state, data))
+    except TuneCifarError as exc:
+        missing = str(exc)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(make_report(state), encoding="utf-8")
+        path.write_text(make_report(state, judged, missing), encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"{path}: the report must be writable there, got {exc.strerror!r}.") from exc
+    return missing
 
 
-def make_report(state: SearchState) -> str:
-    """The report's HTML: `write_report` without the file."""
+def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str | None = None) -> str:
+    """The report's HTML: `write_report` without the file.
+
+    Args:
+        judged: what the best trial makes of images.
+        missing: why there are no such pictures.
+    """
     environment = Environment(
         loader=PackageLoader("tune_cifar"),
         autoescape=select_autoescape(),
@@ -67,7 +93,7 @@ def make_report(state: SearchState) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _format_percent, "number": _format_number}
-    slices, importances = tables.make_slices(state), tables.make_importances(state)
+    slices, importances, numerics = tables.make_slices(state), tables.make_importances(state), state.header.numerics
     return environment.get_template("report.html").render(
         state=state,
         header=state.header,
@@ -78,11 +104,12 @@ def make_report(state: SearchState) -> str:
         ranges={knob: describe_distribution(found) for knob, found in tables.list_distributions(state).items()},
         trials=_list_best(state),
         pictures=list(_draw(state, slices, importances)),
+        judged=judged,
+        missing=missing,
         parallel=Markup(make_parallel_html(slices)),
         health=examine_space(state, slices, importances),
         faults=group_failures(state),
-        versions=state.header.numerics.versions,
-        numerics=state.header.numerics.model_dump(exclude={"versions"}),
+        environment=numerics.model_dump(exclude={"versions"}) | numerics.versions | state.header.environment,
     )
 
 
@@ -105,10 +132,12 @@ def _list_best(state: SearchState) -> list[dict[str, Any]]:
     ]
 
 
+def _make_title(state: SearchState, name: str) -> str:
+    return name if state.header.data.name == "cifar10" else f"{name}, {state.header.data.name}: NOT CIFAR-10"
+
+
 def _draw(state: SearchState, slices: pd.DataFrame, importances: pd.DataFrame) -> Iterator[Picture]:
-    name = state.header.name
-    stand_in = "" if state.header.data.name == "cifar10" else f", {state.header.data.name}: NOT CIFAR-10"
-    title = f"{name}{stand_in}"
+    title = _make_title(state, state.header.name)
     yield _make_picture(
         "Optimisation history",
         "Every complete trial's validation accuracy and the best so far, against trials, epochs and wall time.",
@@ -158,6 +187,34 @@ def _draw(state: SearchState, slices: pd.DataFrame, importances: pd.DataFrame) -
         "Where the time went",
         "Epochs and minutes of training by the length of the training and by what became of the trial.",
         figures.draw_costs(tables.make_costs([state]), title),
+    )
+
+
+def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
+    """What the best trial sees, and what its kept weights make of the validation images."""
+    trial = state.best
+    if trial is None:
+        raise ConfigError(f"{state.header.name}: a trial must be complete, got none.")
+    loaded = load_recorded_data(state, trial, find_data(data))
+    val = loaded.val
+    assert val is not None, "a search has validation images"
+    trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics, None), NO_WEIGHTS)
+    found = judge_logits(trainer.predict(val), val.labels_N, CLASS_NAMES[loaded.info.name], "validation")
+    title = _make_title(state, f"{trial.run_id}: {found.num_images:,} validation images")
+    pictures = val.images_NCHW.permute(0, 2, 3, 1).numpy()
+    captions = {
+        "confusion": ("Confusion", "What became of each class's images."),
+        "per_class": ("Classes", "The share of each class's images that were answered right."),
+        "reliability": ("Calibration", "Whether the network is as often right as it is sure."),
+        "mistakes": ("Most confident mistakes", "Look here for wrong labels, and for what the network goes by."),
+    }
+    for kind, figure in judgement.draw_judgement(found, pictures, title).items():
+        yield _make_picture(*captions[kind], figure)
+    previewed = make_preview(trial.config, loaded.train.images_NCHW[:NUM_PREVIEWED]).numpy()
+    yield _make_picture(
+        "Augmentation",
+        "Training images as they are and as this trial's network saw them.",
+        judgement.draw_preview(previewed, _make_title(state, trial.run_id)),
     )
 
 

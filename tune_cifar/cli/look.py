@@ -205,7 +205,8 @@ def preview(
     """
     from tune_cifar.augment.preview import make_preview
     from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.plots.judgement import save_preview
+    from tune_cifar.plots.judgement import draw_preview
+    from tune_cifar.plots.style import save
     from tune_cifar.space import load_space, parse_setting
 
     found = load_space(space, "full", dict(parse_setting(setting) for setting in settings or []))
@@ -215,5 +216,5 @@ def preview(
     source = find_data(data)
     images = load_train_val(source, NUM_PREVIEW_ROWS, NUM_PREVIEW_ROWS).train.images_NCHW
     pictures = make_preview(found.baseline, images).numpy()
-    save_preview(pictures, f"{found.name} on {source.name}: what the network sees", path)
+    save(draw_preview(pictures, f"{found.name} on {source.name}: what the network sees"), path)
     say(str(path))

@@ -16,12 +16,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Default: reports/ in the run store.")
     ] = None,
+    data: options.Data = None,
     as_json: options.Json = False,
     storage: options.Storage = None,
 ) -> None:
     """Write a search as one HTML file: figures, tables, health of the space, commands to reproduce.
 
-    It is read offline and prints well; a report that is there is replaced.
+    It is read offline and prints well; a report that is there is replaced. Where the data is found, the best trial is
+    judged on its validation images.
 
     Example: python -m tune_cifar report --search s10-main
     """
@@ -31,10 +33,17 @@ def report(
 
     folder = find_storage(storage)
     (state,) = load_searches(folder, search=search)
-    path = out or folder / "reports" / f"{search}.html"
+    path = out or find_report(folder, search)
     with stderr().status("drawing the figures"):
-        write_report(state, path)
+        missing = write_report(state, path, data)
     if as_json:
-        print_json({"search": search, "file": str(path)})
-    else:
-        say(f"report: {path}")
+        print_json({"search": search, "file": str(path), "missing": missing})
+        return
+    say(f"report: {path}")
+    if missing is not None:
+        say(f"Without the figures of images. {missing}", style="yellow")
+
+
+def find_report(storage: Path, search: str) -> Path:
+    """Where the report of a search is kept, unless told otherwise."""
+    return storage / "reports" / f"{search}.html"

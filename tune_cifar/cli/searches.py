@@ -82,7 +82,7 @@ def delete(
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:
-    """Delete a search for good: its record, weights and checkpoints, and its runs in MLflow.
+    """Delete a search for good: its record, weights, checkpoints, judgements and report, and its runs in MLflow.
 
     Example: python -m tune_cifar searches delete s10-cpu-1
     """
@@ -111,6 +111,7 @@ def delete(
     if state is not None and not keep_mlflow:
         num_runs = _delete_runs(root, tracking_uri, state)
     _delete_folder(folder)
+    _delete_views(root, name, state)
     gone = "MLflow as it was" if keep_mlflow else f"{_count(num_runs, 'run')} in MLflow"
     say(f"{name} is deleted: {trials}, {size}, {gone}")
 
@@ -164,6 +165,24 @@ def _delete_folder(folder: Path) -> None:
         shutil.rmtree(folder)
     except OSError as exc:
         raise RecordError(f"{folder}: all of it must be deletable, got {exc.strerror!r} for {exc.filename}.") from exc
+
+
+def _delete_views(root: Path, name: str, state: SearchState | None) -> None:
+    """Delete the report of a search and, where its record could be read, its judgements."""
+    import shutil
+
+    from tune_cifar.cli.report import find_report
+    from tune_cifar.judge import find_judge_folder
+
+    report = find_report(root, name)
+    try:
+        report.unlink(missing_ok=True)
+        for run_id in [] if state is None else [trial.run_id for trial in state.trials.values()]:
+            for folder in (find_judge_folder(root, run_id, "validation"), find_judge_folder(root, run_id, "test")):
+                if folder.is_dir() and not folder.is_symlink():
+                    shutil.rmtree(folder)
+    except OSError as exc:
+        raise RecordError(f"{root}: what was made of {name} must be deletable, got {exc.strerror!r}.") from exc
 
 
 def failures(

@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.judge import NUM_BINS, NUM_MISTAKES, Judgement
+from tune_cifar.judge import JUDGEMENT_FILE, NUM_BINS, NUM_MISTAKES, Judgement
 from tune_cifar.plots.style import BLUE, ORANGE, save
 
-JUDGEMENT_FILE = "judgement.json"
 
-
-def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
-    """Write a PNG grid: a row per image, the original in the first column, its variants in the others.
+def draw_preview(pictures: NDArray[np.uint8], title: str) -> Figure:
+    """A grid: a row per image, the original in the first column, its variants in the others.
 
     Args:
         pictures: (rows, columns, height, width, 3).
@@ -33,7 +32,7 @@ def save_preview(pictures: NDArray[np.uint8], title: str, path: Path) -> None:
     axes[0, 0].set_title("original", fontsize=8)
     axes[0, 1].set_title("augmented", fontsize=8, loc="left")
     figure.suptitle(title, fontsize=9)
-    save(figure, path)
+    return figure
 
 
 def save_judgement(judgement: Judgement, pictures: NDArray[np.uint8], title: str, folder: Path) -> list[Path]:
@@ -47,22 +46,30 @@ def save_judgement(judgement: Judgement, pictures: NDArray[np.uint8], title: str
     Raises:
         ConfigError: when the folder cannot be written.
     """
-    figures = {name: folder / f"{name}.png" for name in ("confusion", "per_class", "reliability", "mistakes")}
+    figures = draw_judgement(judgement, pictures, title)
     data = folder / JUDGEMENT_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps({"title": title, **judgement.to_dict()}, indent=2) + "\n", encoding="utf-8")
-        save_confusion(judgement, title, figures["confusion"])
-        save_per_class(judgement, title, figures["per_class"])
-        save_reliability(judgement, title, figures["reliability"])
-        save_mistakes(judgement, pictures, title, figures["mistakes"])
+        for name, figure in figures.items():
+            save(figure, folder / f"{name}.png")
     except OSError as exc:
         raise ConfigError(f"{folder}: figures must be writable there, got {exc.strerror!r}.") from exc
-    return [data, *figures.values()]
+    return [data, *(folder / f"{name}.png" for name in figures)]
 
 
-def save_confusion(judgement: Judgement, title: str, path: Path) -> None:
-    """Write the confusion matrix: in each row what became of one class's images, in percent of them."""
+def draw_judgement(judgement: Judgement, pictures: NDArray[np.uint8], title: str) -> dict[str, Figure]:
+    """A judgement's four figures by their names; the arguments are `save_judgement`'s."""
+    return {
+        "confusion": draw_confusion(judgement, title),
+        "per_class": draw_per_class(judgement, title),
+        "reliability": draw_reliability(judgement, title),
+        "mistakes": draw_mistakes(judgement, pictures, title),
+    }
+
+
+def draw_confusion(judgement: Judgement, title: str) -> Figure:
+    """The confusion matrix: in each row what became of one class's images, in percent of them."""
     names, shares = judgement.class_names, judgement.confusion_shares.numpy()
     figure, axes = plt.subplots(figsize=(8.6, 7.6), layout="constrained")
     # Not linear: most shares off the diagonal lie below a tenth, and they are what is looked for.
@@ -77,11 +84,11 @@ def save_confusion(judgement: Judgement, title: str, path: Path) -> None:
     axes.set_ylabel("true class (images)")
     figure.colorbar(image, shrink=0.7, ticks=[0, 1, 5, 10, 25, 50, 100], label="% of the true class's images")
     axes.set_title(f"{title}\naccuracy {100 * judgement.accuracy:.2f} %; an empty field is no image", fontsize=10)
-    save(figure, path)
+    return figure
 
 
-def save_per_class(judgement: Judgement, title: str, path: Path) -> None:
-    """Write a bar per class: the share of its images that were answered right, beside that of all images."""
+def draw_per_class(judgement: Judgement, title: str) -> Figure:
+    """A bar per class: the share of its images that were answered right, beside that of all images."""
     figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
     for row, figures in enumerate(judgement.classes):
         percent = 0.0 if figures.accuracy is None else 100 * figures.accuracy
@@ -97,11 +104,11 @@ def save_per_class(judgement: Judgement, title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower right", frameon=False, fontsize=9)
-    save(figure, path)
+    return figure
 
 
-def save_reliability(judgement: Judgement, title: str, path: Path) -> None:
-    """Write the reliability diagram: each bin's accuracy over its mean confidence, and how many images it holds."""
+def draw_reliability(judgement: Judgement, title: str) -> Figure:
+    """The reliability diagram: each bin's accuracy over its mean confidence, and how many images it holds."""
     filled = [found for found in judgement.bins if found.num_images]
     lows, widths = [100 * found.low for found in filled], [100 * (found.high - found.low) for found in filled]
     accuracies = [100 * (found.accuracy or 0.0) for found in filled]
@@ -123,11 +130,11 @@ def save_reliability(judgement: Judgement, title: str, path: Path) -> None:
     below.set_xlim(0, 100)
     below.set_ylabel("images")
     below.set_xlabel("confidence: the probability given to the answer, %")
-    save(figure, path)
+    return figure
 
 
-def save_mistakes(judgement: Judgement, pictures: NDArray[np.uint8], title: str, path: Path) -> None:
-    """Write the most confident mistakes as pictures, each with what it is, what it was taken for and how surely.
+def draw_mistakes(judgement: Judgement, pictures: NDArray[np.uint8], title: str) -> Figure:
+    """The most confident mistakes as pictures, each with what it is, what it was taken for and how surely.
 
     Args:
         pictures: (images, height, width, 3), all that were judged, in their order.
@@ -143,7 +150,7 @@ def save_mistakes(judgement: Judgement, pictures: NDArray[np.uint8], title: str,
         axes.set_title(f"{answer}\nlabelled {names[mistake.true]} (no. {mistake.index})", fontsize=9)
     count = f"the {len(judgement.mistakes)} most confident mistakes" if judgement.mistakes else "no mistake"
     figure.suptitle(f"{title}\n{count}", fontsize=10)
-    save(figure, path)
+    return figure
 
 
 def _format_sure(confidence: float) -> str:

@@ -43,12 +43,13 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def make_svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element to embed, and forget it: the same figure gives the same text, and figures of
-    other names in one document share no id with it."""
+    """The figure as an `<svg>` element to embed, and forget it: the same figure gives the same text, no id is there
+    twice, and figures of other names in one document share none with it."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     prefix = re.sub(r"\W", "", name.lower())
-    svg = buffer.getvalue()
+    # The id of an image is a hash of its pixels, which may be there twice; nothing refers to it.
+    svg = re.sub(r'(<image [^>]*) id="[^"]*"', r"\1", buffer.getvalue())
     return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg[svg.index("<svg") :])
