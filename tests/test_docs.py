@@ -27,7 +27,6 @@ from tune_cifar.record import read_state, search_folder
 from tune_cifar.results import TRIAL_COLUMNS
 from tune_cifar.schema import KNOBS, EpochResult, Numerics, TrainConfig
 from tune_cifar.space import load_space
-from tune_cifar.space.knobs import describe_effect, list_knobs
 
 README, GLOSSARY, TROUBLE = ROOT / "README.md", ROOT / "docs" / "metrics.md", ROOT / "docs" / "troubleshooting.md"
 # What is told of today; the findings, notes and the changelog tell of their day.
@@ -91,25 +90,6 @@ def test_the_table_of_knobs_is_what_make_docs_would_write(monkeypatch: pytest.Mo
     page = read(knobs.PAGE)
     assert knobs.fill(page) == page, "make docs"
     assert all(f"\n| `{name}` |" in page for name in KNOBS)
-
-
-def test_a_knob_is_told_with_what_gives_it_an_effect() -> None:
-    assert describe_effect("max_lr") == ""
-    assert describe_effect("nesterov") == "with optimizer sgd"
-    assert describe_effect("weight_decay") == "with optimizer sgd or adam"
-    assert describe_effect("max_momentum") == "with schedule onecycle, cycle_momentum true"
-    assert describe_effect("momentum") == "unless schedule onecycle, cycle_momentum true"
-    assert describe_effect("cutout_p") == "with cutout_size > 0"
-    found = {knob.name: knob for knob in list_knobs()}
-    assert tuple(found) == KNOBS and "depends on more than one rule" not in {knob.effect for knob in found.values()}
-    assert found["max_lr"].what == (
-        "max LR: Highest learning rate of the schedule: OneCycle's peak, the start of the others."
-    )
-    assert (
-        "s7" in found["gray_p"].spaces
-        and "s8" not in found["gray_p"].spaces
-        and found["crop_pad"].row[2] == "integer in [0, 16] (px)"
-    )
 
 
 def test_knobs_are_shown_as_a_table_and_as_json() -> None:
