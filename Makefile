@@ -8,7 +8,7 @@ READY := .venv/.ready
 
 KILLS ?= 20
 
-.PHONY: search test test-default test-faults browser lint bench bench-gpu rows clean
+.PHONY: search test test-default test-faults browser lint bench bench-gpu rows docs clean
 
 # CIFAR-10 where it can be had, else the generated stand-in: the command says so in a banner.
 search: $(READY)
@@ -71,6 +71,10 @@ bench-gpu: $(READY)
 # Days of trainings that fill README's table of systems; Ctrl-C ends it in order, and it goes on where it was.
 rows: $(READY)
 	$(BIN)/python benchmarks/rows.py run $(ARGS)
+
+# What the documents take from the code: the table of knobs. A test fails while it is not up to date.
+docs: $(READY)
+	$(BIN)/python docs/knobs.py
 
 # The environment: uv where it is there, pip otherwise. Bytecode is compiled now, so that no start pays for it later.
 $(READY): pyproject.toml constraints.txt

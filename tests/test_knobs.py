@@ -99,6 +99,24 @@ def test_a_changed_knob_changes_something(knob: str, fp32: Numerics) -> None:
     assert observe(before, fp32) != observe(after, fp32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_changed_knob_changes_something_in_a_captured_step_too(
+    knob: str, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same step is taken for both where it may be: a knob that it forgot would keep its value."""
+    monkeypatch.setattr("tune_cifar.step._idle", {})
+    captured = fp32.model_copy(update={"execution": "captured"})
+
+    def train(config: TrainConfig) -> list[Any]:
+        trainer = Trainer(config, load_train_val(SHAPES, config.train_size, config.val_size), captured)
+        results = [(result.step, result.train_loss, result.val_loss, result.lr) for result in trainer]
+        return [*results, sum(weights.detach().double().sum().item() for weights in trainer.model.parameters())]
+
+    value, context = CHANGES[knob]
+    assert train(make_config(**FEW, **context)) != train(make_config(**{**FEW, **context, knob: value}))
+
+
 @pytest.mark.parametrize(
     ("knob", "value", "context"),
     [

@@ -170,7 +170,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
 
 LIGHT_COMMANDS = (
     *(["--help"], ["search", "--help"], ["lr-range", "--help"], ["export", "--help"]),
-    *(["spaces", "list"], ["leaderboard", "--help"]),
+    *(["spaces", "list"], ["spaces", "knobs"], ["leaderboard", "--help"]),
 )
 
 

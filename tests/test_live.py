@@ -334,6 +334,16 @@ def test_summarys_next_commands_repeat_the_options_and_are_never_broken() -> Non
     ]
 
 
+def test_summarys_next_commands_name_the_stand_in_although_the_user_did_not() -> None:
+    """After a resume, which has it from the record."""
+    console, text = make_console()
+    end = SearchEnded(reason="all trials", wall_seconds=61.2)
+    print_search_summary(
+        console, make_state([*make_trial(0, [0.3, 0.5, 0.6], "complete"), end], data=SHAPES_INFO), [], []
+    )
+    assert "  python -m tune_cifar reproduce --best --search s7-1 --data shapes\n" in text.getvalue()
+
+
 def test_summary_breaks_prose_between_words_on_a_terminal_only() -> None:
     console, text = make_console(width=40, force_terminal=True, no_color=True)
     events = [*make_trial(0, [0.3, 0.5, 0.6], "complete"), *make_trial(1, [0.4, 0.6, 0.8], "complete")]

@@ -25,6 +25,7 @@ from tune_cifar.space import (
     Range,
     describe_distribution,
     find_space,
+    knobs,
     list_spaces,
     load_header,
     load_space,
@@ -35,6 +36,7 @@ from tune_cifar.space import (
     select_tier,
 )
 from tune_cifar.space.edit import check_editable, describe_edit, edit_range, write_space
+from tune_cifar.space.knobs import describe_effect, list_knobs
 from tune_cifar.space.rules import COUPLED, DECIDING, find_dead, find_value_problem
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
@@ -866,30 +868,6 @@ def test_shipped_baseline_is_the_table_of_the_source_systems(
     assert space.header.corrects
 
 
-def make_knob_table() -> str:
-    """The README's table, from the schema."""
-    lines = ["| knob | values | unit | default | not searched because |", "|---|---|---|---|---|"]
-    for name, knob in TrainConfig.model_json_schema()["properties"].items():
-        if "enum" in knob:
-            values = ", ".join(knob["enum"])
-        elif knob["type"] == "boolean":
-            values = "true, false"
-        elif knob["type"] == "array":
-            is_restarts = name == "warm_restarts"
-            values = "increasing from 1 to below epochs" if is_restarts else "increasing within (0, 1)"
-        else:
-            low = f"[{knob['minimum']:g}" if "minimum" in knob else f"({knob['exclusiveMinimum']:g}"
-            high = f"{knob['maximum']:.10g}]" if "maximum" in knob else f"{knob['exclusiveMaximum']:g})"
-            values = f"{knob['type']} in {low}, {high}"
-        default = str(knob.get("default", "must be given")).lower()
-        lines.append(f"| `{name}` | {values} | {knob['unit']} | {default} | {STRUCTURAL.get(name, '')} |")
-    return "\n".join(lines)
-
-
-def test_readme_shows_the_knobs_of_the_schema() -> None:
-    assert make_knob_table() in (FOLDER / "README.md").read_text(), f"\n{make_knob_table()}"
-
-
 def test_readme_shows_a_file_that_would_be_read() -> None:
     """The example of the README, with MINI's baseline for its ellipsis, is a space file."""
     readme = (FOLDER / "README.md").read_text()
@@ -901,6 +879,59 @@ def test_readme_shows_a_file_that_would_be_read() -> None:
     assert text != example
     space = select_tier(parse_space(text, Path("mine.yaml")), "cpu")
     assert list(space.distributions) == ["max_lr", "schedule"]
+
+
+# --- what there is to set
+
+
+@pytest.mark.parametrize(
+    ("knob", "effect"),
+    [
+        ("max_lr", ""),
+        ("nesterov", "with optimizer sgd"),
+        ("weight_decay", "with optimizer sgd or adam"),
+        ("max_momentum", "with schedule onecycle, cycle_momentum true"),
+        ("momentum", "unless schedule onecycle, cycle_momentum true"),
+        ("cutout_p", "with cutout_size > 0"),
+        ("shift_scale_rotate_p", "unless shift_limit = 0, scale_limit = 0, rotate_limit = 0"),
+    ],
+)
+def test_a_knob_is_told_with_what_gives_it_an_effect(knob: str, effect: str) -> None:
+    assert describe_effect(knob) == effect
+
+
+def test_an_effect_that_is_no_list_of_settings_is_not_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_dead(config: TrainConfig) -> dict[str, str]:
+        return {"momentum": "why"} if (config.optimizer == "sgd") == config.cycle_momentum else {}
+
+    monkeypatch.setattr(knobs, "dead_knobs", find_dead)
+    monkeypatch.setattr(knobs, "_find_dead", knobs._find_dead.__wrapped__)
+    assert describe_effect("momentum") == "depends on more than one rule"
+
+
+def test_knobs_are_listed_in_the_schemas_words() -> None:
+    found = {knob.name: knob for knob in list_knobs()}
+    assert tuple(found) == KNOBS and "depends on more than one rule" not in {knob.effect for knob in found.values()}
+    assert found["max_lr"].row == (
+        "max_lr",
+        "max LR: Highest learning rate of the schedule: OneCycle's peak, the start of the others.",
+        "number in (0, 100]",
+        "must be given",
+        "optim",
+        "always",
+        ", ".join(SHIPPED),
+    )
+    rows = {name: knob.row for name, knob in found.items()}
+    assert rows["crop_pad"][2:4] == ("integer in [0, 16] (px)", "0") and rows["nesterov"][2:4] == (
+        "true, false",
+        "false",
+    )
+    assert rows["optimizer"][1:3] == ("optimizer", "sgd, adam, adamw") and rows["warm_restarts"][3] == "[]"
+    assert (rows["seed"][-1], rows["gamma"][-1]) == (
+        "never: all trials of a search share one training seed",
+        "no space yet",
+    )
+    assert "s7" in found["gray_p"].spaces and "s8" not in found["gray_p"].spaces
 
 
 def test_a_sentence_about_an_enormous_value_is_cut_in_its_middle(tmp_path: Path) -> None:

@@ -265,6 +265,8 @@ def _knob_table(state: SearchState, best: TrialState) -> Table:
 def _print_next(console: Console, state: SearchState, data_option: str, storage_option: str) -> None:
     """Commands to paste: never broken into lines."""
     name = state.header.name
+    if not data_option and state.header.data.name == "shapes":  # a resume knows it from the record, `reproduce` asks
+        data_option = " --data shapes"
     if not state.is_finished:
         resume = f"search --name {name} --resume{data_option}{storage_option}"
         console.print(f"\ngo on with:\n  python -m tune_cifar {resume}", markup=False, highlight=False, soft_wrap=True)

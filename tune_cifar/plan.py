@@ -135,10 +135,11 @@ class SearchPlan:
     def describe_cost(self) -> str:
         """How trials run and what one takes; no full stop at the end."""
         numerics = self.numerics
+        epoch_seconds = float(f"{self.cost.epoch_seconds:.2g}")  # two digits, also above a hundred
         return (
             f"{self.resources.max_concurrent} at once on {numerics.device_name}, "
             f"{numerics.precision}, {numerics.threads} thread{'s' if numerics.threads > 1 else ''} each. "
-            f"An epoch of the baseline takes about {self.cost.epoch_seconds:.2g} s{self._describe_memory()}"
+            f"An epoch of the baseline takes about {epoch_seconds:g} s{self._describe_memory()}"
         )
 
     def _describe_memory(self) -> str:

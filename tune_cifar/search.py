@@ -11,8 +11,9 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ from tune_cifar.train import Listener, make_header
 # How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
 SHIPPING_SECONDS = 60.0
 URGENT_SECONDS = 2.0
+# Ray's monitor kills a worker when the machine's memory runs out, and says so.
+RAYS_WORDS_FOR_NO_MEMORY = "low on memory"
 
 
 def prepare_search(space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None) -> SearchPlan:
@@ -165,10 +168,17 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """The worker itself died: killed by somebody, by the kernel or by Ray for want of memory, or a crash."""
-        error = str(trial.get_error())
-        fault: Fault = "out of memory" if "OutOfMemory" in error else "worker died"
-        text = f"the worker process of the trial died\n{error[:2000]}"
+        error = _read_error(trial)
+        fault: Fault = "out of memory" if RAYS_WORDS_FOR_NO_MEMORY in error else "worker died"
+        text = f"the worker process of the trial died\n{error[:2000]}".rstrip()
         _guard(self._driver, lambda: self._driver.retry(trial.config["trial"], fault, text), None)
+
+
+def _read_error(trial: Any) -> str:
+    """What Ray says of a trial's dead worker. Tune's own `get_error` looks where nothing is copied to."""
+    with suppress(OSError, TypeError):
+        return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 class _Stopper(Stopper):  # type: ignore[misc]

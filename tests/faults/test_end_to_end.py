@@ -68,6 +68,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(tmp_path: Path
     assert process.returncode == 0, text
     retries = [event for event in lab.list_events() if isinstance(event, TrialRetried)]
     assert [event.fault for event in retries] == ["worker died"]
+    assert "The actor died unexpectedly" in retries[0].text
     assert lab.state.counts["failed"] == 0
     check_whole(lab)
     check_equal(lab.state, reference)

@@ -300,6 +300,17 @@ def test_a_trial_out_of_memory_is_told_and_tried_again_alone(
     assert exception.split("(")[0].split(".")[-1] in lab.run("failures", "--search", "x")
 
 
+def test_a_worker_that_ray_kills_for_want_of_memory_is_told_as_that(tmp_path: Path) -> None:
+    """Ray's monitor, told that next to nothing of the machine's memory may be used."""
+    variables = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
+    lab = Lab(tmp_path, variables, ("--trials", "1"))
+    lab.finish()
+    trial = lab.state.trials[0]
+    assert [retry.fault for retry in trial.retries] == ["out of memory"]
+    assert (trial.status, trial.reason) == ("failed", "out of memory, 2 times")
+    assert "low on memory" in lab.run("failures", "--search", "x")
+
+
 def test_of_two_searches_of_one_name_at_once_one_runs_and_one_is_refused(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     both = [lab.search() for _ in range(2)]

@@ -136,7 +136,7 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
 
 
 def models(
-    name: Annotated[str, typer.Argument(help="s6, s7, s8, s10 or s10_postact.")],
+    name: Annotated[str, typer.Argument(help="A network, such as s7: `spaces knobs` names them.")],
     as_json: options.Json = False,
 ) -> None:
     """Print a model's layers: output shape, parameters, multiply-adds, receptive field.

@@ -1,4 +1,4 @@
-"""`spaces list | show | check`."""
+"""`spaces list | show | check | knobs`."""
 
 from __future__ import annotations
 
@@ -79,3 +79,25 @@ def check(name: Name) -> None:
     path = find_space(name)
     knobs = [f"{len(load_space(str(path), tier).distributions)} knobs in tier {tier}" for tier in TIERS]
     say(f"{path}: sound ({', '.join(knobs)})")
+
+
+@app.command()
+def knobs(as_json: options.Json = False) -> None:
+    """List every knob that a space file may set: what it is, its values, when it has an effect, who searches it.
+
+    Example: python -m tune_cifar spaces knobs
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from tune_cifar.space.knobs import COLUMNS, list_knobs
+
+    found = list_knobs()
+    if as_json:
+        print_json([asdict(knob) for knob in found])
+        return
+    table = Table(*COLUMNS, box=None, header_style="bold")
+    for knob in found:
+        table.add_row(*knob.row)
+    stdout().print(table)

@@ -1,0 +1,31 @@
+"""Fills the table of knobs in search_spaces/README.md with what `spaces knobs` shows: from the schema.
+
+python docs/knobs.py    # `make docs`
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tune_cifar.space.knobs import COLUMNS, list_knobs
+
+PAGE = Path(__file__).resolve().parent.parent / "search_spaces" / "README.md"
+BEGIN, END = "<!-- knobs:begin -->\n", "<!-- knobs:end -->"
+
+
+def render_table() -> str:
+    """The knobs in Markdown, a line each."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    rows += [(f"`{name}`", *cells) for name, *cells in (knob.row for knob in list_knobs())]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def fill(page: str) -> str:
+    """The page with the table as it is now between its markers."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{render_table()}{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,28 @@
+"""Draws README's picture, docs/asha.png: the early stopping of a recorded search, as its report shows it.
+
+python docs/picture.py NAME [--storage DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tune_cifar.plots.search import draw_asha
+from tune_cifar.plots.style import save
+from tune_cifar.record import find_storage, read_state, search_folder
+from tune_cifar.tables import make_rung_scores, make_rungs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--storage", help="the run store")
+    arguments = parser.parse_args()
+    state = read_state(search_folder(find_storage(arguments.storage), arguments.name))
+    title = f"{state.header.name}: {state.header.space}, tier {state.header.tier}, {state.header.data.name}"
+    save(draw_asha(make_rung_scores(state), make_rungs(state), title), Path(__file__).with_name("asha.png"))
+
+
+if __name__ == "__main__":
+    main()
