@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from tune_cifar.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from tune_cifar.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, tidy
 
 # Searches are told apart by colour, and where the colours come round again by the line.
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
@@ -45,7 +44,7 @@ def draw_best_so_far(histories: pd.DataFrame, title: str) -> Figure:
             axes.plot(scored[column], 100 * scored["score"], "o", color=colour, markersize=5, fillstyle="none")
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-        _tidy(axes)
+        tidy(axes)
     panels[0].set_ylabel("validation accuracy (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     handles.append(Line2D([], [], marker="o", linestyle="", color="black", fillstyle="none", markersize=5))
@@ -83,7 +82,7 @@ def draw_standing(comparison: pd.DataFrame, title: str) -> Figure:
         axes.set_yticks(places, [f"{row.search}\n({row.space})" for row in rows.itertuples()])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_title(group, fontsize=9, loc="left")
-        _tidy(axes)
+        tidy(axes)
     panels[-1, 0].set_xlabel("accuracy (%)")
     handles = [
         Line2D([], [], marker="|", linestyle="", color=ORANGE, markersize=12, markeredgewidth=2.5, label="baseline"),
@@ -94,9 +93,3 @@ def draw_standing(comparison: pd.DataFrame, title: str) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tune_cifar.plots.style import BLUE, FATE_COLOURS, FATE_MARKERS, ORANGE, is_log_knob, label_knob
+from tune_cifar.plots.style import BLUE, FATE_COLOURS, FATE_MARKERS, ORANGE, is_log_knob, label_knob, tidy
 
 # Dark is good; readable in grey and by the colour-blind.
 SCORE_COLOURS = "viridis_r"
@@ -47,7 +47,7 @@ def draw_history(history: pd.DataFrame, baseline: float | None, title: str) -> F
             axes.axhline(100 * baseline, color=ORANGE, linestyle="--", label=f"baseline: {100 * baseline:.2f} %")
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-        _tidy(axes)
+        tidy(axes)
     panels[0].set_ylabel("validation accuracy (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -83,7 +83,7 @@ def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
         axes.set_xlim(0.5, cycle + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(f"trainings of {cycle} epoch{'s' if cycle > 1 else ''}", fontsize=9)
-        _tidy(axes)
+        tidy(axes)
     panels[0][0].set_ylabel("validation accuracy (%)")
     handles = [*_list_fates(curves["status"].unique()), Line2D([], [], color="black", linestyle="--", label="baseline")]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
@@ -114,7 +114,7 @@ def draw_fit(curves: pd.DataFrame, title: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epochs paid; above: the length of the training")
         axes.set_ylabel(label)
-        _tidy(axes)
+        tidy(axes)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
@@ -156,7 +156,7 @@ def draw_asha(rung_scores: pd.DataFrame, rungs: pd.DataFrame, title: str) -> Fig
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     axes.set_title(title, fontsize=10)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -190,7 +190,7 @@ def draw_slices(slices: pd.DataFrame, title: str) -> Figure:
         if rows["value"].map(lambda value: isinstance(value, str)).any():
             axes.margins(x=0.25)  # names stand at the ends
         axes.set_xlabel(label_knob(knob))
-        _tidy(axes)
+        tidy(axes)
     for axes in panels.flat[len(knobs) :]:
         axes.set_axis_off()
     for axes in panels[:, 0]:
@@ -223,7 +223,7 @@ def draw_pair(slices: pd.DataFrame, pair: tuple[str, str], title: str) -> Figure
     axes.set_ylabel(names[1])
     figure.colorbar(dots, label="accuracy at the first rung (%)", extend="min")
     axes.set_title(title, fontsize=10)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -274,7 +274,7 @@ def draw_importances(importances: pd.DataFrame, title: str) -> Figure:
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of what sets the best quarter of the trials apart")
     axes.set_title(title, fontsize=10)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -295,7 +295,7 @@ def draw_schedules(schedules: pd.DataFrame, title: str) -> Figure:
     below.set_ylabel("momentum (Adam: beta1)")
     below.set_xlabel("epoch")
     for axes in (above, below):
-        _tidy(axes)
+        tidy(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -319,7 +319,7 @@ def draw_costs(costs: pd.DataFrame, title: str) -> Figure:
             axes.barh(range(len(cycles)), rows, left=begin, color=FATE_COLOURS[fate], edgecolor="white", height=0.7)
             begin += rows.to_numpy()
         axes.set_xlabel(f"{label} of training, {begin.sum():.3g} in all")
-        _tidy(axes)
+        tidy(axes)
     names = [f"{cycle} epoch{'s' if cycle > 1 else ''}" for cycle in cycles]
     panels[0].set_yticks(range(len(cycles)), names)
     panels[0].set_ylabel("trainings of")
@@ -362,9 +362,3 @@ def _list_fates(statuses: Any) -> list[Line2D]:
         for fate, colour in FATE_COLOURS.items()
         if fate in set(statuses)
     ]
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tune_cifar.schema import TrainConfig
@@ -34,6 +35,13 @@ def is_log_knob(name: str) -> bool:
     extra = TrainConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return bool(extra["log"])
+
+
+def tidy(axes: Axes) -> None:
+    """Two spines and a pale grid behind what is drawn."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
 
 
 def save(figure: Figure, path: Path) -> None:
