@@ -176,6 +176,7 @@ def test_a_mistake_in_a_process_is_one_line_on_stderr_without_a_traceback(workpl
     assert re.fullmatch(r"error bad\.yaml:\d+: .*colour.*\n", answer.stderr)
 
 
+@pytest.mark.slow
 def test_completion_knows_commands_and_spaces(workplace: Path) -> None:
     script = Path(sys.executable).with_name("tune_cifar")
     if not script.exists():
@@ -225,6 +226,7 @@ def test_models_prints_a_row_per_layer_and_the_sums() -> None:
     assert "86,816" in lines[-1] and lines[-1].split()[-1] == "83"
 
 
+@pytest.mark.slow
 def test_preview_writes_a_png_and_says_where(workplace: Path) -> None:
     answer = invoke("preview", "--space", "smoke", "--data", "shapes")
     assert answer.exit_code == 0, answer.output

@@ -72,7 +72,7 @@ def test_knobs_stand_with_range_baseline_and_best(searched: SearchState) -> None
     for row in table.to_dict("records"):
         assert row["baseline"] == searched.header.baseline[row["knob"]]
         assert row["best"] == best.params[row["knob"]]
-        assert row["searched"] == describe_distribution(list_distributions(searched)[row["knob"]])
+        assert row["searched"] == describe_distribution(list_distributions(searched.header)[row["knob"]])
 
 
 def test_histories_follow_one_another(states: list[SearchState]) -> None:

@@ -149,6 +149,7 @@ def test_a_run_without_validation_images_is_checked_on_training_ones(tmp_path: P
     assert (agreement.part, agreement.num_images, agreement.num_same) == ("training", 20, 20)
 
 
+@pytest.mark.slow
 def test_no_more_than_a_thousand_images_are_asked(tmp_path: Path, trained: SearchState) -> None:
     data = replace(load_train_val(SHAPES, 20, 20), val=load_train_val(SHAPES, 20, 1010).val)
     agreement = export_run(trained, trained.trials[0], data, "safetensors", tmp_path / "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,7 @@ ROOMS = {
 }
 
 
+@functools.cache
 def list_modules() -> list[tuple[str, ast.Module]]:
     """(`augment/batched`, its tree) for every module of the package but the two entry files."""
     modules = []

@@ -396,6 +396,7 @@ def report_on(space: Path, numerics: Numerics, *curves: Curve) -> dict[str, Any]
     return make_report("lr-range-mini", load_space(str(space)), info, numerics, sweeps, "python -m tune_cifar")
 
 
+@pytest.mark.slow
 def test_the_saved_document_is_enough_to_draw_the_same_figure(mini: Path, fp32: Numerics, tmp_path: Path) -> None:
     save_report(report_on(mini, fp32, bowl, fall, lambda lr: math.nan), tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
@@ -453,6 +454,7 @@ def sweep_words(space: Path, *more: str) -> list[str]:
     return [*words, "--low", "1e-5", "--steps", "30", "--tracking-uri", dead, *more]
 
 
+@pytest.mark.slow
 def test_the_command_shows_saves_and_writes_exactly_one_line(mini: Path) -> None:
     answer = invoke(*sweep_words(mini, "--write", "--yes"))
     assert answer.exit_code == 0, answer.output

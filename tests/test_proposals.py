@@ -107,6 +107,7 @@ def test_tpe_is_paired_with_random_search_until_it_has_its_startup(space: Search
     assert tpe[12:] != random[12:20]
 
 
+@pytest.mark.slow
 def test_tpe_wins_on_a_dense_table_of_a_smooth_function(space: SearchSpace) -> None:
     table = make_random_table(space, 150)
     outcome = proposals.Simulator(space, ["tpe", "random"], 24).run(table, 6)
@@ -150,6 +151,7 @@ def test_asks_are_counted_between_two_asks_and_to_the_first_that_reaches() -> No
     assert [proposals.count_asks(curve, level) for level in (0.1, 0.2, 0.3, 0.4, 0.5)] == [1, 1, 2, 3.5, 4]
 
 
+@pytest.mark.slow
 def test_variance_over_tables_leaves_out_what_seeds_contribute() -> None:
     """Tables differ by a standard deviation of 1 point, the same seeds on them by 4: common luck and luck per table."""
     rng = np.random.default_rng(0)

@@ -187,6 +187,7 @@ def test_diverged_trials_drive_tpe_away() -> None:
     assert outcomes[:15].count("diverged") > outcomes[45:].count("diverged")
 
 
+@pytest.mark.slow
 def test_tpe_beats_random_search_on_a_known_function() -> None:
     """Median over 20 seeds of the best of 40 trials, the baseline (worse than both medians) included."""
     best: dict[str, list[float]] = {"tpe": [], "random": []}

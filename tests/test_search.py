@@ -417,6 +417,7 @@ def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
         assert read_paid(driver) == read_paid(whole), num_steps
 
 
+@pytest.mark.slow
 def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_same(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +437,7 @@ def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_
     assert read_paid(driver) == read_paid(whole)
 
 
+@pytest.mark.slow
 def test_a_trial_in_continued_cycles_goes_on_over_a_restart(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_forms_stay_within_the_image_at_their_middle_place(chunk: npt.NDArray[np
         assert not mask[:, [0, -1]].any()
 
 
+@pytest.mark.slow
 def test_colours_alone_do_not_tell_the_classes() -> None:
     images = np.concatenate([shapes.draw_shapes(number) for number in range(3)]).astype(np.float64) / 255
     labels = shapes.make_shapes_labels(len(images))

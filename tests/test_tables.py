@@ -183,6 +183,7 @@ def draw_all(state: SearchState) -> dict[str, Figure]:
     }
 
 
+@pytest.mark.slow
 def test_every_figure_shows_its_table_and_can_be_saved_as_svg(searched: SearchState, tmp_path: Path) -> None:
     drawn = draw_all(searched)
     history = make_history(searched)

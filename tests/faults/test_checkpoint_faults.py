@@ -183,6 +183,7 @@ def test_on_a_small_disk_the_last_checkpoints_that_fitted_stay_whole(tmp_path: P
         assert folder.find_newest() == (4, [])
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_to_the_same_curve_when_no_checkpoint_reaches_the_disk(
     tmp_path: Path, fp32: Numerics, whole: list[dict[str, Any]]
 ) -> None:
