@@ -190,7 +190,7 @@ def see_the_trials_nested_in_their_search(browser: Browser, link: str) -> None:
     browser.wait(lambda: browser.list_runs() == ["seen"], "the search must stand there alone")
     # MLflow's assistant opens itself over the right of the page, once.
     browser.click("[data-component-id='mlflow.assistant.chat_panel.close']")
-    trials = [f"seen:{number:03d}" for number in reversed(range(len(ACCS)))]
+    trials = [f"{number:03d} seen" for number in reversed(range(len(ACCS)))]
     browser.click(".ag-pinned-left-cols-container [role=row] button")
     browser.wait(lambda: sorted(browser.list_runs()[1:]) == sorted(trials), "the search must show its trials")
     assert browser.list_runs()[0] == "seen"
@@ -216,7 +216,7 @@ def see_the_knobs_of_all_trials(browser: Browser, link: str, searched: SearchSta
     browser.open(link)
     browser.wait_for_runs(rank(searched)[:6])  # without a score, after those with one: the stopped trial, the search
     knobs = list(searched.header.distributions)
-    first = searched.trials[int(rank(searched)[0].removeprefix("seen:"))]
+    first = searched.trials[int(rank(searched)[0].split()[0])]
     assert [browser.read_column(f"params.`{knob}`")[0] for knob in knobs] == [str(first.params[k]) for k in knobs]
     browser.open(f"{link}&compareRunsMode=CHART")
     card = "[data-testid='experiment-view-compare-runs-card']"
@@ -244,7 +244,7 @@ def see_five_compared(browser: Browser, link: str, searched: SearchState) -> Non
 
 def see_a_trials_curves_and_figures(browser: Browser, link: str, number: int) -> None:
     browser.open(link)
-    browser.click(".ag-pinned-left-cols-container [role=row] a", f"seen:{number:03d}")
+    browser.click(".ag-pinned-left-cols-container [role=row] a", f"{number:03d} seen")
     command = f"python -m tune_cifar reproduce seen:{number}"
     browser.wait(lambda: command in browser.find("body")[0].text, "the note must say how it is trained again")
     browser.click("[role=tab]", "Model metrics")
@@ -270,7 +270,7 @@ def see_a_trials_curves_and_figures(browser: Browser, link: str, number: int) ->
 def rank(searched: SearchState) -> list[str]:
     """The trials' run names by their last val_acc, the highest first; here the scores have the same order."""
     trials = sorted(searched.trials.values(), key=lambda trial: -(trial.val_acc or 0))
-    return [f"seen:{trial.number:03d}" for trial in trials]
+    return [f"{trial.number:03d} seen" for trial in trials]
 
 
 def test_a_search_is_found_in_optuna_dashboards_page(searched: SearchState, browser: Browser) -> None:

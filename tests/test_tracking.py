@@ -194,6 +194,13 @@ def test_the_ui_of_a_store_that_is_not_there_is_refused(tmp_path: Path) -> None:
         run_ui(make_tracking_uri(tmp_path, None), None)
 
 
+@pytest.mark.slow
+def test_a_ui_that_ends_at_once_says_why(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says\n" * 40)
+    with pytest.raises(TrackingError, match=r"must keep running, got exit status 1: .*file is not a database"):
+        run_ui(make_tracking_uri(tmp_path, None), None)
+
+
 def test_a_port_in_use_is_refused_for_the_ui(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -284,7 +291,7 @@ def test_a_search_is_one_parent_run_with_a_child_per_trial(shipped: Shipped) -> 
     parents = {run.data.tags["mlflow.parentRunId"] for run in shipped.children.values()}
     assert parents == {shipped.parent.info.run_id}
     assert shipped.parent.info.run_name == "s7-1"
-    assert shipped.children["s7-1:4"].info.run_name == "s7-1:004"
+    assert shipped.children["s7-1:4"].info.run_name == "004 s7-1"
 
 
 @pytest.mark.slow
@@ -434,13 +441,13 @@ def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_
     start, *epochs, end = make_cycles(0, COURSES, "complete")
     with drive(place, budget=CYCLES) as driver:
         driver.tell(start, epochs[0])
-        wait_for(lambda: look(place).get("s7-1:000") == ("RUNNING", 1))
+        wait_for(lambda: look(place).get("000 s7-1") == ("RUNNING", 1))
         wait_for(lambda: driver.shipper._pending == {})
         driver.tell(epochs[1])  # epoch 1 of a cycle of 2 is no rung
         assert driver.shipper._pending == {}
         driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
         assert driver.shipper.close(600) == []
-        assert look(place)["s7-1:000"] == ("KILLED", 2)
+        assert look(place)["000 s7-1"] == ("KILLED", 2)
         driver.resume()
         driver.tell(*epochs[2:], end, SearchEnded(reason="all trials", wall_seconds=9.0))
         assert driver.shipper.close(600) == []
@@ -530,14 +537,14 @@ def test_a_trial_appears_at_a_rung_and_is_completed_at_its_end_with_a_batch_each
     start, first, second, third, end = make_trial(0, [0.3, 0.5, 0.7], "complete")
     with drive(place, budget={"trials": 1, "rungs": [2, 3]}) as driver:
         driver.tell(start, first, second)
-        wait_for(lambda: look(place).get("s7-1:000") == ("RUNNING", 2))
+        wait_for(lambda: look(place).get("000 s7-1") == ("RUNNING", 2))
         assert look(place)["s7-1"] == ("RUNNING", 0)
         driver.tell(third, end)
-        wait_for(lambda: look(place)["s7-1:000"] == ("FINISHED", 3))
+        wait_for(lambda: look(place)["000 s7-1"] == ("FINISHED", 3))
         assert breaks.calls.count("log_batch") == 3, "one for the parent, one for the rung, one for the end"
         driver.tell(SearchEnded(reason="all trials", wall_seconds=6.0))
         assert driver.shipper.close(600) == []
-    assert look(place) == {"s7-1": ("FINISHED", 0), "s7-1:000": ("FINISHED", 3)}
+    assert look(place) == {"s7-1": ("FINISHED", 0), "000 s7-1": ("FINISHED", 3)}
 
 
 @pytest.mark.slow
@@ -562,11 +569,11 @@ def test_an_interrupted_search_is_killed_and_its_runs_go_on_when_it_is_resumed(p
         driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"), start, third[0], first, *third[1:3])
         driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
         assert driver.shipper.close(600) == []
-        killed = {"s7-1": ("KILLED", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("KILLED", 1)}
-        assert look(place) == killed | {"s7-1:002": ("KILLED", 2)}
+        killed = {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("KILLED", 1)}
+        assert look(place) == killed | {"002 s7-1": ("KILLED", 2)}
         driver.resume()
-        going = {"s7-1": ("RUNNING", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("RUNNING", 1)}
-        wait_for(lambda: look(place) == going | {"s7-1:002": ("RUNNING", 2)})
+        going = {"s7-1": ("RUNNING", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("RUNNING", 1)}
+        wait_for(lambda: look(place) == going | {"002 s7-1": ("RUNNING", 2)})
         driver.tell(*rest, *third[3:], *make_trial(3, [0.1], "diverged"))
         driver.tell(SearchEnded(reason="all trials", wall_seconds=9.0))
         assert driver.shipper.close(600) == []
@@ -605,7 +612,7 @@ def test_what_is_heard_while_an_attempt_fails_is_shipped_by_the_next(
         assert begun.wait(600)
         driver.tell(*rest)
         told.set()
-        wait_for(lambda: look(place).get("s7-1:000") == ("FINISHED", 3))
+        wait_for(lambda: look(place).get("000 s7-1") == ("FINISHED", 3))
         assert driver.shipper.close(600) == []
 
 
@@ -616,9 +623,9 @@ def test_a_resumed_search_first_ships_what_mlflow_lacks(place: Path) -> None:
     with closing(Record.open(search_folder(place, "s7-1"))) as record:
         record.append(make_resume())
         shipper = Shipper(make_tracking_uri(place, None), place, record.state)
-        wait_for(lambda: look(place) == {"s7-1": ("RUNNING", 0), "s7-1:000": ("FINISHED", 3)})
+        wait_for(lambda: look(place) == {"s7-1": ("RUNNING", 0), "000 s7-1": ("FINISHED", 3)})
         assert shipper.close(600) == []
-    assert look(place) == {"s7-1": ("KILLED", 0), "s7-1:000": ("FINISHED", 3)}
+    assert look(place) == {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3)}
 
 
 KILLED = """
@@ -635,7 +642,7 @@ with drive(Path(sys.argv[1])) as driver:
 def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_resumed(place: Path) -> None:
     """While it lives they are left alone."""
     root = Path(__file__).parent.parent
-    running = {"s7-1": ("RUNNING", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("RUNNING", 1)}
+    running = {"s7-1": ("RUNNING", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("RUNNING", 1)}
     with subprocess.Popen([sys.executable, "-c", KILLED, str(place)], cwd=root) as driver:
         try:
             wait_for(lambda: look(place) == running)
@@ -645,7 +652,7 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_r
     assert live == SyncReport("s7-1", shipped=0, already=2, closed=0), "its own driver ships"
     assert look(place) == running
     assert sync(place) == SyncReport("s7-1", shipped=0, already=2, closed=2)
-    assert look(place) == {"s7-1": ("KILLED", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("KILLED", 1)}
+    assert look(place) == {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("KILLED", 1)}
     assert Shipped(place, "s7").parent.data.tags["end"] == "driver died"
     assert sync(place) == SyncReport("s7-1", shipped=0, already=2, closed=0)
     with closing(Record.open(search_folder(place, "s7-1"))) as record:
@@ -658,7 +665,7 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_r
             record.append(event)
             shipper.hear(record.state, event)
         assert shipper.close(600) == []
-    assert look(place) == {"s7-1": ("FINISHED", 0), "s7-1:000": ("FINISHED", 3), "s7-1:001": ("FINISHED", 3)}
+    assert look(place) == {"s7-1": ("FINISHED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("FINISHED", 3)}
 
 
 # The same record twice
@@ -865,7 +872,7 @@ def test_a_search_that_another_process_ships_is_refused(place: Path, monkeypatch
     monkeypatch.setattr("tune_cifar.tracking.LOCK_SECONDS", 0.1)
     with drive(place) as driver:
         driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
-        wait_for(lambda: "s7-1:000" in look(place))
+        wait_for(lambda: "000 s7-1" in look(place))
         with pytest.raises(TrackingError, match="one process alone must ship a search, got another at it"):
             sync(place)
         assert driver.shipper.close(600) == []
@@ -1031,9 +1038,9 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
         wait_for(lambda: "Connection refused" in driver.shipper._courier.fault)
         server, _ = run_ui(store, port)
         try:
-            wait_for(lambda: look(place).get("s7-1:000") == ("FINISHED", 3))
+            wait_for(lambda: look(place).get("000 s7-1") == ("FINISHED", 3))
             driver.tell(*events[5:7])
-            wait_for(lambda: look(place).get("s7-1:001") == ("RUNNING", 1))
+            wait_for(lambda: look(place).get("001 s7-1") == ("RUNNING", 1))
         finally:
             os.killpg(server.pid, 9)
             stop_ui(server)
@@ -1049,9 +1056,9 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
         assert again == SyncReport("s7-1", shipped=0, already=5, closed=0)
     finally:
         stop_ui(server)
-    found = {name: status for name, status in look(place).items() if name.startswith("s7-1")}
+    found = {name: status for name, status in look(place).items() if name.endswith("s7-1")}
     assert len(found) == 6 and "RUNNING" not in {status for status, _ in found.values()}
-    assert (found["s7-1"][0], found["s7-1:001"]) == ("FINISHED", ("FINISHED", 3))
+    assert (found["s7-1"][0], found["001 s7-1"]) == ("FINISHED", ("FINISHED", 3))
 
 
 # What the page of the UI opens on

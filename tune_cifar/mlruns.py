@@ -268,7 +268,8 @@ class SearchRuns:
             "origin": trial.origin,
             "mlflow.note.content": f"{ORIGIN_WORDS[trial.origin]} `python -m tune_cifar reproduce {trial.run_id}`",
         }
-        return self._create_run(f"{self._header.name}:{trial.number:03d}", _find_start(trial, self._header), tags)
+        # The number first: MLflow's page cuts long names off.
+        return self._create_run(f"{trial.number:03d} {self._header.name}", _find_start(trial, self._header), tags)
 
     def _dump_trial(self, trial: TrialState) -> dict[str, str | Path]:
         environment = trial.driver.environment | {"split_hash": self._header.data.split_hash}

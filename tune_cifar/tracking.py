@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -380,8 +381,7 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
     `stop_ui` ends it. It runs in a session of its own: a terminal's Ctrl-C reaches the caller alone.
 
     Raises:
-        TrackingError: when the store is a SQLite file that does not exist, the port is in use, or MLflow ends instead
-            of answering.
+        TrackingError: when there is no such SQLite file, the port is in use, or MLflow ends instead of answering.
     """
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
@@ -394,16 +394,19 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri, "--workers", "1"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-opts", "--log-level warning"]
     environment = os.environ | MLFLOW_ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    # What it says on stdout is chatter; faults come on stderr.
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        while not _is_listening(port):
-            if process.poll() is not None:
-                raise TrackingError(f"ui: MLflow must keep running, got exit status {process.returncode}.")
-            time.sleep(0.1)
-    except BaseException:
-        stop_ui(process)
-        raise
+    with tempfile.TemporaryFile() as said:  # what its libraries deprecate, and why it ended
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=said, stderr=said)
+        try:
+            while not _is_listening(port):
+                if process.poll() is not None:
+                    said.seek(0)
+                    lines = said.read().decode(errors="replace").splitlines()
+                    fault = hide_credentials(next((line for line in reversed(lines) if "Error" in line), "no word"))
+                    raise TrackingError(f"ui: MLflow must keep running, got exit status {process.returncode}: {fault}.")
+                time.sleep(0.1)
+        except BaseException:
+            stop_ui(process)
+            raise
     return process, f"http://127.0.0.1:{port}"
 
 
