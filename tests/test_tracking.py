@@ -45,6 +45,7 @@ from tune_cifar.events import (
     TrialRetried,
 )
 from tune_cifar.mlruns import EPOCH_METRICS
+from tune_cifar.mlviews import make_experiment_tags
 from tune_cifar.record import Record, SearchState, find_storage, read_state, search_folder
 from tune_cifar.results import best_so_far, load_trials, split_groups
 from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
@@ -1093,6 +1094,13 @@ def test_an_experiment_has_views_of_its_searches_for_each_tier_and_keeps_what_wa
         key: value for key, value in after.items() if key.endswith("tune_cifar_trials_full")
     }
     assert list(list_views(uri)) == ["s7: Trials, best first (cpu)", "s7: Trials, best first (full)"]
+
+
+def test_a_view_too_long_for_a_tag_of_mlflow_is_left_out() -> None:
+    knobs = dict.fromkeys(KNOBS, "{}")
+    found = make_experiment_tags(make_header("a", distributions=knobs)).keys()
+    short = make_experiment_tags(make_header("a", distributions={"max_lr": "{}"})).keys()
+    assert {name.rpartition(".")[2] for name in short - found} == {"tune_cifar_trials_full"}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from typing import Any
 from tune_cifar.events import Header, Origin, SearchResumed
 from tune_cifar.judge import Judgement, Part
 from tune_cifar.mlstore import create_experiment, find_experiment, make_client, place_experiment, search_runs
-from tune_cifar.mlviews import make_experiment_tags
+from tune_cifar.mlviews import MAX_TAG_CHARACTERS, make_experiment_tags
 from tune_cifar.record import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import Status, dead_knobs
 
@@ -51,8 +51,6 @@ ORIGIN_WORDS: dict[Origin, str] = {
 }
 # MLflow takes 1,000 metrics, params and tags in a batch; there are some 60 params and tags.
 METRICS_PER_BATCH = 900
-# MLflow may refuse longer ones.
-MAX_TAG_CHARACTERS = 5000
 
 
 @dataclass

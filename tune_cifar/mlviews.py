@@ -14,6 +14,8 @@ from typing import Any
 
 from tune_cifar.events import Header
 
+# MLflow refuses longer ones; a view of more than some thirty knobs would be.
+MAX_TAG_CHARACTERS = 5000
 VIEW_TAG = "mlflow.sharedViewState."
 OUR_VIEWS = f"{VIEW_TAG}tune_cifar_"
 NOTE = """\
@@ -46,7 +48,7 @@ def make_experiment_tags(header: Header) -> dict[str, str]:
     trials = _make_state("metrics.`score`", [*figures, *(f"params.`{knob}`" for knob in knobs)])
     tier = header.tier or "full"
     tags[f"{OUR_VIEWS}trials_{tier}"] = _make_view(f"Trials, best first ({tier})", header, trials | _make_charts(knobs))
-    return tags
+    return {name: text for name, text in tags.items() if len(text) <= MAX_TAG_CHARACTERS}
 
 
 def list_view_links(experiment_id: str, tags: Mapping[str, str]) -> dict[str, str]:
