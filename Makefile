@@ -22,7 +22,7 @@ search: $(READY)
 # Ray, MLflow and a fresh environment: four at once, for they wait for processes half of their time.
 COVERED := schema space record
 test: test-default
-	$(BIN)/python -m pytest -q -n 4 -m "slow and not faults and not gpu" --durations=5
+	$(BIN)/python -m pytest -q -n 4 --dist loadgroup -m "slow and not faults and not gpu" --durations=5
 
 test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=--ignore=tests/test_%.py)

@@ -729,6 +729,7 @@ def list_openings(storage: Path) -> list[str]:
     return (storage / OPENINGS_FILE).read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.faults  # it takes long, as these do
 @pytest.mark.slow
 def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     from tests.test_search import SEARCH, SETTINGS, run_cli

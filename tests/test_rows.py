@@ -295,6 +295,7 @@ def test_what_is_left_is_estimated_from_the_trainings_so_far(queue: Queue) -> No
     assert estimate_hours(queue, steps) == pytest.approx(expected)
 
 
+@pytest.mark.faults  # it takes long, as these do
 @pytest.mark.slow
 def test_the_queue_is_stopped_gone_on_with_and_trains_nothing_twice(workplace: Path) -> None:
     """In processes of its own on the stand-in; search and confirmation are there already, so that no Ray is needed. The

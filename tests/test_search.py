@@ -671,6 +671,10 @@ SEARCH = ("search", "--space", "smoke", "--data", "shapes", "--tier", "cpu")
 SETTINGS = tuple(word for name, value in SMALL.items() for word in ("--set", f"{name}={value}"))
 
 
+# The search below is made once for all that look at it, not once in each process of pytest-xdist.
+ONE_PROCESS = pytest.mark.xdist_group("searched")
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchState, str]:
     """One finished search of 6 trials on the stand-in: its folder, its record and what it printed."""
@@ -683,6 +687,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchStat
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_search_records_every_trial_to_its_end(searched: tuple[Path, SearchState, str]) -> None:
     _, state, _ = searched
     assert state.finished is not None and state.finished.reason == "all trials"
@@ -705,6 +710,7 @@ def test_two_trials_at_once_share_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_search_says_what_it_does_and_what_comes_next(searched: tuple[Path, SearchState, str]) -> None:
     _, _, text = searched
     assert "NOT CIFAR-10" in text
@@ -716,6 +722,7 @@ def test_a_search_says_what_it_does_and_what_comes_next(searched: tuple[Path, Se
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_search_tells_how_far_off_its_prediction_was(searched: tuple[Path, SearchState, str]) -> None:
     """Six trials in cycles of 1 and 3 epochs, the n-th of which goes on with ceil(n / 2) chances in n: two standard
     deviations of this luck are 6.6 epochs of about 17."""
@@ -729,6 +736,7 @@ def test_a_search_tells_how_far_off_its_prediction_was(searched: tuple[Path, Sea
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(searched: tuple[Path, SearchState, str]) -> None:
     _, state, _ = searched
     assert {trial.config.batch_size for trial in state.trials.values()} == {8}
@@ -736,6 +744,7 @@ def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(searched: tuple[Path
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_mlflow_shows_one_parent_and_a_child_per_trial(searched: tuple[Path, SearchState, str]) -> None:
     from mlflow import MlflowClient
 
@@ -752,6 +761,7 @@ def test_mlflow_shows_one_parent_and_a_child_per_trial(searched: tuple[Path, Sea
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_the_best_trial_comes_back_bit_for_bit_in_a_fresh_process(searched: tuple[Path, SearchState, str]) -> None:
     folder, state, _ = searched
     answer = run_cli(folder, "reproduce", "--best", "--search", "demo", "--data", "shapes", "--json")
@@ -761,6 +771,7 @@ def test_the_best_trial_comes_back_bit_for_bit_in_a_fresh_process(searched: tupl
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_the_leaderboard_lists_every_trial(searched: tuple[Path, SearchState, str]) -> None:
     folder, state, _ = searched
     rows = json.loads(run_cli(folder, "leaderboard", "--search", "demo", "--json").stdout)
@@ -770,6 +781,7 @@ def test_the_leaderboard_lists_every_trial(searched: tuple[Path, SearchState, st
 
 
 @pytest.mark.slow
+@ONE_PROCESS
 def test_a_taken_name_is_refused(searched: tuple[Path, SearchState, str]) -> None:
     folder, _, _ = searched
     answer = run_cli(folder, *SEARCH, "--name", "demo")
@@ -777,6 +789,7 @@ def test_a_taken_name_is_refused(searched: tuple[Path, SearchState, str]) -> Non
     assert "demo" in answer.stderr and answer.stderr.count("error") == 1 and "Traceback" not in answer.stderr
 
 
+@pytest.mark.faults  # it takes long, as these do
 @pytest.mark.slow
 def test_ctrl_c_ends_a_search_cleanly_with_a_summary(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tune_cifar", *SEARCH, *SETTINGS, "--set", "epochs=200", "--name", "cut"]

@@ -108,6 +108,7 @@ def test_form_and_ground_are_both_dark_and_light_in_every_class(chunk: npt.NDArr
         assert 0.2 < corner[label::NUM_CLASSES].mean() < 0.8
 
 
+@pytest.mark.faults  # it takes long, as these do
 @pytest.mark.slow
 def test_s7_learns_the_stand_in_in_a_few_epochs() -> None:
     from tests.conftest import SHAPES

@@ -44,5 +44,5 @@ def test_the_wheel_runs_a_smoke_search_in_a_fresh_environment(tmp_path: Path) ->
     assert str(site) in where.stdout
     listed = run("spaces", "list")
     assert all(name in listed for name in ("smoke", "s6", "s7", "s8", "s10", "s10_postact"))
-    text = run("search", "--space", "smoke", "--tier", "cpu", "--data", "shapes", "--name", "wheel")
+    text = run("search", "--space", "smoke", "--tier", "cpu", "--data", "shapes", "--trials", "2", "--name", "wheel")
     assert "wheel ended after" in text and "all trials" in text

@@ -203,6 +203,7 @@ def test_a_training_needs_neither_a_home_nor_the_named_temporary_folder(
     assert read_state(search_folder(workplace / "runs", "t")).trials[0].status == "complete"
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_search_works_whole_without_a_home_when_data_and_run_store_are_given(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
