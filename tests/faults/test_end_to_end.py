@@ -26,7 +26,8 @@ from tests.faults.lab import (
 from tune_cifar.events import TrialRetried
 from tune_cifar.record import SearchState
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+# In one process of pytest-xdist: the uninterrupted search, which all compare with, is made once.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("end to end")]
 
 
 def kill_at_random(lab: Lab, dice: random.Random) -> None:
