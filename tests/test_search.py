@@ -810,6 +810,7 @@ def test_ctrl_c_ends_a_search_cleanly_with_a_summary(tmp_path: Path) -> None:
     assert "search --name cut --resume --data shapes" in text
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_on(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
