@@ -45,12 +45,12 @@ def test_a_study_says_of_every_trial_what_the_record_says(searched: SearchState,
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE and study.metric_names == ["score"]
     assert study.user_attrs["space"] == "smoke" and study.user_attrs["data"] == "cifar10"
     assert len(study.trials) == 12
-    states = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "diverged": TrialState.COMPLETE}
+    states = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "diverged": TrialState.PRUNED}
     for number, found in enumerate(study.trials):
         trial = searched.trials[number]
         assert found.state == states[trial.status] and found.params == trial.params
         assert found.distributions == list_distributions(searched.header)
-        assert found.intermediate_values == trial.scores
+        assert found.intermediate_values == ({0: 0.1} if trial.status == "diverged" else trial.scores)
         assert found.value == {"complete": trial.score, "stopped": trial.val_acc, "diverged": 0.1}[trial.status]
         about = {"run_id": f"x:{number}", "status": trial.status, "origin": trial.origin, "reason": trial.reason}
         about |= {"epochs_done": trial.epochs_done, "fingerprint": trial.fingerprint}
@@ -96,7 +96,7 @@ def test_every_ending_and_none_has_its_state(tmp_path: Path) -> None:
         ("PRUNED", 0.4, {1: 0.2, 2: 0.4}),
         ("FAIL", None, {1: 0.2}),
         ("RUNNING", None, {1: 0.6, 2: 0.65}),
-        ("COMPLETE", 0.1, {1: 0.6}),
+        ("PRUNED", 0.1, {0: 0.1}),
     ]
     assert trials[4].datetime_complete is None
     assert [trial.user_attrs["status"] for trial in trials] == [trial.status for trial in state.trials.values()]
@@ -165,7 +165,7 @@ def test_ui_optuna_shows_the_search_and_ends_with_ctrl_c(searched: SearchState, 
         assert study["study_name"] == "x"
         with urlopen(f"{found[1]}/api/studies/{study['study_id']}", timeout=120) as answer:
             trials = json.load(answer)["trials"]
-        words = {"complete": "Complete", "stopped": "Pruned", "diverged": "Complete"}
+        words = {"complete": "Complete", "stopped": "Pruned", "diverged": "Pruned"}
         assert [trial["state"] for trial in trials] == [words[trial.status] for trial in searched.trials.values()]
         assert psutil.Process(process.pid).children(recursive=True) == []
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does

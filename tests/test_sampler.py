@@ -12,6 +12,7 @@ import optuna
 import pytest
 
 from tune_cifar.errors import ConfigError
+from tune_cifar.fidelity import keep
 from tune_cifar.sampler import Sampler
 from tune_cifar.schema import Status
 from tune_cifar.space import SamplerBudget, SearchSpace, load_space
@@ -185,6 +186,29 @@ def test_diverged_trials_drive_tpe_away() -> None:
         outcomes.append("diverged" if diverged else "complete")
         sampler.tell(number, outcomes[-1], {}, None if diverged else 0.5 + params["dropout"] / 10)
     assert outcomes[:15].count("diverged") > outcomes[45:].count("diverged")
+
+
+def test_tpe_keeps_away_where_most_of_a_range_diverges() -> None:
+    """Few trials pass three rungs: diverged ones must not fill up the best tenth that TPE learns from."""
+    num_diverged = 0
+    for seed in range(3):
+        sampler = Sampler(make_space(KINDS[0], points=False), 1000 * seed)
+        found: dict[int, list[float]] = {1: [], 2: [], 3: []}
+        for number in range(60):
+            params, _ = sampler.ask(number)
+            if number and params["max_lr"] > 3e-4:  # four fifths of the range
+                sampler.tell(number, "diverged", {}, None)
+                num_diverged += number >= 30
+                continue
+            value, scores = measure(params), {}
+            for rung, passed in found.items():
+                scores[rung] = value
+                passed.append(value)
+                if not keep(value, passed, 3):
+                    break
+            is_complete = len(scores) == 3
+            sampler.tell(number, "complete" if is_complete else "stopped", scores, value if is_complete else None)
+    assert num_diverged < 45, "of 90, half"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tune_cifar import record
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.events import KIND_WORDS
 from tune_cifar.record import SearchState
-from tune_cifar.sampler import find_outcome, list_distributions, make_study
+from tune_cifar.sampler import Outcome, find_outcome, list_distributions, make_study
 
 
 def check_dashboard() -> None:
@@ -58,20 +58,20 @@ def make_studies(states: Iterable[SearchState]) -> BaseStorage:
 
 
 def freeze_trial(state: SearchState, trial: record.TrialState) -> FrozenTrial:
-    """A recorded trial as Optuna keeps it: state and value are those that the sampler was told, the intermediate values
-    all scores that trials are compared by."""
+    """A recorded trial as Optuna keeps it: what the sampler was told, with all scores that trials are compared by."""
     rungs = {epoch: trial.scores[epoch] for epoch in state.header.budget.get("rungs", ()) if epoch in trial.scores}
-    found, value = TrialState.RUNNING, None
+    told = Outcome(TrialState.RUNNING, None, {})
     if trial.status != "running":
-        found, value = find_outcome(trial.status, rungs, trial.score)
-    if found == TrialState.PRUNED:  # as `Study.tell` does
-        value = rungs[max(rungs)]
+        told = find_outcome(trial.status, rungs, trial.score)
+    value = told.value
+    if told.state == TrialState.PRUNED:  # as `Study.tell` does
+        value = told.scores[max(told.scores)]
     frozen = create_trial(
-        state=found,
+        state=told.state,
         value=value,
         params=trial.params,
         distributions=list_distributions(state.header),
-        intermediate_values=trial.scores,
+        intermediate_values=told.scores if trial.status == "diverged" else trial.scores,
         user_attrs={
             "run_id": trial.run_id,
             "status": trial.status,
@@ -82,7 +82,7 @@ def freeze_trial(state: SearchState, trial: record.TrialState) -> FrozenTrial:
         },
     )
     frozen.datetime_start = _to_local(trial.started or state.header.created)
-    if found.is_finished():  # an old record tells no times
+    if told.state.is_finished():  # an old record tells no times
         frozen.datetime_complete = _to_local(trial.ended) if trial.ended else frozen.datetime_start
     return frozen
 

@@ -125,11 +125,10 @@ class Sampler:
             score: val_acc of the last epoch of a complete trial.
         """
         trial = self._trials[number]
-        state, value = find_outcome(status, rung_scores, score)
-        if state == TrialState.PRUNED:
-            for epoch, rung_score in sorted(rung_scores.items()):
-                trial.report(rung_score, step=epoch)
-        self._study.tell(trial, value, state)
+        outcome = find_outcome(status, rung_scores, score)
+        for epoch, value in sorted(outcome.scores.items()):
+            trial.report(value, step=epoch)
+        self._study.tell(trial, outcome.value, outcome.state)
 
     def _start(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
         """A new running trial of the study, with these values or with proposed ones."""
@@ -148,20 +147,29 @@ class Sampler:
         return TPESampler(seed=seed, n_startup_trials=self._space.budget.sampler.startup)
 
 
-def find_outcome(status: Status, rung_scores: dict[int, float], score: float | None) -> tuple[TrialState, float | None]:
-    """What Optuna is told of an ended trial: its state, and the value of a complete one.
+class Outcome(NamedTuple):
+    """What Optuna is told of an ended trial: its state, a complete one's value, a pruned one's scores by epoch."""
+
+    state: TrialState
+    value: float | None
+    scores: dict[int, float]
+
+
+def find_outcome(status: Status, rung_scores: dict[int, float], score: float | None) -> Outcome:
+    """What the sampler learns from how a trial ended.
 
     A stopped trial counts with its scores at the rungs; one that was cut before its first rung says nothing about its
-    knobs and counts as little as a failed one. A diverged trial counts as a guesser.
+    knobs and counts as little as a failed one. A diverged trial counts as a guesser, pruned before its first epoch:
+    told as complete, it would rank before all stopped ones, and TPE would learn from it as from the best.
     """
     if status == "complete":
-        return TrialState.COMPLETE, score
+        return Outcome(TrialState.COMPLETE, score, {})
     if status == "diverged":
-        return TrialState.COMPLETE, CHANCE_ACCURACY
+        return Outcome(TrialState.PRUNED, None, {0: CHANCE_ACCURACY})
     if status == "stopped" and rung_scores:
-        return TrialState.PRUNED, None
+        return Outcome(TrialState.PRUNED, None, rung_scores)
     if status in ("failed", "stopped"):
-        return TrialState.FAIL, None
+        return Outcome(TrialState.FAIL, None, {})
     raise ValueError(f"a trial that is told must have ended, got {status}")
 
 
