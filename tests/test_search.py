@@ -810,6 +810,21 @@ def test_ctrl_c_ends_a_search_cleanly_with_a_summary(tmp_path: Path) -> None:
     assert "search --name cut --resume --data shapes" in text
 
 
+@pytest.mark.slow
+def test_workers_have_the_priority_of_who_started_them() -> None:
+    """Ray's default, nice 15, starves them beside any other work, and the steps that were measured foretell nothing."""
+    script = (
+        "import os\n"
+        "from tune_cifar.search import ray, start_ray\n"
+        "from tune_cifar.plan import Resources\n"
+        "start_ray(Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=1, num_gpus=0))\n"
+        "assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)\n"
+    )
+    command = ["nice", "-n", "3", sys.executable, "-c", script]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+
+
 @pytest.mark.faults
 @pytest.mark.slow
 def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_on(tmp_path: Path) -> None:

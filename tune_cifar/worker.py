@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 # Read by Ray when it is imported: no output of its own, no token file, no joining of somebody else's cluster, workers
-# stay in the folder they were started from, and no snapshots (the record is the truth).
+# stay in the folder they were started from, at the priority of who started them (Ray's nice 15 is nearly nothing beside
+# other work, and measured steps would foretell nothing), and no snapshots (the record is the truth).
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
