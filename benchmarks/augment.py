@@ -53,7 +53,7 @@ def run_batched(seconds: float) -> Figures:
 
     from tune_cifar.augment.batched import apply_policy, draw_policy
     from tune_cifar.augment.policies import make_policy
-    from tune_cifar.numerics import memory_format, resolve_numerics
+    from tune_cifar.train.numerics import memory_format, resolve_numerics
 
     numerics = resolve_numerics()
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def run_albumentations(seconds: float) -> Figures:
 
 def load_images(num: int) -> Any:
     """uint8 (N, 3, 32, 32)."""
-    from tune_cifar.data import find_data, load_train_val
+    from tune_cifar.data.load import find_data, load_train_val
 
     return load_train_val(find_data(None), num, 10).train.images_NCHW
 

@@ -46,7 +46,7 @@ Scores = NDArray[np.float64]
 
 def make_configs(arguments: argparse.Namespace) -> list[TrainConfig]:
     """The baseline, then random proposals of the space."""
-    from tune_cifar.sampler import Sampler
+    from tune_cifar.search.sampler import Sampler
     from tune_cifar.space import load_space
 
     sizes = {name: getattr(arguments, name) for name in ("epochs", "train_size", "val_size")}
@@ -70,10 +70,10 @@ def make_jobs(config: TrainConfig, rungs: tuple[int, ...], is_more: bool) -> dic
 
 def run_job(number: int, job: str, config: TrainConfig) -> dict[str, Any]:
     """Train once in a worker process; a diverged training has the scores that it got to."""
-    from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.engine import Trainer
+    from tune_cifar.data.load import find_data, load_train_val
     from tune_cifar.errors import Diverged
-    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
     start, accs, diverged = time.monotonic(), [], False
     data = load_train_val(find_data(None), config.train_size, config.val_size)
@@ -227,7 +227,7 @@ def simulate_halving(
     Returns:
         the complete configuration of the best last score (None without one), and how many were begun.
     """
-    from tune_cifar.fidelity import keep
+    from tune_cifar.search.rungs import keep
 
     arrived: list[list[float]] = [[] for _ in costs]
     best, best_score, spent, begun = None, -math.inf, 0, 0

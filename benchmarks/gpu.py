@@ -23,10 +23,10 @@ def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
     """Two trainings, one after the other."""
     import torch
 
-    from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.engine import Trainer
-    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.data.load import find_data, load_train_val
     from tune_cifar.space import load_space
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
     numerics = resolve_numerics().model_copy(update={"execution": execution})
     val_size = 0 if train_size == 50_000 else 500

@@ -48,10 +48,10 @@ def make_result(epoch: int) -> Any:
 
 def run_ours(num_trials: int, epochs: int) -> Figures:
     """One search of s7's cpu tier; nothing stops a trial."""
-    from tune_cifar import search
-    from tune_cifar.data import DataSource
-    from tune_cifar.events import TrialEnded, TrialStarted
-    from tune_cifar.plan import SearchRequest
+    from tune_cifar.data.load import DataSource
+    from tune_cifar.record.events import TrialEnded, TrialStarted
+    from tune_cifar.search import run as search
+    from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space import load_space
 
     class EmptyWorker(search.TrialWorker):  # type: ignore[misc]
@@ -128,7 +128,7 @@ def run_optuna(num_trials: int) -> Figures:
 
 def run_command() -> Figures:
     """Real trials, told of line by line as they happen."""
-    from tune_cifar.record import read_state
+    from tune_cifar.record.journal import read_state
 
     words = "-m tune_cifar search --space smoke --data shapes --trials 2 --max-concurrent 1 --name command --storage"
     with tempfile.TemporaryDirectory() as folder:

@@ -32,10 +32,10 @@ def train(space: str, seconds: float, ready: Any, counts: Any) -> None:
     """
     import torch
 
-    from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.engine import Trainer
-    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.data.load import find_data, load_train_val
     from tune_cifar.space import load_space
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
     numerics = resolve_numerics()
     on_cuda = numerics.device == "cuda"
@@ -76,7 +76,7 @@ def main() -> None:
         kind, num = arguments.side.split("-")
         print(json.dumps(run_packed(kind, int(num), arguments.space, arguments.seconds)))
         return
-    from tune_cifar.numerics import count_cores, count_gpus
+    from tune_cifar.train.numerics import count_cores, count_gpus
 
     limit = max(arguments.at_once) if count_gpus("auto") else count_cores()
     numbers = [num for num in arguments.at_once if num <= limit]

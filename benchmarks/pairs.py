@@ -109,7 +109,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def describe_machine() -> dict[str, Any]:
     """Date, processor or GPU with what it can, cores and torch's version."""
-    from tune_cifar.numerics import count_cores, resolve_numerics
+    from tune_cifar.train.numerics import count_cores, resolve_numerics
 
     numerics = resolve_numerics()
     return {

@@ -35,8 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
-from tune_cifar.sampler import Sampler
 from tune_cifar.schema import CHANCE_ACCURACY, dead_knobs
+from tune_cifar.search.sampler import Sampler
 from tune_cifar.space import SamplerBudget, SearchSpace, load_space
 
 HERE = Path(__file__).parent

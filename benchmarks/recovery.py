@@ -20,13 +20,13 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tune_cifar.driver import SearchDriver
-from tune_cifar.numerics import resolve_numerics
-from tune_cifar.record import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state, search_folder
 from tune_cifar.schema import DataInfo, EpochResult
+from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space import load_space
-from tune_cifar.tracking import sync_search
-from tune_cifar.train import make_header
+from tune_cifar.tracking.upload import sync_search
+from tune_cifar.train.numerics import resolve_numerics
+from tune_cifar.train.trial import make_header
 
 
 def make_result(epoch: int, val_acc: float) -> EpochResult:

@@ -39,7 +39,7 @@ from rows_steps import OVER, Queue, Step, estimate_hours, find_commands, find_co
 from rows_table import SYSTEMS, load_table, make_row, render_table, write_readme, write_table
 
 from tune_cifar.errors import ConfigError, RecordError, TuneCifarError
-from tune_cifar.record import find_storage
+from tune_cifar.record.journal import find_storage
 from tune_cifar.space import parse_duration, parse_setting
 
 ROOT = Path(__file__).resolve().parent.parent

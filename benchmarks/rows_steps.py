@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune_cifar.confirm import ALL_IMAGES, make_final
 from tune_cifar.errors import RecordError
-from tune_cifar.forecast import forecast_search
-from tune_cifar.numerics import count_cores, count_gpus
-from tune_cifar.openings import TestOpening, find_openings, find_openings_file
-from tune_cifar.record import SearchState, read_state, search_folder
+from tune_cifar.record.journal import SearchState, read_state, search_folder
+from tune_cifar.record.test_log import TestOpening, find_openings, find_openings_file
 from tune_cifar.schema import TrainConfig, dead_knobs
+from tune_cifar.search.forecast import forecast_search
 from tune_cifar.space import load_space
+from tune_cifar.train.numerics import count_cores, count_gpus
+from tune_cifar.verify.confirm import ALL_IMAGES, make_final
 
 TOP = 3  # candidates of a confirmation beside the baseline
 OVER = ("done", "diverged")

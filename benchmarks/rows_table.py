@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.openings import TestOpening
-from tune_cifar.results import find_run
+from tune_cifar.record.test_log import TestOpening
+from tune_cifar.report.trials import find_run
 from tune_cifar.space import load_header
 
 BEGIN, END = "<!-- rows:begin -->", "<!-- rows:end -->"

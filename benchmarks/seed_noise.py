@@ -2,9 +2,9 @@
 
     python benchmarks/seed_noise.py [SPACE ...] [--seeds 5] [--processes 2]
 
-Writes tune_cifar/seed_noise.json, which `reproduce` reads: accuracies under other Numerics may differ from the recorded
-ones by three of these standard deviations. The deviation kept is the largest over the epochs, since a reproduction is
-compared epoch by epoch. Rows of spaces not named stay as they are.
+Writes tune_cifar/verify/seed_noise.json, which `reproduce` reads: accuracies under other Numerics may differ from the
+recorded ones by three of these standard deviations. The deviation kept is the largest over the epochs, since a
+reproduction is compared epoch by epoch. Rows of spaces not named stay as they are.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 SPACES = ("s6", "s7", "s8", "s10", "s10_postact", "smoke")
-TABLE = Path(__file__).parent.parent / "tune_cifar" / "seed_noise.json"
+TABLE = Path(__file__).parent.parent / "tune_cifar" / "verify" / "seed_noise.json"
 
 
 def train(space: str, seed: int) -> list[float]:
     """val_acc after each epoch of the baseline with this seed, one thread."""
-    from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.engine import Trainer
-    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.data.load import find_data, load_train_val
     from tune_cifar.space import load_space
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
     config = load_space(space, "cpu", {"seed": seed}).baseline
     data = load_train_val(find_data(None), config.train_size, config.val_size)
@@ -36,8 +36,8 @@ def train(space: str, seed: int) -> list[float]:
 
 def describe(space: str, curves: list[list[float]]) -> dict[str, object]:
     """A row of the table."""
-    from tune_cifar.numerics import resolve_numerics
     from tune_cifar.space import load_space
+    from tune_cifar.train.numerics import resolve_numerics
 
     config, numerics = load_space(space, "cpu").baseline, resolve_numerics()
     last = [curve[-1] for curve in curves]

@@ -28,7 +28,7 @@ WARM_UP_STEPS = 3
 
 def load(space: str) -> tuple[Any, Any]:
     """The baseline of the space's cpu tier and its images."""
-    from tune_cifar.data import find_data, load_train_val
+    from tune_cifar.data.load import find_data, load_train_val
     from tune_cifar.space import load_space
 
     config = load_space(space, "cpu").baseline
@@ -50,8 +50,8 @@ def repeat(step: Callable[[], object], seconds: float) -> list[float]:
 def run_ours(space: str, seconds: float) -> Figures:
     """The engine's step, its forward passes alone and its evaluation."""
     from tune_cifar.augment.batched import apply_normalize
-    from tune_cifar.engine import Trainer
-    from tune_cifar.numerics import autocast, memory_format, resolve_numerics
+    from tune_cifar.train.numerics import autocast, memory_format, resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
     config, data = load(space)
     trainer = Trainer(config, data, resolve_numerics())
@@ -81,7 +81,7 @@ def run_source(space: str, seconds: float) -> Figures:
     import torch
     from source_loop import build_source_model, make_loader, train_batch
 
-    from tune_cifar.optim import make_optimizer
+    from tune_cifar.train.optim import make_optimizer
 
     torch.set_num_threads(1)
     config, data = load(space)

@@ -29,7 +29,7 @@ CONFIG_SEED = 7
 
 def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
     """s7's cpu tier with its trials given: the baseline and random points, no rung before the last epoch."""
-    from tune_cifar.sampler import Sampler
+    from tune_cifar.search.sampler import Sampler
     from tune_cifar.space import load_space
 
     sizes = {"epochs": epochs, "train_size": train_size, "val_size": VAL_SIZE}
@@ -44,10 +44,10 @@ def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
 
 def run_ours(arguments: argparse.Namespace) -> Figures:
     """One search through run_search; returns the span of the trials and the images trained."""
-    from tune_cifar.data import find_data
-    from tune_cifar.events import EpochReported, TrialStarted
-    from tune_cifar.plan import SearchRequest
-    from tune_cifar.search import prepare_search, run_search
+    from tune_cifar.data.load import find_data
+    from tune_cifar.record.events import EpochReported, TrialStarted
+    from tune_cifar.search.plan import SearchRequest
+    from tune_cifar.search.run import prepare_search, run_search
 
     times: list[float] = []
 
@@ -94,9 +94,9 @@ def train_stock(parameters: dict[str, Any]) -> None:
     from source_loop import AugmentedImages, build_source_model, make_loader, train_batch
     from torch.utils.data import DataLoader
 
-    from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.optim import apply_settings, make_optimizer, schedule_steps
+    from tune_cifar.data.load import find_data, load_train_val
     from tune_cifar.schema import TrainConfig
+    from tune_cifar.train.optim import apply_settings, make_optimizer, schedule_steps
 
     started = time.time()
     torch.set_num_threads(1)

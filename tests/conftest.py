@@ -18,11 +18,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # typer builds every command anew for each one that a test types.
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
-from tune_cifar.data import DataSource, TrainVal, find_data, load_train_val
+from tune_cifar.data.load import DataSource, TrainVal, find_data, load_train_val
 from tune_cifar.errors import DataError
-from tune_cifar.numerics import resolve_numerics
-from tune_cifar.record import SearchState
+from tune_cifar.record.journal import SearchState
 from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.train.numerics import resolve_numerics
 
 SHAPES = DataSource("shapes", None)
 

@@ -35,12 +35,12 @@ from tests.test_confirm import CIFAR10, hear_nothing
 from tests.test_judge import judge_answers, make_pictures
 from tests.test_record import NUMERICS, make_result
 from tests.test_tracking import find_free_port
-from tune_cifar.driver import SearchDriver
-from tune_cifar.plots.judgement import save_judgement
-from tune_cifar.record import Record, SearchState, read_state, search_folder
+from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
+from tune_cifar.report.plots.evaluation import save_judgement
+from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space import load_space
-from tune_cifar.tracking import make_tracking_uri, ship_judgement, sync_search
-from tune_cifar.train import make_header
+from tune_cifar.tracking.upload import make_tracking_uri, ship_judgement, sync_search
+from tune_cifar.train.trial import make_header
 
 pytestmark = pytest.mark.slow
 # A page that a loaded machine draws.

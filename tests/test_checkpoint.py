@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from tune_cifar.checkpoint import MAGIC, CheckpointFolder, load_checkpoint, load_weights, save_checkpoint, save_weights
 from tune_cifar.errors import CheckpointError
+from tune_cifar.train.checkpoint import (
+    MAGIC,
+    CheckpointFolder,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 
 
 def make_state(epoch: int) -> dict[str, Any]:

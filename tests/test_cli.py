@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 
 from tests.test_record import EVENTS, make_header, write_record
 from tune_cifar.cli import app, run
-from tune_cifar.data import FILES, DataSource
+from tune_cifar.data.load import FILES, DataSource
 from tune_cifar.errors import ConfigError, DataError, RecordError, SpaceError, TrackingError, TuneCifarError
-from tune_cifar.record import read_state, search_folder
+from tune_cifar.record.journal import read_state, search_folder
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--set={setting}" for setting in ("train_size=20", "val_size=10", "batch_size=10", "epochs=3")]
@@ -308,7 +308,7 @@ PLAN = [
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever imports Ray now gets an ImportError."""
-    monkeypatch.delitem(sys.modules, "tune_cifar.search", raising=False)
+    monkeypatch.delitem(sys.modules, "tune_cifar.search.run", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
 
 

@@ -14,13 +14,11 @@ from tests.test_judge import judge_answers
 from tests.test_record import make_header, make_trial, write_record
 from tests.test_tables import run_search, score_by_lr
 from tune_cifar.errors import SpaceError
-from tune_cifar.events import SearchEnded
-from tune_cifar.plots.compare import draw_best_so_far, draw_standing
-from tune_cifar.plots.search import draw_fit
-from tune_cifar.record import SearchState
-from tune_cifar.results import estimate_scatter
-from tune_cifar.space import describe_distribution, load_space
-from tune_cifar.tables import (
+from tune_cifar.record.events import SearchEnded
+from tune_cifar.record.journal import SearchState
+from tune_cifar.report.plots.compare import draw_best_so_far, draw_standing
+from tune_cifar.report.plots.search import draw_fit
+from tune_cifar.report.tables import (
     list_distributions,
     make_comparison,
     make_confusions,
@@ -32,6 +30,8 @@ from tune_cifar.tables import (
     make_mistakes,
     make_sources,
 )
+from tune_cifar.report.trials import estimate_scatter
+from tune_cifar.space import describe_distribution, load_space
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,18 @@ import pytest
 from tests.conftest import SHAPES
 from tests.test_cli import invoke, refuse
 from tests.test_record import NUMERICS, make_result, make_trial, write_record
-from tune_cifar.confirm import (
+from tune_cifar.data.load import load_train_val
+from tune_cifar.errors import ConfigError, DataError, RecordError
+from tune_cifar.record.events import Confirmation, Event, Kind
+from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
+from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, TestOpening
+from tune_cifar.schema import DataInfo, TrainConfig
+from tune_cifar.search.driver import SearchDriver
+from tune_cifar.search.plan import Cost, Resources, SearchPlan, SearchRequest
+from tune_cifar.search.resume import restore_space
+from tune_cifar.space import SearchSpace, load_space
+from tune_cifar.train.trial import make_header
+from tune_cifar.verify.confirm import (
     Confirmed,
     Gain,
     check_confirmed,
@@ -31,17 +42,6 @@ from tune_cifar.confirm import (
     summarise,
     summarise_tests,
 )
-from tune_cifar.data import load_train_val
-from tune_cifar.driver import SearchDriver
-from tune_cifar.errors import ConfigError, DataError, RecordError
-from tune_cifar.events import Confirmation, Event, Kind
-from tune_cifar.openings import OPENINGS_COLUMNS, OPENINGS_FILE, TestOpening
-from tune_cifar.plan import Cost, Resources, SearchPlan, SearchRequest
-from tune_cifar.record import Record, SearchState, read_state, search_folder
-from tune_cifar.resume import restore_space
-from tune_cifar.schema import DataInfo, TrainConfig
-from tune_cifar.space import SearchSpace, load_space
-from tune_cifar.train import make_header
 
 CIFAR10 = DataInfo(name="cifar10", digest="d1", split_hash="h1")
 SPACE = load_space("smoke", "cpu", {"epochs": 2})

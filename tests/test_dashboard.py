@@ -20,11 +20,11 @@ from optuna.trial import TrialState
 from tests.test_cli import ROOT, invoke, refuse
 from tests.test_record import CONFIG, make_cycles, make_header, make_start, make_trial, write_record
 from tests.test_tables import run_search
-from tune_cifar.dashboard import make_studies
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.events import EpochReported, TrialEnded
-from tune_cifar.record import SearchState
-from tune_cifar.sampler import Sampler, list_distributions
+from tune_cifar.record.events import EpochReported, TrialEnded
+from tune_cifar.record.journal import SearchState
+from tune_cifar.report.dashboard import make_studies
+from tune_cifar.search.sampler import Sampler, list_distributions
 from tune_cifar.space import load_space
 
 MAX_LR = '{"name": "FloatDistribution", "attributes": {"step": null, "low": 0.001, "high": 1.0, "log": true}}'

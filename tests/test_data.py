@@ -24,8 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from platformdirs import user_cache_path
 
-from tune_cifar import data
-from tune_cifar.data import (
+from tune_cifar.data import load as data
+from tune_cifar.data.load import (
     BATCHES_FOLDER,
     FILES,
     TEST_FILE,
@@ -99,7 +99,7 @@ def assert_is_a_sentence(message: str) -> None:
 
 
 def test_finding_data_imports_neither_torch_nor_torchvision() -> None:
-    code = "import sys, tune_cifar.data as d; d.find_data('shapes'); print('torch' in sys.modules)"
+    code = "import sys, tune_cifar.data.load as d; d.find_data('shapes'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

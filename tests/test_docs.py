@@ -20,13 +20,13 @@ import knobs
 from tests.conftest import SHAPES
 from tests.test_cli import COMMANDS, ROOT, invoke, run_in_a_process
 from tests.test_record import make_header, make_trial, write_record
-from tune_cifar.data import FILES, TRAIN_FILES
+from tune_cifar.data.load import FILES, TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
-from tune_cifar.mlruns import EPOCH_METRICS
-from tune_cifar.record import read_state, search_folder
-from tune_cifar.results import TRIAL_COLUMNS
+from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.report.trials import TRIAL_COLUMNS
 from tune_cifar.schema import KNOBS, EpochResult, Numerics, TrainConfig
 from tune_cifar.space import load_space
+from tune_cifar.tracking.runs import EPOCH_METRICS
 
 README, GLOSSARY, TROUBLE = ROOT / "README.md", ROOT / "docs" / "metrics.md", ROOT / "docs" / "troubleshooting.md"
 # What is told of today; the findings, notes and the changelog tell of their day.
@@ -120,11 +120,11 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
     from mlflow import MlflowClient
 
     from tests.test_tracking import make_events, ship
-    from tune_cifar.data import load_train_val
-    from tune_cifar.events import TrialRetried
-    from tune_cifar.judge import judge_logits
-    from tune_cifar.lr_range import Sweep, make_lrs, make_report
-    from tune_cifar.tracking import ship_judgement, ship_lr_range
+    from tune_cifar.data.load import load_train_val
+    from tune_cifar.record.events import TrialRetried
+    from tune_cifar.tracking.upload import ship_judgement, ship_lr_range
+    from tune_cifar.train.lr_range import Sweep, make_lrs, make_report
+    from tune_cifar.train.metrics import judge_logits
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     start, *rest = make_events()

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.conftest import FEW, SHAPES, make_config
-from tune_cifar.checkpoint import load_checkpoint, save_checkpoint
-from tune_cifar.data import TrainVal, load_train_val
-from tune_cifar.engine import Trainer
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, Diverged
-from tune_cifar.numerics import resolve_numerics
-from tune_cifar.optim import schedule_steps
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics, TrainConfig
-from tune_cifar.step import derive_seed
+from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
+from tune_cifar.train.numerics import resolve_numerics
+from tune_cifar.train.optim import schedule_steps
+from tune_cifar.train.step import derive_seed
+from tune_cifar.train.trainer import Trainer
 
 
 def curve(results: list[EpochResult]) -> list[dict[str, Any]]:
@@ -46,8 +46,8 @@ def test_a_training_in_another_process_is_bitwise_equal_and_needs_no_compiler(sh
         "import json, sys\n"
         "from tests.conftest import SHAPES, make_config\n"
         "from tests.test_engine import train_here\n"
-        "from tune_cifar.data import load_train_val\n"
-        "from tune_cifar.numerics import resolve_numerics\n"
+        "from tune_cifar.data.load import load_train_val\n"
+        "from tune_cifar.train.numerics import resolve_numerics\n"
         "data = load_train_val(SHAPES, 60, 50)\n"
         "print(json.dumps(train_here(make_config(), data, resolve_numerics('cpu', 'fp32'))))\n"
         "assert 'torch._dynamo' not in sys.modules, 'two seconds of every process'\n"

@@ -16,11 +16,15 @@ from tests.conftest import SHAPES
 from tests.test_cli import ROOT, invoke, refuse
 from tests.test_train import train_small
 from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
-from tune_cifar.checkpoint import load_metadata, load_weights, save_weights
-from tune_cifar.data import CLASS_NAMES, Split, load_train_val
-from tune_cifar.engine import Trainer
+from tune_cifar.data.load import CLASS_NAMES, Split, load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError, RecordError
-from tune_cifar.export import (
+from tune_cifar.models import MODELS
+from tune_cifar.record.journal import SearchState
+from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights
+from tune_cifar.train.trainer import Trainer
+from tune_cifar.train.trial import load_trained
+from tune_cifar.verify.export import (
     ONNX_OPSET,
     answer_images,
     check_agreement,
@@ -31,10 +35,6 @@ from tune_cifar.export import (
     write_onnx,
     write_safetensors,
 )
-from tune_cifar.models import MODELS
-from tune_cifar.record import SearchState
-from tune_cifar.schema import Numerics, TrainConfig
-from tune_cifar.train import load_trained
 
 EXPORT = ("export", "--data", "shapes")
 SAFETENSORS = (*EXPORT, "small:0", "--format", "safetensors")

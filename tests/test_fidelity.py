@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_cifar.fidelity import keep, list_cycles, list_steps
+from tune_cifar.search.rungs import keep, list_cycles, list_steps
 from tune_cifar.space import Budget
 from tune_cifar.space.layout import Fidelity, SamplerBudget
 

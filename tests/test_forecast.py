@@ -10,10 +10,10 @@ import pytest
 
 from tests.test_fidelity import make_budget
 from tests.test_record import COURSES, make_cycles, make_header, make_start, make_trial
-from tune_cifar.events import Event
-from tune_cifar.fidelity import keep
-from tune_cifar.forecast import START_SECONDS, Forecast, Spread, forecast_search
-from tune_cifar.record import SearchState
+from tune_cifar.record.events import Event
+from tune_cifar.record.journal import SearchState
+from tune_cifar.search.forecast import START_SECONDS, Forecast, Spread, forecast_search
+from tune_cifar.search.rungs import keep
 from tune_cifar.space.layout import Fidelity
 
 
@@ -71,7 +71,7 @@ def test_trials_are_judged_by_the_rule_that_judges_real_ones(monkeypatch: pytest
         assert keep(-rank, range(-num_scores, 0), factor) == (rank <= -(-num_scores // factor))
         return False
 
-    monkeypatch.setattr("tune_cifar.forecast.goes_on", note)
+    monkeypatch.setattr("tune_cifar.search.forecast.goes_on", note)
     found = forecast_search(make_budget((1, 4), trials=9), 2, 1.0)
     assert found.epochs == exactly(9 + 4) and {factor for _, _, factor in asked} == {3}
     assert all(1 <= rank <= count for rank, count, _ in asked)
@@ -152,7 +152,7 @@ def test_scores_that_arrived_are_those_to_be_beaten(num_stopped: int) -> None:
 
 def test_a_long_search_is_simulated_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     draws: list[Any] = []
-    monkeypatch.setattr("tune_cifar.forecast._find_spread", lambda values: draws.append(len(values)))
+    monkeypatch.setattr("tune_cifar.search.forecast._find_spread", lambda values: draws.append(len(values)))
     for trials, effort in ((100, 40_000), (1000, 40_000), (9, 400), (1000, 400)):
         forecast_search(make_budget((1,), trials=trials), 1, 1.0, effort=effort)
     assert draws[::2] == [200, 40, 44, 1]

@@ -16,14 +16,20 @@ from torch import Tensor
 from tests.conftest import SHAPES, make_config
 from tests.test_cli import invoke, refuse
 from tests.test_record import CONFIG, make_header, make_trial, write_record
-from tune_cifar.data import CLASS_NAMES, load_train_val
-from tune_cifar.engine import Trainer
+from tune_cifar.data.load import CLASS_NAMES, load_train_val
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.judge import Judgement, Mistake, judge_logits, load_judgement, measure_logits
-from tune_cifar.numerics import resolve_numerics
-from tune_cifar.plots.judgement import draw_confusion, draw_mistakes, draw_per_class, draw_reliability, save_judgement
-from tune_cifar.record import SearchState
-from tune_cifar.tracking import make_tracking_uri, sync_search
+from tune_cifar.record.journal import SearchState
+from tune_cifar.report.plots.evaluation import (
+    draw_confusion,
+    draw_mistakes,
+    draw_per_class,
+    draw_reliability,
+    save_judgement,
+)
+from tune_cifar.tracking.upload import make_tracking_uri, sync_search
+from tune_cifar.train.metrics import Judgement, Mistake, judge_logits, load_judgement, measure_logits
+from tune_cifar.train.numerics import resolve_numerics
+from tune_cifar.train.trainer import Trainer
 
 NAMES = CLASS_NAMES["cifar10"]
 FILES = ["judgement.json", "confusion.png", "per_class.png", "reliability.png", "mistakes.png"]
@@ -255,7 +261,7 @@ JUDGE = ("judge", "--data", "shapes")
 def test_judge_shows_and_keeps_what_the_kept_weights_make_of_the_recorded_validation_images(
     storage: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("tune_cifar.sealed.load_test")  # the test set stays closed
+    monkeypatch.delattr("tune_cifar.verify.test_set.load_test")  # the test set stays closed
     answer = invoke(*JUDGE, "small:0")
     assert answer.exit_code == 0, answer.output
     last, folder = trained.trials[0].epochs[-1], storage / "judge" / "small-0"

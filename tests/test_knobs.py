@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.conftest import FEW, SHAPES, make_config
-from tune_cifar.data import load_train_val
-from tune_cifar.engine import Trainer
-from tune_cifar.optim import schedule_steps
+from tune_cifar.data.load import load_train_val
 from tune_cifar.schema import KNOBS, Numerics, TrainConfig
+from tune_cifar.train.optim import schedule_steps
+from tune_cifar.train.trainer import Trainer
 
 # For each knob: another value, and what must hold for the knob to be alive.
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -105,7 +105,7 @@ def test_a_changed_knob_changes_something_in_a_captured_step_too(
     knob: str, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same step is taken for both where it may be: a knob that it forgot would keep its value."""
-    monkeypatch.setattr("tune_cifar.step._idle", {})
+    monkeypatch.setattr("tune_cifar.train.step._idle", {})
     captured = fp32.model_copy(update={"execution": "captured"})
 
     def train(config: TrainConfig) -> list[Any]:

@@ -25,11 +25,7 @@ from tests.test_record import (
     make_start,
     make_trial,
 )
-from tune_cifar.data import TrainVal
-from tune_cifar.engine import Trainer
-from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded
-from tune_cifar.forecast import START_SECONDS, forecast_search
-from tune_cifar.live import (
+from tune_cifar.cli.live import (
     SearchView,
     SweepView,
     TrainingView,
@@ -39,9 +35,13 @@ from tune_cifar.live import (
     print_search_summary,
     print_stand_in_banner,
 )
-from tune_cifar.lr_range import Sweep
-from tune_cifar.record import INTERRUPTED, TIME_LIMIT, SearchState
+from tune_cifar.data.load import TrainVal
+from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
+from tune_cifar.record.journal import INTERRUPTED, TIME_LIMIT, SearchState
 from tune_cifar.schema import DataInfo, Numerics
+from tune_cifar.search.forecast import START_SECONDS, forecast_search
+from tune_cifar.train.lr_range import Sweep
+from tune_cifar.train.trainer import Trainer
 
 SHAPES_INFO = DataInfo(name="shapes", digest="d2", split_hash="h2")
 
@@ -390,7 +390,7 @@ def test_training_shows_a_bar_over_the_trainers_steps_on_a_terminal(shapes: Trai
 def test_an_lr_range_test_shows_a_line_per_sweep_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     console, text = make_console()
     clock = iter([0.0, 0.0, 10.0, 16.0])
-    monkeypatch.setattr("tune_cifar.live.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tune_cifar.cli.live.time.monotonic", lambda: next(clock))
     with SweepView(console, num_seeds=2, num_steps=8) as view:
         for _ in range(5):
             view.step()

@@ -20,10 +20,13 @@ from tests.conftest import FEW, SHAPES, make_config
 from tests.test_cli import invoke, refuse
 from tests.test_engine import train_here
 from tune_cifar.cli.lr_range import _propose
-from tune_cifar.data import TrainVal, load_train_val
-from tune_cifar.engine import Trainer
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, SpaceError, TrackingError
-from tune_cifar.lr_range import (
+from tune_cifar.report.plots.lr_range import save_lr_range
+from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.space import Range, load_space, read_space
+from tune_cifar.tracking.upload import ship_lr_range
+from tune_cifar.train.lr_range import (
     DIVERGENCE_FACTOR,
     ESTIMATORS,
     Estimate,
@@ -42,10 +45,7 @@ from tune_cifar.lr_range import (
     smooth,
     summarise,
 )
-from tune_cifar.plots.lr_range import save_lr_range
-from tune_cifar.schema import Numerics, TrainConfig
-from tune_cifar.space import Range, load_space, read_space
-from tune_cifar.tracking import ship_lr_range
+from tune_cifar.train.trainer import Trainer
 
 LRS = make_lrs(1e-6, 10.0, 200)
 # Of the bowl below, from its formula: where the fall is steepest, where a tenth of it is done, where it is lowest.

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.numerics import (
+from tune_cifar.schema import Numerics
+from tune_cifar.train.numerics import (
     apply_numerics,
     autocast,
     compare_numerics,
@@ -25,7 +26,6 @@ from tune_cifar.numerics import (
     resolve_numerics,
     restore_numerics,
 )
-from tune_cifar.schema import Numerics
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from tests.conftest import make_config
 from tune_cifar.errors import ConfigError
-from tune_cifar.optim import Settings, apply_settings, make_optimizer, schedule_steps
 from tune_cifar.schema import TrainConfig
+from tune_cifar.train.optim import Settings, apply_settings, make_optimizer, schedule_steps
 
 
 def run_schedule(config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -10,9 +10,9 @@ import pytest
 from tests.conftest import SHAPES
 from tests.test_confirm import CIFAR10
 from tests.test_record import NUMERICS, make_header, make_trial, write_record
-from tune_cifar.forecast import START_SECONDS
-from tune_cifar.plan import CONTEXT_MB, Cost, Resources, SearchPlan, SearchRequest, measure_cost
 from tune_cifar.schema import Numerics
+from tune_cifar.search.forecast import START_SECONDS
+from tune_cifar.search.plan import CONTEXT_MB, Cost, Resources, SearchPlan, SearchRequest, measure_cost
 from tune_cifar.space import load_space
 
 GB = 1024.0
@@ -39,7 +39,7 @@ def describe(device: str, cost: Cost, resources: Resources) -> str:
 def test_a_gpus_share_is_advised_by_memory_and_cores(
     memory_gb: float, gpus_per_trial: float, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_cifar.plan.count_cores", lambda: 16)
+    monkeypatch.setattr("tune_cifar.search.plan.count_cores", lambda: 16)
     at_once = int(1 / gpus_per_trial)
     text = describe("cuda", Cost(1.0, memory_gb * GB, 140 * GB), Resources(1, gpus_per_trial, at_once, 1))
     assert f" s; a trial holds {memory_gb:.2g} of 140 GB{advice}: about " in text

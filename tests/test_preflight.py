@@ -11,18 +11,18 @@ import torch
 
 from tests.conftest import SHAPES, make_config
 from tests.faults.disks import limit_file_size, mount_small_disk
-from tune_cifar.checkpoint import save_checkpoint, save_weights
-from tune_cifar.data import load_train_val
-from tune_cifar.engine import Trainer
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.models import MODELS
-from tune_cifar.preflight import (
+from tune_cifar.schema import Numerics
+from tune_cifar.search.preflight import (
     MAX_TEMPORARY_BYTES,
     check_search_fits,
     estimate_disk_needs,
     measure_training,
 )
-from tune_cifar.schema import Numerics
+from tune_cifar.train.checkpoint import save_checkpoint, save_weights
+from tune_cifar.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

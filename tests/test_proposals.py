@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.test_sampler import Past
-from tune_cifar.sampler import Sampler
+from tune_cifar.search.sampler import Sampler
 from tune_cifar.space import SearchSpace, load_space
 
 # The benchmarks are scripts, not a package.

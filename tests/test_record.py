@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.events import (
+from tune_cifar.record.events import (
     Candidate,
     Confirmation,
     EpochReported,
@@ -35,7 +35,7 @@ from tune_cifar.events import (
     TrialRetried,
     TrialStarted,
 )
-from tune_cifar.record import (
+from tune_cifar.record.journal import (
     Record,
     SearchState,
     check_is_new,
@@ -574,7 +574,7 @@ def test_append_after_close_is_refused(folder: Path) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who finds a search held does not wait a second for it."""
-    monkeypatch.setattr("tune_cifar.record.LOCK_SECONDS", 0.02)
+    monkeypatch.setattr("tune_cifar.record.journal.LOCK_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -657,7 +657,7 @@ import sys, time
 from pathlib import Path
 from tests.test_record import make_header
 from tune_cifar.errors import RecordError
-from tune_cifar.record import Record, search_folder
+from tune_cifar.record.journal import Record, search_folder
 storage = Path(sys.argv[1])
 (storage / f"ready-{sys.argv[2]}").touch()
 while not (storage / "go").exists():
@@ -694,7 +694,7 @@ WRITE = """
 import sys
 from pathlib import Path
 from tests.test_record import make_header, make_start
-from tune_cifar.record import Record, search_folder
+from tune_cifar.record.journal import Record, search_folder
 with Record.create(search_folder(Path(sys.argv[1]), "s7-1"), make_header()) as record:
     for number in range(100_000):
         record.append(make_start(number))
@@ -1067,7 +1067,7 @@ def test_ten_thousand_events_replay_in_two_seconds(tmp_path: Path) -> None:
 
 def test_the_room_imports_nothing_heavy() -> None:
     code = (
-        "import sys, tune_cifar.record\n"
+        "import sys, tune_cifar.record.journal\n"
         "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

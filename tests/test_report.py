@@ -16,12 +16,12 @@ from tests.test_record import EVENTS, make_header, make_start, write_record
 from tests.test_tables import run_search
 from tests.test_train import train_small
 from tune_cifar.errors import ConfigError
-from tune_cifar.health import examine_space
-from tune_cifar.record import SearchState, TrialState
-from tune_cifar.report import make_report, write_report
+from tune_cifar.record.journal import SearchState, TrialState
+from tune_cifar.report.health import examine_space
+from tune_cifar.report.html import make_report, write_report
+from tune_cifar.report.tables import make_importances, make_slices
 from tune_cifar.schema import DataInfo, Numerics
 from tune_cifar.space import Range, parse_space
-from tune_cifar.tables import make_importances, make_slices
 
 
 def examine(state: SearchState) -> tuple[tuple[str, ...], str]:

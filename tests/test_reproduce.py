@@ -18,24 +18,24 @@ from tests.conftest import SHAPES
 from tests.test_cli import invoke, refuse
 from tests.test_search import make_tiny_driver, run_trials
 from tests.test_train import EXPLODING, SMALL, hear_nothing, interrupt_small, open_small, train_small
-from tune_cifar.checkpoint import load_weights
-from tune_cifar.data import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
+from tune_cifar.data.load import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, RecordError
-from tune_cifar.events import EpochReported, Header, SearchEnded, TrialEnded, TrialStarted
 from tune_cifar.models import MODELS
 from tune_cifar.models.s7 import S7Net
-from tune_cifar.numerics import resolve_numerics
-from tune_cifar.openings import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
-from tune_cifar.record import Record, SearchState, TrialState, read_state, search_folder
-from tune_cifar.reproduce import (
+from tune_cifar.record.events import EpochReported, Header, SearchEnded, TrialEnded, TrialStarted
+from tune_cifar.record.journal import Record, SearchState, TrialState, read_state, search_folder
+from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
+from tune_cifar.schema import EpochResult, Numerics
+from tune_cifar.space import list_spaces
+from tune_cifar.train.checkpoint import load_weights
+from tune_cifar.train.numerics import resolve_numerics
+from tune_cifar.train.trial import load_recorded_data, load_trained, run_training
+from tune_cifar.verify.reproduce import (
     SEED_NOISE_FILE,
     load_seed_noise,
     replay_failure,
     reproduce_run,
 )
-from tune_cifar.schema import EpochResult, Numerics
-from tune_cifar.space import list_spaces
-from tune_cifar.train import load_recorded_data, load_trained, run_training
 
 Change = Callable[[EpochResult], EpochResult]
 
@@ -96,7 +96,7 @@ def noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that knows the seed noise of smoke: 0.01, so 0.03 is tolerated."""
     path = tmp_path / "seed_noise.json"
     path.write_text('{"spaces": {"smoke": {"sd_val_acc": 0.01}}}')
-    monkeypatch.setattr("tune_cifar.reproduce.SEED_NOISE_FILE", path)
+    monkeypatch.setattr("tune_cifar.verify.reproduce.SEED_NOISE_FILE", path)
 
 
 def test_a_run_trained_again_is_identical(tmp_path: Path, trained: SearchState) -> None:
@@ -178,7 +178,7 @@ def test_under_other_numerics_an_unmeasured_space_is_refused_with_the_way_to_mea
     tmp_path: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "none.json").write_text('{"spaces": {}}')
-    monkeypatch.setattr("tune_cifar.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
+    monkeypatch.setattr("tune_cifar.verify.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
     rewrite(tmp_path, trained, numerics=with_torch(trained.header.numerics, "2.0.0"))
     sentence = refuse(ConfigError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path))
     assert sentence.startswith("small:0: the Numerics differ (torch: 2.0.0 -> ")
@@ -396,7 +396,7 @@ def test_a_run_that_failed_before_its_first_epoch_is_replayed_under_any_numerics
 ) -> None:
     """No epoch is compared: no seed noise need be known."""
     (tmp_path / "none.json").write_text('{"spaces": {}}')
-    monkeypatch.setattr("tune_cifar.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
+    monkeypatch.setattr("tune_cifar.verify.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
     state = fail_small(tmp_path / "first", fp32, step=1)
     rewrite(tmp_path, state, numerics=with_torch(fp32, "2.0.0"))
     monkeypatch.setitem(MODELS, "s7", make_faulty(1, NO_MEMORY))
@@ -510,7 +510,7 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
 ) -> None:
     """On the stand-in the openings stay in the run store, although ./analysis is there."""
     monkeypatch.setattr(
-        "tune_cifar.shapes._NUM_TEST_IMAGES", 1000
+        "tune_cifar.data.shapes._NUM_TEST_IMAGES", 1000
     )  # a whole chunk, of 10,000: judging all takes 10 s in fp32
     (workplace / "analysis").mkdir()
     storage = workplace / "runs"

@@ -24,9 +24,9 @@ from tests.test_record import (
     write_record,
 )
 from tune_cifar.errors import RecordError
-from tune_cifar.events import EpochReported, Event, SearchEnded, TrialEnded, TrialRetried
-from tune_cifar.record import Record, SearchState, check_name
-from tune_cifar.results import (
+from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded, TrialRetried
+from tune_cifar.record.journal import Record, SearchState, check_name
+from tune_cifar.report.trials import (
     Failure,
     best_so_far,
     find_best,
@@ -430,9 +430,7 @@ def test_of_exceptions_that_led_to_one_another_the_last_is_told() -> None:
 
 
 MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 MiB left.\nSee the docs."
-STEP = (
-    '  File "/x/tune_cifar/.venv/lib/tune_cifar/engine.py", line 131, in _train_step\n    logits = self.model(images)\n'
-)
+STEP = '  File "/x/.venv/lib/tune_cifar/train/trainer.py", line 131, in _train_step\n    logits = self.model(images)\n'
 BELOW = '  File "/x/tune_cifar/.venv/lib/python3/site-packages/torch/nn.py", line 9, in forward\n    return f(x)\n'
 OUT_OF_MEMORY = f"Traceback (most recent call last):\n{STEP}{BELOW}torch.OutOfMemoryError: {MESSAGE}\n"
 
@@ -445,7 +443,7 @@ OUT_OF_MEMORY = f"Traceback (most recent call last):\n{STEP}{BELOW}torch.OutOfMe
             Failure(
                 "OutOfMemoryError",
                 "torch.OutOfMemoryError: " + MESSAGE.partition("\n")[0],
-                "engine.py:131 in _train_step",
+                "train/trainer.py:131 in _train_step",
             ),
         ),
         ("worker process died\nActorDiedError(7)\nworker died, 3 times", Failure("", "worker process died", "")),
@@ -495,9 +493,9 @@ def test_failures_are_grouped_by_what_failed_and_where_and_the_most_frequent_com
 
     memory, first, second = group_failures(write_failures(tmp_path, make_events))
     assert memory.what == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
-    assert (memory.where, memory.count, memory.failed) == ("engine.py:131 in _train_step", 2, (2, 4))
+    assert (memory.where, memory.count, memory.failed) == ("train/trainer.py:131 in _train_step", 2, (2, 4))
     assert (memory.retried, memory.run_id, memory.traceback) == ((), "s7-1:2", OUT_OF_MEMORY)
-    assert (first.where, first.failed) == ("engine.py:131 in evaluate", (1,))
+    assert (first.where, first.failed) == ("train/trainer.py:131 in evaluate", (1,))
     assert "Tried to allocate 20.00 MiB" in first.what, "where the numbers agree they stand"
     assert second.what.startswith("RuntimeError: ") and second.failed == (3,)
 
@@ -546,7 +544,7 @@ def test_finding_runs_and_failures_imports_nothing_heavy(state: SearchState, tmp
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tune_cifar.results import find_best, find_run, group_failures, list_rows, load_searches\n"
+        "from tune_cifar.report.trials import find_best, find_run, group_failures, list_rows, load_searches\n"
         "find_run(Path(sys.argv[1]), 's7-1:0'), find_best(load_searches(Path(sys.argv[1])), search='s7-1')\n"
         "list_rows(Path(sys.argv[1])), group_failures(load_searches(Path(sys.argv[1]))[0])\n"
         "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'matplotlib'} & set(sys.modules)\n"

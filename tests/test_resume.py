@@ -10,16 +10,16 @@ import pytest
 from optuna.distributions import FloatDistribution
 
 from tests.test_search import make_cycles_driver, make_space, result_of
-from tune_cifar.checkpoint import CheckpointFolder
-from tune_cifar.driver import SearchDriver
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.numerics import describe_environment, digest_code
-from tune_cifar.plan import count_trials
-from tune_cifar.record import Record, SearchState, read_state, search_folder
-from tune_cifar.resume import check_accepted, describe_restored, find_changes, restore_space, warm_start
+from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import DataInfo, Numerics
+from tune_cifar.search.driver import SearchDriver
+from tune_cifar.search.plan import count_trials
+from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space, warm_start
 from tune_cifar.space import SearchSpace, load_space, parse_space, select_tier
-from tune_cifar.train import make_header
+from tune_cifar.train.checkpoint import CheckpointFolder
+from tune_cifar.train.numerics import describe_environment, digest_code
+from tune_cifar.train.trial import make_header
 
 DATA = DataInfo(name="shapes", digest="d", split_hash="s")
 

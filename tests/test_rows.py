@@ -23,14 +23,14 @@ from rows_steps import TOP, Queue, Step, estimate_hours, find_commands, find_con
 from rows_table import BEGIN, COLUMNS, END, describe_cell, load_table, render_table, write_readme
 
 from tests.test_record import NUMERICS, make_trial, write_record
-from tune_cifar.confirm import make_confirmation, make_final
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.events import Confirmation, Event, SearchEnded
-from tune_cifar.openings import OPENINGS_COLUMNS
-from tune_cifar.record import INTERRUPTED, SearchState
+from tune_cifar.record.events import Confirmation, Event, SearchEnded
+from tune_cifar.record.journal import INTERRUPTED, SearchState
+from tune_cifar.record.test_log import OPENINGS_COLUMNS
 from tune_cifar.schema import DataInfo, TrainConfig
 from tune_cifar.space import SearchSpace, load_space, parse_setting, read_space
-from tune_cifar.train import make_header
+from tune_cifar.train.trial import make_header
+from tune_cifar.verify.confirm import make_confirmation, make_final
 
 ROOT = Path(__file__).parent.parent
 read_once = functools.cache(read_space)  # its files do not change here

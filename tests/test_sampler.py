@@ -12,9 +12,9 @@ import optuna
 import pytest
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.fidelity import keep
-from tune_cifar.sampler import Sampler
 from tune_cifar.schema import Status
+from tune_cifar.search.rungs import keep
+from tune_cifar.search.sampler import Sampler
 from tune_cifar.space import SamplerBudget, SearchSpace, load_space
 
 KINDS = [SamplerBudget(kind="tpe", startup=5), SamplerBudget(kind="random"), SamplerBudget(kind="qmc")]

@@ -19,18 +19,18 @@ from ray.tune.schedulers import TrialScheduler
 from tests.conftest import SHAPES
 from tests.faults.disks import limit_file_size
 from tests.test_engine import curve
-from tune_cifar.data import load_train_val
-from tune_cifar.driver import SearchDriver
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.events import EpochReported, SearchResumed, utc_now
-from tune_cifar.plan import SearchRequest, resolve_resources
-from tune_cifar.record import Record, SearchState, read_state, search_folder
-from tune_cifar.resume import restore_space
+from tune_cifar.record.events import EpochReported, SearchResumed, utc_now
+from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
-from tune_cifar.search import _guard, _Scheduler, _Searcher
+from tune_cifar.search.driver import SearchDriver
+from tune_cifar.search.plan import SearchRequest, resolve_resources
+from tune_cifar.search.resume import restore_space
+from tune_cifar.search.run import _guard, _Scheduler, _Searcher
+from tune_cifar.search.worker import TrialWorker
 from tune_cifar.space import SearchSpace, load_space
-from tune_cifar.train import CHECKPOINTS, make_header, stop_file, train_trial
-from tune_cifar.worker import TrialWorker
+from tune_cifar.train.trial import CHECKPOINTS, make_header, stop_file, train_trial
 
 # A pinned pct_start: in so few steps the smallest searched one would be no warm-up at all, and is refused.
 SMALL = {"train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
@@ -273,7 +273,7 @@ def test_a_trial_that_diverges_did_so_in_the_cycle_it_was_in(
 @pytest.fixture
 def epoch_by_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker tells of every epoch by itself, as it does of long ones."""
-    monkeypatch.setattr("tune_cifar.worker.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("tune_cifar.search.worker.REPORT_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("epoch_by_epoch")
@@ -341,8 +341,8 @@ def hear_words(
                 raise ValueError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tune_cifar.worker.REPORT_SECONDS", seconds)
-        patch.setattr("tune_cifar.worker.train_trial", train_some)
+        patch.setattr("tune_cifar.search.worker.REPORT_SECONDS", seconds)
+        patch.setattr("tune_cifar.search.worker.train_trial", train_some)
         patch.setattr(_Scheduler, "_hear", note)
         run_trials(driver, numerics)
     driver.record.close()
@@ -400,7 +400,9 @@ def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
     death: str, every_seconds: float, tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a cycle, at its end, and with a result that the driver did not hear of."""
-    monkeypatch.setattr("tune_cifar.worker.train_trial", functools.partial(train_trial, every_seconds=every_seconds))
+    monkeypatch.setattr(
+        "tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=every_seconds)
+    )
     whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 2))
     run_trials(whole, fp32)
     whole.record.close()
@@ -422,7 +424,7 @@ def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before it, from the middle of that cycle, is no beginning of the longer one."""
-    monkeypatch.setattr("tune_cifar.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr("tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
     whole = make_tiny_driver(tmp_path / "whole", fp32, (2, 3))
     run_trials(whole, fp32)
     whole.record.close()
@@ -442,7 +444,7 @@ def test_a_trial_in_continued_cycles_goes_on_over_a_restart(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One training: what was before the restart is not trained again."""
-    monkeypatch.setattr("tune_cifar.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr("tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
     whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 3), "cycles/continue", warm_restarts=[1])
     run_trials(whole, fp32)
     whole.record.close()
@@ -815,8 +817,8 @@ def test_workers_have_the_priority_of_who_started_them() -> None:
     """Ray's default, nice 15, starves them beside any other work, and the steps that were measured foretell nothing."""
     script = (
         "import os\n"
-        "from tune_cifar.search import ray, start_ray\n"
-        "from tune_cifar.plan import Resources\n"
+        "from tune_cifar.search.run import ray, start_ray\n"
+        "from tune_cifar.search.plan import Resources\n"
         "start_ray(Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=1, num_gpus=0))\n"
         "assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)\n"
     )
@@ -833,11 +835,11 @@ def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_
     (runs / "searches").mkdir(parents=True)
     script = (
         "from pathlib import Path\n"
-        "from tune_cifar.data import find_data\n"
-        "from tune_cifar.plan import SearchRequest\n"
-        "from tune_cifar.search import prepare_search, run_search\n"
+        "from tune_cifar.data.load import find_data\n"
+        "from tune_cifar.search.plan import SearchRequest\n"
+        "from tune_cifar.search.run import prepare_search, run_search\n"
         "from tune_cifar.space import load_space\n"
-        "from tune_cifar.events import TrialStarted\n"
+        "from tune_cifar.record.events import TrialStarted\n"
         f"space = load_space('smoke', 'cpu', {dict(SMALL, epochs=2)!r}).limit(4, None)\n"
         f"request = SearchRequest(find_data('shapes'), Path({str(runs)!r}), 'test', name='faulty')\n"
         "def block(state, event):\n"

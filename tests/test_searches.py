@@ -18,7 +18,7 @@ from tests.test_record import make_header, make_trial
 from tests.test_results import FINISH, INTERRUPT, OUT_OF_MEMORY, SHAPES, TRIALS, fail, write_failures, write_search
 from tune_cifar.cli import app
 from tune_cifar.errors import RecordError, TrackingError
-from tune_cifar.record import Record, SearchState, read_state, search_folder
+from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_nothing_is_deleted_unless_the_answer_is_yes(storage: Path) -> None:
 
 
 def test_a_live_search_is_not_deleted_and_its_owner_is_named(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune_cifar.record.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("tune_cifar.record.journal.LOCK_SECONDS", 0.1)
     words = ("searches", "delete", "stopped", "--yes", "--keep-mlflow", "--storage", str(storage))
     with Record.open(search_folder(storage, "stopped")):
         sentence = refuse(RecordError, *words)
@@ -146,7 +146,7 @@ def test_a_live_search_is_not_deleted_and_its_owner_is_named(storage: Path, monk
 def test_a_search_that_starts_while_the_question_stands_is_not_deleted(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_cifar.record.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("tune_cifar.record.journal.LOCK_SECONDS", 0.1)
     opened: list[Record] = []
 
     def confirm(*_: Any, **__: Any) -> bool:
@@ -244,7 +244,7 @@ def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_r
     assert answer.exit_code == 0, answer.output
     lines = answer.stdout.splitlines()
     assert lines[0] == "2 x torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
-    assert lines[1:3] == ["  in: engine.py:131 in _train_step", "  failed: 1, 2"]
+    assert lines[1:3] == ["  in: train/trainer.py:131 in _train_step", "  failed: 1, 2"]
     command = f"python -m tune_cifar reproduce s7-1:1 --storage {tmp_path}"
     assert lines[3] == f"  replay: {command}"
     assert OUT_OF_MEMORY.replace("20", "99") in answer.stdout

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tune_cifar import shapes
+from tune_cifar.data import shapes
 from tune_cifar.schema import NUM_CLASSES
 
 # SHA-256 of chunk 0 and of chunk 59 (the last test images). Whoever means to change a pixel bumps GENERATOR_VERSION.
@@ -112,10 +112,10 @@ def test_form_and_ground_are_both_dark_and_light_in_every_class(chunk: npt.NDArr
 @pytest.mark.slow
 def test_s7_learns_the_stand_in_in_a_few_epochs() -> None:
     from tests.conftest import SHAPES
-    from tune_cifar.data import load_train_val
-    from tune_cifar.engine import Trainer
-    from tune_cifar.numerics import resolve_numerics
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.schema import TrainConfig
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
     config = TrainConfig(
         model="s7",

@@ -11,17 +11,17 @@ from torch import nn
 
 from tests import conftest
 from tests.conftest import FEW
-from tune_cifar import step as room
 from tune_cifar.augment.batched import apply_pixel_ops, draw_policy
 from tune_cifar.augment.policies import make_policy
-from tune_cifar.checkpoint import load_checkpoint, save_checkpoint
-from tune_cifar.data import TrainVal
-from tune_cifar.engine import Trainer
+from tune_cifar.data.load import TrainVal
 from tune_cifar.models.layers import Dropout
-from tune_cifar.numerics import resolve_numerics
-from tune_cifar.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer, schedule_steps
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics, TrainConfig
-from tune_cifar.step import DEVICE_KNOBS, CapturedStep, EagerStep, find_shape, take_step
+from tune_cifar.train import step as room
+from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
+from tune_cifar.train.numerics import resolve_numerics
+from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer, schedule_steps
+from tune_cifar.train.step import DEVICE_KNOBS, CapturedStep, EagerStep, find_shape, take_step
+from tune_cifar.train.trainer import Trainer
 
 
 @pytest.fixture

@@ -16,12 +16,10 @@ from matplotlib.figure import Figure
 
 from tests.test_confirm import CIFAR10, hear_nothing
 from tests.test_record import NUMERICS, make_result
-from tune_cifar.driver import SearchDriver
-from tune_cifar.plots import search as figures
-from tune_cifar.plots.style import FATE_COLOURS, label_knob, save
-from tune_cifar.record import Record, SearchState, TrialState, read_state, search_folder
-from tune_cifar.space import load_space
-from tune_cifar.tables import (
+from tune_cifar.record.journal import Record, SearchState, TrialState, read_state, search_folder
+from tune_cifar.report.plots import search as figures
+from tune_cifar.report.plots.style import FATE_COLOURS, label_knob, save
+from tune_cifar.report.tables import (
     list_rungs,
     make_costs,
     make_curves,
@@ -32,7 +30,9 @@ from tune_cifar.tables import (
     make_schedules,
     make_slices,
 )
-from tune_cifar.train import make_header
+from tune_cifar.search.driver import SearchDriver
+from tune_cifar.space import load_space
+from tune_cifar.train.trial import make_header
 
 Scores = Callable[[TrialState, int], float]
 

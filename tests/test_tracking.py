@@ -34,9 +34,8 @@ from tests.test_record import (
     make_trial,
     write_record,
 )
-from tune_cifar import mlruns
 from tune_cifar.errors import TrackingError
-from tune_cifar.events import (
+from tune_cifar.record.events import (
     EpochReported,
     Event,
     SearchEnded,
@@ -44,12 +43,12 @@ from tune_cifar.events import (
     TrialEnded,
     TrialRetried,
 )
-from tune_cifar.mlruns import EPOCH_METRICS
-from tune_cifar.mlviews import make_experiment_tags
-from tune_cifar.record import Record, SearchState, find_storage, read_state, search_folder
-from tune_cifar.results import best_so_far, load_trials, split_groups
+from tune_cifar.record.journal import Record, SearchState, find_storage, read_state, search_folder
+from tune_cifar.report.trials import best_so_far, load_trials, split_groups
 from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
-from tune_cifar.tracking import (
+from tune_cifar.tracking import runs as mlruns
+from tune_cifar.tracking.runs import EPOCH_METRICS
+from tune_cifar.tracking.upload import (
     Shipper,
     SyncReport,
     delete_runs,
@@ -60,6 +59,7 @@ from tune_cifar.tracking import (
     stop_ui,
     sync_search,
 )
+from tune_cifar.tracking.views import make_experiment_tags
 
 WEIGHTS = "trials/0001/weights.safetensors"
 
@@ -161,7 +161,7 @@ def test_the_address_is_an_absolute_sqlite_file_in_the_run_store_unless_given(wo
 def test_a_database_that_cannot_be_written_is_told_with_the_way_out_and_hurts_nothing(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr("tune_cifar.mlstore.SQLITE_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("tune_cifar.tracking.store.SQLITE_TIMEOUT_SECONDS", 0.05)
     words = {"folder": "unable to open database file", "text": "file is not a database", "locked": "database is locked"}
     storage = workplace / "my runs"
     path = storage / ("no/such/folder/mlflow.db" if where == "folder" else "mlflow.db")
@@ -211,10 +211,10 @@ def test_a_port_in_use_is_refused_for_the_ui(tmp_path: Path) -> None:
 
 
 def test_the_ui_has_the_same_port_each_time_unless_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tune_cifar.tracking import _find_port
+    from tune_cifar.tracking.upload import _find_port
 
     port = find_free_port()
-    monkeypatch.setattr("tune_cifar.tracking.UI_PORT", port)
+    monkeypatch.setattr("tune_cifar.tracking.upload.UI_PORT", port)
     assert _find_port() == port
     with socket.create_server(("127.0.0.1", port)):
         assert _find_port() != port
@@ -500,7 +500,7 @@ class Breaks:
         self.calls: list[str] = []
         self.number, self.is_late, self.fault = 0, False, BaseException()
         make_client = mlruns.make_client
-        monkeypatch.setattr("tune_cifar.mlruns.make_client", lambda uri: Broken(make_client(uri), self))
+        monkeypatch.setattr("tune_cifar.tracking.runs.make_client", lambda uri: Broken(make_client(uri), self))
 
     def set(self, number: int, is_late: bool, fault: BaseException) -> None:
         self.calls.clear()
@@ -596,7 +596,7 @@ def test_an_interrupted_search_is_killed_and_its_runs_go_on_when_it_is_resumed(p
 def test_what_is_heard_while_an_attempt_fails_is_shipped_by_the_next(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_cifar.tracking.FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("tune_cifar.tracking.upload.FIRST_PAUSE_SECONDS", 0.1)
     begun, told, make_client = threading.Event(), threading.Event(), mlruns.make_client
 
     def fail_once(uri: str) -> Any:
@@ -606,7 +606,7 @@ def test_what_is_heard_while_an_attempt_fails_is_shipped_by_the_next(
         told.wait(600)
         raise OSError("not yet")
 
-    monkeypatch.setattr("tune_cifar.mlruns.make_client", fail_once)
+    monkeypatch.setattr("tune_cifar.tracking.runs.make_client", fail_once)
     start, first, *rest = make_trial(0, [0.3, 0.5, 0.7], "complete")
     with drive(place) as driver:
         driver.tell(start, first)
@@ -675,8 +675,8 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_r
 SYNC = """
 import sys
 from pathlib import Path
-from tune_cifar.record import read_state, search_folder
-from tune_cifar.tracking import sync_search
+from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.tracking.upload import sync_search
 uri, storage, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 print(sync_search(uri, storage, read_state(search_folder(storage, name))))
 """
@@ -870,7 +870,7 @@ def test_two_processes_may_initialise_one_database_at_once(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_search_that_another_process_ships_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune_cifar.tracking.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("tune_cifar.tracking.upload.LOCK_SECONDS", 0.1)
     with drive(place) as driver:
         driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
         wait_for(lambda: "000 s7-1" in look(place))
@@ -985,7 +985,7 @@ def test_faults_of_single_runs_do_not_keep_the_others_back(place: Path, monkeypa
             raise OSError("no room for artifacts")
         log_artifacts(self, run, files)
 
-    monkeypatch.setattr("tune_cifar.mlruns.SearchRuns._log_artifacts", refuse)
+    monkeypatch.setattr("tune_cifar.tracking.runs.SearchRuns._log_artifacts", refuse)
     (fault,) = ship(place, make_tracking_uri(place, None), make_events())
     assert fault.startswith("MLflow must take all runs, got 2 left over: OSError: no room for artifacts. ")
     statuses = {name: status for name, (status, _) in look(place).items()}
@@ -1029,7 +1029,7 @@ def test_a_disk_that_is_full_under_the_database_is_told_and_sync_completes_it(tm
 def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_cifar.tracking.FIRST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("tune_cifar.tracking.upload.FIRST_PAUSE_SECONDS", 0.2)
     store, port = make_tracking_uri(place, None), find_free_port()
     write_record(place / "other", make_header("other"), make_events())
     sync_search(store, place, read_state(search_folder(place / "other", "other")))  # a database for the server

@@ -9,41 +9,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tune_cifar.engine import Trainer
-    from tune_cifar.plan import SearchRequest
-    from tune_cifar.results import load_curves, load_searches, load_trials
+    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.report.trials import load_curves, load_searches, load_trials
     from tune_cifar.schema import TrainConfig
-    from tune_cifar.search import prepare_resume, prepare_search, run_search
+    from tune_cifar.search.plan import SearchRequest
+    from tune_cifar.search.run import prepare_resume, prepare_search, run_search
     from tune_cifar.space import load_space
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
 __all__ = [
     "SearchRequest",
     "TrainConfig",
     "Trainer",
+    "find_data",
     "load_curves",
     "load_searches",
     "load_space",
+    "load_train_val",
     "load_trials",
     "prepare_resume",
     "prepare_search",
+    "resolve_numerics",
     "run_search",
 ]
 
-_ROOMS = {
-    "Trainer": "engine",
+_MODULES = {
+    "Trainer": "train.trainer",
     "TrainConfig": "schema",
-    "SearchRequest": "plan",
-    "prepare_resume": "search",
-    "prepare_search": "search",
-    "run_search": "search",
+    "find_data": "data.load",
+    "load_train_val": "data.load",
+    "resolve_numerics": "train.numerics",
+    "SearchRequest": "search.plan",
+    "prepare_resume": "search.run",
+    "prepare_search": "search.run",
+    "run_search": "search.run",
     "load_space": "space",
-    "load_trials": "results",
-    "load_curves": "results",
-    "load_searches": "results",
+    "load_trials": "report.trials",
+    "load_curves": "report.trials",
+    "load_searches": "report.trials",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

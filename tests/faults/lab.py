@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 
 from tests.faults import SPACE
-from tune_cifar.events import EpochReported, Event, TrialEnded, decode_event
-from tune_cifar.fidelity import keep
-from tune_cifar.record import SearchState, read_state, search_folder
+from tune_cifar.record.events import EpochReported, Event, TrialEnded, decode_event
+from tune_cifar.record.journal import SearchState, read_state, search_folder
 from tune_cifar.schema import REPRODUCIBLE_FIELDS
+from tune_cifar.search.rungs import keep
 
 NAME = "x"
 # A resumed search starts Ray anew, on a machine that may be busy.

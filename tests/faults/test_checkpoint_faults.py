@@ -24,11 +24,11 @@ from tests.conftest import SHAPES, make_config
 from tests.faults.disks import limit_file_size, mount_small_disk
 from tests.test_checkpoint import make_hostile, make_state, write_payload
 from tests.test_engine import curve
-from tune_cifar.checkpoint import CheckpointFolder, load_weights, save_weights
-from tune_cifar.data import load_train_val
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError
 from tune_cifar.schema import Numerics
-from tune_cifar.train import CHECKPOINTS, WEIGHTS, stop_file, train_trial
+from tune_cifar.train.checkpoint import CheckpointFolder, load_weights, save_weights
+from tune_cifar.train.trial import CHECKPOINTS, WEIGHTS, stop_file, train_trial
 
 CONFIG = make_config(train_size=60, val_size=50, batch_size=20, epochs=3)
 

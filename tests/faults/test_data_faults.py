@@ -20,10 +20,10 @@ import pytest
 
 from tests.test_cli import TINY, invoke, refuse
 from tests.test_data import RunsCommand, make_files
-from tune_cifar import data
-from tune_cifar.data import BATCHES_FOLDER, FILES, TEST_FILE, TRAIN_FILES, find_data, load_train_val, verify_data
+from tune_cifar.data import load as data
+from tune_cifar.data.load import BATCHES_FOLDER, FILES, TEST_FILE, TRAIN_FILES, find_data, load_train_val, verify_data
 from tune_cifar.errors import DataError
-from tune_cifar.record import read_state, search_folder
+from tune_cifar.record.journal import read_state, search_folder
 
 
 @pytest.fixture(scope="module")

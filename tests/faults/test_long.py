@@ -28,8 +28,8 @@ from tests.faults.lab import (
     wait_until_it_answers,
 )
 from tests.test_checkpoint import make_hostile, write_payload
-from tune_cifar.events import Header, TrialRetried, encode_event
-from tune_cifar.record import SearchState
+from tune_cifar.record.events import Header, TrialRetried, encode_event
+from tune_cifar.record.journal import SearchState
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

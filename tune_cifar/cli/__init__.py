@@ -16,8 +16,8 @@ import typer
 from tune_cifar.cli import (
     confirm,
     data,
+    evaluate,
     export,
-    judge,
     look,
     lr_range,
     plan,
@@ -45,7 +45,7 @@ app.command()(train.train)
 app.command()(confirm.confirm)
 app.command()(reproduce.reproduce)
 app.command()(lr_range.lr_range)
-app.command()(judge.judge)
+app.command()(evaluate.judge)
 app.command()(report.report)
 app.command()(export.export)
 app.command()(searches.failures)

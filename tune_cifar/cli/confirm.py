@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.judge import keep_judgement, say_kept
+from tune_cifar.cli.evaluate import keep_judgement, say_kept
 from tune_cifar.cli.search import AcceptChanges, run_plan
 from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tune_cifar.confirm import Confirmed
-    from tune_cifar.data import DataSource
-    from tune_cifar.plan import SearchPlan
-    from tune_cifar.record import SearchState
+    from tune_cifar.data.load import DataSource
+    from tune_cifar.record.journal import SearchState
+    from tune_cifar.search.plan import SearchPlan
+    from tune_cifar.verify.confirm import Confirmed
 
 
 Final = Annotated[
@@ -80,7 +80,7 @@ def confirm(
 
     Example: python -m tune_cifar confirm --search s8-cpu-1 --top 5 --seeds 5
     """
-    from tune_cifar.record import find_storage
+    from tune_cifar.record.journal import find_storage
 
     _refuse_misplaced(context, final, resume, accept_changes)
     folder = find_storage(storage)
@@ -130,8 +130,8 @@ def _refuse_misplaced(context: typer.Context, is_final: bool, resumes: bool, acc
 
 def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) -> SearchState:
     """The confirmation to go on with; of that name, if one is given."""
-    from tune_cifar.confirm import find_confirmation
-    from tune_cifar.results import load_searches
+    from tune_cifar.report.trials import load_searches
+    from tune_cifar.verify.confirm import find_confirmation
 
     states = [state for state in load_searches(folder) if name in (None, state.header.name)]
     state = find_confirmation(states, search, is_final)
@@ -143,7 +143,7 @@ def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) 
 
 def _find_source(state: SearchState, data: str | None) -> DataSource:
     """The data that a search or its confirmation was trained on."""
-    from tune_cifar.data import find_data
+    from tune_cifar.data.load import find_data
 
     header = state.header
     source = find_data(data or ("shapes" if header.data.name == "shapes" else None))
@@ -162,11 +162,11 @@ def _plan(
     console: Console,
 ) -> SearchPlan:
     """Settle a new confirmation and say what it will train."""
-    from tune_cifar.confirm import check_confirmed, find_confirmation, make_confirmation, make_final
-    from tune_cifar.live import print_stand_in_banner
-    from tune_cifar.plan import SearchRequest
-    from tune_cifar.results import load_searches
+    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.report.trials import load_searches
+    from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space import parse_setting
+    from tune_cifar.verify.confirm import check_confirmed, find_confirmation, make_confirmation, make_final
 
     changes = dict(parse_setting(setting) for setting in settings)
     (state,) = load_searches(given["storage"], search=search)
@@ -184,7 +184,7 @@ def _plan(
     config = space.baseline
     say(f"{names} under the seeds {seeds}: {config.epochs} epochs of {config.train_size:,} images each", console)
     with console.status("measuring 20 training steps and starting the workers ..."):
-        from tune_cifar.search import prepare_search
+        from tune_cifar.search.run import prepare_search
 
         given["keep_weights"] = settled.num_trials if is_final else 1  # the test set asks for all of them
         plan = prepare_search(space, SearchRequest(source=source, **given), settled)
@@ -196,14 +196,14 @@ def _plan_resume(
     given: dict[str, Any], data: str | None, state: SearchState, accepts_changes: bool, console: Console
 ) -> SearchPlan:
     """Settle how a recorded confirmation goes on and say what of it is there."""
-    from tune_cifar.plan import SearchRequest
+    from tune_cifar.search.plan import SearchRequest
 
     header = state.header
     assert header.confirmation is not None
     given["keep_weights"] = header.confirmation.num_trials if header.confirmation.final else 1
     request = SearchRequest(source=_find_source(state, data), device=header.numerics.device, name=header.name, **given)
     with console.status("reading the record and starting the workers ..."):
-        from tune_cifar.search import prepare_resume
+        from tune_cifar.search.run import prepare_resume
 
         plan = prepare_resume(request, None, None, accepts_changes)
     for note in (*plan.notes, plan.describe()):
@@ -213,8 +213,8 @@ def _plan_resume(
 
 def _report(state: SearchState, as_json: bool, console: Console) -> None:
     """Say what a finished confirmation found."""
-    from tune_cifar.confirm import summarise, summarise_tests
-    from tune_cifar.openings import find_openings_file, load_openings
+    from tune_cifar.record.test_log import find_openings_file, load_openings
+    from tune_cifar.verify.confirm import summarise, summarise_tests
 
     settled = state.header.confirmation
     assert settled is not None
@@ -233,10 +233,10 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
 
 def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, console: Console) -> None:
     """Open the test set once for every complete training that it was not opened for."""
-    from tune_cifar.numerics import restore_numerics
-    from tune_cifar.openings import find_openings, find_openings_file
-    from tune_cifar.sealed import open_test
-    from tune_cifar.train import load_recorded_data, load_trained
+    from tune_cifar.record.test_log import find_openings, find_openings_file
+    from tune_cifar.train.numerics import restore_numerics
+    from tune_cifar.train.trial import load_recorded_data, load_trained
+    from tune_cifar.verify.test_set import open_test
 
     header = state.header
     ledger = find_openings_file(state.folder.parent.parent, header.data.name)
@@ -261,7 +261,7 @@ def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console:
     """A row per candidate (the baseline is the first); of a validation, then the winner's curse in words."""
     from rich.table import Table
 
-    from tune_cifar.live import format_percent
+    from tune_cifar.cli.live import format_percent
 
     header, settled = state.header, state.header.confirmation
     assert settled is not None

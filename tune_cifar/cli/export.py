@@ -42,11 +42,11 @@ def export(
 
     Example: python -m tune_cifar export --best --space s10 --format onnx
     """
-    from tune_cifar.data import find_data
-    from tune_cifar.export import export_run
-    from tune_cifar.live import print_stand_in_banner
-    from tune_cifar.record import find_storage
-    from tune_cifar.train import load_recorded_data
+    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.data.load import find_data
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.train.trial import load_recorded_data
+    from tune_cifar.verify.export import export_run
 
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     path = out or Path(f"{trial.run_id.replace(':', '-')}.{file_format}")

@@ -16,7 +16,7 @@ from tune_cifar.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tune_cifar.record import SearchState, TrialState
+    from tune_cifar.record.journal import SearchState, TrialState
 
 # One image of each class.
 NUM_PREVIEW_ROWS = 10
@@ -38,8 +38,8 @@ def leaderboard(
 
     Example: python -m tune_cifar leaderboard --space s10
     """
-    from tune_cifar.record import find_storage
-    from tune_cifar.results import load_searches, load_trials
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.report.trials import load_searches, load_trials
 
     folder = find_storage(storage)
     states = load_searches(folder, space, search)
@@ -66,7 +66,7 @@ def _confirms(state: SearchState, search: str) -> bool:
 def _print_confirmations(states: list[SearchState]) -> None:
     """Candidates' means over new seeds, a table for each confirmation."""
     from tune_cifar.cli.confirm import print_confirmed
-    from tune_cifar.confirm import summarise
+    from tune_cifar.verify.confirm import summarise
 
     found = [state for state in states if (settled := state.header.confirmation) is not None and not settled.final]
     if found:
@@ -80,8 +80,8 @@ def _print_tests(states: list[SearchState], storage: Path) -> None:
     """What the sealed test set was opened for, of these searches alone: a final confirmation's candidates in a table,
     any other run in a line."""
     from tune_cifar.cli.confirm import print_confirmed
-    from tune_cifar.confirm import summarise_tests
-    from tune_cifar.openings import find_openings_file, load_openings
+    from tune_cifar.record.test_log import find_openings_file, load_openings
+    from tune_cifar.verify.confirm import summarise_tests
 
     files = {find_openings_file(storage, state.header.data.name) for state in states}
     openings = sorted((opening for path in files for opening in load_openings(path)), key=lambda found: found.date)
@@ -113,8 +113,8 @@ def _name_training(state: SearchState, trial: TrialState) -> tuple[str, str, str
 def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     from rich.table import Table
 
-    from tune_cifar.live import format_percent, format_value
-    from tune_cifar.results import split_groups
+    from tune_cifar.cli.live import format_percent, format_value
+    from tune_cifar.report.trials import split_groups
 
     if not trials.empty:
         say("VALIDATION: single trials, each of one seed; the best of many is an upper guess", style="bold")
@@ -174,9 +174,9 @@ def preview(
     Example: python -m tune_cifar preview --space s7
     """
     from tune_cifar.augment.preview import make_preview
-    from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.plots.judgement import draw_preview
-    from tune_cifar.plots.style import save
+    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.report.plots.evaluation import draw_preview
+    from tune_cifar.report.plots.style import save
     from tune_cifar.space import load_space, parse_setting
 
     found = load_space(space, "full", dict(parse_setting(setting) for setting in settings or []))

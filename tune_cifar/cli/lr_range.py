@@ -16,10 +16,10 @@ from tune_cifar.errors import ConfigError, TrackingError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_cifar.data import TrainVal
-    from tune_cifar.lr_range import Sweep
+    from tune_cifar.data.load import TrainVal
     from tune_cifar.schema import Numerics, TrainConfig
     from tune_cifar.space import SearchSpace
+    from tune_cifar.train.lr_range import Sweep
 
 # The document of --json: what was found. How it was found stands in sweeps.json.
 JSON_KEYS = ("name", "space", "tier", "fingerprint", "data", "estimators", "disagreement", "suggestion", "verdict")
@@ -76,12 +76,12 @@ def lr_range(
 
     Example: python -m tune_cifar lr-range --space s10 --tier cpu
     """
-    from tune_cifar.data import find_data, load_train_val
-    from tune_cifar.live import print_stand_in_banner
-    from tune_cifar.lr_range import make_lrs, make_report, save_report
-    from tune_cifar.numerics import resolve_numerics
-    from tune_cifar.preflight import check_folder
-    from tune_cifar.record import find_storage
+    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.search.preflight import check_folder
+    from tune_cifar.train.lr_range import make_lrs, make_report, save_report
+    from tune_cifar.train.numerics import resolve_numerics
 
     if yes and not write:
         raise typer.BadParameter("--yes belongs to --write.")
@@ -130,8 +130,8 @@ def _load_recipe(space: str, tier: str, settings: list[str]) -> SearchSpace:
 def _sweep(
     config: TrainConfig, data: TrainVal, numerics: Numerics, lrs: tuple[float, ...], num_seeds: int, console: Console
 ) -> list[Sweep]:
-    from tune_cifar.live import SweepView
-    from tune_cifar.lr_range import run_sweeps
+    from tune_cifar.cli.live import SweepView
+    from tune_cifar.train.lr_range import run_sweeps
 
     say(
         f"{num_seeds} x {len(lrs)} steps from lr {lrs[0]:g} to {lrs[-1]:g}: {config.model}, {config.optimizer}, "
@@ -166,7 +166,7 @@ def _print_findings(report: dict[str, Any], console: Console) -> None:
 
 def _track(uri: str | None, store: Path, report: dict[str, Any], folder: Path, console: Console) -> None:
     """Log to MLflow; a fault is a sentence. The folder has everything."""
-    from tune_cifar.tracking import make_tracking_uri, ship_lr_range
+    from tune_cifar.tracking.upload import make_tracking_uri, ship_lr_range
 
     try:
         ship_lr_range(make_tracking_uri(store, uri), store, report, folder)
@@ -186,9 +186,9 @@ def _check_proposable(space: str, settings: list[str]) -> None:
 
 def _propose(space: str, report: dict[str, Any], yes: bool, as_json: bool, console: Console) -> dict[str, Any]:
     """Show the file's change as a diff and, when it is accepted, make it."""
-    from tune_cifar.lr_range import propose_range
     from tune_cifar.space import Range, read_space
     from tune_cifar.space.edit import describe_edit, edit_range, write_space
+    from tune_cifar.train.lr_range import propose_range
 
     file = read_space(space)
     medians = [found["lr"] for found in report["estimators"].values() if found["lr"] is not None]

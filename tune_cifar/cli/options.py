@@ -12,7 +12,7 @@ import typer
 from tune_cifar.errors import DataError
 
 if TYPE_CHECKING:
-    from tune_cifar.record import SearchState, TrialState
+    from tune_cifar.record.journal import SearchState, TrialState
 
 
 def complete_space() -> list[str]:
@@ -135,7 +135,7 @@ def choose_run(
     run: str | None, best: bool, space: str | None, search: str | None, storage: Path, data: str | None
 ) -> tuple[SearchState, TrialState]:
     """The trial that a run id or --best means, with its search."""
-    from tune_cifar.results import find_best, find_run, load_searches
+    from tune_cifar.report.trials import find_best, find_run, load_searches
 
     if (run is None) == (not best) or (best and space is None and search is None):
         raise typer.BadParameter("Give a run id, or --best with --space or --search.")

@@ -10,7 +10,7 @@ from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout
 
 if TYPE_CHECKING:
-    from tune_cifar.plan import SearchPlan, SearchRequest
+    from tune_cifar.search.plan import SearchPlan, SearchRequest
     from tune_cifar.space import SearchSpace
 
 
@@ -39,9 +39,9 @@ def plan(
 
     Example: python -m tune_cifar plan --space s10 --max-time 8m
     """
-    from tune_cifar.live import print_stand_in_banner
-    from tune_cifar.plan import settle_search
-    from tune_cifar.record import find_storage
+    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.search.plan import settle_search
 
     given = {
         "storage": find_storage(storage),
@@ -80,8 +80,8 @@ def choose_search(
         given: runtime options, as fields of SearchRequest.
         settings, limits: `--set`; `--trials` and `--max-time`, as typed.
     """
-    from tune_cifar.data import find_data
-    from tune_cifar.plan import SearchRequest, count_trials
+    from tune_cifar.data.load import find_data
+    from tune_cifar.search.plan import SearchRequest, count_trials
     from tune_cifar.space import load_space, parse_duration, parse_setting
 
     trials, max_time = limits
@@ -135,7 +135,7 @@ def _to_dict(plan: SearchPlan) -> dict[str, Any]:
 def _print_plan(plan: SearchPlan) -> None:
     from rich.table import Table
 
-    from tune_cifar.live import format_seconds
+    from tune_cifar.cli.live import format_seconds
 
     budget, expected = plan.space.budget, plan.forecast
     say(f"{plan.space.name} ({plan.space.tier}): {budget.describe()}", style="bold")

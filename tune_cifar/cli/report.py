@@ -27,9 +27,9 @@ def report(
 
     Example: python -m tune_cifar report --search s10-main
     """
-    from tune_cifar.record import find_storage
-    from tune_cifar.report import write_report
-    from tune_cifar.results import load_searches
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.report.html import write_report
+    from tune_cifar.report.trials import load_searches
 
     folder = find_storage(storage)
     (state,) = load_searches(folder, search=search)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.judge import keep_judgement, say_kept
+from tune_cifar.cli.evaluate import keep_judgement, say_kept
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_cifar.openings import TestOpening
-    from tune_cifar.record import SearchState, TrialState
+    from tune_cifar.record.journal import SearchState, TrialState
+    from tune_cifar.record.test_log import TestOpening
     from tune_cifar.schema import EpochResult
 
 
@@ -45,8 +45,8 @@ def reproduce(
 
     Example: python -m tune_cifar reproduce --best --space s10
     """
-    from tune_cifar.data import find_data
-    from tune_cifar.record import find_storage
+    from tune_cifar.data.load import find_data
+    from tune_cifar.record.journal import find_storage
 
     for option, is_given in {"--no-retrain": no_retrain, "--again": again}.items():
         if is_given and not test:
@@ -72,10 +72,10 @@ def _reproduce(
     console: Console,
 ) -> dict[str, Any]:
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
-    from tune_cifar.numerics import restore_numerics
-    from tune_cifar.openings import find_openings, find_openings_file
-    from tune_cifar.sealed import check_testable, open_test
-    from tune_cifar.train import load_recorded_data, load_trained
+    from tune_cifar.record.test_log import find_openings, find_openings_file
+    from tune_cifar.train.numerics import restore_numerics
+    from tune_cifar.train.trial import load_recorded_data, load_trained
+    from tune_cifar.verify.test_set import check_testable, open_test
 
     openings_file = find_openings_file(state.folder.parent.parent, source.name)
     answer: dict[str, Any] = {"run_id": trial.run_id, "search": state.header.name, "fingerprint": trial.fingerprint}
@@ -111,8 +111,8 @@ def _retrain(
     state: SearchState, trial: TrialState, loaded: Any, numerics: Any, answer: dict[str, Any], console: Console
 ) -> Any:
     """Train and compare, saying so; the answer gets the outcome. Returns the Trainer, None of a failed run."""
-    from tune_cifar.live import TrainingView
-    from tune_cifar.reproduce import replay_failure, reproduce_run
+    from tune_cifar.cli.live import TrainingView
+    from tune_cifar.verify.reproduce import replay_failure, reproduce_run
 
     say(
         f"{trial.run_id} ({state.header.space}, {trial.origin}, {trial.status}, {len(trial.epochs)} epochs) is trained "

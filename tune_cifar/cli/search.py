@@ -14,8 +14,8 @@ from tune_cifar.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_cifar.plan import SearchPlan
-    from tune_cifar.record import SearchState
+    from tune_cifar.record.journal import SearchState
+    from tune_cifar.search.plan import SearchPlan
 
 Name = Annotated[
     str | None, typer.Option("--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What")
@@ -88,7 +88,7 @@ def search(
 
     Example: python -m tune_cifar search --space s10 --max-time 8m
     """
-    from tune_cifar.record import check_name, find_storage
+    from tune_cifar.record.journal import check_name, find_storage
 
     if name is not None:
         check_name(name)
@@ -146,12 +146,12 @@ def _plan_search(
     warm: tuple[str, int] | None,
 ) -> SearchPlan:
     """Settle a new search and say what it will do."""
-    from tune_cifar.live import print_stand_in_banner
-    from tune_cifar.results import load_searches
+    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.report.trials import load_searches
 
     found, request = choose_search(given, space, tier, settings, (trials, max_time), data)
     if warm is not None:
-        from tune_cifar.resume import warm_start
+        from tune_cifar.search.resume import warm_start
 
         (state,) = load_searches(request.storage, search=warm[0])
         found, notes = warm_start(found, state, warm[1])
@@ -159,7 +159,7 @@ def _plan_search(
             say(note, stderr())
     print_stand_in_banner(stdout(), request.source.name)
     with stdout().status("measuring 20 training steps and starting the workers ..."):
-        from tune_cifar.search import prepare_search
+        from tune_cifar.search.run import prepare_search
 
         plan = prepare_search(found, request)
     say(plan.describe())
@@ -176,11 +176,11 @@ def _plan_resume(
 ) -> SearchPlan:
     """Settle how a recorded search goes on and say what of it is there; of one that is finished, and is not to have
     more trials, say how it ended and leave."""
-    from tune_cifar.data import find_data
-    from tune_cifar.events import KIND_WORDS
-    from tune_cifar.live import print_search_summary, print_stand_in_banner
-    from tune_cifar.plan import SearchRequest
-    from tune_cifar.results import load_searches
+    from tune_cifar.cli.live import print_search_summary, print_stand_in_banner
+    from tune_cifar.data.load import find_data
+    from tune_cifar.record.events import KIND_WORDS
+    from tune_cifar.report.trials import load_searches
+    from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space import parse_duration
 
     (state,) = load_searches(given["storage"], search=given["name"])
@@ -197,7 +197,7 @@ def _plan_resume(
     request = SearchRequest(source=find_data(data or stand_in), device=header.numerics.device, **given)
     print_stand_in_banner(stdout(), request.source.name)
     with stdout().status("reading the record and starting the workers ..."):
-        from tune_cifar.search import prepare_resume
+        from tune_cifar.search.run import prepare_resume
 
         plan = prepare_resume(request, trials, max_seconds, accepts_changes)
     for note in plan.notes:
@@ -208,7 +208,7 @@ def _plan_resume(
 
 def _run(plan: SearchPlan, dropped: list[str], repeated: tuple[str, str]) -> None:
     """Run a settled search and say what it found; exit status 130 when it was interrupted."""
-    from tune_cifar.live import print_search_summary
+    from tune_cifar.cli.live import print_search_summary
 
     state, faults = run_plan(plan, stdout())
     print_search_summary(stdout(), state, faults, dropped, *repeated)
@@ -218,8 +218,8 @@ def _run(plan: SearchPlan, dropped: list[str], repeated: tuple[str, str]) -> Non
 
 def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]]:
     """Run what is settled under the eyes of its user; the record as it ends, and what MLflow did not take."""
-    from tune_cifar.live import SearchView
-    from tune_cifar.search import run_search
+    from tune_cifar.cli.live import SearchView
+    from tune_cifar.search.run import run_search
 
     with SearchView(console, plan.space.budget, plan.resources.max_concurrent, plan.cost.epoch_seconds) as view:
         return run_search(plan, view.hear, view.stop)

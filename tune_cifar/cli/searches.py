@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tune_cifar.record import SearchState
-    from tune_cifar.results import FailureGroup, SearchRow
+    from tune_cifar.record.journal import SearchState
+    from tune_cifar.report.trials import FailureGroup, SearchRow
 
 app = typer.Typer(help="The recorded searches and single trainings: list them, delete one.", no_args_is_help=True)
 
@@ -30,8 +30,8 @@ def list_(as_json: options.Json = False, storage: options.Storage = None) -> Non
     """
     from dataclasses import asdict
 
-    from tune_cifar.record import find_storage
-    from tune_cifar.results import list_rows
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.report.trials import list_rows
 
     rows = list_rows(find_storage(storage))
     if as_json:
@@ -46,7 +46,7 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
-    from tune_cifar.live import format_percent
+    from tune_cifar.cli.live import format_percent
 
     table = Table(box=None, header_style="bold")
     table.add_column("search", no_wrap=True)
@@ -88,8 +88,8 @@ def delete(
     """
     from rich.filesize import decimal
 
-    from tune_cifar.record import find_storage, read_state
-    from tune_cifar.results import measure_folder
+    from tune_cifar.record.journal import find_storage, read_state
+    from tune_cifar.report.trials import measure_folder
 
     root = find_storage(storage)
     folder = _find_folder(root, name)
@@ -122,7 +122,7 @@ def _count(number: int, what: str) -> str:
 
 def _find_folder(root: Path, name: str) -> Path:
     """The folder of a search, whole or damaged; RecordError when it is not there, or not in the run store itself."""
-    from tune_cifar.record import search_folder, searches_folder
+    from tune_cifar.record.journal import search_folder, searches_folder
     from tune_cifar.schema import nearest_name
 
     folder = search_folder(root, name)
@@ -136,14 +136,14 @@ def _find_folder(root: Path, name: str) -> Path:
 
 def _check_not_live(folder: Path) -> None:
     """RecordError with the owner's name when a driver holds the search."""
-    from tune_cifar.record import RECORD_FILE, Record, is_live
+    from tune_cifar.record.journal import RECORD_FILE, Record, is_live
 
     if (folder / RECORD_FILE).exists() and is_live(folder):
         Record.open(folder).close()
 
 
 def _delete_runs(root: Path, tracking_uri: str | None, state: SearchState) -> int:
-    from tune_cifar.tracking import delete_runs, make_tracking_uri
+    from tune_cifar.tracking.upload import delete_runs, make_tracking_uri
 
     try:
         return delete_runs(make_tracking_uri(root, tracking_uri), root, state)
@@ -172,7 +172,7 @@ def _delete_views(root: Path, name: str, state: SearchState | None) -> None:
     import shutil
 
     from tune_cifar.cli.report import find_report
-    from tune_cifar.judge import find_judge_folder
+    from tune_cifar.train.metrics import find_judge_folder
 
     report = find_report(root, name)
     try:
@@ -196,8 +196,8 @@ def failures(
     """
     from dataclasses import asdict
 
-    from tune_cifar.record import find_storage
-    from tune_cifar.results import group_failures, load_searches
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.report.trials import group_failures, load_searches
 
     (state,) = load_searches(find_storage(storage), search=search)
     groups = group_failures(state)
@@ -236,9 +236,9 @@ def sync(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tune_cifar.record import find_storage, is_live, read_state
-    from tune_cifar.results import find_searches
-    from tune_cifar.tracking import make_tracking_uri
+    from tune_cifar.record.journal import find_storage, is_live, read_state
+    from tune_cifar.report.trials import find_searches
+    from tune_cifar.tracking.upload import make_tracking_uri
 
     root = find_storage(storage)
     uri = make_tracking_uri(root, tracking_uri)
@@ -274,7 +274,7 @@ def _sync_one(
     """Ship what MLflow has not of one search, and say so; what it would not take is the answer's error."""
     from dataclasses import asdict
 
-    from tune_cifar.tracking import sync_search
+    from tune_cifar.tracking.upload import sync_search
 
     name = state.header.name
     try:

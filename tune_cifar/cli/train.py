@@ -11,7 +11,7 @@ from tune_cifar.cli import options
 from tune_cifar.cli.terminal import repeat_options, say, stdout, this_command
 
 if TYPE_CHECKING:
-    from tune_cifar.record import SearchState
+    from tune_cifar.record.journal import SearchState
 
 
 def train(
@@ -40,14 +40,14 @@ def train(
 
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
-    from tune_cifar.data import find_data
-    from tune_cifar.events import EpochReported, Event
-    from tune_cifar.live import TrainingView, print_stand_in_banner
-    from tune_cifar.numerics import resolve_numerics
-    from tune_cifar.record import check_name, find_storage
+    from tune_cifar.cli.live import TrainingView, print_stand_in_banner
+    from tune_cifar.data.load import find_data
+    from tune_cifar.record.events import EpochReported, Event
+    from tune_cifar.record.journal import check_name, find_storage
     from tune_cifar.space import load_space, parse_setting
-    from tune_cifar.tracking import Shipper, make_tracking_uri
-    from tune_cifar.train import open_training, run_training
+    from tune_cifar.tracking.upload import Shipper, make_tracking_uri
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trial import open_training, run_training
 
     console = stdout()
     folder = find_storage(storage)
@@ -90,7 +90,7 @@ def _describe_resume(name: str) -> str:
 
 
 def _say_end(state: SearchState, given: str) -> None:
-    from tune_cifar.live import format_percent
+    from tune_cifar.cli.live import format_percent
 
     trial = state.trials[0]
     reason = f" ({trial.reason})" if trial.status == "diverged" else ""

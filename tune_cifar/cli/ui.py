@@ -30,7 +30,7 @@ def ui(
 
     Example: python -m tune_cifar ui
     """
-    from tune_cifar.record import find_storage
+    from tune_cifar.record.journal import find_storage
 
     if search is not None and not optuna:
         raise typer.BadParameter("--search goes with --optuna; the MLflow UI shows all searches.")
@@ -53,7 +53,7 @@ def ui(
 
 def _serve_mlflow(storage: Path, tracking_uri: str | None, port: int | None) -> None:
     """The address, and a link for each of our views: MLflow itself opens on what is there for language models."""
-    from tune_cifar.tracking import list_views, make_tracking_uri, run_ui, stop_ui
+    from tune_cifar.tracking.upload import list_views, make_tracking_uri, run_ui, stop_ui
 
     uri, process = make_tracking_uri(storage, tracking_uri), None
     try:
@@ -70,8 +70,8 @@ def _serve_mlflow(storage: Path, tracking_uri: str | None, port: int | None) -> 
 
 
 def _serve_optuna(storage: Path, search: str | None, port: int | None) -> None:
-    from tune_cifar.dashboard import check_dashboard, make_studies, open_dashboard
-    from tune_cifar.results import load_searches
+    from tune_cifar.report.dashboard import check_dashboard, make_studies, open_dashboard
+    from tune_cifar.report.trials import load_searches
 
     check_dashboard()
     with stdout().status("starting optuna-dashboard ..."):

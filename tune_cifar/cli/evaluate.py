@@ -1,0 +1,112 @@
+"""`judge`: what a run's kept weights make of its validation images, class by class; and how a judgement is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tune_cifar.cli import options
+from tune_cifar.cli.terminal import print_json, say, stderr, stdout
+from tune_cifar.errors import RecordError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_cifar.data.load import Split
+    from tune_cifar.record.journal import SearchState, TrialState
+    from tune_cifar.train.metrics import Judgement
+
+
+def judge(
+    run: options.RunId = None,
+    best: options.Best = False,
+    space: options.BestSpace = None,
+    search: options.BestSearch = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="For the figures. Default: judge/RUN in the run store.")
+    ] = None,
+    device: options.RecordedDevice = None,
+    data: options.Data = None,
+    tracking_uri: options.TrackingUri = None,
+    storage: options.Storage = None,
+    as_json: options.Json = False,
+) -> None:
+    """Judge a run's kept weights on its validation images: each class, confusion, calibration, the worst mistakes.
+
+    Writes figures and judgement.json, and logs them to MLflow. The test set stays closed: see reproduce --test.
+
+    Example: python -m tune_cifar judge --best --space s10
+    """
+    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.data.load import CLASS_NAMES, find_data
+    from tune_cifar.record.journal import find_storage
+    from tune_cifar.train.metrics import judge_logits
+    from tune_cifar.train.numerics import restore_numerics
+    from tune_cifar.train.trial import load_recorded_data, load_trained
+
+    state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
+    console = stderr() if as_json else stdout()
+    if not trial.config.val_size:
+        raise RecordError(f"{trial.run_id}: validation images must belong to the run, got none. Try reproduce --test.")
+    loaded = load_recorded_data(state, trial, find_data(data))
+    assert loaded.val is not None
+    way_out = "Judge the best one: --best --search, or keep more: search --keep-weights."
+    trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics, device), way_out)
+    print_stand_in_banner(console, loaded.info.name)
+    names = CLASS_NAMES[loaded.info.name]
+    judgement = judge_logits(trainer.predict(loaded.val), loaded.val.labels_N, names, "validation")
+    _print_judgement(trial, judgement, console)
+    kept = keep_judgement(state, trial, judgement, loaded.val, out, tracking_uri)
+    say_kept(kept, console)
+    if as_json:
+        print_json({"run_id": trial.run_id, "recorded_val_acc": trial.val_acc, **kept})
+
+
+def _print_judgement(trial: TrialState, judgement: Judgement, console: Console) -> None:
+    from rich.table import Table
+
+    from tune_cifar.cli.live import format_percent
+
+    say(f"{trial.run_id} on its {judgement.num_images:,} {judgement.part} images", console, "bold")
+    table = Table("class", box=None, header_style="bold")
+    for column in ("images", "accuracy", "predicted"):
+        table.add_column(column, justify="right")
+    for figures in judgement.classes:
+        numbers = (f"{figures.num_images:,}", format_percent(figures.accuracy), f"{figures.num_predicted:,}")
+        table.add_row(figures.name, *numbers)
+    console.print(table)
+    say(f"accuracy {format_percent(judgement.accuracy)} (recorded: {format_percent(trial.val_acc)})", console)
+    say(f"loss {judgement.loss:.4f}, expected calibration error {format_percent(judgement.ece)}", console)
+
+
+def keep_judgement(
+    state: SearchState,
+    trial: TrialState,
+    judgement: Judgement,
+    split: Split,
+    out: Path | None,
+    tracking_uri: str | None,
+) -> dict[str, Any]:
+    """Write the judgement of these images (into `judge/` of the run store unless told where) and log it to MLflow; what
+    was judged, the files, and MLflow's fault or None."""
+    from tune_cifar.report.plots.evaluation import save_judgement
+    from tune_cifar.tracking.upload import make_tracking_uri, ship_judgement
+    from tune_cifar.train.metrics import find_judge_folder
+
+    storage = state.folder.parent.parent
+    folder = out or find_judge_folder(storage, trial.run_id, judgement.part)
+    stand_in = "" if state.header.data.name == "cifar10" else f" ({state.header.data.name}, NOT CIFAR-10)"
+    title = f"{trial.run_id}: {judgement.num_images:,} {judgement.part} images{stand_in}"
+    files = save_judgement(judgement, split.images_NCHW.permute(0, 2, 3, 1).numpy(), title, folder)
+    fault = ship_judgement(make_tracking_uri(storage, tracking_uri), storage, state, trial, judgement, files)
+    return {**judgement.to_dict(), "folder": str(folder), "files": [file.name for file in files], "mlflow_fault": fault}
+
+
+def say_kept(kept: dict[str, Any], console: Console) -> None:
+    """Where the figures of a kept judgement are, its warnings, and MLflow's fault."""
+    say(f"figures: {kept['folder']} ({', '.join(kept['files'])})", console)
+    for sentence in (*kept["warnings"], kept["mlflow_fault"]):
+        if sentence is not None:
+            say(sentence, console, "yellow")

@@ -1,0 +1,1 @@
+"""Images as uint8 tensors, verified and split once."""

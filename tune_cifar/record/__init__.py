@@ -1,0 +1,1 @@
+"""What happened, on disk: the source of truth of which everything else is a view."""

@@ -1,0 +1,1 @@
+"""Searches as tables, figures and one HTML page."""

@@ -1,0 +1,1 @@
+"""Many trainings on Ray: propose, run, stop, resume."""

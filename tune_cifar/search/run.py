@@ -1,0 +1,314 @@
+"""A search: Ray Tune runs the trials on warm workers, Optuna proposes, asynchronous successive halving stops.
+
+`SearchDriver` (driver.py) decides and records; it knows nothing of Ray. Three thin adapters hand Tune's calls to it:
+a Searcher (what to try next), a Scheduler (what a result means), a Stopper (when all is over). `TrialWorker` steps the
+training generator inside a worker. The record is written before anything else happens; everything shown later reads it.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+# Before ray: it sets what ray reads when it is imported.
+from tune_cifar.search.worker import TrialWorker  # isort: split
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
+
+from tune_cifar.data.load import load_train_val
+from tune_cifar.errors import DiskFullError, RecordError
+from tune_cifar.record.events import Confirmation, Event, Fault, Kind, SearchResumed, utc_now
+from tune_cifar.record.journal import Record, SearchState, search_folder
+from tune_cifar.schema import EpochResult
+from tune_cifar.search.driver import SearchDriver
+from tune_cifar.search.plan import Resources, SearchPlan, SearchRequest, check_and_measure, count_trials, settle_search
+from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space
+from tune_cifar.space import SearchSpace
+from tune_cifar.tracking.upload import Shipper, make_tracking_uri
+from tune_cifar.train.numerics import describe_environment, restore_numerics
+from tune_cifar.train.trial import Listener, make_header
+
+# How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
+SHIPPING_SECONDS = 60.0
+URGENT_SECONDS = 2.0
+# Ray's monitor kills a worker when the machine's memory runs out, and says so.
+RAYS_WORDS_FOR_NO_MEMORY = "low on memory"
+
+
+def prepare_search(space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None) -> SearchPlan:
+    """Settle a new search, or a confirmation of one, while the workers' cluster starts; raises as `settle_search`."""
+    return replace(settle_search(space, request, start_ray), confirmation=confirmation)
+
+
+def prepare_resume(
+    request: SearchRequest, trials: str | None, max_time_seconds: float | None, accepts_changes: bool
+) -> SearchPlan:
+    """Settle how the search `request.name` goes on, from its record alone; a torn last line is cut.
+
+    Args:
+        trials: `--trials` as given, see `count_trials`; None leaves the recorded number.
+        max_time_seconds: of this launch; None takes the recorded limit, counted anew.
+
+    Raises:
+        RecordError: when there is no such search, its record is damaged or another process holds it.
+        ConfigError: when what decides results has changed and was not accepted, or an option does not fit.
+    """
+    assert request.name is not None
+    with Record.open(search_folder(request.storage, request.name)) as record:
+        state = record.state
+    space = restore_space(state.header)
+    num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
+    space = space.limit(num_trials, max_time_seconds)
+    numerics = restore_numerics(state.resumes[-1].numerics if state.resumes else state.header.numerics)
+    environment = describe_environment()
+    data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size).info
+    changes = find_changes(state, data, numerics, environment)
+    check_accepted(changes, accepts_changes)
+    request = replace(request, cpus_per_trial=numerics.threads)
+    plan = check_and_measure(space, request, state.header.name, numerics, start_ray)
+    event = SearchResumed(
+        time=utc_now(),
+        trials=num_trials,
+        changes=list(changes.deciding),
+        numerics=numerics,
+        environment=environment,
+        command=request.command,
+    )
+    notes = [*describe_restored(state, space.budget.rungs), *(f"changed since: {note}" for note in changes.harmless)]
+    notes += [f"accepted: {change}" for change in changes.deciding]
+    return replace(plan, past=state, resumed=event, notes=tuple(notes), confirmation=state.header.confirmation)
+
+
+def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
+    """Do the action; whatever it raises ends the search and is raised by it (Tune would wrap it, or blame a trial)."""
+    fault: Exception
+    try:
+        return action()
+    except OSError as exc:
+        place = exc.filename or driver.record.state.folder
+        fault = RecordError(f"{place}: the run store must take it, got {exc.strerror!r}. Make room, then --resume.")
+    except Exception as exc:
+        fault = exc
+    driver.fault = driver.fault or fault
+    return otherwise
+
+
+class _Searcher(Searcher):  # type: ignore[misc]
+    """Tune asks the driver what to try next."""
+
+    def __init__(self, driver: SearchDriver, fixed: dict[str, Any]) -> None:
+        super().__init__()
+        self._driver = driver
+        self._fixed = fixed
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | Literal["FINISHED"] | None:
+        return _guard(self._driver, self._suggest, Searcher.FINISHED)  # type: ignore[no-any-return]
+
+    def _suggest(self) -> dict[str, Any] | Literal["FINISHED"] | None:
+        """A trial; None when there is none now; FINISHED when there will be none any more."""
+        trial = self._driver.ask()
+        if trial is None:
+            return Searcher.FINISHED if self._driver.is_exhausted else None
+        folder = self._driver.record.state.trial_folder(trial.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        return {
+            "trial": trial.number,
+            "config": trial.whole.model_dump(mode="json"),
+            "cycles": self._driver.list_cycles_left(trial),
+            "rungs": self._driver.rungs,
+            "folder": str(folder),
+            **self._fixed,
+        }
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: the scheduler has told the driver already."""
+
+
+class _Scheduler(FIFOScheduler):  # type: ignore[misc]
+    """Tune hands every result to the driver before anything else sees it."""
+
+    def __init__(self, driver: SearchDriver) -> None:
+        super().__init__()
+        self._driver = driver
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        goes_on = _guard(self._driver, lambda: self._hear(result), False)
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+
+    def _hear(self, word: dict[str, Any]) -> bool:
+        """Hand a worker's word to the driver; True when the trial goes on."""
+        number, outcome, text = word["trial"], word["outcome"], word["text"]
+        if outcome == "epochs":
+            epochs = (line.split(" ", 1) for line in text.splitlines())
+            return all(
+                self._driver.report(number, int(cycle), EpochResult.model_validate_json(dump)) for cycle, dump in epochs
+            )
+        if outcome == "paused":
+            self._driver.pause(number)
+        elif outcome == "diverged":
+            self._driver.end(number, "diverged", text)
+        elif outcome == "out of memory":
+            self._driver.retry(number, "out of memory", text)
+        elif outcome == "disk full":
+            raise DiskFullError(f"{text} Then --resume.")
+        else:
+            self._driver.fail(number, text)
+        return False
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """The worker itself died: killed by somebody, by the kernel or by Ray for want of memory, or a crash."""
+        error = _read_error(trial)
+        fault: Fault = "out of memory" if RAYS_WORDS_FOR_NO_MEMORY in error else "worker died"
+        text = f"the worker process of the trial died\n{error[:2000]}".rstrip()
+        _guard(self._driver, lambda: self._driver.retry(trial.config["trial"], fault, text), None)
+
+
+def _read_error(trial: Any) -> str:
+    """What Ray says of a trial's dead worker. Tune's own `get_error` looks where nothing is copied to."""
+    with suppress(OSError, TypeError):
+        return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+class _Stopper(Stopper):  # type: ignore[misc]
+    """Ends everything, in the middle of an epoch if need be, when the driver says so."""
+
+    def __init__(self, driver: SearchDriver) -> None:
+        self._driver = driver
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._driver.is_cut
+
+
+def start_ray(resources: Resources) -> None:
+    """A silent local cluster of this process, without dashboard. Never joins another. Ray's processes end with the
+    thread that started them."""
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=resources.cpus_per_trial * resources.max_concurrent,
+            num_gpus=resources.num_gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="CRITICAL",
+        )
+
+
+def run_search(
+    plan: SearchPlan, listener: Listener | None = None, on_interrupt: Callable[[], None] | None = None
+) -> tuple[SearchState, list[str]]:
+    """Run a prepared search to its end: record first, then MLflow from the record.
+
+    The first SIGINT or SIGTERM ends it in order (no new trial, a checkpoint of every running one), the second at once;
+    either way it can be resumed.
+
+    Args:
+        listener: hears of every event after it is on disk, in this thread.
+        on_interrupt: called when the first signal came.
+
+    Returns:
+        the search as recorded, and a sentence for everything that MLflow did not take.
+
+    Raises:
+        RecordError: when the name is taken, another process holds the search or the record cannot be written.
+    """
+    request, at_once = plan.request, False
+    with _open_record(plan) as record:
+        uri = make_tracking_uri(request.storage, request.tracking_uri)
+        shipper = Shipper(uri, request.storage, record.state)
+
+        def hear(state: SearchState, event: Event) -> None:
+            shipper.hear(state, event)
+            if listener is not None:
+                listener(state, event)
+
+        driver = SearchDriver(record, plan.space, hear, request.keep_weights)
+        try:
+            _run_tune(driver, plan, on_interrupt)
+        except KeyboardInterrupt:
+            at_once = True
+        finally:
+            driver.finish()
+            faults = shipper.close(URGENT_SECONDS if at_once else SHIPPING_SECONDS)
+        return record.state, faults
+
+
+def _open_record(plan: SearchPlan) -> Record:
+    """A new search's record, or that of one to go on with, which now says so."""
+    folder = search_folder(plan.request.storage, plan.name)
+    if plan.resumed is None:
+        seed = plan.space.budget.seed if plan.request.seed is None else plan.request.seed
+        kind: Kind = "search" if plan.confirmation is None else "confirm"
+        header = make_header(kind, plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command)
+        more = {"confirmation": plan.confirmation, "predicted_epochs": plan.forecast.epochs.mean}
+        return Record.create(folder, header.model_copy(update=more))
+    record = Record.open(folder)
+    record.append(plan.resumed)
+    return record
+
+
+def _run_tune(driver: SearchDriver, plan: SearchPlan, on_interrupt: Callable[[], None] | None) -> None:
+    """Let Tune run the driver's trials until none is left, the time is over or a signal came."""
+    source, resources = plan.request.source, plan.resources
+    fixed = {
+        "source": (source.name, str(source.folder) if source.folder else None),
+        "numerics": plan.numerics.model_dump(mode="json"),
+    }
+    start_ray(resources)
+    # Tune insists on an experiment folder of its own; nothing in it is ever read.
+    with tempfile.TemporaryDirectory(prefix="tune_cifar-") as scratch, _catch_signals(driver, on_interrupt):
+        tune.Tuner(
+            tune.with_resources(TrialWorker, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}),
+            tune_config=tune.TuneConfig(
+                search_alg=_Searcher(driver, fixed),
+                scheduler=_Scheduler(driver),
+                num_samples=-1,  # the driver counts: a trial taken up again is one more to Tune
+                max_concurrent_trials=resources.max_concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                storage_path=scratch,
+                stop=_Stopper(driver),
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        ).fit()
+    if driver.fault is not None:
+        raise driver.fault
+
+
+@contextmanager
+def _catch_signals(driver: SearchDriver, on_interrupt: Callable[[], None] | None) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the driver to end, the second raises KeyboardInterrupt. Outside of the main
+    thread Python lets nobody catch signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if driver.is_interrupted:
+            raise KeyboardInterrupt
+        driver.interrupt()
+        if on_interrupt is not None:
+            on_interrupt()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,450 @@
+"""MLflow as a view of the record: shipped in the background while a search runs, completed from the record at any later
+time. Trainings never talk to MLflow, and a tracking fault never hurts a search. What a run holds is in mlruns.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from tune_cifar.errors import TrackingError, hide_credentials
+from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
+from tune_cifar.record.journal import SearchState, TrialState, check_name, find_storage
+from tune_cifar.report.trials import make_shipped_trials
+from tune_cifar.tracking.runs import SearchRuns, log_lr_range
+from tune_cifar.tracking.store import MLFLOW_ENVIRONMENT, find_sqlite_file, list_experiments, make_client
+from tune_cifar.tracking.trials import read_trials
+from tune_cifar.tracking.views import list_view_links
+from tune_cifar.train.metrics import Judgement
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What follows at once (a trial stopped at the rung it has just reached) goes along.
+SETTLE_SECONDS = 0.25
+# After a fault the next attempt waits, each time twice as long.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0
+# At the end, and in `sync`, what MLflow did not take is tried so often; the search's end each time, after the trials.
+LAST_ROUNDS = 2
+# Another process may be shipping the same search: wait for it so long.
+LOCK_SECONDS = 10.0
+MAX_FAULT_CHARACTERS = 300
+# Of MLflow's UI, where it is free.
+UI_PORT = 5077
+# May stand before what the database said.
+SQLALCHEMY_CHATTER = "(raised as a result of Query-invoked autoflush"
+
+Shipment = Callable[[SearchRuns], int]
+# A search's end goes by this number among its trials', and after them.
+END = -1
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What `sync_search` did: trials shipped now, trials that were whole already, RUNNING runs closed."""
+
+    search: str
+    shipped: int
+    already: int
+    closed: int
+
+
+def make_tracking_uri(storage: Path, option: str | None) -> str:
+    """The tracking address: the option, else an absolute SQLite address under the run store."""
+    return option or f"sqlite:///{storage}/mlflow.db"
+
+
+class Shipper:
+    """A background thread that ships what the record's events complete: a trial at each rung and at its end.
+
+    Faults are kept, never raised. What MLflow did not take is tried again, after a pause that grows; and at the end,
+    when `close` returns what is left over as sentences. On a search that is gone on with, what MLflow lacks is shipped
+    first.
+
+    Args:
+        state: of a new search, or of one whose SearchResumed is recorded. Read only in the caller's thread.
+    """
+
+    def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
+        self._courier = _Courier(tracking_uri, storage, state, is_running=True)
+        self._state = state
+        self._rungs = frozenset(state.header.budget.get("rungs", ()))
+        self._pending = _pack_trials(state)
+        self._end: dict[int, Shipment] = {}
+        self._is_due = bool(state.resumes or state.trials)
+        self._is_closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="mlflow-shipper", daemon=True)
+        self._thread.start()
+
+    def hear(self, state: SearchState, event: Event) -> None:
+        """Listener for record events; returns at once."""
+        with self._changed:
+            self._state = state
+            if isinstance(event, TrialEnded) or (isinstance(event, EpochReported) and self._is_rung(state, event)):
+                self._pending[event.trial] = _pack_trial(state.trials[event.trial])
+                self._changed.notify()
+                self._is_due = True
+            self._is_due |= isinstance(event, SearchEnded)
+
+    def close(self, timeout_seconds: float = 60.0) -> list[str]:
+        """Ship the end and wait, at most this long; returns what went wrong, one sentence each. Runs that still show
+        as running are closed: no driver holds the search any more."""
+        with self._changed:
+            if self._is_due:
+                going = {number: trial for number, trial in self._state.trials.items() if trial.status == "running"}
+                self._pending |= _pack_trials(replace(self._state, trials=going))
+                self._end = {END: partial(SearchRuns.close, state=_copy_state(self._state))}
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join(timeout_seconds)
+        way_out = f"The record is whole. Complete MLflow from it: {self._courier.way_out}"
+        if self._thread.is_alive():
+            return [f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {way_out}"]
+        if not self._pending:
+            return []
+        return [f"MLflow must take all runs, got {len(self._pending)} left over: {self._courier.fault}. {way_out}"]
+
+    def _is_rung(self, state: SearchState, event: EpochReported) -> bool:
+        """The last epoch is no rung: the trial's end follows."""
+        epoch = event.result.epoch
+        return epoch in self._rungs and event.score is not None and epoch < state.trials[event.trial].whole.epochs
+
+    def _run(self) -> None:
+        pause, rounds = SETTLE_SECONDS, LAST_ROUNDS
+        with self._courier.holding():
+            while rounds:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._pending or self._is_closing)
+                    self._changed.wait_for(lambda: self._is_closing, pause)
+                    pending, is_closing = self._pending | self._end, self._is_closing
+                left = self._courier.carry(pending)
+                with self._changed:
+                    news = {key: item for key, item in self._pending.items() if pending.get(key) is not item}
+                    self._pending = news | {key: item for key, item in left.items() if key not in news}
+                pause = min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS) if left else SETTLE_SECONDS
+                if is_closing:
+                    rounds = rounds - 1 if left else 0
+
+
+def sync_search(
+    tracking_uri: str,
+    storage: Path,
+    state: SearchState,
+    is_live: bool = False,
+    on_shipment: Callable[[], None] = lambda: None,
+) -> SyncReport:
+    """Complete MLflow from a record. Done twice, nothing changes any more.
+
+    Args:
+        on_shipment: called after each trial that MLflow has now.
+        is_live: a driver holds the search. Then no run is closed; and where the driver ships to this very address,
+            nothing is shipped either: it does.
+
+    Raises:
+        TrackingError: when MLflow did not take everything, or another process ships the same search.
+    """
+    name = state.header.name
+    courier = _Courier(tracking_uri, storage, state, is_live, on_shipment)
+    pending = _pack_trials(state)
+    end: dict[int, Shipment] = {} if is_live else {END: partial(SearchRuns.close, state=state)}
+    with courier.holding():
+        if is_live and not courier.try_hold(0.0):
+            with _translating(f"{name}: MLflow must answer"):
+                runs = SearchRuns(tracking_uri, storage, state, is_running=True)
+                return SyncReport(name, 0, sum(map(runs.is_whole, state.trials.values())), 0)
+        left = courier.carry(pending | end)
+        for _ in range(LAST_ROUNDS - 1):
+            left = courier.carry(left | end) if left else {}
+    if left:
+        rule = f"{name}: MLflow must take all runs, got {len(left)} left over: {courier.fault}."
+        raise TrackingError(f"{rule} Later: {courier.way_out}")
+    results = courier.results
+    closed = results.pop(END, 0)
+    return SyncReport(name, sum(results.values()), len(results) - sum(results.values()), closed)
+
+
+def load_shipped_trials(tracking_uri: str, search: str) -> pd.DataFrame:
+    """load_trials' table of one search as MLflow tells it, for where the record is not at hand.
+
+    What MLflow is not told is absent: `train_seconds`, and the knobs without effect in a trial. `ended_seq` is the rank
+    of the end.
+
+    Raises:
+        TrackingError: when MLflow cannot be reached or has no such search.
+    """
+    path = find_sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
+        raise TrackingError(f"{path}: an MLflow database must be there, got none.")
+    with _translating(f"{check_name(search)}: MLflow must tell its trials"):
+        return make_shipped_trials(read_trials(tracking_uri, search))
+
+
+def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
+    """Delete a search's runs in MLflow, the parent's and the trials'; returns how many there were.
+
+    Raises:
+        TrackingError: when MLflow cannot be reached or refuses.
+    """
+    path = find_sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
+        return 0
+    with _translating(f"{state.header.name}: MLflow must delete its runs"):
+        return SearchRuns(tracking_uri, storage, state, is_running=False).delete()
+
+
+def ship_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
+    """Log an LR range test as a run of its own (see mlruns.py).
+
+    Raises:
+        TrackingError: when MLflow cannot be reached or refuses.
+    """
+    with _translating(f"{report['name']}: MLflow must take the run"):
+        storage.mkdir(parents=True, exist_ok=True)
+        log_lr_range(tracking_uri, storage, report, folder)
+
+
+def ship_judgement(
+    tracking_uri: str, storage: Path, state: SearchState, trial: TrialState, judgement: Judgement, files: Sequence[Path]
+) -> str | None:
+    """Log a judgement on its trial's run: the files under judge/validation or judge/test, its calibration error and the
+    accuracy of every class as metrics. Done twice, nothing changes any more.
+
+    Returns:
+        None when MLflow has it, else a sentence that says why not and what helps.
+    """
+    path, way_out = find_sqlite_file(tracking_uri), _describe_sync(tracking_uri, storage, state)
+    try:
+        if path is None or path.exists():
+            runs = SearchRuns(tracking_uri, storage, state, is_running=False)
+            if runs.log_judgement(trial, judgement, files):
+                return None
+        fault = "no run of it there"
+    except Exception as exc:  # whatever MLflow raises, the figures are on disk
+        fault = _describe(exc)
+    return f"MLflow must take the judgement of {trial.run_id}, got {fault}. The files stay; complete MLflow: {way_out}"
+
+
+def _describe_sync(tracking_uri: str, storage: Path, state: SearchState) -> str:
+    """The command that completes MLflow from a record."""
+    command = f"python -m tune_cifar sync --search {state.header.name}"
+    if storage != find_storage(None):
+        command += f" --storage {shlex.quote(str(storage))}"
+    if tracking_uri != make_tracking_uri(storage, None):
+        command += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
+    return command
+
+
+class _Courier:
+    """Carries shipments to MLflow. After a fault it starts over from what MLflow then has.
+
+    Attributes:
+        fault: the last one, in words without credentials.
+        results: what each shipment that arrived returned.
+        way_out: the command that completes MLflow later.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        storage: Path,
+        state: SearchState,
+        is_running: bool,
+        on_shipment: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.fault = ""
+        self.results: dict[int, int] = {}
+        self._on_shipment = on_shipment
+        self.way_out = _describe_sync(tracking_uri, storage, state)
+        self._make_runs = partial(SearchRuns, tracking_uri, storage, state, is_running)
+        self._resumes = list(state.resumes)
+        self._runs: SearchRuns | None = None
+        self._has_failed = False
+        # Per address: a live search may be shipped to another one.
+        self._lock_file = state.folder / f"mlflow-{zlib.crc32(tracking_uri.encode()):08x}.lock"
+        self._lock: FileLock | None = None
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """At the end, give free what the first attempt took hold of (see `try_hold`)."""
+        try:
+            yield
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def try_hold(self, timeout_seconds: float) -> bool:
+        """Have the search's runs for this process alone, until `holding` is left; False when another has them."""
+        if self._lock is None:
+            lock = FileLock(self._lock_file)
+            try:
+                lock.acquire(timeout=timeout_seconds)
+            except Timeout:
+                return False
+            self._lock = lock
+        return True
+
+    def carry(self, pending: Mapping[int, Shipment]) -> dict[int, Shipment]:
+        """Try each shipment once, the search's end last; returns what did not arrive, what failed behind the rest. Two
+        faults in a row are hardly the trials': the others wait then, and all wait when MLflow does not even answer."""
+        waiting: dict[int, Shipment] = {}
+        failed: dict[int, Shipment] = {}
+        num_faults, is_away = 0, False
+        for key, shipment in sorted(pending.items(), key=lambda item: item[0] == END):
+            if is_away or (num_faults >= 2 and key != END):
+                waiting[key] = shipment
+                continue
+            try:
+                if key == END and self._has_failed:
+                    self._runs = None  # look once more for what arrived after all
+                is_away = True
+                runs = self._runs or self._connect()
+                is_away = False
+                self.results[key] = self.results.get(key, 0) + shipment(runs)
+                self._on_shipment()
+                num_faults = 0
+            except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
+                self.fault, self._has_failed, self._runs = _describe(exc), True, None
+                failed[key] = shipment
+                num_faults += 1
+        return waiting | failed
+
+    def _connect(self) -> SearchRuns:
+        if not self.try_hold(LOCK_SECONDS):
+            raise TrackingError("one process alone must ship a search, got another at it")
+        runs = self._make_runs()
+        runs.open(self._resumes)
+        self._runs = runs
+        return runs
+
+
+def _pack_trials(state: SearchState) -> dict[int, Shipment]:
+    """A shipment for every trial that has something to tell."""
+    told = (trial for trial in state.trials.values() if trial.status != "running" or trial.epochs_done)
+    return {trial.number: _pack_trial(trial) for trial in told}
+
+
+def _pack_trial(trial: TrialState) -> Shipment:
+    return partial(SearchRuns.ship_trial, trial=_copy_trial(trial))
+
+
+def _copy_trial(trial: TrialState) -> TrialState:
+    """A trial that no later event changes; an ended one is that already."""
+    if trial.status != "running":
+        return trial
+    return replace(trial, epochs=list(trial.epochs), retries=list(trial.retries))
+
+
+def _copy_state(state: SearchState) -> SearchState:
+    trials = {number: _copy_trial(trial) for number, trial in state.trials.items()}
+    return replace(state, trials=trials, resumes=list(state.resumes), arrivals={})
+
+
+def _describe(exc: Exception) -> str:
+    """The kind of a fault and the first line that tells of it, of an HTTP request's only its cause; no credentials."""
+    lines = [line for line in str(exc).strip().splitlines() if not line.startswith(SQLALCHEMY_CHATTER)]
+    text = lines[0] if lines else "no words"
+    cause = re.search(r"\(Caused by (.+)\)", text)
+    return hide_credentials(f"{type(exc).__name__}: {cause[1] if cause else text}")[:MAX_FAULT_CHARACTERS]
+
+
+@contextmanager
+def _translating(rule: str) -> Iterator[None]:
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as exc:
+        raise TrackingError(f"{rule}, got {_describe(exc)}.") from exc
+
+
+def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
+    """Start MLflow's UI on loopback; returns the process and the page's address as soon as the page answers.
+
+    `stop_ui` ends it. It runs in a session of its own: a terminal's Ctrl-C reaches the caller alone.
+
+    Raises:
+        TrackingError: when there is no such SQLite file, the port is in use, or MLflow ends instead of answering.
+    """
+    path = find_sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
+        hint = "Run a search first, or give --storage."
+        raise TrackingError(f"{path}: an MLflow database must be there, got none. {hint}")
+    if port is None:
+        port = _find_port()
+    elif _is_listening(port):
+        raise TrackingError(f"--port: a free port must be given, got {port}, which is in use. Leave it out.")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri, "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-opts", "--log-level warning"]
+    environment = os.environ | MLFLOW_ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with tempfile.TemporaryFile() as said:  # what its libraries deprecate, and why it ended
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=said, stderr=said)
+        try:
+            while not _is_listening(port):
+                if process.poll() is not None:
+                    said.seek(0)
+                    lines = said.read().decode(errors="replace").splitlines()
+                    fault = hide_credentials(next((line for line in reversed(lines) if "Error" in line), "no word"))
+                    raise TrackingError(f"ui: MLflow must keep running, got exit status {process.returncode}: {fault}.")
+                time.sleep(0.1)
+        except BaseException:
+            stop_ui(process)
+            raise
+    return process, f"http://127.0.0.1:{port}"
+
+
+def list_views(tracking_uri: str) -> dict[str, str]:
+    """What MLflow's UI can open at once, behind its address: our views of every experiment, by names.
+
+    Raises:
+        TrackingError: when MLflow cannot be reached.
+    """
+    with _translating("ui: MLflow must list its experiments"):
+        experiments = list_experiments(make_client(tracking_uri))
+    return {
+        f"{name}: {view}": link
+        for name, experiment_id, tags in experiments
+        for view, link in list_view_links(experiment_id, tags).items()
+    }
+
+
+def stop_ui(process: subprocess.Popen[bytes]) -> None:
+    """End the UI and every process that it started."""
+    for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+def _find_port() -> int:
+    """The same one whenever it can be had: a browser keeps the page's layout by its address."""
+    for port in (UI_PORT, 0):
+        with socket.socket() as free, suppress(OSError):
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not kept by connections that are closing
+            free.bind(("127.0.0.1", port))
+            return int(free.getsockname()[1])
+    raise TrackingError("--port: a port must be free on loopback, got none.")
+
+
+def _is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0

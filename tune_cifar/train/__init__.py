@@ -1,0 +1,1 @@
+"""One training: epoch by epoch, resumable, bit for bit."""

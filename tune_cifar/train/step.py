@@ -1,0 +1,238 @@
+"""One training step of a config on a device: augment, forward, backward, optimizer. Two executions of the same recipe.
+
+`EagerStep` lets torch launch one kernel after another, with the knobs as numbers. `CapturedStep` keeps every knob in
+device memory, so that one CUDA graph, captured once, serves all configurations of one shape: a warm worker takes it
+again for its next trial. Off CUDA it runs the same program uncaptured, which is how its logic is tested anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tune_cifar.augment import select_interpreter
+from tune_cifar.augment.batched import apply_policy, draw_policy
+from tune_cifar.augment.policies import make_policy
+from tune_cifar.models import build_model, set_dropout_generator
+from tune_cifar.models.layers import round_share, set_dropout_share
+from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.train.numerics import autocast, memory_format
+from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer
+
+# Knobs of TrainConfig that a captured step reads from device memory. Whether one is 0 is part of the step's shape.
+DEVICE_KNOBS = (
+    *("dropout", "label_smoothing", "weight_decay", "decoupled_weight_decay"),
+    *("crop_pad", "hflip_p", "shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"),
+    *("cutout_p", "cutout_size", "gray_p"),
+)
+# CUDA wants a few runs before a capture: libraries choose their kernels and take their workspaces.
+WARM_UP_RUNS = 3
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose (init, order, augment, dropout): streams of different purposes are unrelated."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+def make_generators(device: torch.device) -> dict[str, torch.Generator]:
+    """The dice that are rolled on the device, by purpose."""
+    return {purpose: torch.Generator(device) for purpose in ("augment", "dropout")}
+
+
+def build_initial_model(config: TrainConfig) -> nn.Module:
+    """The config's network on the CPU with the initial weights that its seed gives on every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        return build_model(config)
+
+
+class EagerStep:
+    """A step whose knobs are numbers, with torch's fused optimizers.
+
+    Attributes:
+        model: the network on the device.
+        optimizer: has a state_dict for checkpoints.
+        generators: the dice that are rolled on the device, by purpose.
+    """
+
+    def __init__(self, config: TrainConfig, numerics: Numerics) -> None:
+        device = torch.device(numerics.device)
+        self._numerics = numerics
+        self._label_smoothing = config.label_smoothing
+        self._policy = make_policy(config)
+        self._apply_policy = select_interpreter(config.augment_backend)
+        self.generators = make_generators(device)
+        for purpose, generator in self.generators.items():
+            generator.manual_seed(derive_seed(config.seed, purpose))
+        model = build_initial_model(config)
+        set_dropout_generator(model, self.generators["dropout"])
+        self.model = model.to(device, memory_format=memory_format(numerics))  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(self.model.parameters(), config)
+
+    def augment(self, images_NCHW: Tensor) -> Tensor:
+        """uint8 (N, 3, 32, 32) to what the network sees in training, normalized float32; advances the dice."""
+        draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"])
+        batch: Tensor = self._apply_policy(self._policy, images_NCHW, draws, memory_format(self._numerics))
+        return batch
+
+    def place(self, settings: Sequence[Settings]) -> Sequence[Settings]:
+        """The settings of coming steps, where these read them."""
+        return settings
+
+    def train(self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+        """Train on one batch; mean loss and number of right answers, on the device, until the next step."""
+        images = self.augment(images_NCHW)
+        with autocast(self._numerics):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self._label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        apply_settings(self.optimizer, settings)
+        self.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels_N).sum()
+
+
+class CapturedStep:
+    """A step whose knobs lie in device memory, as one CUDA graph. See EagerStep for attributes and methods.
+
+    What differs from the eager step: the optimizer is `DeviceOptimizer`, label smoothing is written out, and a dropout
+    mask is one uniform number per activation. A last, smaller batch runs uncaptured.
+    """
+
+    def __init__(self, config: TrainConfig, numerics: Numerics) -> None:
+        self.shape = find_shape(config, numerics)
+        self._numerics = numerics
+        self._batch_size = config.batch_size
+        self._device = torch.device(numerics.device)
+        self.generators = make_generators(self._device)
+        self._memory = torch.zeros(len(DEVICE_KNOBS) + len(Settings._fields), device=self._device)
+        knobs = dict(zip((*DEVICE_KNOBS, *Settings._fields), self._memory.unbind(), strict=True))
+        self._write_knobs(config)
+        self._label_smoothing = knobs["label_smoothing"] if config.label_smoothing else None
+        living = {name: knobs[name] for name, value in _read_knobs(config).items() if value}
+        self._policy = make_policy(SimpleNamespace(**(config.model_dump() | living)))  # type: ignore[arg-type]
+        model = build_initial_model(config)
+        set_dropout_generator(model, self.generators["dropout"])
+        if "dropout" in living:
+            set_dropout_share(model, knobs["dropout"])
+        self.model = model.to(self._device, memory_format=memory_format(numerics)).train()  # type: ignore[call-overload]
+        self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
+        self._images = torch.zeros(config.batch_size, 3, 32, 32, dtype=torch.uint8, device=self._device)
+        self._labels = torch.zeros(config.batch_size, dtype=torch.int64, device=self._device)
+        self._loss = torch.zeros((), device=self._device)
+        self._num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._replay = capture(self._run_captured, self._device, self.generators.values())
+        self.reset(config)
+
+    def reset(self, config: TrainConfig) -> None:
+        """Begin a training of another config of the same shape, in place: weights, optimizer, dice and knobs."""
+        assert find_shape(config, self._numerics) == self.shape
+        self._write_knobs(config)
+        self.model.load_state_dict(build_initial_model(config).state_dict())
+        self.optimizer.reset()
+        for purpose, generator in self.generators.items():
+            generator.manual_seed(derive_seed(config.seed, purpose))
+
+    def augment(self, images_NCHW: Tensor) -> Tensor:
+        draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"])
+        return apply_policy(self._policy, images_NCHW, draws, memory_format(self._numerics))
+
+    def place(self, settings: Sequence[Settings]) -> Sequence[Tensor]:
+        return torch.tensor(settings, device=self._device).unbind()
+
+    def train(self, images_NCHW: Tensor, labels_N: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+        self._memory[len(DEVICE_KNOBS) :] = settings
+        if len(images_NCHW) < self._batch_size:
+            return self._run(images_NCHW, labels_N)
+        self._images.copy_(images_NCHW)
+        self._labels.copy_(labels_N)
+        self._replay()
+        return self._loss, self._num_correct
+
+    def _run_captured(self) -> None:
+        loss, num_correct = self._run(self._images, self._labels)
+        self._loss.copy_(loss)
+        self._num_correct.copy_(num_correct)
+
+    def _run(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.augment(images_NCHW)
+        with autocast(self._numerics):
+            logits = self.model(images)
+        log_probs = F.log_softmax(logits.float(), 1)
+        loss = F.nll_loss(log_probs, labels_N)
+        if self._label_smoothing is not None:
+            loss = loss + self._label_smoothing * (-log_probs.mean() - loss)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels_N).sum()
+
+    def _write_knobs(self, config: TrainConfig) -> None:
+        self._memory[: len(DEVICE_KNOBS)] = torch.tensor([*_read_knobs(config).values()], device=self._device)
+
+
+def _read_knobs(config: TrainConfig) -> dict[str, float]:
+    knobs: dict[str, float] = {name: getattr(config, name) for name in DEVICE_KNOBS}
+    return knobs | {"dropout": round_share(config.dropout)}
+
+
+def find_shape(config: TrainConfig, numerics: Numerics) -> Hashable:
+    """What two configs must share to be trained by one captured step."""
+    living = tuple(value != 0 for value in _read_knobs(config).values())
+    network = (config.model, config.batch_size, config.optimizer, config.nesterov)
+    return (*network, living, numerics.model_dump_json())
+
+
+def capture(
+    function: Callable[[], None], device: torch.device, generators: Iterable[torch.Generator]
+) -> Callable[[], None]:
+    """One CUDA graph of a function that reads and writes fixed tensors alone; elsewhere the function itself.
+
+    The function is run a few times first, so whatever it changes must be set afterwards.
+    """
+    if device.type != "cuda":
+        for _ in range(WARM_UP_RUNS):
+            function()
+        return function
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_RUNS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+# Captured steps of trainings that are over, the last used at the end. Each holds a network's activations.
+_idle: dict[Hashable, CapturedStep] = {}
+NUM_IDLE = 2
+
+
+def take_step(config: TrainConfig, numerics: Numerics) -> EagerStep | CapturedStep:
+    """A step at the beginning of its training; a captured one of the same shape is used again."""
+    if numerics.execution == "eager" or config.augment_backend != "batched":
+        return EagerStep(config, numerics)
+    step = _idle.pop(find_shape(config, numerics), None)
+    if step is None:
+        return CapturedStep(config, numerics)
+    step.reset(config)
+    return step
+
+
+def give_back(step: EagerStep | CapturedStep) -> None:
+    """Keep a captured step, whose training is over, for the next config of its shape."""
+    if isinstance(step, CapturedStep):
+        _idle[step.shape] = step
+        while len(_idle) > NUM_IDLE:
+            del _idle[next(iter(_idle))]

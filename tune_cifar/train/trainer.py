@@ -1,0 +1,229 @@
+"""The one training loop. Iterating a `Trainer` trains and yields an `EpochResult` per epoch; the consumer decides
+when to stop. Search, train, reproduce and confirm all use it as it is.
+
+Data lie on the device as uint8 for the whole training; a batch is gathered, augmented and normalised there. Nothing
+waits for the device inside an epoch on CUDA.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import resource
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_cifar.augment.batched import apply_normalize
+from tune_cifar.data.load import Split, TrainVal
+from tune_cifar.errors import CheckpointError, Diverged
+from tune_cifar.schema import EpochResult, Numerics, TrainConfig
+from tune_cifar.train.metrics import measure_logits
+from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
+from tune_cifar.train.optim import Settings, schedule_steps
+from tune_cifar.train.step import derive_seed, give_back, take_step
+
+# Images in one forward pass of an evaluation. Fixed: a validation loss may depend on it in its bits. 1,000 of s7 take
+# 0.19 s in batches of 100 to 200, 0.33 s in 250 to 500 (bf16, one thread of an EPYC Zen 5, 2026-11-21); s10 does 300
+# images/s in batches of 100, 275 in batches of 200, with equal bits (Zen 4, the same day).
+EVAL_BATCH_SIZE = 100
+
+
+class Trainer:
+    """One training of one config, from the first epoch or from a checkpoint's state.
+
+    Args:
+        config: the recipe.
+        data: uint8 images; `data.val` may be None, then val_loss and val_acc are None.
+        numerics: applied to this process (thread count, deterministic flags) at construction.
+
+    Attributes:
+        model: the network on the numerics' device.
+        epoch: epochs done.
+        step: optimizer steps done; read by progress displays while an epoch runs.
+        results: the EpochResults of all epochs done.
+
+    Yields:
+        an EpochResult after each epoch, until config.epochs are done.
+
+    Raises:
+        Diverged: when a training or validation loss is not finite.
+        ConfigError: when the schedule cannot be built.
+    """
+
+    def __init__(self, config: TrainConfig, data: TrainVal, numerics: Numerics) -> None:
+        apply_numerics(numerics)
+        self.config = config
+        self.numerics = numerics
+        self._device = torch.device(numerics.device)
+        self._train = _move_to(data.train, self._device)
+        self._val = _move_to(data.val, self._device) if data.val else None
+        self._schedule = schedule_steps(config)
+        self._step = take_step(config, numerics)
+        weakref.finalize(self, give_back, self._step)
+        self.model = self._step.model
+        # Order on the CPU, so that a GPU training sees the same batches; the others where they are used.
+        order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
+        self._generators = {"order": order, **self._step.generators}
+        self.epoch = 0
+        self.step = 0
+        self.results: list[EpochResult] = []
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.config.epochs * self.config.num_steps_per_epoch
+
+    def __iter__(self) -> Iterator[EpochResult]:
+        while self.epoch < self.config.epochs:
+            yield self._run_epoch()
+
+    def _run_epoch(self) -> EpochResult:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        train_loss, train_acc, lr = self._train_epoch()
+        trained = time.perf_counter()
+        val_loss, val_acc = self.evaluate(self._val) if self._val else (None, None)
+        if val_loss is not None and not math.isfinite(val_loss):
+            raise Diverged(self.epoch + 1, self.step)
+        self.epoch += 1
+        result = EpochResult(
+            epoch=self.epoch,
+            step=self.step,
+            train_loss=train_loss,
+            train_acc=train_acc,
+            val_loss=val_loss,
+            val_acc=val_acc,
+            lr=lr,
+            epoch_seconds=time.perf_counter() - start,
+            images_per_second=len(self._train) / (trained - start),
+            peak_memory_mb=self.peak_memory_mb,
+        )
+        self.results.append(result)
+        return result
+
+    def _train_epoch(self) -> tuple[float, float, float]:
+        """Train every image once; returns mean loss per image, accuracy and the last step's LR."""
+        self.model.train()
+        num_images = len(self._train)
+        losses: list[Tensor] = []
+        num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        schedule = list(itertools.islice(self._schedule, self.config.num_steps_per_epoch))
+        for indices, settings in zip(self._draw_batches(), self._step.place(schedule), strict=True):
+            loss, correct = self._train_step(indices, settings)
+            losses.append(loss * len(indices))
+            num_correct += correct
+            if self._device.type == "cpu":  # reading a GPU's loss would wait for it: there the epoch's end tells
+                self._check_finite(losses[-1:], self.step)
+        self._check_finite(losses, self.step - len(losses) + 1)
+        return torch.stack(losses).sum().item() / num_images, num_correct.item() / num_images, schedule[-1].lr
+
+    def sweep(self, lrs: Sequence[float]) -> Iterator[float]:
+        """Train one step at each of these learning rates and yield its loss, which may be nan or inf: here divergence
+        is a measurement. The momentum is the config's. Passes over the images follow each other, each in a new order.
+        Use a Trainer of its own.
+        """
+        self.model.train()
+        batches = (indices for _ in itertools.count() for indices in self._draw_batches())
+        settings = self._step.place([Settings(lr, self.config.momentum) for lr in lrs])
+        for indices, placed in zip(batches, settings, strict=False):
+            yield self._train_step(indices, placed)[0].item()
+
+    def _draw_batches(self) -> tuple[Tensor, ...]:
+        """The indices of all images in a new order, by batches. Advances the order's generator."""
+        order = torch.randperm(len(self._train), generator=self._generators["order"]).to(self._device)
+        return torch.split(order, self.config.batch_size)
+
+    def _train_step(self, indices: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+        """One optimizer step under settings that the step has placed; the mean loss and the number of right answers, on
+        the device, until the next step."""
+        images_NCHW, labels_N = self._train.images_NCHW.index_select(0, indices), self._train.labels_N[indices]
+        self.step += 1
+        return self._step.train(images_NCHW, labels_N, settings)
+
+    def _check_finite(self, losses: list[Tensor], first_step: int) -> None:
+        bad = (~torch.stack(losses).isfinite()).nonzero()
+        if len(bad):
+            raise Diverged(self.epoch + 1, first_step + int(bad[0, 0]))
+
+    @torch.inference_mode()
+    def evaluate(self, split: Split) -> tuple[float, float]:
+        """Mean cross-entropy per image (no label smoothing) and accuracy of the current weights."""
+        return measure_logits(self._infer(split), split.labels_N.to(self._device))
+
+    def predict(self, split: Split) -> Tensor:
+        """The current weights' logits (N, 10), float32 on the CPU; those that `evaluate` measures."""
+        return self._infer(split).cpu()
+
+    @torch.inference_mode()
+    def _infer(self, split: Split) -> Tensor:
+        """Logits (N, 10), float32 on the device. Normalize alone is applied to the images, nothing random happens, and
+        nothing waits for the device."""
+        self.model.eval()
+        logits = []
+        for images_NCHW in torch.split(split.images_NCHW.to(self._device), EVAL_BATCH_SIZE):
+            images = apply_normalize(images_NCHW, memory_format=memory_format(self.numerics))
+            with autocast(self.numerics):
+                logits.append(self.model(images).float())
+        return torch.cat(logits)
+
+    @property
+    def peak_memory_mb(self) -> float:
+        """MiB that this process held at most: of the GPU since the epoch began, or of the machine."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kilobytes on Linux
+
+    def measure_step_seconds(self, num_steps: int = 20) -> float:
+        """Median seconds of a training step, measured by training: use a Trainer of its own for it."""
+        self.model.train()
+        order = torch.arange(len(self._train), device=self._device)
+        (settings,) = self._step.place([next(schedule_steps(self.config))])
+        seconds = []
+        for i in range(num_steps):
+            start = time.perf_counter()
+            self._train_step(order.roll(-i * self.config.batch_size)[: self.config.batch_size], settings)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return sorted(seconds)[num_steps // 2]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed training needs to go on bit for bit (CPU), as tensors and plain containers."""
+        return {
+            "fingerprint": self.config.fingerprint,
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self._step.optimizer.state_dict(),
+            "generators": {name: generator.get_state() for name, generator in self._generators.items()},
+            "results": [result.model_dump() for result in self.results],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state.
+
+        Raises:
+            CheckpointError: when the state belongs to another config.
+        """
+        if state["fingerprint"] != self.config.fingerprint:
+            raise CheckpointError(
+                f"checkpoint: fingerprint {self.config.fingerprint} must match, got {state['fingerprint']}. "
+                "It belongs to another configuration."
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.model.load_state_dict(state["model"])
+        self._schedule = schedule_steps(self.config, self.step)
+        self._step.optimizer.load_state_dict(state["optimizer"])
+        for name, generator in self._generators.items():
+            generator.set_state(state["generators"][name])
+        self.results = [EpochResult(**result) for result in state["results"]]
+
+
+def _move_to(split: Split, device: torch.device) -> Split:
+    return Split(split.images_NCHW.to(device), split.labels_N.to(device))

@@ -1,0 +1,288 @@
+"""One training with checkpoints, as search, train and confirm run it; and a single training with a record of its own.
+
+`train_trial` is the one generator behind every trial: it goes on from the newest checkpoint in the trial's folder,
+saves at most once a minute, and leaves the weights when the last epoch is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tune_cifar.data.load import DataSource, TrainVal, load_train_val
+from tune_cifar.errors import CheckpointError, ConfigError, DataError, DiskFullError, Diverged, RecordError
+from tune_cifar.record.events import (
+    KIND_WORDS,
+    EndStatus,
+    EpochReported,
+    Event,
+    Header,
+    Kind,
+    SearchEnded,
+    SearchResumed,
+    TrialEnded,
+    TrialStarted,
+    utc_now,
+)
+from tune_cifar.record.journal import INTERRUPTED, Record, SearchState, TrialState, search_folder
+from tune_cifar.schema import CHANCE_ACCURACY, MAX_EPOCHS, DataInfo, EpochResult, Numerics, TrainConfig
+from tune_cifar.space import SearchSpace
+from tune_cifar.train.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, load_weights, save_weights
+from tune_cifar.train.numerics import compare_numerics, describe_environment
+from tune_cifar.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[SearchState, Event], None]
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights.safetensors"
+ERROR = "error.txt"
+
+
+def stop_file(search_folder: Path) -> Path:
+    """While it exists, every training of the search ends after its epoch, with a checkpoint."""
+    return search_folder / "stopping"
+
+
+def train_trial(
+    config: TrainConfig,
+    data: TrainVal,
+    numerics: Numerics,
+    folder: Path,
+    on_trainer: Callable[[Trainer], None] | None = None,
+    every_seconds: float = CHECKPOINT_SECONDS,
+) -> Iterator[EpochResult]:
+    """Train, checkpointing into `folder/checkpoints`, and leave `folder/weights.safetensors` at the end. `folder` lies
+    in its search's `trials`. When the search is stopping (`stop_file`) it ends after an epoch, with a checkpoint of it.
+
+    A resumed training first yields the results stored in its checkpoint again, so that a consumer which died between
+    a checkpoint and its own note of the result loses nothing. What the same recipe over another number of epochs (the
+    cycle before) left there is deleted: this training begins from scratch.
+
+    Args:
+        on_trainer: called once with the Trainer before the first epoch; a display may read its `step`.
+        every_seconds: shortest time between two checkpoints.
+    """
+    trainer = Trainer(config, data, numerics)
+    checkpoints = CheckpointFolder(folder / CHECKPOINTS, every_seconds)
+    state, _ = checkpoints.load_newest()
+    if state is not None and _is_of_another_cycle(state, config):
+        checkpoints.delete()
+    elif state is not None:
+        trainer.load_state_dict(state)
+    if on_trainer is not None:
+        on_trainer(trainer)
+    yield from trainer.results
+    for result in trainer:
+        is_last = result.epoch == config.epochs
+        if is_last:
+            save_weights(folder / WEIGHTS, trainer.model.state_dict())
+        is_saved = is_last or checkpoints.is_due()
+        if is_saved:
+            _save(checkpoints, trainer)
+        yield result
+        if stop_file(folder.parents[1]).exists():
+            if not is_saved:
+                _save(checkpoints, trainer)
+            return
+
+
+def _is_of_another_cycle(state: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a checkpoint, of the end or from the middle, is the same recipe's over another number of epochs."""
+    found, lengths = state["fingerprint"], range(state["epoch"], MAX_EPOCHS + 1)
+    return found != config.fingerprint and any(found == config.shorten(length).fingerprint for length in lengths)
+
+
+def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:
+    """A full disk ends no training: the checkpoint before stays."""
+    try:
+        checkpoints.save(trainer.state_dict())
+    except CheckpointError as exc:
+        logger.warning("%s", exc)
+
+
+def run_training(
+    record: Record,
+    data: TrainVal,
+    numerics: Numerics,
+    listener: Listener,
+    on_trainer: Callable[[Trainer], None] | None = None,
+) -> None:
+    """Train the baseline of a record of kind `train` as its trial 0, or go on with it where it was interrupted.
+
+    Every epoch is in the record before the listener hears of it. A diverged training ends as a result; Ctrl-C leaves it
+    to be gone on with; any other exception is written to the trial's folder, recorded as failed and raised again.
+    """
+    start = time.monotonic()
+    config = TrainConfig(**record.state.header.baseline)
+
+    def append(event: Event) -> None:
+        record.append(event)
+        listener(record.state, event)
+
+    def end(status: EndStatus, reason: str, score: float | None = None, **files: Any) -> None:
+        append(TrialEnded(trial=0, status=status, reason=reason, score=score, time=utc_now(), **files))
+
+    if 0 not in record.state.trials:
+        dump = config.model_dump(mode="json")
+        started = TrialStarted(
+            trial=0, origin="train", params={}, config=dump, fingerprint=config.fingerprint, time=utc_now()
+        )
+        append(started)
+    trial = record.state.trials[0]
+    folder = record.state.trial_folder(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    reported = trial.epochs_done
+    try:
+        if trial.status == "running":
+            for result in train_trial(config, data, numerics, folder, on_trainer):
+                if result.epoch > reported:
+                    append(EpochReported(trial=0, result=result))
+            weights = {"weights_file": relative(record, folder / WEIGHTS)}
+            end("complete", "all epochs", trial.val_acc, **weights)
+    except Diverged as exc:
+        end("diverged", str(exc), CHANCE_ACCURACY)
+    except (RecordError, DiskFullError):  # there is no place to tell: it can be gone on with when there is room
+        raise
+    except KeyboardInterrupt:
+        if not record.file.closed:
+            append(SearchEnded(reason=INTERRUPTED, wall_seconds=time.monotonic() - start))
+        raise
+    except Exception as exc:
+        error_file = relative(record, write_error(folder, traceback.format_exc()))
+        end("failed", repr(exc), error_file=error_file)
+        append(SearchEnded(reason="failed", wall_seconds=time.monotonic() - start))
+        raise
+    append(SearchEnded(reason="trained", wall_seconds=time.monotonic() - start))
+
+
+def write_error(folder: Path, text: str) -> Path:
+    """Keep a trial's traceback where the summary says it lies."""
+    path = folder / ERROR
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def relative(record: Record, path: Path) -> str:
+    """A path below a search's folder as the record stores it."""
+    return str(path.relative_to(record.state.folder))
+
+
+def make_header(
+    kind: Kind,
+    name: str,
+    space: SearchSpace,
+    seed: int,
+    data: DataInfo,
+    numerics: Numerics,
+    command: str,
+) -> Header:
+    """The first line of a record: everything that was settled before the first trial."""
+    return Header(
+        name=name,
+        kind=kind,
+        space=space.name,
+        tier=space.tier,
+        created=utc_now(),
+        seed=seed,
+        baseline=space.baseline.model_dump(mode="json"),
+        points=list(space.points),
+        distributions=space.describe_distributions(),
+        budget=space.budget.model_dump(mode="json"),
+        pinned=dict(space.pinned),
+        space_text=space.text,
+        data=data,
+        numerics=numerics,
+        environment=describe_environment(),
+        command=command,
+    )
+
+
+def open_training(
+    space: SearchSpace,
+    source: DataSource,
+    numerics: Numerics,
+    storage: Path,
+    name: str | None,
+    command: str,
+    resume: bool,
+) -> tuple[Record, TrainVal]:
+    """The record of a single training, new or to be gone on with, and its images.
+
+    Raises:
+        ConfigError: when --resume finds another configuration or other Numerics than the recorded ones.
+        RecordError: when the name is taken (or, with resume, unknown).
+    """
+    config = space.baseline
+    data = load_train_val(source, config.train_size, config.val_size)
+    if not resume:
+        name = name or f"train-{space.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        header = make_header("train", name, space, config.seed, data.info, numerics, command)
+        return Record.create(search_folder(storage, name), header), data
+    if name is None:
+        raise ConfigError("--resume: needs --name, got none. Names stand in `leaderboard`.")
+    record = Record.open(search_folder(storage, name))
+    header = record.state.header
+    changes = compare_numerics(header.numerics, numerics)
+    recorded = TrainConfig(**header.baseline)
+    if recorded != config:
+        changes += [f"{k}: {getattr(recorded, k)} -> {v}" for k, v in config if getattr(recorded, k) != v]
+    if header.data != data.info:
+        changes.append(f"data: {header.data.name} -> {data.info.name}")
+    if header.kind != "train":
+        changes.append(KIND_WORDS[header.kind])
+    if changes or record.state.is_finished:
+        record.close()
+        reason = "; ".join(changes) or "a finished training"
+        raise ConfigError(f"--resume: {name} must be unfinished and as it was recorded, got {reason}.")
+    now, facts = utc_now(), describe_environment()
+    record.append(SearchResumed(time=now, trials=1, changes=[], numerics=numerics, environment=facts, command=command))
+    return record, data
+
+
+def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource) -> TrainVal:
+    """The run's images, checked to be the recorded ones.
+
+    Raises:
+        DataError: when the data or the split are not those of the record.
+    """
+    data = load_train_val(source, trial.config.train_size, trial.config.val_size)
+    if data.info != state.header.data:
+        raise DataError(
+            f"{trial.run_id}: the data must be the recorded {state.header.data.name} with split "
+            f"{state.header.data.split_hash}, got {data.info.name} with {data.info.split_hash}. "
+            + ("Give --data shapes." if state.header.data.name == "shapes" else "Point --data at CIFAR-10.")
+        )
+    return data
+
+
+def load_trained(
+    state: SearchState,
+    trial: TrialState,
+    data: TrainVal,
+    numerics: Numerics,
+    way_out: str = "Leave out --no-retrain to train it again.",
+) -> Trainer:
+    """A Trainer that carries the run's kept weights.
+
+    Args:
+        way_out: what the user can do when there are none.
+
+    Raises:
+        RecordError: when the run's weights were not kept.
+    """
+    path = state.folder / (trial.weights_file or "")
+    if trial.weights_file is None or not path.exists():
+        raise RecordError(
+            f"{trial.run_id}: weights must have been kept, got none (only a search's best trials keep them). {way_out}"
+        )
+    trainer = Trainer(trial.config, data, numerics)
+    trainer.model.load_state_dict(load_weights(path))
+    return trainer

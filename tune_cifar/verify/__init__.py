@@ -1,0 +1,1 @@
+"""Train again, compare, open the test set."""

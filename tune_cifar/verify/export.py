@@ -1,0 +1,251 @@
+"""A run's network as one file for use elsewhere, and the proof that the file computes what the network computes.
+
+Both formats take raw images, float32 (N, 3, 32, 32), RGB, a pixel of 255 being 1.0, and give logits (N, 10):
+nobody needs this package's constants.
+
+onnx: a graph with the input `images` and the output `logits`, N free, that normalizes the images itself.
+safetensors: the weights under the names of the network's state_dict; `load_network` puts the whole together.
+
+Both carry the same metadata, each value a string: run_id, model, fingerprint, config (JSON), epochs, val_acc (absent
+without validation), data, split, classes, mean and std (JSON), input, output, tune_cifar (its version).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
+from tune_cifar.data.load import CLASS_NAMES, IMAGE_SHAPE, Split, TrainVal
+from tune_cifar.errors import CheckpointError, ConfigError, ExportError
+from tune_cifar.models import build_model
+from tune_cifar.record.journal import SearchState, TrialState
+from tune_cifar.schema import TrainConfig
+from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights, write_atomically
+from tune_cifar.train.numerics import describe_environment, resolve_numerics
+from tune_cifar.train.trainer import EVAL_BATCH_SIZE
+from tune_cifar.train.trial import load_trained
+
+Format = Literal["onnx", "safetensors"]
+
+NUM_CHECKED_IMAGES = 1_000
+# How far apart logits may be, as a share of the largest of ours. The same fp32 products summed in another order differ
+# by at most 4e-7 of it (all five networks, both formats, 1,000 images, 2026-11-21). Not absolute: logits of a hardly
+# trained network lie within 0.02, those of one that nearly diverged reach 10,000.
+TOLERANCE = 1e-4
+# torch writes its operators in this version of ONNX's; a newer one would be converted from it and be read by fewer.
+ONNX_OPSET = 18
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an exported file answered the images on which it was checked, beside the network itself in fp32.
+
+    Attributes:
+        part: the images: the run's validation images, or training ones where it has none.
+        largest_difference: of two logits.
+        tolerance: what that may be at most.
+        num_same: images of which both predict the same class.
+        num_contrary: images of which they predict different ones that are no tie: our logits of the two are further
+            apart than the tolerance.
+    """
+
+    part: Literal["validation", "training"]
+    num_images: int
+    largest_difference: float
+    tolerance: float
+    num_same: int
+    num_contrary: int
+
+    @property
+    def holds(self) -> bool:
+        return self.largest_difference <= self.tolerance and not self.num_contrary
+
+
+class RawNet(nn.Module):
+    """A network that normalizes its images itself: float32 (N, 3, 32, 32) in [0, 1] to logits (N, 10).
+
+    Args:
+        mean, std: of each channel, as the network was trained with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...] = CIFAR_MEAN, std: tuple[float, ...] = CIFAR_STD):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+
+def check_format(file_format: Format) -> None:
+    """Refuse a format whose packages are not there.
+
+    Raises:
+        ConfigError: naming them, with the command that installs them.
+    """
+    absent = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if file_format == "onnx" and absent:
+        raise ConfigError(
+            f"--format onnx: {', '.join(ONNX_PACKAGES)} must be installed, got no {' and no '.join(absent)}. "
+            f"Run `python -m pip install {' '.join(ONNX_PACKAGES)}`, or take safetensors."
+        )
+
+
+def export_run(state: SearchState, trial: TrialState, data: TrainVal, file_format: Format, path: Path) -> Agreement:
+    """Write a run's network with its kept weights, after it has been checked; until then nothing stands at `path`, and
+    what stood there stays.
+
+    Args:
+        data: the run's, as load_recorded_data returns them.
+        path: replaced; its folder must be there.
+
+    Raises:
+        ExportError: when the written file does not compute what the network computes.
+        RecordError: when the weights were not kept.
+        ConfigError: when the format's packages are absent or the file cannot be written.
+    """
+    check_format(file_format)
+    way_out = "Export the best one: --best --search, or keep more: search --keep-weights."
+    trainer = load_trained(state, trial, data, resolve_numerics("cpu", "fp32"), way_out)
+    split = data.val or data.train  # labels are of no account here
+    some = Split(split.images_NCHW[:NUM_CHECKED_IMAGES], split.labels_N[:NUM_CHECKED_IMAGES])
+    logits_NK = trainer.predict(some)
+    metadata = describe_run(state, trial)
+    try:
+        # A folder of its own, so that nothing stays behind, whatever happens.
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            write = write_onnx if file_format == "onnx" else write_safetensors
+            write(written, trainer.model, metadata)
+            theirs_NK = answer_images(written, file_format, some.images_NCHW)
+            agreement = compare_logits(logits_NK, theirs_NK, "validation" if data.val else "training")
+            check_agreement(agreement, trial.run_id, file_format)
+            written.replace(path)
+    except OSError as exc:
+        raise ConfigError(f"{path}: a file must be writable there, got {exc.strerror!r}.") from exc
+    return agreement
+
+
+def describe_run(state: SearchState, trial: TrialState) -> dict[str, str]:
+    """The metadata of an exported file, without what depends on its format."""
+    info = state.header.data
+    facts = {
+        "tune_cifar": describe_environment()["tune_cifar"],
+        "run_id": trial.run_id,
+        "model": trial.config.model,
+        "fingerprint": trial.fingerprint,
+        "epochs": str(trial.config.epochs),
+        "data": info.name if info.name == "cifar10" else f"{info.name} (NOT CIFAR-10)",
+        "split": info.split_hash,
+        "classes": json.dumps(CLASS_NAMES[info.name]),
+        "mean": json.dumps(CIFAR_MEAN),
+        "std": json.dumps(CIFAR_STD),
+        "output": "logits: float32 (N, 10), in the order of the classes",
+        "config": trial.config.model_dump_json(),
+    }
+    return facts if trial.val_acc is None else {**facts, "val_acc": repr(trial.val_acc)}
+
+
+def write_safetensors(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+    """The weights of a network, under the names of its state_dict, with metadata."""
+    how = "images: float32 (N, 3, 32, 32), RGB in [0, 1]; subtract mean and divide by std, channel by channel"
+    save_weights(path, model.state_dict(), {**metadata, "input": how})
+
+
+def write_onnx(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+    """A network that normalizes its images itself, as an ONNX graph with its weights inside, with metadata. torch folds
+    batch norms into the convs before them."""
+    network = RawNet(model).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, *IMAGE_SHAPE),),
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=ONNX_OPSET,
+            dynamic_shapes=({0: "N"},),
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model.graph
+    # The exporter writes down for every node where in the source it comes from, with this machine's paths.
+    for thing in (graph, *graph, *graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
+        thing.metadata_props.clear()
+    how = "images: float32 (N, 3, 32, 32), RGB in [0, 1]; the network normalizes them itself"
+    program.model.metadata_props.update({**metadata, "input": how})
+    write_atomically(path, program.model_proto.SerializeToString())
+
+
+def load_network(path: Path) -> RawNet:
+    """The network of an exported safetensors file, built from that file alone, ready to answer raw images.
+
+    Raises:
+        CheckpointError: when the file is not safetensors, or not one of ours.
+    """
+    weights, metadata = load_weights(path), load_metadata(path)
+    try:
+        config = TrainConfig.model_validate_json(metadata["config"])
+        mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
+        model = build_model(config)
+        model.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError) as exc:
+        reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
+        raise CheckpointError(f"{path}: weights with their config must be there, got: {reason}") from exc
+    return RawNet(model, mean, std).eval()
+
+
+def answer_images(path: Path, file_format: Format, images_NCHW: Tensor) -> Tensor:
+    """The logits (N, 10) of an exported file on uint8 images, as a stranger would get them: from that file alone, ONNX
+    through onnxruntime."""
+    batches = torch.split(images_NCHW.float() / 255, EVAL_BATCH_SIZE)
+    if file_format == "safetensors":
+        network = load_network(path)
+        with torch.inference_mode():
+            return torch.cat([network(images) for images in batches])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.cat([torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]) for images in batches])
+
+
+def compare_logits(ours_NK: Tensor, theirs_NK: Tensor, part: Literal["validation", "training"]) -> Agreement:
+    """How logits of one network, computed in two ways, agree. One that is not finite agrees with nothing."""
+    tolerance = TOLERANCE * ours_NK.abs().max().item()
+    choice_N, theirs_N = ours_NK.argmax(1), theirs_NK.argmax(1)
+    lead_N = ours_NK.amax(1) - ours_NK.gather(1, theirs_N[:, None])[:, 0]
+    return Agreement(
+        part=part,
+        num_images=len(ours_NK),
+        largest_difference=(ours_NK - theirs_NK).abs().max().item(),
+        tolerance=tolerance,
+        num_same=int((choice_N == theirs_N).sum()),
+        num_contrary=int((~(lead_N <= tolerance)).sum()),
+    )
+
+
+def check_agreement(agreement: Agreement, run_id: str, file_format: Format) -> None:
+    """Refuse a file that computes something else.
+
+    Raises:
+        ExportError: with both figures.
+    """
+    if not agreement.holds:
+        raise ExportError(
+            f"{run_id}: the {file_format} file must give the network's logits to within {agreement.tolerance:.1e} on "
+            f"{agreement.num_images:,} {agreement.part} images, got a difference of {agreement.largest_difference:.1e} "
+            f"and {agreement.num_contrary:,} other predictions. Nothing was written."
+        )
