@@ -86,7 +86,8 @@ def run_albumentations(seconds: float) -> Figures:
 
 def load_images(num: int) -> Any:
     """uint8 (N, 3, 32, 32)."""
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
 
     return load_train_val(find_data(None), num, 10).train.images_NCHW
 

@@ -70,7 +70,8 @@ def make_jobs(config: TrainConfig, rungs: tuple[int, ...], is_more: bool) -> dic
 
 def run_job(number: int, job: str, config: TrainConfig) -> dict[str, Any]:
     """Train once in a worker process; a diverged training has the scores that it got to."""
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.errors import Diverged
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer

@@ -23,7 +23,8 @@ def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
     """Two trainings, one after the other."""
     import torch
 
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.space import load_space
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer

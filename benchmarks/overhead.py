@@ -48,7 +48,7 @@ def make_result(epoch: int) -> Any:
 
 def run_ours(num_trials: int, epochs: int) -> Figures:
     """One search of s7's cpu tier; nothing stops a trial."""
-    from tune_cifar.data.load import DataSource
+    from tune_cifar.data.files import DataSource
     from tune_cifar.record.events import TrialEnded, TrialStarted
     from tune_cifar.search import run as search
     from tune_cifar.search.plan import SearchRequest

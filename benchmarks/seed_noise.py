@@ -24,7 +24,8 @@ TABLE = Path(__file__).parent.parent / "tune_cifar" / "verify" / "seed_noise.jso
 
 def train(space: str, seed: int) -> list[float]:
     """val_acc after each epoch of the baseline with this seed, one thread."""
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.space import load_space
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer

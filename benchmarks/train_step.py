@@ -28,7 +28,8 @@ WARM_UP_STEPS = 3
 
 def load(space: str) -> tuple[Any, Any]:
     """The baseline of the space's cpu tier and its images."""
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.space import load_space
 
     config = load_space(space, "cpu").baseline

@@ -44,7 +44,7 @@ def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
 
 def run_ours(arguments: argparse.Namespace) -> Figures:
     """One search through run_search; returns the span of the trials and the images trained."""
-    from tune_cifar.data.load import find_data
+    from tune_cifar.data.files import find_data
     from tune_cifar.record.events import EpochReported, TrialStarted
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.search.run import prepare_search, run_search
@@ -94,7 +94,8 @@ def train_stock(parameters: dict[str, Any]) -> None:
     from source_loop import AugmentedImages, build_source_model, make_loader, train_batch
     from torch.utils.data import DataLoader
 
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.schema import TrainConfig
     from tune_cifar.train.optim import apply_settings, make_optimizer, schedule_steps
 

@@ -18,7 +18,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # typer builds every command anew for each one that a test types.
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
-from tune_cifar.data.load import DataSource, TrainVal, find_data, load_train_val
+from tune_cifar.data.files import DataSource, find_data
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import DataError
 from tune_cifar.record.journal import SearchState
 from tune_cifar.schema import Numerics, TrainConfig

@@ -24,8 +24,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from platformdirs import user_cache_path
 
+from tune_cifar.data import files
 from tune_cifar.data import load as data
-from tune_cifar.data.load import (
+from tune_cifar.data.files import (
     BATCHES_FOLDER,
     FILES,
     TEST_FILE,
@@ -33,12 +34,10 @@ from tune_cifar.data.load import (
     DataSource,
     fetch_data,
     find_data,
-    load_test,
-    load_train_val,
-    make_split_order,
     read_batch,
     verify_data,
 )
+from tune_cifar.data.load import load_test, load_train_val, make_split_order
 from tune_cifar.errors import DataError
 
 SHAPES = DataSource("shapes", None)
@@ -99,7 +98,7 @@ def assert_is_a_sentence(message: str) -> None:
 
 
 def test_finding_data_imports_neither_torch_nor_torchvision() -> None:
-    code = "import sys, tune_cifar.data.load as d; d.find_data('shapes'); print('torch' in sys.modules)"
+    code = "import sys, tune_cifar.data.files as d; d.find_data('shapes'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -345,7 +344,7 @@ def test_loaded_images_and_labels_have_their_documented_types() -> None:
     assert loaded.val is not None
     for split, size in ((loaded.train, 1_234), (loaded.val, 321)):
         assert len(split) == size
-        assert (split.images_NCHW.shape, split.images_NCHW.dtype) == ((size, *data.IMAGE_SHAPE), torch.uint8)
+        assert (split.images_NCHW.shape, split.images_NCHW.dtype) == ((size, *files.IMAGE_SHAPE), torch.uint8)
         assert (split.labels_N.shape, split.labels_N.dtype) == ((size,), torch.int64)
         assert split.labels_N.tolist() == [i % 10 for i in range(size)]
     assert loaded.info.name == "shapes"
@@ -441,7 +440,7 @@ def test_fetching_without_network_fails_soon_and_tells_the_way_out(
 def test_fetching_from_a_silent_server_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
-    monkeypatch.setattr(data, "FETCH_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(files, "FETCH_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/{CIFAR10.filename}")
         with pytest.raises(DataError, match=r"must be reachable, got: timed out\. Put"):

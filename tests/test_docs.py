@@ -20,7 +20,7 @@ import knobs
 from tests.conftest import SHAPES
 from tests.test_cli import COMMANDS, ROOT, invoke, run_in_a_process
 from tests.test_record import make_header, make_trial, write_record
-from tune_cifar.data.load import FILES, TRAIN_FILES
+from tune_cifar.data.files import FILES, TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
 from tune_cifar.record.journal import read_state, search_folder
 from tune_cifar.report.trials import TRIAL_COLUMNS

@@ -20,7 +20,8 @@ from tune_cifar.augment.policies import (
     make_policy,
     split_policy,
 )
-from tune_cifar.data.load import DataSource, load_train_val
+from tune_cifar.data.files import DataSource
+from tune_cifar.data.load import load_train_val
 from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig, dead_knobs
 
 ALL_KNOBS: dict[str, Any] = {

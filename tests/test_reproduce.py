@@ -18,7 +18,7 @@ from tests.conftest import SHAPES
 from tests.test_cli import invoke, refuse
 from tests.test_search import make_tiny_driver, run_trials
 from tests.test_train import EXPLODING, SMALL, hear_nothing, interrupt_small, open_small, train_small
-from tune_cifar.data.load import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
+from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, RecordError
 from tune_cifar.models import MODELS
 from tune_cifar.models.s7 import S7Net

@@ -420,7 +420,7 @@ def test_a_traceback_tells_type_message_and_the_last_place_in_the_package() -> N
     assert failure.kind == "RecordError"
     assert failure.what.startswith("tune_cifar.errors.RecordError: a search's name: it must be 1 to 64 of ")
     file, line, *function = failure.where.replace(":", " ").split()
-    assert (file, function) == ("record.py", ["in", "_must"]) and int(line) > 1
+    assert (file, function) == ("record/journal.py", ["in", "_must"]) and int(line) > 1
     outside = parse_failure(catch(lambda: int("x")))
     assert outside == Failure("ValueError", "ValueError: invalid literal for int() with base 10: 'x'", "")
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import SHAPES
 from tests.test_engine import curve
-from tune_cifar.data.load import DataSource, TrainVal, load_train_val
+from tune_cifar.data.files import DataSource
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, RecordError
 from tune_cifar.record.events import EpochReported, Event, TrialEnded
 from tune_cifar.record.journal import Record, SearchState, read_state, search_folder

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.report.trials import load_curves, load_searches, load_trials
     from tune_cifar.schema import TrainConfig
     from tune_cifar.search.plan import SearchRequest
@@ -37,7 +38,7 @@ __all__ = [
 _MODULES = {
     "Trainer": "train.trainer",
     "TrainConfig": "schema",
-    "find_data": "data.load",
+    "find_data": "data.files",
     "load_train_val": "data.load",
     "resolve_numerics": "train.numerics",
     "SearchRequest": "search.plan",

@@ -20,8 +20,10 @@ import pytest
 
 from tests.test_cli import TINY, invoke, refuse
 from tests.test_data import RunsCommand, make_files
+from tune_cifar.data import files
 from tune_cifar.data import load as data
-from tune_cifar.data.load import BATCHES_FOLDER, FILES, TEST_FILE, TRAIN_FILES, find_data, load_train_val, verify_data
+from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, TRAIN_FILES, find_data, verify_data
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DataError
 from tune_cifar.record.journal import read_state, search_folder
 
@@ -47,7 +49,7 @@ def folder(
     tmp_path: Path, workplace: Path, batch: Path, table: dict[str, tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
     """A folder with all seven files, genuine by the table. Replace a file, never write into it: all are one."""
-    monkeypatch.setattr(data, "FILES", table)
+    monkeypatch.setattr(files, "FILES", table)
     (tmp_path / "cifar" / BATCHES_FOLDER).mkdir(parents=True)
     for name in FILES:
         (tmp_path / "cifar" / BATCHES_FOLDER / name).symlink_to(batch)
@@ -126,7 +128,7 @@ def test_a_hostile_file_runs_nothing_although_its_md5_is_the_published_one(
 
 def test_a_hostile_file_is_refused_by_its_md5_before_it_is_unpickled(folder: Path, tmp_path: Path) -> None:
     content = pickle.dumps(RunsCommand(tmp_path / "ran"), protocol=2)
-    path = replace(folder, "data_batch_1", content.ljust(data.FILES["data_batch_1"][1], b"."))
+    path = replace(folder, "data_batch_1", content.ljust(files.FILES["data_batch_1"][1], b"."))
     assert refuse(DataError, *train(folder)).startswith(f"{path}: the file must have MD5 ")
     assert not (tmp_path / "ran").exists()
 

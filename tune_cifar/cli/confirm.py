@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tune_cifar.data.load import DataSource
+    from tune_cifar.data.files import DataSource
     from tune_cifar.record.journal import SearchState
     from tune_cifar.search.plan import SearchPlan
     from tune_cifar.verify.confirm import Confirmed
@@ -143,7 +143,7 @@ def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) 
 
 def _find_source(state: SearchState, data: str | None) -> DataSource:
     """The data that a search or its confirmation was trained on."""
-    from tune_cifar.data.load import find_data
+    from tune_cifar.data.files import find_data
 
     header = state.header
     source = find_data(data or ("shapes" if header.data.name == "shapes" else None))

@@ -22,7 +22,7 @@ def fetch(folder: Folder = None) -> None:
 
     Example: python -m tune_cifar data fetch
     """
-    from tune_cifar.data.load import fetch_data
+    from tune_cifar.data.files import fetch_data
 
     source = fetch_data(folder)
     say(f"CIFAR-10 lies in {source.folder}")
@@ -36,7 +36,7 @@ def verify(data: options.Data = None, as_json: options.Json = False) -> None:
     """
     from rich.table import Table
 
-    from tune_cifar.data.load import find_data, verify_data
+    from tune_cifar.data.files import find_data, verify_data
 
     checks = verify_data(find_data(data))
     if as_json:

@@ -40,7 +40,8 @@ def judge(
     Example: python -m tune_cifar judge --best --space s10
     """
     from tune_cifar.cli.live import print_stand_in_banner
-    from tune_cifar.data.load import CLASS_NAMES, find_data
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import CLASS_NAMES
     from tune_cifar.record.journal import find_storage
     from tune_cifar.train.metrics import judge_logits
     from tune_cifar.train.numerics import restore_numerics

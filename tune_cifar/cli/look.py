@@ -174,7 +174,8 @@ def preview(
     Example: python -m tune_cifar preview --space s7
     """
     from tune_cifar.augment.preview import make_preview
-    from tune_cifar.data.load import find_data, load_train_val
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
     from tune_cifar.report.plots.evaluation import draw_preview
     from tune_cifar.report.plots.style import save
     from tune_cifar.space import load_space, parse_setting

@@ -80,7 +80,7 @@ def choose_search(
         given: runtime options, as fields of SearchRequest.
         settings, limits: `--set`; `--trials` and `--max-time`, as typed.
     """
-    from tune_cifar.data.load import find_data
+    from tune_cifar.data.files import find_data
     from tune_cifar.search.plan import SearchRequest, count_trials
     from tune_cifar.space import load_space, parse_duration, parse_setting
 

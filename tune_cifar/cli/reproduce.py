@@ -45,7 +45,7 @@ def reproduce(
 
     Example: python -m tune_cifar reproduce --best --space s10
     """
-    from tune_cifar.data.load import find_data
+    from tune_cifar.data.files import find_data
     from tune_cifar.record.journal import find_storage
 
     for option, is_given in {"--no-retrain": no_retrain, "--again": again}.items():

@@ -177,7 +177,7 @@ def _plan_resume(
     """Settle how a recorded search goes on and say what of it is there; of one that is finished, and is not to have
     more trials, say how it ended and leave."""
     from tune_cifar.cli.live import print_search_summary, print_stand_in_banner
-    from tune_cifar.data.load import find_data
+    from tune_cifar.data.files import find_data
     from tune_cifar.record.events import KIND_WORDS
     from tune_cifar.report.trials import load_searches
     from tune_cifar.search.plan import SearchRequest

@@ -13,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from tune_cifar.augment.preview import make_preview
-from tune_cifar.data.load import CLASS_NAMES, find_data
+from tune_cifar.data.files import find_data
+from tune_cifar.data.load import CLASS_NAMES
 from tune_cifar.errors import ConfigError, TuneCifarError
 from tune_cifar.record.journal import SearchState
 from tune_cifar.report import tables

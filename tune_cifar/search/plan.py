@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from tune_cifar.data.load import DataSource, load_train_val
+from tune_cifar.data.files import DataSource
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import Confirmation, SearchResumed
 from tune_cifar.record.journal import SearchState, check_is_new, search_folder

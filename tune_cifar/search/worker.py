@@ -32,7 +32,8 @@ os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVI
 import torch
 from ray import tune
 
-from tune_cifar.data.load import DataSource, load_train_val
+from tune_cifar.data.files import DataSource
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.trial import stop_file, train_trial

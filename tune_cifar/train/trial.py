@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tune_cifar.data.load import DataSource, TrainVal, load_train_val
+from tune_cifar.data.files import DataSource
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, DiskFullError, Diverged, RecordError
 from tune_cifar.record.events import (
     KIND_WORDS,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
-from tune_cifar.data.load import CLASS_NAMES, IMAGE_SHAPE, Split, TrainVal
+from tune_cifar.data.files import IMAGE_SHAPE
+from tune_cifar.data.load import CLASS_NAMES, Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError
 from tune_cifar.models import build_model
 from tune_cifar.record.journal import SearchState, TrialState

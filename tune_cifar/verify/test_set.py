@@ -8,7 +8,8 @@ from dataclasses import astuple
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tune_cifar.data.load import CLASS_NAMES, DataSource, Split, load_test
+from tune_cifar.data.files import DataSource
+from tune_cifar.data.load import CLASS_NAMES, Split, load_test
 from tune_cifar.errors import RecordError
 from tune_cifar.record.journal import TrialState
 from tune_cifar.record.test_log import OPENINGS_COLUMNS, TestOpening
