@@ -11,15 +11,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.models.layers import (
-    CACHED_ACTIVATIONS,
-    Dropout,
-    ReluDropout,
-    conv_bn_relu,
-    find_scale,
-    set_dropout_generator,
-    stack,
-)
+from tune_cifar.models.dropout import CACHED_ACTIVATIONS, Dropout, ReluDropout, find_scale, set_dropout_generator
+from tune_cifar.models.layers import conv_bn_relu, stack
 
 SHAPE = (16, 32, 20, 20)
 CHANNELS_LAST = torch.channels_last

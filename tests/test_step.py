@@ -14,7 +14,7 @@ from tests.conftest import FEW
 from tune_cifar.augment.batched import apply_pixel_ops, draw_policy
 from tune_cifar.augment.policies import make_policy
 from tune_cifar.data.load import TrainVal
-from tune_cifar.models.layers import Dropout
+from tune_cifar.models.dropout import Dropout
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics, TrainConfig
 from tune_cifar.train import step as room
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tune_cifar.models.layers import set_dropout_generator
+from tune_cifar.models.dropout import set_dropout_generator
 from tune_cifar.models.s6 import S6Net
 from tune_cifar.models.s7 import S7Net
 from tune_cifar.models.s8 import S8Net

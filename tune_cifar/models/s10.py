@@ -15,7 +15,8 @@ from collections import OrderedDict
 
 from torch import nn
 
-from tune_cifar.models.layers import Dropout, Residual, conv_bn_relu, stack
+from tune_cifar.models.dropout import Dropout
+from tune_cifar.models.layers import Residual, conv_bn_relu, stack
 
 
 class S10Net(nn.Sequential):

@@ -10,60 +10,12 @@ Baseline: dropout 0.1.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch import nn
 
-from tune_cifar.models.layers import Dropout, conv_bn_relu, stack
-
-
-class Depthwise5x5(nn.Conv2d):
-    """A depthwise 5x5 conv without padding whose weight gradient is fast on the CPU; elsewhere an ordinary one."""
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__(num_channels, num_channels, 5, groups=num_channels)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or not self.training:
-            return super().forward(input)
-        assert self.bias is not None
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        arguments = (tensor.to(dtype) for tensor in (input, self.weight, self.bias))
-        result: Tensor = TiledDepthwise5x5.apply(*arguments)
-        return result
-
-
-class TiledDepthwise5x5(torch.autograd.Function):
-    """Depthwise 5x5 conv, its weight gradient put together from four overlapping 3x3 ones.
-
-    oneDNN has a fast weight gradient for 3x3 kernels only. An entry of the gradient is the product of the output's
-    gradient with the input shifted by that entry, so the 3x3 corner at (row, column) is the gradient of a 3x3 conv of
-    the input without its first rows and columns: the same sums. This gradient takes 17 ms instead of 55, the whole s6
-    step (128 images, dropout 0.1, bf16 + channels_last) 280-294 instead of 326-363 (medians of 15, two runs, one thread
-    of an EPYC Zen 5, 2026-11-20); the layer in fp32 gains 4 %.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        (grad,) = grad_outputs
-        groups, rows, columns = len(weight), grad.shape[2] + 2, grad.shape[3] + 2
-        grad_weight = torch.empty_like(weight)
-        for row in (0, 2):
-            for column in (0, 2):
-                window = x[:, :, row : row + rows, column : column + columns]
-                corner = conv2d_weight(window, (groups, 1, 3, 3), grad, groups=groups)  # type: ignore[no-untyped-call]
-                grad_weight[:, :, row : row + 3, column : column + 3] = corner
-        grad_x: Tensor = conv2d_input(x.shape, weight, grad, groups=groups)  # type: ignore[no-untyped-call]
-        return grad_x, grad_weight, grad.sum((0, 2, 3))
+from tune_cifar.models.dropout import Dropout
+from tune_cifar.models.fast_conv import Depthwise5x5
+from tune_cifar.models.layers import conv_bn_relu, stack
 
 
 class S6Net(nn.Sequential):

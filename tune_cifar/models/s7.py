@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from tune_cifar.models.layers import StridedDepthwiseConv2d, conv_bn_relu, stack
+from tune_cifar.models.fast_conv import StridedDepthwiseConv2d
+from tune_cifar.models.layers import conv_bn_relu, stack
 
 
 class S7Net(nn.Sequential):

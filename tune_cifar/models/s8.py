@@ -12,7 +12,9 @@ from collections import OrderedDict
 
 from torch import nn
 
-from tune_cifar.models.layers import Dropout, SubsamplingConv2d, stack
+from tune_cifar.models.dropout import Dropout
+from tune_cifar.models.fast_conv import SubsamplingConv2d
+from tune_cifar.models.layers import stack
 
 WIDTH = 32
 
