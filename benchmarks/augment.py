@@ -30,7 +30,7 @@ NO_OPS = ("crop_pad", "hflip_p", "shift_scale_rotate_p", "cutout_p", "gray_p")
 
 def make_configs() -> dict[str, Any]:
     """A config for every row."""
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
 
     plain = load_space("s7", "cpu").baseline.model_copy(update=dict.fromkeys(NO_OPS, 0))
     configs = {name: plain.model_copy(update=changes) for name, changes in OPS.items()}

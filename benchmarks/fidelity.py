@@ -47,7 +47,7 @@ Scores = NDArray[np.float64]
 def make_configs(arguments: argparse.Namespace) -> list[TrainConfig]:
     """The baseline, then random proposals of the space."""
     from tune_cifar.search.sampler import Sampler
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
 
     sizes = {name: getattr(arguments, name) for name in ("epochs", "train_size", "val_size")}
     space = load_space(arguments.space, "cpu", sizes)

@@ -25,7 +25,7 @@ def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
 
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer
 

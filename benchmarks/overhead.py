@@ -52,7 +52,7 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
     from tune_cifar.record.events import TrialEnded, TrialStarted
     from tune_cifar.search import run as search
     from tune_cifar.search.plan import SearchRequest
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
 
     class EmptyWorker(search.TrialWorker):  # type: ignore[misc]
         def _make_results(self) -> Iterator[tuple[int, Any]]:

@@ -34,7 +34,7 @@ def train(space: str, seconds: float, ready: Any, counts: Any) -> None:
 
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer
 

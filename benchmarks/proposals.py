@@ -37,7 +37,8 @@ from optuna.trial import TrialState
 
 from tune_cifar.schema import CHANCE_ACCURACY, dead_knobs
 from tune_cifar.search.sampler import Sampler
-from tune_cifar.space import SamplerBudget, SearchSpace, load_space
+from tune_cifar.space.layout import SamplerBudget
+from tune_cifar.space.select import SearchSpace, load_space
 
 HERE = Path(__file__).parent
 # A trial's proposal is seeded with seed + number: seeds of searches must lie further apart than a search is long.

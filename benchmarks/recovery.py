@@ -23,7 +23,7 @@ from pathlib import Path
 from tune_cifar.record.journal import Record, read_state, search_folder
 from tune_cifar.schema import DataInfo, EpochResult
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 from tune_cifar.tracking.upload import sync_search
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.trial import make_header

@@ -40,7 +40,8 @@ from rows_table import SYSTEMS, load_table, make_row, render_table, write_readme
 
 from tune_cifar.errors import ConfigError, RecordError, TuneCifarError
 from tune_cifar.record.journal import find_storage
-from tune_cifar.space import parse_duration, parse_setting
+from tune_cifar.space.rules import parse_duration
+from tune_cifar.space.select import parse_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

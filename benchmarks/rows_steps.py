@@ -15,7 +15,7 @@ from tune_cifar.record.journal import SearchState, read_state, search_folder
 from tune_cifar.record.test_log import TestOpening, find_openings, find_openings_file
 from tune_cifar.schema import TrainConfig, dead_knobs
 from tune_cifar.search.forecast import forecast_search
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 from tune_cifar.train.numerics import count_cores, count_gpus
 from tune_cifar.verify.confirm import ALL_IMAGES, make_final
 

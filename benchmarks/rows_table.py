@@ -12,7 +12,7 @@ from pathlib import Path
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.test_log import TestOpening
 from tune_cifar.report.trials import find_run
-from tune_cifar.space import load_header
+from tune_cifar.space.select import load_header
 
 BEGIN, END = "<!-- rows:begin -->", "<!-- rows:end -->"
 COLUMNS = (

@@ -26,7 +26,7 @@ def train(space: str, seed: int) -> list[float]:
     """val_acc after each epoch of the baseline with this seed, one thread."""
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer
 
@@ -37,7 +37,7 @@ def train(space: str, seed: int) -> list[float]:
 
 def describe(space: str, curves: list[list[float]]) -> dict[str, object]:
     """A row of the table."""
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
     from tune_cifar.train.numerics import resolve_numerics
 
     config, numerics = load_space(space, "cpu").baseline, resolve_numerics()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, MEAN_COLOR
 from tune_cifar.data.load import Split
-from tune_cifar.models import build_model
+from tune_cifar.models.build import build_model
 from tune_cifar.models.dropout import Dropout, ReluDropout, ScaledBatchNorm2d
 from tune_cifar.schema import TrainConfig
 

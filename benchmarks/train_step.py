@@ -30,7 +30,7 @@ def load(space: str) -> tuple[Any, Any]:
     """The baseline of the space's cpu tier and its images."""
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
 
     config = load_space(space, "cpu").baseline
     return config, load_train_val(find_data(None), config.train_size, config.val_size)

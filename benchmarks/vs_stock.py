@@ -30,7 +30,7 @@ CONFIG_SEED = 7
 def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
     """s7's cpu tier with its trials given: the baseline and random points, no rung before the last epoch."""
     from tune_cifar.search.sampler import Sampler
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
 
     sizes = {"epochs": epochs, "train_size": train_size, "val_size": VAL_SIZE}
     space = load_space("s7", "cpu", sizes)

@@ -38,7 +38,7 @@ from tests.test_tracking import find_free_port
 from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
 from tune_cifar.report.plots.evaluation import save_judgement
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 from tune_cifar.tracking.upload import make_tracking_uri, ship_judgement, sync_search
 from tune_cifar.train.trial import make_header
 

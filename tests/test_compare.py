@@ -31,7 +31,7 @@ from tune_cifar.report.tables import (
     make_sources,
 )
 from tune_cifar.report.trials import estimate_scatter
-from tune_cifar.space import describe_distribution, load_space
+from tune_cifar.space.select import describe_distribution, load_space
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from tune_cifar.record.events import EpochReported, TrialEnded
 from tune_cifar.record.journal import SearchState
 from tune_cifar.report.dashboard import make_studies
 from tune_cifar.search.sampler import Sampler, list_distributions
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 
 MAX_LR = '{"name": "FloatDistribution", "attributes": {"step": null, "low": 0.001, "high": 1.0, "log": true}}'
 

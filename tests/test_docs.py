@@ -25,7 +25,7 @@ from tune_cifar.errors import TuneCifarError
 from tune_cifar.record.journal import read_state, search_folder
 from tune_cifar.report.trials import TRIAL_COLUMNS
 from tune_cifar.schema import KNOBS, EpochResult, Numerics, TrainConfig
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 from tune_cifar.tracking.runs import EPOCH_METRICS
 
 README, GLOSSARY, TROUBLE = ROOT / "README.md", ROOT / "docs" / "metrics.md", ROOT / "docs" / "troubleshooting.md"

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tune_cifar.search.rungs import keep, list_cycles, list_steps
-from tune_cifar.space import Budget
-from tune_cifar.space.layout import Fidelity, SamplerBudget
+from tune_cifar.space.layout import Budget, Fidelity, SamplerBudget
 
 SCORES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=50)
 FACTORS = st.integers(2, 10)

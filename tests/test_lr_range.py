@@ -24,7 +24,8 @@ from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, SpaceError, TrackingError
 from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import Numerics, TrainConfig
-from tune_cifar.space import Range, load_space, read_space
+from tune_cifar.space.layout import Range
+from tune_cifar.space.select import load_space, read_space
 from tune_cifar.tracking.upload import ship_lr_range
 from tune_cifar.train.lr_range import (
     DIVERGENCE_FACTOR,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.models import MODELS, build_model, set_dropout_generator
-from tune_cifar.models.dropout import Dropout
+from tune_cifar.models.build import MODELS, build_model
+from tune_cifar.models.dropout import Dropout, set_dropout_generator
 from tune_cifar.models.fast_conv import Depthwise5x5, StridedDepthwiseConv2d, SubsamplingConv2d
 from tune_cifar.models.layers import Residual
 from tune_cifar.models.summary import describe_model

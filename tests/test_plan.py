@@ -13,7 +13,7 @@ from tests.test_record import NUMERICS, make_header, make_trial, write_record
 from tune_cifar.schema import Numerics
 from tune_cifar.search.forecast import START_SECONDS
 from tune_cifar.search.plan import CONTEXT_MB, Cost, Resources, SearchPlan, SearchRequest, measure_cost
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 
 GB = 1024.0
 

@@ -13,7 +13,7 @@ from tests.conftest import SHAPES, make_config
 from tests.faults.disks import limit_file_size, mount_small_disk
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
-from tune_cifar.models import MODELS
+from tune_cifar.models.build import MODELS
 from tune_cifar.schema import Numerics
 from tune_cifar.search.preflight import (
     MAX_TEMPORARY_BYTES,

@@ -14,7 +14,7 @@ import pytest
 
 from tests.test_sampler import Past
 from tune_cifar.search.sampler import Sampler
-from tune_cifar.space import SearchSpace, load_space
+from tune_cifar.space.select import SearchSpace, load_space
 
 # The benchmarks are scripts, not a package.
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -21,7 +21,8 @@ from tune_cifar.report.health import examine_space
 from tune_cifar.report.html import make_report, write_report
 from tune_cifar.report.tables import make_importances, make_slices
 from tune_cifar.schema import DataInfo, Numerics
-from tune_cifar.space import Range, parse_space
+from tune_cifar.space.layout import Range
+from tune_cifar.space.reader import parse_space
 
 
 def examine(state: SearchState) -> tuple[tuple[str, ...], str]:

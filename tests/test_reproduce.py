@@ -20,13 +20,13 @@ from tests.test_search import make_tiny_driver, run_trials
 from tests.test_train import EXPLODING, SMALL, hear_nothing, interrupt_small, open_small, train_small
 from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, RecordError
-from tune_cifar.models import MODELS
+from tune_cifar.models.build import MODELS
 from tune_cifar.models.s7 import S7Net
 from tune_cifar.record.events import EpochReported, Header, SearchEnded, TrialEnded, TrialStarted
 from tune_cifar.record.journal import Record, SearchState, TrialState, read_state, search_folder
 from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
 from tune_cifar.schema import EpochResult, Numerics
-from tune_cifar.space import list_spaces
+from tune_cifar.space.select import list_spaces
 from tune_cifar.train.checkpoint import load_weights
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.trial import load_recorded_data, load_trained, run_training

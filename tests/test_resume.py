@@ -16,7 +16,8 @@ from tune_cifar.schema import DataInfo, Numerics
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import count_trials
 from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space, warm_start
-from tune_cifar.space import SearchSpace, load_space, parse_space, select_tier
+from tune_cifar.space.reader import parse_space
+from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.numerics import describe_environment, digest_code
 from tune_cifar.train.trial import make_header

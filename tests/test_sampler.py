@@ -15,7 +15,8 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.schema import Status
 from tune_cifar.search.rungs import keep
 from tune_cifar.search.sampler import Sampler
-from tune_cifar.space import SamplerBudget, SearchSpace, load_space
+from tune_cifar.space.layout import SamplerBudget
+from tune_cifar.space.select import SearchSpace, load_space
 
 KINDS = [SamplerBudget(kind="tpe", startup=5), SamplerBudget(kind="random"), SamplerBudget(kind="qmc")]
 

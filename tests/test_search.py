@@ -29,7 +29,7 @@ from tune_cifar.search.plan import SearchRequest, resolve_resources
 from tune_cifar.search.resume import restore_space
 from tune_cifar.search.run import _guard, _Scheduler, _Searcher
 from tune_cifar.search.worker import TrialWorker
-from tune_cifar.space import SearchSpace, load_space
+from tune_cifar.space.select import SearchSpace, load_space
 from tune_cifar.train.trial import CHECKPOINTS, make_header, stop_file, train_trial
 
 # A pinned pct_start: in so few steps the smallest searched one would be no warm-up at all, and is refused.
@@ -838,7 +838,7 @@ def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_
         "from tune_cifar.data.load import find_data\n"
         "from tune_cifar.search.plan import SearchRequest\n"
         "from tune_cifar.search.run import prepare_search, run_search\n"
-        "from tune_cifar.space import load_space\n"
+        "from tune_cifar.space.select import load_space\n"
         "from tune_cifar.record.events import TrialStarted\n"
         f"space = load_space('smoke', 'cpu', {dict(SMALL, epochs=2)!r}).limit(4, None)\n"
         f"request = SearchRequest(find_data('shapes'), Path({str(runs)!r}), 'test', name='faulty')\n"

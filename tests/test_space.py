@@ -17,27 +17,22 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.schema import KNOBS, TrainConfig, dead_knobs
-from tune_cifar.space import (
-    STRUCTURAL,
-    TIERS,
-    Budget,
-    Choices,
-    Range,
+from tune_cifar.space import knobs
+from tune_cifar.space.edit import check_editable, describe_edit, edit_range, write_space
+from tune_cifar.space.knobs import describe_effect, list_knobs
+from tune_cifar.space.layout import TIERS, Budget, Choices, Range
+from tune_cifar.space.reader import parse_space
+from tune_cifar.space.rules import COUPLED, DECIDING, STRUCTURAL, find_dead, find_value_problem, parse_duration
+from tune_cifar.space.select import (
     describe_distribution,
     find_space,
-    knobs,
     list_spaces,
     load_header,
     load_space,
-    parse_duration,
     parse_setting,
-    parse_space,
     read_space,
     select_tier,
 )
-from tune_cifar.space.edit import check_editable, describe_edit, edit_range, write_space
-from tune_cifar.space.knobs import describe_effect, list_knobs
-from tune_cifar.space.rules import COUPLED, DECIDING, find_dead, find_value_problem
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 SHIPPED = ["s6", "s7", "s8", "s10", "s10_postact", "smoke"]
@@ -517,7 +512,7 @@ def test_unknown_tier_is_refused() -> None:
 
 def test_listing_and_checking_all_spaces_needs_no_optuna() -> None:
     code = (
-        "import sys; from tune_cifar.space import list_spaces, load_header\n"
+        "import sys; from tune_cifar.space.select import list_spaces, load_header\n"
         "assert [load_header(path).space for path in list_spaces()]\n"
         "heavy = {'optuna', 'torch', 'ray', 'mlflow', 'pandas', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -31,7 +31,7 @@ from tune_cifar.report.tables import (
     make_slices,
 )
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 from tune_cifar.train.trial import make_header
 
 Scores = Callable[[TrialState, int], float]

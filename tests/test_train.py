@@ -17,7 +17,7 @@ from tune_cifar.errors import CheckpointError, ConfigError, RecordError
 from tune_cifar.record.events import EpochReported, Event, TrialEnded
 from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
 from tune_cifar.schema import Numerics
-from tune_cifar.space import load_space
+from tune_cifar.space.select import load_space
 from tune_cifar.train.checkpoint import load_weights
 from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tune_cifar.schema import TrainConfig
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.search.run import prepare_resume, prepare_search, run_search
-    from tune_cifar.space import load_space
+    from tune_cifar.space.select import load_space
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer
 
@@ -45,7 +45,7 @@ _MODULES = {
     "prepare_resume": "search.run",
     "prepare_search": "search.run",
     "run_search": "search.run",
-    "load_space": "space",
+    "load_space": "space.select",
     "load_trials": "report.trials",
     "load_curves": "report.trials",
     "load_searches": "report.trials",

@@ -11,8 +11,8 @@ import pytest
 
 from tests.test_space import MINI
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.space import load_space, parse_setting, read_space
 from tune_cifar.space.document import MAX_DEPTH, MAX_SENTENCE, read_document
+from tune_cifar.space.select import load_space, parse_setting, read_space
 
 NUM_LINES = MINI.count("\n")
 

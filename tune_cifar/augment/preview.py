@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tune_cifar.augment import select_interpreter
 from tune_cifar.augment.batched import draw_policy
-from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, make_policy
+from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, make_policy, select_interpreter
 from tune_cifar.schema import TrainConfig
 
 

@@ -165,7 +165,7 @@ def _plan(
     from tune_cifar.cli.live import print_stand_in_banner
     from tune_cifar.report.trials import load_searches
     from tune_cifar.search.plan import SearchRequest
-    from tune_cifar.space import parse_setting
+    from tune_cifar.space.select import parse_setting
     from tune_cifar.verify.confirm import check_confirmed, find_confirmation, make_confirmation, make_final
 
     changes = dict(parse_setting(setting) for setting in settings)

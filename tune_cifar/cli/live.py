@@ -21,7 +21,7 @@ from tune_cifar.record.journal import TIME_LIMIT, SearchState, TrialState
 from tune_cifar.report.trials import describe_gain
 from tune_cifar.schema import DataInfo, EpochResult, Status
 from tune_cifar.search.forecast import START_SECONDS, forecast_search
-from tune_cifar.space import Budget
+from tune_cifar.space.layout import Budget
 
 if TYPE_CHECKING:
     from tune_cifar.train.lr_range import Sweep

@@ -178,7 +178,7 @@ def preview(
     from tune_cifar.data.load import load_train_val
     from tune_cifar.report.plots.evaluation import draw_preview
     from tune_cifar.report.plots.style import save
-    from tune_cifar.space import load_space, parse_setting
+    from tune_cifar.space.select import load_space, parse_setting
 
     found = load_space(space, "full", dict(parse_setting(setting) for setting in settings or []))
     path = out or Path(f"preview-{found.name}.png")

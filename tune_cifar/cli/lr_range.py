@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tune_cifar.data.load import TrainVal
     from tune_cifar.schema import Numerics, TrainConfig
-    from tune_cifar.space import SearchSpace
+    from tune_cifar.space.select import SearchSpace
     from tune_cifar.train.lr_range import Sweep
 
 # The document of --json: what was found. How it was found stands in sweeps.json.
@@ -119,7 +119,7 @@ def lr_range(
 
 def _load_recipe(space: str, tier: str, settings: list[str]) -> SearchSpace:
     """The baseline with its pins, and without a schedule: knobs that only a schedule reads are refused as pins."""
-    from tune_cifar.space import load_space, parse_setting
+    from tune_cifar.space.select import load_space, parse_setting
 
     pins = dict(parse_setting(setting) for setting in settings)
     for knob in ("schedule", "max_lr"):
@@ -177,8 +177,8 @@ def _track(uri: str | None, store: Path, report: dict[str, Any], folder: Path, c
 
 def _check_proposable(space: str, settings: list[str]) -> None:
     """Refuse before the sweeps what --write could not write after them."""
-    from tune_cifar.space import read_space
     from tune_cifar.space.edit import check_editable
+    from tune_cifar.space.select import read_space
 
     if settings:
         raise ConfigError(f"--write: the file's own recipe must be swept, got --set {settings[0]}. Leave one out.")
@@ -187,8 +187,9 @@ def _check_proposable(space: str, settings: list[str]) -> None:
 
 def _propose(space: str, report: dict[str, Any], yes: bool, as_json: bool, console: Console) -> dict[str, Any]:
     """Show the file's change as a diff and, when it is accepted, make it."""
-    from tune_cifar.space import Range, read_space
     from tune_cifar.space.edit import describe_edit, edit_range, write_space
+    from tune_cifar.space.layout import Range
+    from tune_cifar.space.select import read_space
     from tune_cifar.train.lr_range import propose_range
 
     file = read_space(space)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def complete_space() -> list[str]:
     """The names that a shell offers after --space."""
-    from tune_cifar.space import list_spaces
+    from tune_cifar.space.select import list_spaces
 
     return [path.stem for path in list_spaces()]
 

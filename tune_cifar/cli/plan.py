@@ -11,7 +11,7 @@ from tune_cifar.cli.terminal import print_json, say, stderr, stdout
 
 if TYPE_CHECKING:
     from tune_cifar.search.plan import SearchPlan, SearchRequest
-    from tune_cifar.space import SearchSpace
+    from tune_cifar.space.select import SearchSpace
 
 
 def plan(
@@ -82,7 +82,8 @@ def choose_search(
     """
     from tune_cifar.data.files import find_data
     from tune_cifar.search.plan import SearchRequest, count_trials
-    from tune_cifar.space import load_space, parse_duration, parse_setting
+    from tune_cifar.space.rules import parse_duration
+    from tune_cifar.space.select import load_space, parse_setting
 
     trials, max_time = limits
     pinned = dict(parse_setting(setting) for setting in settings)

@@ -181,7 +181,7 @@ def _plan_resume(
     from tune_cifar.record.events import KIND_WORDS
     from tune_cifar.report.trials import load_searches
     from tune_cifar.search.plan import SearchRequest
-    from tune_cifar.space import parse_duration
+    from tune_cifar.space.rules import parse_duration
 
     (state,) = load_searches(given["storage"], search=given["name"])
     header = state.header

@@ -24,7 +24,7 @@ def list_(as_json: options.Json = False) -> None:
     """
     from rich.table import Table
 
-    from tune_cifar.space import list_spaces, load_header
+    from tune_cifar.space.select import list_spaces, load_header
 
     headers = [(path, load_header(path)) for path in list_spaces()]
     if as_json:
@@ -45,7 +45,7 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
     from rich.table import Table
 
     from tune_cifar.schema import KNOBS, dead_knobs
-    from tune_cifar.space import describe_distribution, load_space
+    from tune_cifar.space.select import describe_distribution, load_space
 
     space = load_space(name, tier)
     searched = {knob: describe_distribution(found) for knob, found in space.distributions.items()}
@@ -74,7 +74,8 @@ def check(name: Name) -> None:
 
     Example: python -m tune_cifar spaces check my_space.yaml
     """
-    from tune_cifar.space import TIERS, find_space, load_space
+    from tune_cifar.space.layout import TIERS
+    from tune_cifar.space.select import find_space, load_space
 
     path = find_space(name)
     knobs = [f"{len(load_space(str(path), tier).distributions)} knobs in tier {tier}" for tier in TIERS]

@@ -44,7 +44,7 @@ def train(
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import EpochReported, Event
     from tune_cifar.record.journal import check_name, find_storage
-    from tune_cifar.space import load_space, parse_setting
+    from tune_cifar.space.select import load_space, parse_setting
     from tune_cifar.tracking.upload import Shipper, make_tracking_uri
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trial import open_training, run_training

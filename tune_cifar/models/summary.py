@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.models import MODELS
+from tune_cifar.models.build import MODELS
 from tune_cifar.schema import TrainConfig, nearest_name
 
 IMAGE_SHAPE = (1, 3, 32, 32)

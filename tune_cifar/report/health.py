@@ -11,8 +11,9 @@ import pandas as pd
 
 from tune_cifar.errors import SpaceError
 from tune_cifar.record.journal import SearchState
-from tune_cifar.space import Range, parse_space
 from tune_cifar.space.edit import describe_edit, edit_range
+from tune_cifar.space.layout import Range
+from tune_cifar.space.reader import parse_space
 from tune_cifar.space.rules import find_value_problem
 
 # With fewer trials that were scored, nothing is said.

@@ -25,7 +25,7 @@ from tune_cifar.report.plots.interactive import make_parallel_html
 from tune_cifar.report.plots.style import make_svg
 from tune_cifar.report.trials import describe_gain, group_failures, load_trials
 from tune_cifar.search.sampler import list_distributions
-from tune_cifar.space import describe_distribution
+from tune_cifar.space.select import describe_distribution
 from tune_cifar.train.metrics import judge_logits
 from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.trial import load_recorded_data, load_trained

@@ -24,7 +24,8 @@ from tune_cifar.report.trials import best_so_far, estimate_scatter, load_curves,
 from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
 from tune_cifar.search.rungs import keep
 from tune_cifar.search.sampler import list_distributions, make_study
-from tune_cifar.space import describe_distribution, load_header, parse_space
+from tune_cifar.space.reader import parse_space
+from tune_cifar.space.select import describe_distribution, load_header
 from tune_cifar.train.metrics import Judgement
 from tune_cifar.train.optim import schedule_steps
 

@@ -29,7 +29,7 @@ from tune_cifar.record.journal import INTERRUPTED, TIME_LIMIT, Record, SearchSta
 from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
 from tune_cifar.search.rungs import keep, list_cycles
 from tune_cifar.search.sampler import Confirmer, Proposer, Sampler
-from tune_cifar.space import SearchSpace
+from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.trial import CHECKPOINTS, WEIGHTS, Listener, relative, stop_file, write_error
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tune_cifar.record.journal import SearchState
 from tune_cifar.search.rungs import goes_on, list_steps
-from tune_cifar.space import Budget
+from tune_cifar.space.layout import Budget
 
 # Between a trial's scores at two rungs, as normal variables. Kendall's tau between complete cycles of 1 and of 8 epochs
 # is 0.54, which is a correlation of sin(0.54 pi / 2) (40 configurations of s8, analysis/FINDINGS.md, 2026-11-21).

@@ -20,7 +20,7 @@ from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.search.preflight import DiskNeeds, check_search_fits, estimate_disk_needs
 from tune_cifar.search.rungs import list_cycles
-from tune_cifar.space import SearchSpace
+from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.numerics import check_cpus, count_cores, count_gpus, get_memory_mb, resolve_numerics
 from tune_cifar.train.trainer import Trainer
 

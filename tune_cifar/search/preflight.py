@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.models import build_model
+from tune_cifar.models.build import build_model
 from tune_cifar.schema import TrainConfig
 
 # Checkpoints of a running trial: the two that CheckpointFolder keeps and the one being written.

@@ -14,7 +14,9 @@ from tune_cifar.record.events import Header
 from tune_cifar.record.journal import SearchState
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.sampler import fit_point
-from tune_cifar.space import Budget, SearchSpace, parse_space, read_space, select_tier
+from tune_cifar.space.layout import Budget
+from tune_cifar.space.reader import parse_space
+from tune_cifar.space.select import SearchSpace, read_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.numerics import compare_numerics
 from tune_cifar.train.trial import CHECKPOINTS

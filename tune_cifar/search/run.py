@@ -34,7 +34,7 @@ from tune_cifar.schema import EpochResult
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import Resources, SearchPlan, SearchRequest, check_and_measure, count_trials, settle_search
 from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space
-from tune_cifar.space import SearchSpace
+from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import Shipper, make_tracking_uri
 from tune_cifar.train.numerics import describe_environment, restore_numerics
 from tune_cifar.train.trial import Listener, make_header

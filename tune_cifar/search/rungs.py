@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Collection
 
-from tune_cifar.space import Budget
+from tune_cifar.space.layout import Budget
 
 
 def keep(score: float, scores_at_rung: Collection[float], reduction_factor: int) -> bool:

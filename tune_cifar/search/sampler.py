@@ -20,7 +20,7 @@ from optuna.trial import Trial, TrialState
 
 from tune_cifar.record.events import Confirmation, Header
 from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
-from tune_cifar.space import SearchSpace
+from tune_cifar.space.select import SearchSpace
 
 Origin = Literal["baseline", "point", "sampler", "confirm"]
 

@@ -22,8 +22,8 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import utc_now
 from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import KNOBS, DataInfo, Numerics, TrainConfig, dead_knobs
-from tune_cifar.space import SearchSpace
 from tune_cifar.space.rules import find_value_problem
+from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.numerics import describe_environment
 from tune_cifar.train.trainer import Trainer
 

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_cifar.augment import select_interpreter
 from tune_cifar.augment.batched import apply_policy, draw_policy
-from tune_cifar.augment.policies import make_policy
-from tune_cifar.models import build_model, set_dropout_generator
-from tune_cifar.models.dropout import round_share, set_dropout_share
+from tune_cifar.augment.policies import make_policy, select_interpreter
+from tune_cifar.models.build import build_model
+from tune_cifar.models.dropout import round_share, set_dropout_generator, set_dropout_share
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.numerics import autocast, memory_format
 from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer

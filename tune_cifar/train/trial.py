@@ -32,7 +32,7 @@ from tune_cifar.record.events import (
 )
 from tune_cifar.record.journal import INTERRUPTED, Record, SearchState, TrialState, search_folder
 from tune_cifar.schema import CHANCE_ACCURACY, MAX_EPOCHS, DataInfo, EpochResult, Numerics, TrainConfig
-from tune_cifar.space import SearchSpace
+from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, load_weights, save_weights
 from tune_cifar.train.numerics import compare_numerics, describe_environment
 from tune_cifar.train.trainer import Trainer

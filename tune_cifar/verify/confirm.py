@@ -21,7 +21,8 @@ from tune_cifar.record.events import KIND_WORDS, Candidate, Confirmation
 from tune_cifar.record.journal import SearchState
 from tune_cifar.record.test_log import TestOpening
 from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig
-from tune_cifar.space import Budget, SamplerBudget, SearchSpace
+from tune_cifar.space.layout import Budget, SamplerBudget
+from tune_cifar.space.select import SearchSpace
 
 ALL_IMAGES = {"train_size": NUM_TRAIN_IMAGES, "val_size": 0}
 CONFIDENCE = 0.95
