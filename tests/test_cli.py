@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.test_record import EVENTS, make_header, write_record
-from tune_cifar.cli import app, run
+from tune_cifar.cli.app import app, run
 from tune_cifar.data.files import FILES, DataSource
 from tune_cifar.errors import ConfigError, DataError, RecordError, SpaceError, TrackingError, TuneCifarError
 from tune_cifar.record.journal import read_state, search_folder

@@ -712,7 +712,7 @@ def test_a_leaderboard_with_confirmations_needs_neither_torch_nor_ray(workplace:
     write_final(workplace / "runs", [0.0] * 4)
     code = (
         "import sys\n"
-        "from tune_cifar.cli import app\n"
+        "from tune_cifar.cli.app import app\n"
         "try: app(['leaderboard'], prog_name='tune_cifar')\n"
         "except SystemExit as exc: assert not exc.code\n"
         "heavy = {'ray', 'torch', 'mlflow', 'optuna', 'albumentations', 'scipy.stats'} & set(sys.modules)\n"

@@ -180,7 +180,7 @@ LIGHT_COMMANDS = (
 def test_light_commands_import_nothing_heavy(command: list[str], workplace: Path) -> None:
     code = (
         "import sys\n"
-        "from tune_cifar.cli import app\n"
+        "from tune_cifar.cli.app import app\n"
         f"try: app({command!r}, prog_name='tune_cifar')\n"
         "except SystemExit as exc: assert not exc.code\n"
         "heavy = {'ray', 'torch', 'mlflow', 'optuna', 'pandas', 'albumentations', 'matplotlib'} & set(sys.modules)\n"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.test_cli import invoke, refuse
 from tests.test_record import make_header, make_trial
 from tests.test_results import FINISH, INTERRUPT, OUT_OF_MEMORY, SHAPES, TRIALS, fail, write_failures, write_search
-from tune_cifar.cli import app
+from tune_cifar.cli.app import app
 from tune_cifar.errors import RecordError, TrackingError
 from tune_cifar.record.journal import Record, SearchState, read_state, search_folder
 
@@ -90,7 +90,7 @@ def test_an_empty_run_store_is_said_to_be_empty(tmp_path: Path) -> None:
 def test_looking_at_searches_imports_nothing_heavy(storage: Path, command: str) -> None:
     code = (
         "import sys\n"
-        "from tune_cifar.cli import app\n"
+        "from tune_cifar.cli.app import app\n"
         f"try: app({command.split()!r}, prog_name='tune_cifar')\n"
         "except SystemExit as exc: assert not exc.code\n"
         "heavy = {'ray', 'torch', 'mlflow', 'optuna', 'pandas', 'albumentations', 'matplotlib'} & set(sys.modules)\n"

@@ -1,6 +1,6 @@
 """`python -m tune_cifar`."""
 
-from tune_cifar.cli import main
+from tune_cifar.cli.app import main
 
 if __name__ == "__main__":
     main()
