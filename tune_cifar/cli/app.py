@@ -18,9 +18,11 @@ from tune_cifar.cli import (
     data,
     evaluate,
     export,
-    look,
+    leaderboard,
     lr_range,
+    models,
     plan,
+    preview,
     report,
     reproduce,
     search,
@@ -50,10 +52,10 @@ app.command()(report.report)
 app.command()(export.export)
 app.command()(searches.failures)
 app.command()(searches.sync)
-app.command()(look.leaderboard)
+app.command()(leaderboard.leaderboard)
 app.command()(ui.ui)
-app.command()(look.models)
-app.command()(look.preview)
+app.command()(models.models)
+app.command()(preview.preview)
 app.add_typer(searches.app, name="searches")
 app.add_typer(spaces.app, name="spaces")
 app.add_typer(data.app, name="data")

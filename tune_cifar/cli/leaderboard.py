@@ -1,4 +1,4 @@
-"""`leaderboard`, `models`, `preview`: looking at what is there."""
+"""`leaderboard`: all trials, confirmations and test evaluations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, say, stdout
-from tune_cifar.errors import ConfigError
+from tune_cifar.cli.terminal import say, stdout
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from tune_cifar.record.journal import SearchState, TrialState
-
-# One image of each class.
-NUM_PREVIEW_ROWS = 10
 
 
 def leaderboard(
@@ -133,59 +129,3 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         say(title, style="bold")
         stdout().print(table)
         say(f"... and {len(rows) - top} more (--top, --csv)\n" if len(rows) > top else "")
-
-
-def models(
-    name: Annotated[str, typer.Argument(help="A network, such as s7: `spaces knobs` names them.")],
-    as_json: options.Json = False,
-) -> None:
-    """Print a model's layers: output shape, parameters, multiply-adds, receptive field.
-
-    Example: python -m tune_cifar models s7
-    """
-    from rich.table import Table
-
-    from tune_cifar.models.summary import describe_model
-
-    summary = describe_model(name)
-    if as_json:
-        print_json(summary.to_dict())
-        return
-    table = Table("layer", "kind", "output", box=None, header_style="bold")
-    for column in ("params", "MACs", "receptive field"):
-        table.add_column(column, justify="right")
-    for layer in summary.layers:
-        shape = " x ".join(map(str, layer.output_shape))
-        numbers = (f"{layer.params:,}", f"{layer.macs:,}", str(layer.receptive_field))
-        table.add_row(layer.name, layer.kind, shape, *numbers)
-    table.add_section()
-    table.add_row(summary.name, "", "", f"{summary.params:,}", f"{summary.macs:,}", str(summary.receptive_field))
-    stdout().print(table)
-
-
-def preview(
-    space: options.Space,
-    settings: options.Settings = None,
-    out: Annotated[Path | None, typer.Option("--out", help="PNG file. Default: preview-SPACE.png.")] = None,
-    data: options.Data = None,
-) -> None:
-    """Write a grid of what the network sees: each row one training image, first as it is, then augmented.
-
-    Example: python -m tune_cifar preview --space s7
-    """
-    from tune_cifar.augment.preview import make_preview
-    from tune_cifar.data.files import find_data
-    from tune_cifar.data.load import load_train_val
-    from tune_cifar.report.plots.evaluation import draw_preview
-    from tune_cifar.report.plots.style import save
-    from tune_cifar.space.select import load_space, parse_setting
-
-    found = load_space(space, "full", dict(parse_setting(setting) for setting in settings or []))
-    path = out or Path(f"preview-{found.name}.png")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
-    source = find_data(data)
-    images = load_train_val(source, NUM_PREVIEW_ROWS, NUM_PREVIEW_ROWS).train.images_NCHW
-    pictures = make_preview(found.baseline, images).numpy()
-    save(draw_preview(pictures, f"{found.name} on {source.name}: what the network sees"), path)
-    say(str(path))

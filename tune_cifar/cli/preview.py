@@ -1,0 +1,43 @@
+"""`preview`: pictures of what the network sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tune_cifar.cli import options
+from tune_cifar.cli.terminal import say
+from tune_cifar.errors import ConfigError
+
+# One image of each class.
+NUM_PREVIEW_ROWS = 10
+
+
+def preview(
+    space: options.Space,
+    settings: options.Settings = None,
+    out: Annotated[Path | None, typer.Option("--out", help="PNG file. Default: preview-SPACE.png.")] = None,
+    data: options.Data = None,
+) -> None:
+    """Write a grid of what the network sees: each row one training image, first as it is, then augmented.
+
+    Example: python -m tune_cifar preview --space s7
+    """
+    from tune_cifar.augment.preview import make_preview
+    from tune_cifar.data.files import find_data
+    from tune_cifar.data.load import load_train_val
+    from tune_cifar.report.plots.evaluation import draw_preview
+    from tune_cifar.report.plots.style import save
+    from tune_cifar.space.select import load_space, parse_setting
+
+    found = load_space(space, "full", dict(parse_setting(setting) for setting in settings or []))
+    path = out or Path(f"preview-{found.name}.png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
+    source = find_data(data)
+    images = load_train_val(source, NUM_PREVIEW_ROWS, NUM_PREVIEW_ROWS).train.images_NCHW
+    pictures = make_preview(found.baseline, images).numpy()
+    save(draw_preview(pictures, f"{found.name} on {source.name}: what the network sees"), path)
+    say(str(path))
