@@ -261,7 +261,7 @@ def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console:
     """A row per candidate (the baseline is the first); of a validation, then the winner's curse in words."""
     from rich.table import Table
 
-    from tune_cifar.cli.live import format_percent
+    from tune_cifar.report.format import format_percent
 
     header, settled = state.header, state.header.confirmation
     assert settled is not None

@@ -68,7 +68,7 @@ def judge(
 def _print_judgement(trial: TrialState, judgement: Judgement, console: Console) -> None:
     from rich.table import Table
 
-    from tune_cifar.cli.live import format_percent
+    from tune_cifar.report.format import format_percent
 
     say(f"{trial.run_id} on its {judgement.num_images:,} {judgement.part} images", console, "bold")
     table = Table("class", box=None, header_style="bold")

@@ -109,7 +109,7 @@ def _name_training(state: SearchState, trial: TrialState) -> tuple[str, str, str
 def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     from rich.table import Table
 
-    from tune_cifar.cli.live import format_percent, format_value
+    from tune_cifar.report.format import format_percent, format_value
     from tune_cifar.report.trials import split_groups
 
     if not trials.empty:

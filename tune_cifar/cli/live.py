@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from tune_cifar.record.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
 from tune_cifar.record.journal import TIME_LIMIT, SearchState, TrialState
+from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.report.trials import describe_gain
 from tune_cifar.schema import DataInfo, EpochResult, Status
 from tune_cifar.search.forecast import START_SECONDS, forecast_search
@@ -49,21 +49,6 @@ def print_stand_in_banner(console: Console, data_name: str) -> None:
     )
     text = Text.assemble(("NOT CIFAR-10", "bold"), words)
     console.print(Panel(text, title="stand-in data", border_style="bold yellow", padding=(1, 4)))
-
-
-def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds without fractions."""
-    return str(timedelta(seconds=round(seconds)))
-
-
-def format_percent(accuracy: float | None) -> str:
-    """An accuracy for people; a dash where there is none."""
-    return "-" if accuracy is None else f"{100 * accuracy:.2f} %"
-
-
-def format_value(value: object) -> str:
-    """A knob's value, floats to three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class SearchView:

@@ -136,7 +136,7 @@ def _to_dict(plan: SearchPlan) -> dict[str, Any]:
 def _print_plan(plan: SearchPlan) -> None:
     from rich.table import Table
 
-    from tune_cifar.cli.live import format_seconds
+    from tune_cifar.report.format import format_seconds
 
     budget, expected = plan.space.budget, plan.forecast
     say(f"{plan.space.name} ({plan.space.tier}): {budget.describe()}", style="bold")

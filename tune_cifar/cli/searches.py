@@ -46,7 +46,7 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
-    from tune_cifar.cli.live import format_percent
+    from tune_cifar.report.format import format_percent
 
     table = Table(box=None, header_style="bold")
     table.add_column("search", no_wrap=True)

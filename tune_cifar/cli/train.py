@@ -90,7 +90,7 @@ def _describe_resume(name: str) -> str:
 
 
 def _say_end(state: SearchState, given: str) -> None:
-    from tune_cifar.cli.live import format_percent
+    from tune_cifar.report.format import format_percent
 
     trial = state.trials[0]
     reason = f" ({trial.reason})" if trial.status == "diverged" else ""
