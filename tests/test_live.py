@@ -25,7 +25,8 @@ from tests.test_record import (
     make_start,
     make_trial,
 )
-from tune_cifar.cli.live import SearchView, SweepView, TrainingView, print_search_summary, print_stand_in_banner
+from tune_cifar.cli.live import SearchView, SweepView, TrainingView
+from tune_cifar.cli.summary import print_search_summary, print_stand_in_banner
 from tune_cifar.data.load import TrainVal
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
 from tune_cifar.record.journal import INTERRUPTED, TIME_LIMIT, SearchState

@@ -162,7 +162,7 @@ def _plan(
     console: Console,
 ) -> SearchPlan:
     """Settle a new confirmation and say what it will train."""
-    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.report.trials import load_searches
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.select import parse_setting

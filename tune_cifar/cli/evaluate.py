@@ -39,7 +39,7 @@ def judge(
 
     Example: python -m tune_cifar judge --best --space s10
     """
-    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import CLASS_NAMES
     from tune_cifar.record.journal import find_storage

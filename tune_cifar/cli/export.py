@@ -42,7 +42,7 @@ def export(
 
     Example: python -m tune_cifar export --best --space s10 --format onnx
     """
-    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.journal import find_storage
     from tune_cifar.train.trial import load_recorded_data

@@ -76,7 +76,7 @@ def lr_range(
 
     Example: python -m tune_cifar lr-range --space s10 --tier cpu
     """
-    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.journal import find_storage

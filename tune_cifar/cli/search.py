@@ -146,7 +146,7 @@ def _plan_search(
     warm: tuple[str, int] | None,
 ) -> SearchPlan:
     """Settle a new search and say what it will do."""
-    from tune_cifar.cli.live import print_stand_in_banner
+    from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.report.trials import load_searches
 
     found, request = choose_search(given, space, tier, settings, (trials, max_time), data)
@@ -176,7 +176,7 @@ def _plan_resume(
 ) -> SearchPlan:
     """Settle how a recorded search goes on and say what of it is there; of one that is finished, and is not to have
     more trials, say how it ended and leave."""
-    from tune_cifar.cli.live import print_search_summary, print_stand_in_banner
+    from tune_cifar.cli.summary import print_search_summary, print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import KIND_WORDS
     from tune_cifar.report.trials import load_searches
@@ -208,7 +208,7 @@ def _plan_resume(
 
 def _run(plan: SearchPlan, dropped: list[str], repeated: tuple[str, str]) -> None:
     """Run a settled search and say what it found; exit status 130 when it was interrupted."""
-    from tune_cifar.cli.live import print_search_summary
+    from tune_cifar.cli.summary import print_search_summary
 
     state, faults = run_plan(plan, stdout())
     print_search_summary(stdout(), state, faults, dropped, *repeated)

@@ -40,7 +40,8 @@ def train(
 
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
-    from tune_cifar.cli.live import TrainingView, print_stand_in_banner
+    from tune_cifar.cli.live import TrainingView
+    from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import EpochReported, Event
     from tune_cifar.record.journal import check_name, find_storage
