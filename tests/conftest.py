@@ -21,7 +21,7 @@ typer.testing._get_command = functools.cache(typer.testing._get_command)  # type
 from tune_cifar.data.files import DataSource, find_data
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import DataError
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.numerics import resolve_numerics
 

@@ -15,7 +15,7 @@ from tests.test_record import make_header, make_trial, write_record
 from tests.test_tables import run_search, score_by_lr
 from tune_cifar.errors import SpaceError
 from tune_cifar.record.events import SearchEnded
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.report.plots.compare import draw_best_so_far, draw_standing
 from tune_cifar.report.plots.search import draw_fit
 from tune_cifar.report.tables import (

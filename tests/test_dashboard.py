@@ -22,7 +22,7 @@ from tests.test_record import CONFIG, make_cycles, make_header, make_start, make
 from tests.test_tables import run_search
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import EpochReported, TrialEnded
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.report.dashboard import make_studies
 from tune_cifar.search.sampler import Sampler, list_distributions
 from tune_cifar.space.select import load_space

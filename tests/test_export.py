@@ -19,7 +19,7 @@ from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
 from tune_cifar.data.load import CLASS_NAMES, Split, load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError, RecordError
 from tune_cifar.models.build import MODELS
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights
 from tune_cifar.train.trainer import Trainer

@@ -11,7 +11,7 @@ import pytest
 from tests.test_fidelity import make_budget
 from tests.test_record import COURSES, make_cycles, make_header, make_start, make_trial
 from tune_cifar.record.events import Event
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.search.forecast import START_SECONDS, Forecast, Spread, forecast_search
 from tune_cifar.search.rungs import keep
 from tune_cifar.space.layout import Fidelity

@@ -18,7 +18,7 @@ from tests.test_cli import invoke, refuse
 from tests.test_record import CONFIG, make_header, make_trial, write_record
 from tune_cifar.data.load import CLASS_NAMES, load_train_val
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.report.plots.evaluation import (
     draw_confusion,
     draw_mistakes,

@@ -29,7 +29,7 @@ from tune_cifar.cli.live import SearchView, SweepView, TrainingView
 from tune_cifar.cli.summary import print_search_summary, print_stand_in_banner
 from tune_cifar.data.load import TrainVal
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
-from tune_cifar.record.journal import INTERRUPTED, TIME_LIMIT, SearchState
+from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.schema import DataInfo, Numerics
 from tune_cifar.search.forecast import START_SECONDS, forecast_search

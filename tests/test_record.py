@@ -37,7 +37,6 @@ from tune_cifar.record.events import (
 )
 from tune_cifar.record.journal import (
     Record,
-    SearchState,
     check_is_new,
     check_name,
     find_storage,
@@ -47,6 +46,7 @@ from tune_cifar.record.journal import (
     search_folder,
     searches_folder,
 )
+from tune_cifar.record.state import SearchState
 from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
 
 CONFIG = TrainConfig(

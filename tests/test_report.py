@@ -16,7 +16,7 @@ from tests.test_record import EVENTS, make_header, make_start, write_record
 from tests.test_tables import run_search
 from tests.test_train import train_small
 from tune_cifar.errors import ConfigError
-from tune_cifar.record.journal import SearchState, TrialState
+from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.health import examine_space
 from tune_cifar.report.html import make_report, write_report
 from tune_cifar.report.tables import make_importances, make_slices

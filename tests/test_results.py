@@ -25,7 +25,8 @@ from tests.test_record import (
 )
 from tune_cifar.errors import RecordError
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded, TrialRetried
-from tune_cifar.record.journal import Record, SearchState, check_name
+from tune_cifar.record.journal import Record, check_name
+from tune_cifar.record.state import SearchState
 from tune_cifar.report.trials import (
     Failure,
     best_so_far,
@@ -420,7 +421,7 @@ def test_a_traceback_tells_type_message_and_the_last_place_in_the_package() -> N
     assert failure.kind == "RecordError"
     assert failure.what.startswith("tune_cifar.errors.RecordError: a search's name: it must be 1 to 64 of ")
     file, line, *function = failure.where.replace(":", " ").split()
-    assert (file, function) == ("record/journal.py", ["in", "_must"]) and int(line) > 1
+    assert (file, function) == ("record/state.py", ["in", "require"]) and int(line) > 1
     outside = parse_failure(catch(lambda: int("x")))
     assert outside == Failure("ValueError", "ValueError: invalid literal for int() with base 10: 'x'", "")
 

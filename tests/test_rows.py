@@ -25,7 +25,7 @@ from rows_table import BEGIN, COLUMNS, END, describe_cell, load_table, render_ta
 from tests.test_record import NUMERICS, make_trial, write_record
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import Confirmation, Event, SearchEnded
-from tune_cifar.record.journal import INTERRUPTED, SearchState
+from tune_cifar.record.state import INTERRUPTED, SearchState
 from tune_cifar.record.test_log import OPENINGS_COLUMNS
 from tune_cifar.schema import DataInfo, TrainConfig
 from tune_cifar.space.select import SearchSpace, load_space, parse_setting, read_space

@@ -43,7 +43,8 @@ from tune_cifar.record.events import (
     TrialEnded,
     TrialRetried,
 )
-from tune_cifar.record.journal import Record, SearchState, find_storage, read_state, search_folder
+from tune_cifar.record.journal import Record, find_storage, read_state, search_folder
+from tune_cifar.record.state import SearchState
 from tune_cifar.report.trials import best_so_far, load_trials, split_groups
 from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
 from tune_cifar.tracking import runs as mlruns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.lab import Lab, check_whole
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from tests.faults.lab import (
     wait_until_it_answers,
 )
 from tune_cifar.record.events import TrialRetried
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 
 # In one process of pytest-xdist: the uninterrupted search, which all compare with, is made once.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("end to end")]

@@ -29,7 +29,7 @@ from tests.faults.lab import (
 )
 from tests.test_checkpoint import make_hostile, write_payload
 from tune_cifar.record.events import Header, TrialRetried, encode_event
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_cifar.data.files import DataSource
-    from tune_cifar.record.journal import SearchState
+    from tune_cifar.record.state import SearchState
     from tune_cifar.search.plan import SearchPlan
     from tune_cifar.verify.confirm import Confirmed
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_cifar.data.load import Split
-    from tune_cifar.record.journal import SearchState, TrialState
+    from tune_cifar.record.state import SearchState, TrialState
     from tune_cifar.train.metrics import Judgement
 
 

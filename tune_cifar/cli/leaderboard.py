@@ -15,7 +15,7 @@ from tune_cifar.cli.terminal import say, stdout
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tune_cifar.record.journal import SearchState, TrialState
+    from tune_cifar.record.state import SearchState, TrialState
 
 
 def leaderboard(

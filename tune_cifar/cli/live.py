@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tune_cifar.cli.summary import make_trial_table
 from tune_cifar.record.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.schema import DataInfo, EpochResult
 from tune_cifar.search.forecast import START_SECONDS, forecast_search

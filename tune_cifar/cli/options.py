@@ -12,7 +12,7 @@ import typer
 from tune_cifar.errors import DataError
 
 if TYPE_CHECKING:
-    from tune_cifar.record.journal import SearchState, TrialState
+    from tune_cifar.record.state import SearchState, TrialState
 
 
 def complete_space() -> list[str]:

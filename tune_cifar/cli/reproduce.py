@@ -14,7 +14,7 @@ from tune_cifar.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_cifar.record.journal import SearchState, TrialState
+    from tune_cifar.record.state import SearchState, TrialState
     from tune_cifar.record.test_log import TestOpening
     from tune_cifar.schema import EpochResult
 

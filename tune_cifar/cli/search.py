@@ -14,7 +14,7 @@ from tune_cifar.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_cifar.record.journal import SearchState
+    from tune_cifar.record.state import SearchState
     from tune_cifar.search.plan import SearchPlan
 
 Name = Annotated[

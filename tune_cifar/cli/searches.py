@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tune_cifar.record.journal import SearchState
+    from tune_cifar.record.state import SearchState
     from tune_cifar.report.trials import FailureGroup, SearchRow
 
 app = typer.Typer(help="The recorded searches and single trainings: list them, delete one.", no_args_is_help=True)

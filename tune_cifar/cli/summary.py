@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tune_cifar.record.journal import TIME_LIMIT, SearchState, TrialState
+from tune_cifar.record.state import TIME_LIMIT, SearchState, TrialState
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.report.trials import describe_gain
 from tune_cifar.schema import Status

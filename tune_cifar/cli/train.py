@@ -11,7 +11,7 @@ from tune_cifar.cli import options
 from tune_cifar.cli.terminal import repeat_options, say, stdout, this_command
 
 if TYPE_CHECKING:
-    from tune_cifar.record.journal import SearchState
+    from tune_cifar.record.state import SearchState
 
 
 def train(

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record import journal as record
 from tune_cifar.record.events import KIND_WORDS
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.search.sampler import Outcome, find_outcome, list_distributions, make_study
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from tune_cifar.errors import SpaceError
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.space.edit import describe_edit, edit_range
 from tune_cifar.space.layout import Range
 from tune_cifar.space.reader import parse_space

@@ -16,7 +16,7 @@ from tune_cifar.augment.preview import make_preview
 from tune_cifar.data.files import find_data
 from tune_cifar.data.load import CLASS_NAMES
 from tune_cifar.errors import ConfigError, TuneCifarError
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.report import tables
 from tune_cifar.report.health import examine_space
 from tune_cifar.report.plots import evaluation

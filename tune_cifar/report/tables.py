@@ -19,7 +19,7 @@ import pandas as pd
 from optuna.distributions import BaseDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 
-from tune_cifar.record.journal import SearchState, TrialState
+from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.trials import best_so_far, estimate_scatter, load_curves, load_trials, split_groups
 from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
 from tune_cifar.search.rungs import keep

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import NAME
-from tune_cifar.record.journal import SearchState, TrialState, is_live, list_searches, read_state
+from tune_cifar.record.journal import is_live, list_searches, read_state
+from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import EpochResult, Status, TrainConfig, nearest_name
 
 if TYPE_CHECKING:

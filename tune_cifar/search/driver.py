@@ -25,7 +25,8 @@ from tune_cifar.record.events import (
     TrialStarted,
     utc_now,
 )
-from tune_cifar.record.journal import INTERRUPTED, TIME_LIMIT, Record, SearchState, TrialState
+from tune_cifar.record.journal import Record
+from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState, TrialState
 from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
 from tune_cifar.search.rungs import keep, list_cycles
 from tune_cifar.search.sampler import Confirmer, Proposer, Sampler

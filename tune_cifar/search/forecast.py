@@ -18,7 +18,7 @@ from itertools import accumulate, chain, islice
 from statistics import NormalDist, fmean
 from typing import NamedTuple
 
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.search.rungs import goes_on, list_steps
 from tune_cifar.space.layout import Budget
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.events import Header
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.sampler import fit_point
 from tune_cifar.space.layout import Budget

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_cifar.record.events import Header, Origin, SearchResumed
-from tune_cifar.record.journal import INTERRUPTED, SearchState, TrialState
+from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import Status, dead_knobs
 from tune_cifar.tracking.store import create_experiment, find_experiment, make_client, place_experiment, search_runs
 from tune_cifar.tracking.views import MAX_TAG_CHARACTERS, make_experiment_tags

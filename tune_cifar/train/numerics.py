@@ -69,7 +69,7 @@ def resolve_numerics(
         threads=threads,
         deterministic=deterministic,
         execution=cast(Literal["eager", "captured"], execution),
-        versions={"python": platform.python_version(), **{name: _find_version(name) for name in COMPUTING_LIBRARIES}},
+        versions={"python": platform.python_version(), **{name: find_version(name) for name in COMPUTING_LIBRARIES}},
     )
 
 
@@ -89,7 +89,7 @@ def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
 COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headless")
 
 
-def _find_version(name: str) -> str:
+def find_version(name: str) -> str:
     """Of an installed distribution; a package run from its source tree has none."""
     try:
         return version(name)
@@ -201,7 +201,7 @@ def describe_environment() -> dict[str, str]:
     for the record."""
     package = Path(__file__).resolve().parents[2]
     facts = {"python": platform.python_version(), "platform": platform.platform()}
-    facts |= {name: _find_version(name) for name in RECORDED_LIBRARIES}
+    facts |= {name: find_version(name) for name in RECORDED_LIBRARIES}
     facts |= {"cores": str(os.cpu_count()), "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}"}
     facts["code"] = digest_code()
     commit = _ask_git(package, "rev-parse", "HEAD")

@@ -18,7 +18,7 @@ from typing import Any
 
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import KIND_WORDS, Candidate, Confirmation
-from tune_cifar.record.journal import SearchState
+from tune_cifar.record.state import SearchState
 from tune_cifar.record.test_log import TestOpening
 from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig
 from tune_cifar.space.layout import Budget, SamplerBudget

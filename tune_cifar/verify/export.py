@@ -27,7 +27,7 @@ from tune_cifar.data.files import IMAGE_SHAPE
 from tune_cifar.data.load import CLASS_NAMES, Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError
 from tune_cifar.models.build import build_model
-from tune_cifar.record.journal import SearchState, TrialState
+from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import TrainConfig
 from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights, write_atomically
 from tune_cifar.train.numerics import describe_environment, resolve_numerics
