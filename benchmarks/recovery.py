@@ -20,7 +20,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, EpochResult
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.select import load_space

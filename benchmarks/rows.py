@@ -39,7 +39,7 @@ from rows_steps import OVER, Queue, Step, estimate_hours, find_commands, find_co
 from rows_table import SYSTEMS, load_table, make_row, render_table, write_readme, write_table
 
 from tune_cifar.errors import ConfigError, RecordError, TuneCifarError
-from tune_cifar.record.journal import find_storage
+from tune_cifar.record.store import find_storage
 from tune_cifar.space.rules import parse_duration
 from tune_cifar.space.select import parse_setting
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tune_cifar.errors import RecordError
-from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.record.test_log import TestOpening, find_openings, find_openings_file
 from tune_cifar.schema import TrainConfig, dead_knobs
 from tune_cifar.search.forecast import forecast_search

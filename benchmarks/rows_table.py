@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.record.store import find_run
 from tune_cifar.record.test_log import TestOpening
-from tune_cifar.report.trials import find_run
 from tune_cifar.space.select import load_header
 
 BEGIN, END = "<!-- rows:begin -->", "<!-- rows:end -->"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tune_cifar.record.journal import find_storage, read_state, search_folder
+from tune_cifar.record.journal import read_state
+from tune_cifar.record.store import find_storage, search_folder
 from tune_cifar.report.plots.search import draw_asha
 from tune_cifar.report.plots.style import save
 from tune_cifar.report.tables import make_rung_scores, make_rungs

@@ -35,8 +35,9 @@ from tests.test_confirm import CIFAR10, hear_nothing
 from tests.test_judge import judge_answers, make_pictures
 from tests.test_record import NUMERICS, make_result
 from tests.test_tracking import find_free_port
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.report.plots.evaluation import save_judgement
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.select import load_space

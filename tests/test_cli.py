@@ -23,7 +23,8 @@ from tests.test_record import EVENTS, make_header, write_record
 from tune_cifar.cli.app import app, run
 from tune_cifar.data.files import FILES, DataSource
 from tune_cifar.errors import ConfigError, DataError, RecordError, SpaceError, TrackingError, TuneCifarError
-from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.record.journal import read_state
+from tune_cifar.record.store import search_folder
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--set={setting}" for setting in ("train_size=20", "val_size=10", "batch_size=10", "epochs=3")]

@@ -23,8 +23,9 @@ from tests.test_record import NUMERICS, make_result, make_trial, write_record
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, DataError, RecordError
 from tune_cifar.record.events import Confirmation, Event, Kind
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, TestOpening
 from tune_cifar.schema import DataInfo, TrainConfig
 from tune_cifar.search.driver import SearchDriver

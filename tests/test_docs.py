@@ -22,7 +22,8 @@ from tests.test_cli import COMMANDS, ROOT, invoke, run_in_a_process
 from tests.test_record import make_header, make_trial, write_record
 from tune_cifar.data.files import FILES, TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
-from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.record.journal import read_state
+from tune_cifar.record.store import search_folder
 from tune_cifar.report.trials import TRIAL_COLUMNS
 from tune_cifar.schema import KNOBS, EpochResult, Numerics, TrainConfig
 from tune_cifar.space.select import load_space

@@ -12,7 +12,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.record.journal import read_state
+from tune_cifar.record.store import search_folder
 from tune_cifar.tracking.upload import make_tracking_uri, sync_search
 
 ANALYSIS = Path(__file__).parent.parent / "analysis"

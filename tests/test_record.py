@@ -35,18 +35,9 @@ from tune_cifar.record.events import (
     TrialRetried,
     TrialStarted,
 )
-from tune_cifar.record.journal import (
-    Record,
-    check_is_new,
-    check_name,
-    find_storage,
-    is_live,
-    list_searches,
-    read_state,
-    search_folder,
-    searches_folder,
-)
+from tune_cifar.record.journal import Record, check_is_new, check_name, is_live, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import find_storage, list_searches, search_folder, searches_folder
 from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
 
 CONFIG = TrainConfig(
@@ -657,7 +648,8 @@ import sys, time
 from pathlib import Path
 from tests.test_record import make_header
 from tune_cifar.errors import RecordError
-from tune_cifar.record.journal import Record, search_folder
+from tune_cifar.record.journal import Record
+from tune_cifar.record.store import search_folder
 storage = Path(sys.argv[1])
 (storage / f"ready-{sys.argv[2]}").touch()
 while not (storage / "go").exists():
@@ -694,7 +686,8 @@ WRITE = """
 import sys
 from pathlib import Path
 from tests.test_record import make_header, make_start
-from tune_cifar.record.journal import Record, search_folder
+from tune_cifar.record.journal import Record
+from tune_cifar.record.store import search_folder
 with Record.create(search_folder(Path(sys.argv[1]), "s7-1"), make_header()) as record:
     for number in range(100_000):
         record.append(make_start(number))

@@ -23,8 +23,9 @@ from tune_cifar.errors import CheckpointError, ConfigError, DataError, RecordErr
 from tune_cifar.models.build import MODELS
 from tune_cifar.models.s7 import S7Net
 from tune_cifar.record.events import EpochReported, Header, SearchEnded, TrialEnded, TrialStarted
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.store import search_folder
 from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
 from tune_cifar.schema import EpochResult, Numerics
 from tune_cifar.space.select import list_spaces

@@ -27,17 +27,13 @@ from tune_cifar.errors import RecordError
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded, TrialRetried
 from tune_cifar.record.journal import Record, check_name
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import find_best, find_run, list_rows, load_searches, measure_folder
 from tune_cifar.report.trials import (
     Failure,
     best_so_far,
-    find_best,
-    find_run,
     group_failures,
-    list_rows,
     load_curves,
-    load_searches,
     load_trials,
-    measure_folder,
     parse_failure,
     split_groups,
 )

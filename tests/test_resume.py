@@ -11,8 +11,9 @@ from optuna.distributions import FloatDistribution
 
 from tests.test_search import make_cycles_driver, make_space, result_of
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, Numerics
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import count_trials

@@ -22,8 +22,9 @@ from tests.test_engine import curve
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import EpochReported, SearchResumed, utc_now
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import SearchRequest, resolve_resources

@@ -18,8 +18,9 @@ from tests.test_record import make_header, make_trial
 from tests.test_results import FINISH, INTERRUPT, OUT_OF_MEMORY, SHAPES, TRIALS, fail, write_failures, write_search
 from tune_cifar.cli.app import app
 from tune_cifar.errors import RecordError, TrackingError
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from tests.test_confirm import CIFAR10, hear_nothing
 from tests.test_record import NUMERICS, make_result
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.store import search_folder
 from tune_cifar.report.plots import search as figures
 from tune_cifar.report.plots.style import FATE_COLOURS, label_knob, save
 from tune_cifar.report.tables import (

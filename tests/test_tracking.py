@@ -43,8 +43,9 @@ from tune_cifar.record.events import (
     TrialEnded,
     TrialRetried,
 )
-from tune_cifar.record.journal import Record, find_storage, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import find_storage, search_folder
 from tune_cifar.report.trials import best_so_far, load_trials, split_groups
 from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
 from tune_cifar.tracking import runs as mlruns
@@ -676,7 +677,8 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_r
 SYNC = """
 import sys
 from pathlib import Path
-from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.record.journal import read_state
+from tune_cifar.record.store import search_folder
 from tune_cifar.tracking.upload import sync_search
 uri, storage, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 print(sync_search(uri, storage, read_state(search_folder(storage, name))))

@@ -15,8 +15,9 @@ from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, RecordError
 from tune_cifar.record.events import EpochReported, Event, TrialEnded
-from tune_cifar.record.journal import Record, read_state, search_folder
+from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space.select import load_space
 from tune_cifar.train.checkpoint import load_weights

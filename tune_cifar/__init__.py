@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
-    from tune_cifar.report.trials import load_curves, load_searches, load_trials
+    from tune_cifar.record.store import load_searches
+    from tune_cifar.report.trials import load_curves, load_trials
     from tune_cifar.schema import TrainConfig
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.search.run import prepare_resume, prepare_search, run_search

@@ -18,8 +18,9 @@ import psutil
 
 from tests.faults import SPACE
 from tune_cifar.record.events import EpochReported, Event, TrialEnded, decode_event
-from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import REPRODUCIBLE_FIELDS
 from tune_cifar.search.rungs import keep
 

@@ -25,7 +25,8 @@ from tune_cifar.data import load as data
 from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, TRAIN_FILES, find_data, verify_data
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DataError
-from tune_cifar.record.journal import read_state, search_folder
+from tune_cifar.record.journal import read_state
+from tune_cifar.record.store import search_folder
 
 
 @pytest.fixture(scope="module")

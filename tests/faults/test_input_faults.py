@@ -14,7 +14,8 @@ from tests.faults.test_data_faults import as_nobody
 from tests.test_cli import TINY, invoke, make_train_words, refuse, run_in_a_process
 from tune_cifar.cli.terminal import this_command
 from tune_cifar.errors import ConfigError, RecordError, TrackingError
-from tune_cifar.record.journal import check_is_new, read_state, search_folder
+from tune_cifar.record.journal import check_is_new, read_state
+from tune_cifar.record.store import search_folder
 from tune_cifar.search.run import Resources  # noqa: F401  (the import of Ray is paid here, not by a test)
 from tune_cifar.train.numerics import count_cores
 

@@ -80,7 +80,7 @@ def confirm(
 
     Example: python -m tune_cifar confirm --search s8-cpu-1 --top 5 --seeds 5
     """
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage
 
     _refuse_misplaced(context, final, resume, accept_changes)
     folder = find_storage(storage)
@@ -130,7 +130,7 @@ def _refuse_misplaced(context: typer.Context, is_final: bool, resumes: bool, acc
 
 def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) -> SearchState:
     """The confirmation to go on with; of that name, if one is given."""
-    from tune_cifar.report.trials import load_searches
+    from tune_cifar.record.store import load_searches
     from tune_cifar.verify.confirm import find_confirmation
 
     states = [state for state in load_searches(folder) if name in (None, state.header.name)]
@@ -163,7 +163,7 @@ def _plan(
 ) -> SearchPlan:
     """Settle a new confirmation and say what it will train."""
     from tune_cifar.cli.summary import print_stand_in_banner
-    from tune_cifar.report.trials import load_searches
+    from tune_cifar.record.store import load_searches
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.select import parse_setting
     from tune_cifar.verify.confirm import check_confirmed, find_confirmation, make_confirmation, make_final

@@ -42,7 +42,7 @@ def judge(
     from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import CLASS_NAMES
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage
     from tune_cifar.train.metrics import judge_logits
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.trial import load_recorded_data, load_trained

@@ -44,7 +44,7 @@ def export(
     """
     from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage
     from tune_cifar.train.trial import load_recorded_data
     from tune_cifar.verify.export import export_run
 

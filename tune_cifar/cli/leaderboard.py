@@ -34,8 +34,8 @@ def leaderboard(
 
     Example: python -m tune_cifar leaderboard --space s10
     """
-    from tune_cifar.record.journal import find_storage
-    from tune_cifar.report.trials import load_searches, load_trials
+    from tune_cifar.record.store import find_storage, load_searches
+    from tune_cifar.report.trials import load_trials
 
     folder = find_storage(storage)
     states = load_searches(folder, space, search)

@@ -79,7 +79,7 @@ def lr_range(
     from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage
     from tune_cifar.search.preflight import check_folder
     from tune_cifar.train.lr_range import make_lrs, make_report, save_report
     from tune_cifar.train.numerics import resolve_numerics

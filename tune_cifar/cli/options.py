@@ -135,7 +135,7 @@ def choose_run(
     run: str | None, best: bool, space: str | None, search: str | None, storage: Path, data: str | None
 ) -> tuple[SearchState, TrialState]:
     """The trial that a run id or --best means, with its search."""
-    from tune_cifar.report.trials import find_best, find_run, load_searches
+    from tune_cifar.record.store import find_best, find_run, load_searches
 
     if (run is None) == (not best) or (best and space is None and search is None):
         raise typer.BadParameter("Give a run id, or --best with --space or --search.")

@@ -40,7 +40,7 @@ def plan(
     Example: python -m tune_cifar plan --space s10 --max-time 8m
     """
     from tune_cifar.cli.summary import print_stand_in_banner
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage
     from tune_cifar.search.plan import settle_search
 
     given = {

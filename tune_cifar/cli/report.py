@@ -27,9 +27,8 @@ def report(
 
     Example: python -m tune_cifar report --search s10-main
     """
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage, load_searches
     from tune_cifar.report.html import write_report
-    from tune_cifar.report.trials import load_searches
 
     folder = find_storage(storage)
     (state,) = load_searches(folder, search=search)

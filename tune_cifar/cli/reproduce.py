@@ -46,7 +46,7 @@ def reproduce(
     Example: python -m tune_cifar reproduce --best --space s10
     """
     from tune_cifar.data.files import find_data
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage
 
     for option, is_given in {"--no-retrain": no_retrain, "--again": again}.items():
         if is_given and not test:

@@ -88,7 +88,8 @@ def search(
 
     Example: python -m tune_cifar search --space s10 --max-time 8m
     """
-    from tune_cifar.record.journal import check_name, find_storage
+    from tune_cifar.record.journal import check_name
+    from tune_cifar.record.store import find_storage
 
     if name is not None:
         check_name(name)
@@ -147,7 +148,7 @@ def _plan_search(
 ) -> SearchPlan:
     """Settle a new search and say what it will do."""
     from tune_cifar.cli.summary import print_stand_in_banner
-    from tune_cifar.report.trials import load_searches
+    from tune_cifar.record.store import load_searches
 
     found, request = choose_search(given, space, tier, settings, (trials, max_time), data)
     if warm is not None:
@@ -179,7 +180,7 @@ def _plan_resume(
     from tune_cifar.cli.summary import print_search_summary, print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import KIND_WORDS
-    from tune_cifar.report.trials import load_searches
+    from tune_cifar.record.store import load_searches
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.rules import parse_duration
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_cifar.record.state import SearchState
-    from tune_cifar.report.trials import FailureGroup, SearchRow
+    from tune_cifar.record.store import SearchRow
+    from tune_cifar.report.trials import FailureGroup
 
 app = typer.Typer(help="The recorded searches and single trainings: list them, delete one.", no_args_is_help=True)
 
@@ -30,8 +31,7 @@ def list_(as_json: options.Json = False, storage: options.Storage = None) -> Non
     """
     from dataclasses import asdict
 
-    from tune_cifar.record.journal import find_storage
-    from tune_cifar.report.trials import list_rows
+    from tune_cifar.record.store import find_storage, list_rows
 
     rows = list_rows(find_storage(storage))
     if as_json:
@@ -88,8 +88,8 @@ def delete(
     """
     from rich.filesize import decimal
 
-    from tune_cifar.record.journal import find_storage, read_state
-    from tune_cifar.report.trials import measure_folder
+    from tune_cifar.record.journal import read_state
+    from tune_cifar.record.store import find_storage, measure_folder
 
     root = find_storage(storage)
     folder = _find_folder(root, name)
@@ -122,7 +122,7 @@ def _count(number: int, what: str) -> str:
 
 def _find_folder(root: Path, name: str) -> Path:
     """The folder of a search, whole or damaged; RecordError when it is not there, or not in the run store itself."""
-    from tune_cifar.record.journal import search_folder, searches_folder
+    from tune_cifar.record.store import search_folder, searches_folder
     from tune_cifar.schema import nearest_name
 
     folder = search_folder(root, name)
@@ -196,8 +196,8 @@ def failures(
     """
     from dataclasses import asdict
 
-    from tune_cifar.record.journal import find_storage
-    from tune_cifar.report.trials import group_failures, load_searches
+    from tune_cifar.record.store import find_storage, load_searches
+    from tune_cifar.report.trials import group_failures
 
     (state,) = load_searches(find_storage(storage), search=search)
     groups = group_failures(state)
@@ -236,8 +236,8 @@ def sync(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tune_cifar.record.journal import find_storage, is_live, read_state
-    from tune_cifar.report.trials import find_searches
+    from tune_cifar.record.journal import is_live, read_state
+    from tune_cifar.record.store import find_searches, find_storage
     from tune_cifar.tracking.upload import make_tracking_uri
 
     root = find_storage(storage)

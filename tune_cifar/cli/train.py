@@ -44,7 +44,8 @@ def train(
     from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import EpochReported, Event
-    from tune_cifar.record.journal import check_name, find_storage
+    from tune_cifar.record.journal import check_name
+    from tune_cifar.record.store import find_storage
     from tune_cifar.space.select import load_space, parse_setting
     from tune_cifar.tracking.upload import Shipper, make_tracking_uri
     from tune_cifar.train.numerics import resolve_numerics

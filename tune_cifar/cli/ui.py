@@ -30,7 +30,7 @@ def ui(
 
     Example: python -m tune_cifar ui
     """
-    from tune_cifar.record.journal import find_storage
+    from tune_cifar.record.store import find_storage
 
     if search is not None and not optuna:
         raise typer.BadParameter("--search goes with --optuna; the MLflow UI shows all searches.")
@@ -70,8 +70,8 @@ def _serve_mlflow(storage: Path, tracking_uri: str | None, port: int | None) -> 
 
 
 def _serve_optuna(storage: Path, search: str | None, port: int | None) -> None:
+    from tune_cifar.record.store import load_searches
     from tune_cifar.report.dashboard import check_dashboard, make_studies, open_dashboard
-    from tune_cifar.report.trials import load_searches
 
     check_dashboard()
     with stdout().status("starting optuna-dashboard ..."):

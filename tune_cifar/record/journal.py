@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -156,37 +156,6 @@ def check_is_new(folder: Path) -> None:
     except OSError:  # it may not be looked at: creating it will tell
         is_taken = False
     require(not is_taken, str(folder), "a search's name must be new, got one in use. Take another, or delete it.")
-
-
-def find_storage(option: str | Path | None) -> Path:
-    """The absolute folder of all searches: the option, else $TUNE_CIFAR_RUNS, else ./runs. It need not exist."""
-    path = Path(option or os.environ.get("TUNE_CIFAR_RUNS") or "runs")
-    with suppress(RuntimeError):  # ~ of a user who is not there: a folder of that name, then
-        path = path.expanduser()
-    return path.resolve()
-
-
-def searches_folder(storage: Path) -> Path:
-    return storage / "searches"
-
-
-def search_folder(storage: Path, name: str) -> Path:
-    """A search's own folder, existing or not, directly inside `searches_folder`."""
-    return searches_folder(storage) / check_name(name)
-
-
-def list_searches(storage: Path) -> list[Path]:
-    """The folders of all searches, newest first. One whose header cannot be read comes last: its reader will tell."""
-
-    def read_created(folder: Path) -> str:
-        try:
-            line, newline, _ = (folder / RECORD_FILE).read_bytes().partition(b"\n")
-            return replay(folder, line + newline)[0].header.created
-        except (OSError, RecordError):
-            return ""
-
-    folders = [path.parent for path in searches_folder(storage).glob(f"*/{RECORD_FILE}")]
-    return sorted(folders, key=lambda folder: (read_created(folder), folder.name), reverse=True)
 
 
 def _open_file(folder: Path, mode: Literal["rb", "r+b"]) -> FileIO:

@@ -15,8 +15,9 @@ from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import Confirmation, SearchResumed
-from tune_cifar.record.journal import check_is_new, search_folder
+from tune_cifar.record.journal import check_is_new
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.search.preflight import DiskNeeds, check_search_fits, estimate_disk_needs

@@ -29,8 +29,9 @@ from ray.tune.stopper import Stopper
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, RecordError
 from tune_cifar.record.events import Confirmation, Event, Fault, Kind, SearchResumed, utc_now
-from tune_cifar.record.journal import Record, search_folder
+from tune_cifar.record.journal import Record
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import EpochResult
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import Resources, SearchPlan, SearchRequest, check_and_measure, count_trials, settle_search

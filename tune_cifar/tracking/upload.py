@@ -26,8 +26,9 @@ from filelock import FileLock, Timeout
 
 from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
-from tune_cifar.record.journal import check_name, find_storage
+from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.store import find_storage
 from tune_cifar.report.trials import make_shipped_trials
 from tune_cifar.tracking.runs import SearchRuns, log_lr_range
 from tune_cifar.tracking.store import MLFLOW_ENVIRONMENT, find_sqlite_file, list_experiments, make_client

@@ -30,8 +30,9 @@ from tune_cifar.record.events import (
     TrialStarted,
     utc_now,
 )
-from tune_cifar.record.journal import Record, search_folder
+from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import CHANCE_ACCURACY, MAX_EPOCHS, DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, load_weights, save_weights
