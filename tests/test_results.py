@@ -25,18 +25,11 @@ from tests.test_record import (
 )
 from tune_cifar.errors import RecordError
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded, TrialRetried
+from tune_cifar.record.failures import Failure, group_failures, parse_failure
 from tune_cifar.record.journal import Record, check_name
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import find_best, find_run, list_rows, load_searches, measure_folder
-from tune_cifar.report.trials import (
-    Failure,
-    best_so_far,
-    group_failures,
-    load_curves,
-    load_trials,
-    parse_failure,
-    split_groups,
-)
+from tune_cifar.report.trials import best_so_far, load_curves, load_trials, split_groups
 from tune_cifar.schema import KNOBS, DataInfo, EpochResult, TrainConfig
 
 SHAPES = DataInfo(name="shapes", digest="d0", split_hash="h0")

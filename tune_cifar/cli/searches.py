@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from tune_cifar.record.failures import FailureGroup
     from tune_cifar.record.state import SearchState
     from tune_cifar.record.store import SearchRow
-    from tune_cifar.report.trials import FailureGroup
 
 app = typer.Typer(help="The recorded searches and single trainings: list them, delete one.", no_args_is_help=True)
 
@@ -196,8 +196,8 @@ def failures(
     """
     from dataclasses import asdict
 
+    from tune_cifar.record.failures import group_failures
     from tune_cifar.record.store import find_storage, load_searches
-    from tune_cifar.report.trials import group_failures
 
     (state,) = load_searches(find_storage(storage), search=search)
     groups = group_failures(state)

@@ -16,6 +16,7 @@ from tune_cifar.augment.preview import make_preview
 from tune_cifar.data.files import find_data
 from tune_cifar.data.load import CLASS_NAMES
 from tune_cifar.errors import ConfigError, TuneCifarError
+from tune_cifar.record.failures import group_failures
 from tune_cifar.record.state import SearchState
 from tune_cifar.report import tables
 from tune_cifar.report.health import examine_space
@@ -23,7 +24,7 @@ from tune_cifar.report.plots import evaluation
 from tune_cifar.report.plots import search as figures
 from tune_cifar.report.plots.interactive import make_parallel_html
 from tune_cifar.report.plots.style import make_svg
-from tune_cifar.report.trials import describe_gain, group_failures, load_trials
+from tune_cifar.report.trials import describe_gain, load_trials
 from tune_cifar.search.sampler import list_distributions
 from tune_cifar.space.select import describe_distribution
 from tune_cifar.train.metrics import judge_logits

@@ -16,8 +16,8 @@ from typing import Literal
 
 from tune_cifar.data.load import TrainVal
 from tune_cifar.errors import ConfigError, Diverged, RecordError
+from tune_cifar.record.failures import parse_failure, read_error
 from tune_cifar.record.state import SearchState, TrialState
-from tune_cifar.report.trials import parse_failure, read_error
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
 from tune_cifar.train.numerics import compare_numerics
 from tune_cifar.train.trainer import Trainer
