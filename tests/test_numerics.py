@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tune_cifar.errors import ConfigError
+from tune_cifar.record.environment import describe_environment
 from tune_cifar.schema import Numerics
 from tune_cifar.train.numerics import (
     apply_numerics,
@@ -21,7 +22,6 @@ from tune_cifar.train.numerics import (
     compare_numerics,
     count_cores,
     count_gpus,
-    describe_environment,
     memory_format,
     resolve_numerics,
     restore_numerics,

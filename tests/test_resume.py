@@ -11,6 +11,7 @@ from optuna.distributions import FloatDistribution
 
 from tests.test_search import make_cycles_driver, make_space, result_of
 from tune_cifar.errors import ConfigError, SpaceError
+from tune_cifar.record.environment import describe_environment, digest_code
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -21,7 +22,6 @@ from tune_cifar.search.resume import check_accepted, describe_restored, find_cha
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
-from tune_cifar.train.numerics import describe_environment, digest_code
 from tune_cifar.train.trial import make_header
 
 DATA = DataInfo(name="shapes", digest="d", split_hash="s")

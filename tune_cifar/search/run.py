@@ -28,6 +28,7 @@ from ray.tune.stopper import Stopper
 
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, RecordError
+from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.events import Confirmation, Event, Fault, Kind, SearchResumed, utc_now
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import SearchState
@@ -38,7 +39,7 @@ from tune_cifar.search.plan import Resources, SearchPlan, SearchRequest, check_a
 from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import Shipper, make_tracking_uri
-from tune_cifar.train.numerics import describe_environment, restore_numerics
+from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.trial import Listener, make_header
 
 # How long the end of a search waits for MLflow, and how long after a second Ctrl-C.

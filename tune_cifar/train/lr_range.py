@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from tune_cifar.data.load import TrainVal
 from tune_cifar.errors import ConfigError
+from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.events import utc_now
 from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import KNOBS, DataInfo, Numerics, TrainConfig, dead_knobs
 from tune_cifar.space.rules import find_value_problem
 from tune_cifar.space.select import SearchSpace
-from tune_cifar.train.numerics import describe_environment
 from tune_cifar.train.trainer import Trainer
 
 # Standard deviation of the smoothing kernel, in decades of learning rate. Of 0.1, 0.15, 0.2, 0.25, 0.3 and 0.4 the

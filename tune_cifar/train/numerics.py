@@ -6,11 +6,8 @@ also `deterministic`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, cast
 
@@ -18,6 +15,7 @@ import psutil
 import torch
 
 from tune_cifar.errors import ConfigError
+from tune_cifar.record.environment import find_version
 from tune_cifar.schema import Numerics
 
 # Read by cuBLAS when CUDA starts: a fixed workspace makes its kernels choose the same summation order every time.
@@ -87,14 +85,6 @@ def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
 
 # The libraries whose versions may change bits.
 COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headless")
-
-
-def find_version(name: str) -> str:
-    """Of an installed distribution; a package run from its source tree has none."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def check_cpus(num: int) -> None:
@@ -190,53 +180,3 @@ def compare_numerics(recorded: Numerics, current: Numerics) -> list[str]:
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
     ]
-
-
-# Shown beside every result; only COMPUTING_LIBRARIES above may change bits.
-RECORDED_LIBRARIES = ("tune_cifar", "torch", "torchvision", "ray", "optuna", "mlflow", "albumentations", "numpy")
-
-
-def describe_environment() -> dict[str, str]:
-    """Versions, digest of the code, git commit (with `+changes` for an uncommitted tree), platform, cores and memory,
-    for the record."""
-    package = Path(__file__).resolve().parents[2]
-    facts = {"python": platform.python_version(), "platform": platform.platform()}
-    facts |= {name: find_version(name) for name in RECORDED_LIBRARIES}
-    facts |= {"cores": str(os.cpu_count()), "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}"}
-    facts["code"] = digest_code()
-    commit = _ask_git(package, "rev-parse", "HEAD")
-    if commit:
-        facts["git_commit"] = commit + ("+changes" if _ask_git(package, "status", "--porcelain") else "")
-    return facts
-
-
-# The rooms whose code decides what is tried, trained and stopped; the others show, store and ship.
-DECIDING_ROOMS = (
-    *("schema", "space", "data", "augment", "models", "train/optim", "train/numerics"),
-    *("train/step", "train/trainer", "search/rungs", "search/sampler", "train/trial", "search/driver"),
-)
-
-
-def digest_code() -> str:
-    """SHA-256 (16 digits) of the code that decides results: equal digests, equal decisions."""
-    package = Path(__file__).resolve().parents[1]
-    files = [
-        path
-        for room in DECIDING_ROOMS
-        for path in sorted(package.glob(f"{room}.py")) or sorted((package / room).glob("*.py"))
-    ]
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def _ask_git(folder: Path, *words: str) -> str:
-    """git's answer about a folder, or an empty string where there is no git or no checkout."""
-    if not (folder / ".git").exists():
-        return ""
-    try:
-        answer = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout.strip()

@@ -17,6 +17,7 @@ from typing import Any
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, DiskFullError, Diverged, RecordError
+from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.events import (
     KIND_WORDS,
     EndStatus,
@@ -36,7 +37,7 @@ from tune_cifar.record.store import search_folder
 from tune_cifar.schema import CHANCE_ACCURACY, MAX_EPOCHS, DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, load_weights, save_weights
-from tune_cifar.train.numerics import compare_numerics, describe_environment
+from tune_cifar.train.numerics import compare_numerics
 from tune_cifar.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)

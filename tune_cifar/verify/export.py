@@ -27,10 +27,11 @@ from tune_cifar.data.files import IMAGE_SHAPE
 from tune_cifar.data.load import CLASS_NAMES, Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError
 from tune_cifar.models.build import build_model
+from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import TrainConfig
 from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights, write_atomically
-from tune_cifar.train.numerics import describe_environment, resolve_numerics
+from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.trainer import EVAL_BATCH_SIZE
 from tune_cifar.train.trial import load_trained
 

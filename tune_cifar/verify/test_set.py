@@ -11,10 +11,10 @@ from pathlib import Path
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import CLASS_NAMES, Split, load_test
 from tune_cifar.errors import RecordError
+from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.state import TrialState
 from tune_cifar.record.test_log import OPENINGS_COLUMNS, TestOpening
 from tune_cifar.train.metrics import Judgement, judge_logits
-from tune_cifar.train.numerics import describe_environment
 from tune_cifar.train.trainer import Trainer
 
 
