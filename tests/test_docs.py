@@ -123,8 +123,9 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
     from tests.test_tracking import make_events, ship
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.events import TrialRetried
+    from tune_cifar.report.lr_range import make_report
     from tune_cifar.tracking.upload import ship_judgement, ship_lr_range
-    from tune_cifar.train.lr_range import Sweep, make_lrs, make_report
+    from tune_cifar.train.lr_range import Sweep, make_lrs
     from tune_cifar.train.metrics import judge_logits
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"

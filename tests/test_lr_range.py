@@ -22,6 +22,7 @@ from tests.test_engine import train_here
 from tune_cifar.cli.lr_range import _propose
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, SpaceError, TrackingError
+from tune_cifar.report.lr_range import make_report, save_report
 from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space.layout import Range
@@ -39,10 +40,8 @@ from tune_cifar.train.lr_range import (
     fit_curve,
     follow_sweep,
     make_lrs,
-    make_report,
     propose_range,
     run_sweeps,
-    save_report,
     smooth,
     summarise,
 )

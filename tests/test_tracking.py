@@ -46,7 +46,7 @@ from tune_cifar.record.events import (
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import find_storage, search_folder
-from tune_cifar.report.trials import best_so_far, load_trials, split_groups
+from tune_cifar.report.trials import best_so_far, load_shipped_trials, load_trials, split_groups
 from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
 from tune_cifar.tracking import runs as mlruns
 from tune_cifar.tracking.runs import EPOCH_METRICS
@@ -55,7 +55,6 @@ from tune_cifar.tracking.upload import (
     SyncReport,
     delete_runs,
     list_views,
-    load_shipped_trials,
     make_tracking_uri,
     run_ui,
     stop_ui,

@@ -9,8 +9,17 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tune_cifar.errors import TrackingError
+from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.report.trials import make_shipped_trials
 from tune_cifar.schema import EpochResult, TrainConfig
+from tune_cifar.tracking.store import find_sqlite_file
+from tune_cifar.tracking.trials import read_trials
+
+if TYPE_CHECKING:
+    import pandas as pd
+from tune_cifar.tracking.upload import _translating
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,3 +181,19 @@ def _make_frame(dtypes: dict[str, str], rows: list[dict[str, Any]]) -> pd.DataFr
     import pandas as pd
 
     return pd.DataFrame(rows, columns=list(dtypes)).astype(dtypes)
+
+
+def load_shipped_trials(tracking_uri: str, search: str) -> pd.DataFrame:
+    """load_trials' table of one search as MLflow tells it, for where the record is not at hand.
+
+    What MLflow is not told is absent: `train_seconds`, and the knobs without effect in a trial. `ended_seq` is the rank
+    of the end.
+
+    Raises:
+        TrackingError: when MLflow cannot be reached or has no such search.
+    """
+    path = find_sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
+        raise TrackingError(f"{path}: an MLflow database must be there, got none.")
+    with _translating(f"{check_name(search)}: MLflow must tell its trials"):
+        return make_shipped_trials(read_trials(tracking_uri, search))

@@ -20,24 +20,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
-from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import find_storage
-from tune_cifar.report.trials import make_shipped_trials
 from tune_cifar.tracking.runs import SearchRuns, log_lr_range
 from tune_cifar.tracking.store import MLFLOW_ENVIRONMENT, find_sqlite_file, list_experiments, make_client
-from tune_cifar.tracking.trials import read_trials
 from tune_cifar.tracking.views import list_view_links
 from tune_cifar.train.metrics import Judgement
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # What follows at once (a trial stopped at the rung it has just reached) goes along.
 SETTLE_SECONDS = 0.25
@@ -181,22 +175,6 @@ def sync_search(
     results = courier.results
     closed = results.pop(END, 0)
     return SyncReport(name, sum(results.values()), len(results) - sum(results.values()), closed)
-
-
-def load_shipped_trials(tracking_uri: str, search: str) -> pd.DataFrame:
-    """load_trials' table of one search as MLflow tells it, for where the record is not at hand.
-
-    What MLflow is not told is absent: `train_seconds`, and the knobs without effect in a trial. `ended_seq` is the rank
-    of the end.
-
-    Raises:
-        TrackingError: when MLflow cannot be reached or has no such search.
-    """
-    path = find_sqlite_file(tracking_uri)
-    if path is not None and not path.exists():
-        raise TrackingError(f"{path}: an MLflow database must be there, got none.")
-    with _translating(f"{check_name(search)}: MLflow must tell its trials"):
-        return make_shipped_trials(read_trials(tracking_uri, search))
 
 
 def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:

@@ -7,24 +7,17 @@ medians over the seeds lie within a decade of each other is a value suggested.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tune_cifar.data.load import TrainVal
 from tune_cifar.errors import ConfigError
-from tune_cifar.record.environment import describe_environment
-from tune_cifar.record.events import utc_now
-from tune_cifar.report.plots.lr_range import save_lr_range
-from tune_cifar.schema import KNOBS, DataInfo, Numerics, TrainConfig, dead_knobs
+from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space.rules import find_value_problem
-from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.trainer import Trainer
 
 # Standard deviation of the smoothing kernel, in decades of learning rate. Of 0.1, 0.15, 0.2, 0.25, 0.3 and 0.4 the
@@ -336,50 +329,3 @@ def run_sweeps(
     for seed in range(config.seed, config.seed + num_seeds):
         trainer = Trainer(TrainConfig(**{**config.model_dump(), "seed": seed}), data, numerics)
         yield follow_sweep(seed, lrs, watch(trainer.sweep(lrs)))
-
-
-def make_report(
-    name: str, space: SearchSpace, data: DataInfo, numerics: Numerics, sweeps: Sequence[Sweep], command: str
-) -> dict[str, Any]:
-    """All that a test found and on what, as JSON knows it: what sweeps.json holds, figures and MLflow show."""
-    config, curves = space.baseline, [fit_curve(sweep) for sweep in sweeps]
-    summary = summarise(curves)
-    silent = {*dead_knobs(config), "max_lr"}  # swept
-    return {
-        "name": name,
-        "space": space.name,
-        "tier": space.tier,
-        "created": utc_now(),
-        "command": command,
-        "config": config.model_dump(mode="json"),
-        "fingerprint": config.fingerprint,
-        "living_knobs": [knob for knob in KNOBS if knob not in silent],
-        "numerics": numerics.model_dump(mode="json"),
-        "data": data.model_dump(mode="json"),
-        "environment": describe_environment(),
-        "smoothing_decades": SMOOTHING_DECADES,
-        "divergence_factor": DIVERGENCE_FACTOR,
-        "sweeps": [
-            asdict(sweep)
-            | {"smoothed": curve.smoothed.tolist()}
-            | {"estimates": {key: asdict(find(curve)) for key, find in ESTIMATORS.items()}}
-            for sweep, curve in zip(sweeps, curves, strict=True)
-        ],
-        **asdict(summary),
-        "verdict": summary.verdict,
-    }
-
-
-def save_report(report: dict[str, Any], folder: Path) -> None:
-    """Write sweeps.json and curve.png into a folder, which is made.
-
-    Raises:
-        ConfigError: when the disk does not take them.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(report, indent=1, allow_nan=False)
-        (folder / "sweeps.json").write_text(text + "\n", encoding="utf-8")
-        save_lr_range(report, folder / "curve.png")
-    except OSError as exc:
-        raise ConfigError(f"{folder}: the test's files must be writable there, got {exc.strerror!r}.") from exc
