@@ -50,16 +50,8 @@ from tune_cifar.report.trials import best_so_far, load_shipped_trials, load_tria
 from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
 from tune_cifar.tracking import runs as mlruns
 from tune_cifar.tracking.runs import EPOCH_METRICS
-from tune_cifar.tracking.upload import (
-    Shipper,
-    SyncReport,
-    delete_runs,
-    list_views,
-    make_tracking_uri,
-    run_ui,
-    stop_ui,
-    sync_search,
-)
+from tune_cifar.tracking.server import list_views, run_ui, stop_ui
+from tune_cifar.tracking.upload import Shipper, SyncReport, delete_runs, make_tracking_uri, sync_search
 from tune_cifar.tracking.views import make_experiment_tags
 
 WEIGHTS = "trials/0001/weights.safetensors"
@@ -212,10 +204,10 @@ def test_a_port_in_use_is_refused_for_the_ui(tmp_path: Path) -> None:
 
 
 def test_the_ui_has_the_same_port_each_time_unless_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tune_cifar.tracking.upload import _find_port
+    from tune_cifar.tracking.server import _find_port
 
     port = find_free_port()
-    monkeypatch.setattr("tune_cifar.tracking.upload.UI_PORT", port)
+    monkeypatch.setattr("tune_cifar.tracking.server.UI_PORT", port)
     assert _find_port() == port
     with socket.create_server(("127.0.0.1", port)):
         assert _find_port() != port

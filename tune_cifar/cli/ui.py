@@ -53,7 +53,8 @@ def ui(
 
 def _serve_mlflow(storage: Path, tracking_uri: str | None, port: int | None) -> None:
     """The address, and a link for each of our views: MLflow itself opens on what is there for language models."""
-    from tune_cifar.tracking.upload import list_views, make_tracking_uri, run_ui, stop_ui
+    from tune_cifar.tracking.server import list_views, run_ui, stop_ui
+    from tune_cifar.tracking.upload import make_tracking_uri
 
     uri, process = make_tracking_uri(storage, tracking_uri), None
     try:
