@@ -27,7 +27,7 @@ from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.select import load_space
 from tune_cifar.tracking.upload import sync_search
 from tune_cifar.train.numerics import resolve_numerics
-from tune_cifar.train.trial import make_header
+from tune_cifar.train.recorded import make_header
 
 
 def make_result(epoch: int, val_acc: float) -> EpochResult:

@@ -42,7 +42,7 @@ from tune_cifar.report.plots.evaluation import save_judgement
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.select import load_space
 from tune_cifar.tracking.upload import make_tracking_uri, ship_judgement, sync_search
-from tune_cifar.train.trial import make_header
+from tune_cifar.train.recorded import make_header
 
 pytestmark = pytest.mark.slow
 # A page that a loaded machine draws.

@@ -32,7 +32,7 @@ from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import Cost, Resources, SearchPlan, SearchRequest
 from tune_cifar.search.resume import restore_space
 from tune_cifar.space.select import SearchSpace, load_space
-from tune_cifar.train.trial import make_header
+from tune_cifar.train.recorded import make_header
 from tune_cifar.verify.confirm import (
     Confirmed,
     Gain,

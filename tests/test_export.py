@@ -22,8 +22,8 @@ from tune_cifar.models.build import MODELS
 from tune_cifar.record.state import SearchState
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights
+from tune_cifar.train.recorded import load_trained
 from tune_cifar.train.trainer import Trainer
-from tune_cifar.train.trial import load_trained
 from tune_cifar.verify.export import (
     ONNX_OPSET,
     answer_images,

@@ -31,7 +31,7 @@ from tune_cifar.schema import EpochResult, Numerics
 from tune_cifar.space.select import list_spaces
 from tune_cifar.train.checkpoint import load_weights
 from tune_cifar.train.numerics import resolve_numerics
-from tune_cifar.train.trial import load_recorded_data, load_trained, run_training
+from tune_cifar.train.recorded import load_recorded_data, load_trained, run_training
 from tune_cifar.verify.reproduce import (
     SEED_NOISE_FILE,
     load_seed_noise,

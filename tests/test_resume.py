@@ -22,7 +22,7 @@ from tune_cifar.search.resume import check_accepted, describe_restored, find_cha
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
-from tune_cifar.train.trial import make_header
+from tune_cifar.train.recorded import make_header
 
 DATA = DataInfo(name="shapes", digest="d", split_hash="s")
 

@@ -29,7 +29,7 @@ from tune_cifar.record.state import INTERRUPTED, SearchState
 from tune_cifar.record.test_log import OPENINGS_COLUMNS
 from tune_cifar.schema import DataInfo, TrainConfig
 from tune_cifar.space.select import SearchSpace, load_space, parse_setting, read_space
-from tune_cifar.train.trial import make_header
+from tune_cifar.train.recorded import make_header
 from tune_cifar.verify.confirm import make_confirmation, make_final
 
 ROOT = Path(__file__).parent.parent

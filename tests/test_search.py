@@ -32,7 +32,8 @@ from tune_cifar.search.resume import restore_space
 from tune_cifar.search.run import _guard, _Scheduler, _Searcher
 from tune_cifar.search.worker import TrialWorker
 from tune_cifar.space.select import SearchSpace, load_space
-from tune_cifar.train.trial import CHECKPOINTS, make_header, stop_file, train_trial
+from tune_cifar.train.recorded import make_header
+from tune_cifar.train.trial import CHECKPOINTS, stop_file, train_trial
 
 # A pinned pct_start: in so few steps the smallest searched one would be no warm-up at all, and is refused.
 SMALL = {"train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}

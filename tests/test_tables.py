@@ -34,7 +34,7 @@ from tune_cifar.report.tables import (
 )
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.select import load_space
-from tune_cifar.train.trial import make_header
+from tune_cifar.train.recorded import make_header
 
 Scores = Callable[[TrialState, int], float]
 

@@ -21,17 +21,9 @@ from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space.select import load_space
 from tune_cifar.train.checkpoint import load_weights
+from tune_cifar.train.recorded import Listener, make_header, open_training, run_training
 from tune_cifar.train.trainer import Trainer
-from tune_cifar.train.trial import (
-    CHECKPOINTS,
-    ERROR,
-    WEIGHTS,
-    Listener,
-    make_header,
-    open_training,
-    run_training,
-    train_trial,
-)
+from tune_cifar.train.trial import CHECKPOINTS, ERROR, WEIGHTS, train_trial
 
 SMALL: dict[str, Any] = {"train_size": 20, "val_size": 20, "epochs": 3, "batch_size": 10}
 # Diverges at the end of the second epoch (6 steps each), from each of six seeds.

@@ -235,7 +235,7 @@ def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, 
     """Open the test set once for every complete training that it was not opened for."""
     from tune_cifar.record.test_log import find_openings, find_openings_file
     from tune_cifar.train.numerics import restore_numerics
-    from tune_cifar.train.trial import load_recorded_data, load_trained
+    from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import open_test
 
     header = state.header

@@ -45,7 +45,7 @@ def judge(
     from tune_cifar.record.store import find_storage
     from tune_cifar.train.metrics import judge_logits
     from tune_cifar.train.numerics import restore_numerics
-    from tune_cifar.train.trial import load_recorded_data, load_trained
+    from tune_cifar.train.recorded import load_recorded_data, load_trained
 
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     console = stderr() if as_json else stdout()

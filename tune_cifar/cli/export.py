@@ -45,7 +45,7 @@ def export(
     from tune_cifar.cli.summary import print_stand_in_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.store import find_storage
-    from tune_cifar.train.trial import load_recorded_data
+    from tune_cifar.train.recorded import load_recorded_data
     from tune_cifar.verify.export import export_run
 
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)

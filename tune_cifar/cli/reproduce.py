@@ -74,7 +74,7 @@ def _reproduce(
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
     from tune_cifar.record.test_log import find_openings, find_openings_file
     from tune_cifar.train.numerics import restore_numerics
-    from tune_cifar.train.trial import load_recorded_data, load_trained
+    from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import check_testable, open_test
 
     openings_file = find_openings_file(state.folder.parent.parent, source.name)

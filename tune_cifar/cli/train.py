@@ -49,7 +49,7 @@ def train(
     from tune_cifar.space.select import load_space, parse_setting
     from tune_cifar.tracking.upload import Shipper, make_tracking_uri
     from tune_cifar.train.numerics import resolve_numerics
-    from tune_cifar.train.trial import open_training, run_training
+    from tune_cifar.train.recorded import open_training, run_training
 
     console = stdout()
     folder = find_storage(storage)

@@ -29,7 +29,7 @@ from tune_cifar.search.sampler import list_distributions
 from tune_cifar.space.select import describe_distribution
 from tune_cifar.train.metrics import judge_logits
 from tune_cifar.train.numerics import restore_numerics
-from tune_cifar.train.trial import load_recorded_data, load_trained
+from tune_cifar.train.recorded import load_recorded_data, load_trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

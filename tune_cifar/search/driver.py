@@ -32,7 +32,8 @@ from tune_cifar.search.rungs import keep, list_cycles
 from tune_cifar.search.sampler import Confirmer, Proposer, Sampler
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CheckpointFolder
-from tune_cifar.train.trial import CHECKPOINTS, WEIGHTS, Listener, relative, stop_file, write_error
+from tune_cifar.train.recorded import Listener, relative, write_error
+from tune_cifar.train.trial import CHECKPOINTS, WEIGHTS, stop_file
 
 # How often a trial is taken up again after a fault that may not be its own, before it counts as failed.
 RETRIES: dict[Fault, int] = {"worker died": 2, "out of memory": 1}

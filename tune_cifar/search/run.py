@@ -40,7 +40,7 @@ from tune_cifar.search.resume import check_accepted, describe_restored, find_cha
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import Shipper, make_tracking_uri
 from tune_cifar.train.numerics import restore_numerics
-from tune_cifar.train.trial import Listener, make_header
+from tune_cifar.train.recorded import Listener, make_header
 
 # How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
 SHIPPING_SECONDS = 60.0

@@ -32,8 +32,8 @@ from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import TrainConfig
 from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights, write_atomically
 from tune_cifar.train.numerics import resolve_numerics
+from tune_cifar.train.recorded import load_trained
 from tune_cifar.train.trainer import EVAL_BATCH_SIZE
-from tune_cifar.train.trial import load_trained
 
 Format = Literal["onnx", "safetensors"]
 
