@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -14,9 +15,9 @@ from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import NAME
 from tune_cifar.record.journal import RECORD_FILE, check_name, is_live, read_state, replay
 from tune_cifar.record.state import SearchState, TrialState
-from tune_cifar.record.store import list_searches
-from tune_cifar.report.trials import logger
 from tune_cifar.schema import Status, nearest_name
+
+logger = logging.getLogger(__name__)
 
 
 def find_storage(option: str | Path | None) -> Path:

@@ -15,9 +15,8 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.record import journal as record
+from tune_cifar.record import state as record
 from tune_cifar.record.events import KIND_WORDS
-from tune_cifar.record.state import SearchState
 from tune_cifar.search.sampler import Outcome, find_outcome, list_distributions, make_study
 
 
@@ -32,7 +31,7 @@ def check_dashboard() -> None:
         raise ConfigError(f"--optuna: optuna-dashboard must be installed, got none. {way_out}")
 
 
-def make_studies(states: Iterable[SearchState]) -> BaseStorage:
+def make_studies(states: Iterable[record.SearchState]) -> BaseStorage:
     """A study for every search, in memory. Single trainings and confirmations search nothing and have none.
 
     Raises:
@@ -57,7 +56,7 @@ def make_studies(states: Iterable[SearchState]) -> BaseStorage:
     return storage
 
 
-def freeze_trial(state: SearchState, trial: record.TrialState) -> FrozenTrial:
+def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenTrial:
     """A recorded trial as Optuna keeps it: what the sampler was told, with all scores that trials are compared by."""
     rungs = {epoch: trial.scores[epoch] for epoch in state.header.budget.get("rungs", ()) if epoch in trial.scores}
     told = Outcome(TrialState.RUNNING, None, {})

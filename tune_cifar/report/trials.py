@@ -5,26 +5,23 @@ pandas is imported inside the functions that build tables: all else needs none o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tune_cifar.errors import TrackingError
 from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
-from tune_cifar.report.trials import make_shipped_trials
 from tune_cifar.schema import EpochResult, TrainConfig
 from tune_cifar.tracking.store import find_sqlite_file
 from tune_cifar.tracking.trials import read_trials
 
 if TYPE_CHECKING:
     import pandas as pd
-from tune_cifar.tracking.upload import _translating
+from tune_cifar.tracking.store import translate_errors
 
 if TYPE_CHECKING:
     import pandas as pd
 
-logger = logging.getLogger(__name__)
 
 # Trials compete only with trials that agree in all of these.
 GROUP_COLUMNS = ("data", "data_digest", "split_hash", "train_size", "val_size", "epochs", "fidelity")
@@ -195,5 +192,5 @@ def load_shipped_trials(tracking_uri: str, search: str) -> pd.DataFrame:
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
         raise TrackingError(f"{path}: an MLflow database must be there, got none.")
-    with _translating(f"{check_name(search)}: MLflow must tell its trials"):
+    with translate_errors(f"{check_name(search)}: MLflow must tell its trials"):
         return make_shipped_trials(read_trials(tracking_uri, search))

@@ -12,8 +12,13 @@ import time
 from contextlib import suppress
 
 from tune_cifar.errors import TrackingError, hide_credentials
-from tune_cifar.tracking.store import MLFLOW_ENVIRONMENT, find_sqlite_file, list_experiments, make_client
-from tune_cifar.tracking.upload import _translating
+from tune_cifar.tracking.store import (
+    MLFLOW_ENVIRONMENT,
+    find_sqlite_file,
+    list_experiments,
+    make_client,
+    translate_errors,
+)
 from tune_cifar.tracking.views import list_view_links
 
 # Of MLflow's UI, where it is free.
@@ -61,7 +66,7 @@ def list_views(tracking_uri: str) -> dict[str, str]:
     Raises:
         TrackingError: when MLflow cannot be reached.
     """
-    with _translating("ui: MLflow must list its experiments"):
+    with translate_errors("ui: MLflow must list its experiments"):
         experiments = list_experiments(make_client(tracking_uri))
     return {
         f"{name}: {view}": link

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from filelock import FileLock
 
-from tune_cifar.errors import TrackingError
+from tune_cifar.errors import TrackingError, hide_credentials
+
+MAX_FAULT_CHARACTERS = 300
+# May stand before what the database said.
+SQLALCHEMY_CHATTER = "(raised as a result of Query-invoked autoflush"
 
 # Another process may hold the database's write lock for so long, or be initialising the database.
 SQLITE_TIMEOUT_SECONDS = 10.0
@@ -124,3 +129,21 @@ def search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) ->
         token = page.token
         if not token:
             return
+
+
+def describe_error(exc: Exception) -> str:
+    """The kind of a fault and the first line that tells of it, of an HTTP request's only its cause; no credentials."""
+    lines = [line for line in str(exc).strip().splitlines() if not line.startswith(SQLALCHEMY_CHATTER)]
+    text = lines[0] if lines else "no words"
+    cause = re.search(r"\(Caused by (.+)\)", text)
+    return hide_credentials(f"{type(exc).__name__}: {cause[1] if cause else text}")[:MAX_FAULT_CHARACTERS]
+
+
+@contextmanager
+def translate_errors(rule: str) -> Iterator[None]:
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as exc:
+        raise TrackingError(f"{rule}, got {describe_error(exc)}.") from exc

@@ -4,7 +4,6 @@ time. Trainings never talk to MLflow, and a tracking fault never hurts a search.
 
 from __future__ import annotations
 
-import re
 import shlex
 import threading
 import zlib
@@ -22,7 +21,7 @@ from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnd
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import find_storage
 from tune_cifar.tracking.runs import SearchRuns, log_lr_range
-from tune_cifar.tracking.store import find_sqlite_file
+from tune_cifar.tracking.store import describe_error, find_sqlite_file, translate_errors
 from tune_cifar.train.metrics import Judgement
 
 # What follows at once (a trial stopped at the rung it has just reached) goes along.
@@ -33,9 +32,6 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0
 LAST_ROUNDS = 2
 # Another process may be shipping the same search: wait for it so long.
 LOCK_SECONDS = 10.0
-MAX_FAULT_CHARACTERS = 300
-# May stand before what the database said.
-SQLALCHEMY_CHATTER = "(raised as a result of Query-invoked autoflush"
 
 Shipment = Callable[[SearchRuns], int]
 # A search's end goes by this number among its trials', and after them.
@@ -153,7 +149,7 @@ def sync_search(
     end: dict[int, Shipment] = {} if is_live else {END: partial(SearchRuns.close, state=state)}
     with courier.holding():
         if is_live and not courier.try_hold(0.0):
-            with _translating(f"{name}: MLflow must answer"):
+            with translate_errors(f"{name}: MLflow must answer"):
                 runs = SearchRuns(tracking_uri, storage, state, is_running=True)
                 return SyncReport(name, 0, sum(map(runs.is_whole, state.trials.values())), 0)
         left = courier.carry(pending | end)
@@ -176,7 +172,7 @@ def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
         return 0
-    with _translating(f"{state.header.name}: MLflow must delete its runs"):
+    with translate_errors(f"{state.header.name}: MLflow must delete its runs"):
         return SearchRuns(tracking_uri, storage, state, is_running=False).delete()
 
 
@@ -186,7 +182,7 @@ def ship_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], f
     Raises:
         TrackingError: when MLflow cannot be reached or refuses.
     """
-    with _translating(f"{report['name']}: MLflow must take the run"):
+    with translate_errors(f"{report['name']}: MLflow must take the run"):
         storage.mkdir(parents=True, exist_ok=True)
         log_lr_range(tracking_uri, storage, report, folder)
 
@@ -208,7 +204,7 @@ def ship_judgement(
                 return None
         fault = "no run of it there"
     except Exception as exc:  # whatever MLflow raises, the figures are on disk
-        fault = _describe(exc)
+        fault = describe_error(exc)
     return f"MLflow must take the judgement of {trial.run_id}, got {fault}. The files stay; complete MLflow: {way_out}"
 
 
@@ -291,7 +287,7 @@ class _Courier:
                 self._on_shipment()
                 num_faults = 0
             except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
-                self.fault, self._has_failed, self._runs = _describe(exc), True, None
+                self.fault, self._has_failed, self._runs = describe_error(exc), True, None
                 failed[key] = shipment
                 num_faults += 1
         return waiting | failed
@@ -325,21 +321,3 @@ def _copy_trial(trial: TrialState) -> TrialState:
 def _copy_state(state: SearchState) -> SearchState:
     trials = {number: _copy_trial(trial) for number, trial in state.trials.items()}
     return replace(state, trials=trials, resumes=list(state.resumes), arrivals={})
-
-
-def _describe(exc: Exception) -> str:
-    """The kind of a fault and the first line that tells of it, of an HTTP request's only its cause; no credentials."""
-    lines = [line for line in str(exc).strip().splitlines() if not line.startswith(SQLALCHEMY_CHATTER)]
-    text = lines[0] if lines else "no words"
-    cause = re.search(r"\(Caused by (.+)\)", text)
-    return hide_credentials(f"{type(exc).__name__}: {cause[1] if cause else text}")[:MAX_FAULT_CHARACTERS]
-
-
-@contextmanager
-def _translating(rule: str) -> Iterator[None]:
-    try:
-        yield
-    except TrackingError:
-        raise
-    except Exception as exc:
-        raise TrackingError(f"{rule}, got {_describe(exc)}.") from exc
