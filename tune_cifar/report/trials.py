@@ -12,8 +12,8 @@ from tune_cifar.errors import TrackingError
 from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import EpochResult, TrainConfig
+from tune_cifar.tracking.runs import read_trials
 from tune_cifar.tracking.store import find_sqlite_file
-from tune_cifar.tracking.trials import read_trials
 
 if TYPE_CHECKING:
     import pandas as pd
