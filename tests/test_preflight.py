@@ -15,12 +15,7 @@ from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import MODELS
 from tune_cifar.schema import Numerics
-from tune_cifar.search.preflight import (
-    MAX_TEMPORARY_BYTES,
-    check_search_fits,
-    estimate_disk_needs,
-    measure_training,
-)
+from tune_cifar.search.plan import MAX_TEMPORARY_BYTES, check_search_fits, estimate_disk_needs, measure_training
 from tune_cifar.train.checkpoint import save_checkpoint, save_weights
 from tune_cifar.train.trainer import Trainer
 
