@@ -177,7 +177,7 @@ def test_a_search_is_found_sorted_compared_and_looked_into_in_mlflows_page(
     sync_search(uri, storage, searched)
     judgement = judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
     files = save_judgement(judgement, make_pictures(5), "seen:3: 5 validation images", tmp_path / "judge")
-    assert ship_judgement(uri, storage, searched, best, judgement, files) is None
+    assert ship_judgement(uri, storage, searched, best, judgement.to_dict(), files) is None
     with serve("--storage", str(storage)) as links:
         assert list(links) == ["MLflow UI", "s7: Searches", "s7: Trials, best first (cpu)"]
         see_the_trials_nested_in_their_search(browser, links["s7: Searches"])

@@ -134,7 +134,7 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
     state = read_state(search_folder(tmp_path, "s7-1"))
     for part in ("validation", "test"):
         judgement = judge_logits(torch.eye(10), torch.arange(10), [f"class{n}" for n in range(10)], part)
-        assert ship_judgement(uri, tmp_path, state, state.trials[0], judgement, []) is None
+        assert ship_judgement(uri, tmp_path, state, state.trials[0], judgement.to_dict(), []) is None
     lrs = make_lrs(1e-3, 1.0, 30)
     losses = (*([2.3] * 10), *(2.3 - n / 10 for n in range(10)), *(1.4 + n / 2 for n in range(10)))
     info = load_train_val(SHAPES, 10, 10).info

@@ -101,8 +101,9 @@ def keep_judgement(
     stand_in = "" if state.header.data.name == "cifar10" else f" ({state.header.data.name}, NOT CIFAR-10)"
     title = f"{trial.run_id}: {judgement.num_images:,} {judgement.part} images{stand_in}"
     files = save_judgement(judgement, split.images_NCHW.permute(0, 2, 3, 1).numpy(), title, folder)
-    fault = ship_judgement(make_tracking_uri(storage, tracking_uri), storage, state, trial, judgement, files)
-    return {**judgement.to_dict(), "folder": str(folder), "files": [file.name for file in files], "mlflow_fault": fault}
+    found = judgement.to_dict()
+    fault = ship_judgement(make_tracking_uri(storage, tracking_uri), storage, state, trial, found, files)
+    return {**found, "folder": str(folder), "files": [file.name for file in files], "mlflow_fault": fault}
 
 
 def say_kept(kept: dict[str, Any], console: Console) -> None:

@@ -27,13 +27,12 @@ from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig, dead_knobs
 from tune_cifar.tracking.store import create_experiment, find_experiment, make_client, place_experiment, search_runs
 from tune_cifar.tracking.views import MAX_TAG_CHARACTERS, make_experiment_tags
-from tune_cifar.train.metrics import Judgement, Part
 
 # Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
 # its `score` too.
 EPOCH_METRICS = ("val_acc", "val_loss", "train_acc", "train_loss", "lr", "images_per_second")
 # How the names of a judgement's metrics begin.
-PART_PREFIX: dict[Part, str] = {"validation": "val", "test": "test"}
+PART_PREFIX: dict[str, str] = {"validation": "val", "test": "test"}
 # MLflow's own word for each of our states. KILLED is also what still ran when its driver stopped.
 RUN_STATUS: dict[Status, str] = {
     "complete": "FINISHED",
@@ -158,7 +157,7 @@ class SearchRuns:
             self._close_run(run, RUN_STATUS[trial.status], _find_end(trial, self._header))
         return True
 
-    def log_judgement(self, trial: TrialState, judgement: Judgement, files: Sequence[Path]) -> bool:
+    def log_judgement(self, trial: TrialState, judgement: Mapping[str, Any], files: Sequence[Path]) -> bool:
         """Put a judgement's files and figures on its trial's run; False when the run is not there. Creates none, so
         another process may be shipping the search."""
         from mlflow.entities import Metric
@@ -166,10 +165,10 @@ class SearchRuns:
         run = self.children.get(trial.number)
         if run is None:
             return False
-        self._log_artifacts(run, {file.name: file for file in files}, f"judge/{judgement.part}")
-        prefix, now = PART_PREFIX[judgement.part], _find_end(trial, self._header)
-        values = {f"{prefix}_acc_{figures.name}": figures.accuracy for figures in judgement.classes}
-        values[f"{prefix}_ece"] = judgement.ece
+        self._log_artifacts(run, {file.name: file for file in files}, f"judge/{judgement['part']}")
+        prefix, now = PART_PREFIX[judgement["part"]], _find_end(trial, self._header)
+        values = {f"{prefix}_acc_{found['name']}": found["accuracy"] for found in judgement["classes"]}
+        values[f"{prefix}_ece"] = judgement["ece"]
         self._log(run, {}, [Metric(name, v, now, trial.epochs_done) for name, v in values.items() if v is not None])
         return True
 

@@ -22,7 +22,6 @@ from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import find_storage
 from tune_cifar.tracking.runs import SearchRuns, log_lr_range
 from tune_cifar.tracking.store import describe_error, find_sqlite_file, translate_errors
-from tune_cifar.train.metrics import Judgement
 
 # What follows at once (a trial stopped at the rung it has just reached) goes along.
 SETTLE_SECONDS = 0.25
@@ -188,7 +187,12 @@ def ship_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], f
 
 
 def ship_judgement(
-    tracking_uri: str, storage: Path, state: SearchState, trial: TrialState, judgement: Judgement, files: Sequence[Path]
+    tracking_uri: str,
+    storage: Path,
+    state: SearchState,
+    trial: TrialState,
+    judgement: Mapping[str, Any],
+    files: Sequence[Path],
 ) -> str | None:
     """Log a judgement on its trial's run: the files under judge/validation or judge/test, its calibration error and the
     accuracy of every class as metrics. Done twice, nothing changes any more.

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from tune_cifar.data.load import TrainVal
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import Numerics, TrainConfig
-from tune_cifar.space.rules import find_value_problem
 from tune_cifar.train.trainer import Trainer
 
 # Standard deviation of the smoothing kernel, in decades of learning rate. Of 0.1, 0.15, 0.2, 0.25, 0.3 and 0.4 the
@@ -42,6 +41,8 @@ MIN_LOSSES = 5
 MAX_DISAGREEMENT = 10.0
 # What --write proposes goes so far beyond the lowest and the highest estimator.
 RANGE_FACTOR = 10.0
+# The schema's bound of max_lr; its lower one is 0.
+HIGHEST_LR = next(rule.le for rule in TrainConfig.model_fields["max_lr"].metadata if hasattr(rule, "le"))
 
 Floats = NDArray[np.float64]
 
@@ -53,8 +54,10 @@ def make_lrs(low: float, high: float, num_steps: int) -> tuple[float, ...]:
         ConfigError: when they are no learning rates, span less than a decade, or are too few.
     """
     for option, value in (("--low", low), ("--high", high)):
-        if problem := find_value_problem("max_lr", value, option):
-            raise ConfigError(problem)
+        if not value > 0:
+            raise ConfigError(f"{option} > 0 must hold, got {value!r}.")
+        if not value <= HIGHEST_LR:
+            raise ConfigError(f"{option} <= {HIGHEST_LR:g} must hold, got {value!r}.")
     if 10 * low > high:
         raise ConfigError(f"--low: at most a tenth of --high must hold, got {low:g} and {high:g}.")
     num_decades = math.log10(high / low)
@@ -294,10 +297,9 @@ def propose_range(medians: Sequence[float], keep: Sequence[float]) -> tuple[floa
     """What to search max_lr in: from a tenth of the lowest estimator's median to ten times the highest's, so two
     decades around the suggestion and more where the estimators lie apart. Widened to hold `keep` (the baseline, for
     one), rounded outwards to two significant digits, and within the schema's bounds."""
-    upper = next(rule.le for rule in TrainConfig.model_fields["max_lr"].metadata if hasattr(rule, "le"))
     low = _round_to_two_digits(min(min(medians) / RANGE_FACTOR, *keep), math.floor)
     high = _round_to_two_digits(max(max(medians) * RANGE_FACTOR, *keep), math.ceil)
-    return low, min(high, upper)
+    return low, min(high, HIGHEST_LR)
 
 
 def _round_to_two_digits(value: float, towards: Callable[[float], int]) -> float:
