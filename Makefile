@@ -18,16 +18,17 @@ search: $(READY)
 	  $(TUNE) search --space $(SPACE) --data shapes $(ARGS); \
 	fi
 
-# The default tier; the three rooms that everything rests on must be fully covered by their own tests. Then what needs
-# Ray, MLflow and a fresh environment: four at once, for they wait for processes half of their time.
-COVERED := schema space record
+# The default tier; what everything rests on must be fully covered by its own tests. Then what needs Ray, MLflow and a
+# fresh environment: four at once, for they wait for processes half of their time.
+COVERED_TESTS := tests/test_schema.py tests/space tests/record
+COVERED := schema space record.events record.state record.journal
 test: test-default
 	$(BIN)/python -m pytest -q -n 4 --dist loadgroup -m "slow and not faults and not gpu" --durations=5
 
 test-default: $(READY)
-	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=--ignore=tests/test_%.py)
-	$(BIN)/python -m pytest -q -n 2 $(COVERED:%=tests/test_%.py) $(COVERED:%=--cov=tune_cifar.%) \
-	  --cov=tune_cifar.events --cov-branch --cov-report=term-missing --cov-fail-under=100
+	$(BIN)/python -m pytest -q -n 2 $(COVERED_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -q -n 2 $(COVERED_TESTS) $(COVERED:%=--cov=tune_cifar.%) --cov-branch \
+	  --cov-report=term-missing --cov-fail-under=100
 
 # Chromium and its driver for the browser tests, where Debian's packages can be had without asking for a password.
 APT := apt-get -qq -o DPkg::Lock::Timeout=120

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer.testing
@@ -18,38 +17,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # typer builds every command anew for each one that a test types.
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
+from tests.builders import FEW, SHAPES
 from tune_cifar.data.files import DataSource, find_data
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import DataError
 from tune_cifar.record.state import SearchState
-from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.schema import Numerics
 from tune_cifar.train.numerics import resolve_numerics
-
-SHAPES = DataSource("shapes", None)
-
-
-def make_config(**changes: Any) -> TrainConfig:
-    """A small s7 training: 4 steps of 16 images an epoch, 2 epochs, every op of the augmentation on."""
-    values: dict[str, Any] = {
-        "model": "s7",
-        "optimizer": "sgd",
-        "schedule": "onecycle",
-        "max_lr": 0.01,
-        "batch_size": 16,
-        "epochs": 2,
-        "train_size": 60,
-        "val_size": 50,
-        "dropout": 0.05,
-        "hflip_p": 0.3,
-        "shift_scale_rotate_p": 0.5,
-        "shift_limit": 0.1,
-        "scale_limit": 0.1,
-        "rotate_limit": 30.0,
-        "cutout_p": 0.5,
-        "cutout_size": 16,
-        "gray_p": 0.5,
-    }
-    return TrainConfig(**{**values, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +36,6 @@ def fp32() -> Numerics:
 def shapes() -> TrainVal:
     """The stand-in images that make_config trains on."""
     return load_train_val(SHAPES, 60, 50)
-
-
-# Four steps an epoch, as the small config has, of 8 images or fewer.
-FEW = {"batch_size": 8, "train_size": 30, "val_size": 10}
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +66,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
     """The run "small:0": three epochs on the stand-in, validated on 20 images. Nobody changes what it left on disk."""
-    from tests.test_train import train_small
+    from tests.builders import train_small
 
     return train_small(tmp_path_factory.mktemp("runs"), fp32)
 

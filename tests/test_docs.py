@@ -17,9 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
 import knobs
 
-from tests.conftest import SHAPES
-from tests.test_cli import COMMANDS, ROOT, invoke, run_in_a_process
-from tests.test_record import make_header, make_trial, write_record
+from tests.builders import COMMANDS, ROOT, SHAPES, invoke, make_header, make_trial, run_in_a_process, write_record
 from tune_cifar.data.files import FILES, TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
 from tune_cifar.record.journal import read_state
@@ -120,7 +118,7 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
     import torch
     from mlflow import MlflowClient
 
-    from tests.test_tracking import make_events, ship
+    from tests.builders import make_events, ship
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.events import TrialRetried
     from tune_cifar.report.lr_range import make_report

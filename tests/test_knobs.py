@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import FEW, SHAPES, make_config
+from tests.builders import FEW, SHAPES, make_config
 from tune_cifar.data.load import load_train_val
 from tune_cifar.schema import KNOBS, Numerics, TrainConfig
 from tune_cifar.train.optim import schedule_steps

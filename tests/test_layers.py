@@ -1,4 +1,4 @@
-"""The house's two tables: imports go down only, and every heavy dependency has its rooms."""
+"""Two tables: imports go down the tiers only, and every heavy dependency has its modules."""
 
 from __future__ import annotations
 
@@ -12,78 +12,43 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tune_cifar"
 
-LEVELS = {
-    "errors": -1,  # everything may raise
-    "schema": 0,
-    "space": 1,
-    "shapes": 1,
-    "optim": 2,
-    "models": 2,
-    "augment": 2,
-    "data": 2,
-    "checkpoint": 2,
-    "fidelity": 2,
-    "numerics": 2,
-    "judge": 2,
-    "step": 3,
-    "engine": 4,
-    "events": 2,
-    "record": 3,
-    "train": 5,
-    "sampler": 5,
-    "mlstore": 3,
-    "mlviews": 3,
-    "mltrials": 4,
-    "mlruns": 5,
-    "tracking": 6,
-    "results": 5,
-    "plots": 5,
-    "tables": 6,
-    "dashboard": 6,
-    "health": 6,
-    "report": 8,
-    "driver": 6,
-    "openings": 0,
-    "sealed": 6,
-    "plan": 6,
-    "preflight": 5,
-    "forecast": 4,
-    "resume": 6,
-    "worker": 6,
-    "search": 7,
-    "reproduce": 7,
-    "confirm": 7,
-    "lr_range": 7,
-    "export": 7,
-    "cli": 9,
-    "live": 9,
-}
-# A package's modules may import each other; the command line's may import live.
-ROOMS = {
-    "ray": {"search", "worker"},
-    "optuna": {"space", "sampler", "tables", "dashboard"},
-    "mlflow": {"mlstore", "mlruns"},
-    "filelock": {"mlstore", "tracking"},
+# From the bottom up. Packages of one tier do not import each other.
+TIERS = (
+    ("schema", "errors"),
+    ("record", "space", "data", "models", "augment"),
+    ("train", "tracking"),
+    ("search",),
+    ("report", "verify"),
+    ("cli",),
+)
+TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}
+# Everything may raise the exceptions of errors.py.
+FREE = {"errors"}
+# Packages, or modules of them, that may import what is heavy or replaceable.
+DEPENDENCIES = {
+    "ray": {"search/run", "search/worker"},
+    "optuna": {"space", "search/sampler", "report/tables", "report/dashboard"},
+    "mlflow": {"tracking"},
+    "filelock": {"tracking"},
     "albumentations": {"augment/reference"},
     "cv2": {"augment/reference"},
-    "scipy": {"confirm"},
-    # cli/look, tracking: for type checking only
-    "pandas": {"results", "tables", "health", "plots", "report", "cli/look", "tracking"},
-    "matplotlib": {"plots", "report"},  # report: for type checking only
-    "plotly": {"plots/interactive"},
-    "jinja2": {"report"},
-    "pydantic": {"schema", "space", "events"},
+    "scipy": {"verify/confirm"},
+    "pandas": {"report", "cli/leaderboard"},  # cli/leaderboard: for type checking only
+    "matplotlib": {"report"},
+    "plotly": {"report/plots/interactive"},
+    "jinja2": {"report/html"},
+    "pydantic": {"schema", "space", "record/events"},
     "pydantic_core": {"schema", "space"},
     "ruamel": {"space"},
     "torchvision": {"data"},
     "torchinfo": {"models/summary"},
-    "safetensors": {"checkpoint"},
-    "onnx": {"export"},
-    "onnxruntime": {"export"},
-    "onnxscript": {"export"},
-    "cryptography": {"models/layers"},
+    "safetensors": {"train/checkpoint"},
+    "onnx": {"verify/export"},
+    "onnxruntime": {"verify/export"},
+    "onnxscript": {"verify/export"},
+    "cryptography": {"models/dropout"},
     "typer": {"cli"},
-    "rich": {"live", "cli"},
+    "rich": {"cli"},
 }
 
 
@@ -111,34 +76,51 @@ def list_imports(tree: ast.Module) -> list[str]:
     return names
 
 
-def test_every_module_has_a_level() -> None:
-    assert {name.split("/")[0] for name, _ in list_modules()} == set(LEVELS)
+def test_the_package_is_what_the_drawing_shows() -> None:
+    assert {name.split("/")[0] for name, _ in list_modules()} == set(TIER)
+    assert sum((PACKAGE / name).is_dir() for name in TIER) == 11
 
 
 def test_imports_go_down_only() -> None:
     wrong = []
     for name, tree in list_modules():
-        room = name.split("/")[0]
+        package = name.split("/")[0]
         for imported in list_imports(tree):
             parts = imported.split(".")
-            if parts[0] != "tune_cifar" or len(parts) == 1 or parts[1] == room:
+            if parts[0] != "tune_cifar" or len(parts) == 1 or parts[1] in {package, *FREE}:
                 continue
-            if LEVELS[parts[1]] >= LEVELS[room] and room != "cli":
+            if TIER[parts[1]] >= TIER[package]:
                 wrong.append(f"{name} imports {imported}")
     assert wrong == []
 
 
-def test_every_heavy_dependency_stays_in_its_room() -> None:
+def test_no_two_modules_import_each_other() -> None:
+    trees = dict(list_modules())
+    arrows = {
+        name: {imported[len("tune_cifar.") :].replace(".", "/") for imported in list_imports(tree)} & trees.keys()
+        for name, tree in trees.items()
+    }
+    assert [(a, b) for a in arrows for b in arrows[a] if a < b and a in arrows[b]] == []
+
+
+def test_packages_hold_nothing_but_their_modules() -> None:
+    for path in PACKAGE.rglob("*/__init__.py"):
+        (docstring,) = ast.parse(path.read_text(encoding="utf-8")).body
+        assert isinstance(docstring, ast.Expr), path
+
+
+def test_every_heavy_dependency_stays_in_its_module() -> None:
     wrong = []
     for name, tree in list_modules():
+        places = {name, name.split("/")[0]}
         for imported in list_imports(tree):
-            rooms = ROOMS.get(imported.split(".")[0])
-            if rooms is not None and name not in rooms and name.split("/")[0] not in rooms:
+            allowed = DEPENDENCIES.get(imported.split(".")[0])
+            if allowed is not None and not allowed & places:
                 wrong.append(f"{name} imports {imported}")
     assert wrong == []
 
 
-def test_only_one_room_can_open_the_test_set() -> None:
+def test_only_one_module_can_open_the_test_set() -> None:
     openers = set()
     for name, tree in list_modules():
         for node in ast.walk(tree):
@@ -146,14 +128,14 @@ def test_only_one_room_can_open_the_test_set() -> None:
             names += [node.attr] if isinstance(node, ast.Attribute) else []
             if "load_test" in names:
                 openers.add(name)
-    assert openers == {"sealed"}
+    assert openers == {"verify/test_set"}
 
 
 def test_only_optim_names_torchs_optimizers() -> None:
     importers = {
         name for name, tree in list_modules() if any(found.startswith("torch.optim") for found in list_imports(tree))
     }
-    assert importers == {"optim"}
+    assert importers == {"train/optim"}
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
@@ -190,7 +172,7 @@ def test_light_commands_import_nothing_heavy(command: list[str], workplace: Path
     assert answer.returncode == 0, answer.stderr[-2000:]
 
 
-def test_files_and_functions_keep_the_houses_sizes() -> None:
+def test_files_and_functions_keep_their_sizes() -> None:
     long = []
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")

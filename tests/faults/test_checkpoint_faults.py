@@ -20,10 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import SHAPES, make_config
+from tests.builders import SHAPES, curve, make_config, make_hostile, make_state, write_payload
 from tests.faults.disks import limit_file_size, mount_small_disk
-from tests.test_checkpoint import make_hostile, make_state, write_payload
-from tests.test_engine import curve
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError
 from tune_cifar.schema import Numerics

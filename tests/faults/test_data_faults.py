@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_cli import TINY, invoke, refuse
-from tests.test_data import RunsCommand, make_files
+from tests.builders import TINY, RunsCommand, invoke, make_files, refuse
 from tune_cifar.data import files
 from tune_cifar.data import load as data
 from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, TRAIN_FILES, find_data, verify_data

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import TINY, invoke, make_train_words, refuse, run_in_a_process
 from tests.faults.test_data_faults import as_nobody
-from tests.test_cli import TINY, invoke, make_train_words, refuse, run_in_a_process
 from tune_cifar.cli.terminal import this_command
 from tune_cifar.errors import ConfigError, RecordError, TrackingError
 from tune_cifar.record.journal import check_is_new, read_state

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import make_hostile, write_payload
 from tests.faults import SPACE
 from tests.faults.lab import (
     Lab,
@@ -27,7 +28,6 @@ from tests.faults.lab import (
     serve_mlflow,
     wait_until_it_answers,
 )
-from tests.test_checkpoint import make_hostile, write_payload
 from tune_cifar.record.events import Header, TrialRetried, encode_event
 from tune_cifar.record.state import SearchState
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_space import MINI
+from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.space.document import MAX_DEPTH, MAX_SENTENCE, read_document
 from tune_cifar.space.select import load_space, parse_setting, read_space

@@ -8,9 +8,8 @@ crop, hflip, shift_scale_rotate, cutout, gray, normalize. Borders are mirrored w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 from tune_cifar.schema import TrainConfig
 
@@ -136,14 +135,3 @@ def split_policy(policy: Policy) -> tuple[tuple[PixelOp, ...], Normalize]:
     if not isinstance(last, Normalize) or len(pixel_ops) != len(policy) - 1:
         raise ValueError(f"policy: Normalize once, at the end, must hold, got {policy}.")
     return pixel_ops, last
-
-
-def select_interpreter(backend: Literal["batched", "albumentations"]) -> Callable[..., Any]:
-    """`batched.apply_policy` or `reference.apply_policy_reference`; albumentations is imported only when chosen."""
-    if backend == "albumentations":
-        from tune_cifar.augment.reference import apply_policy_reference
-
-        return apply_policy_reference
-    from tune_cifar.augment.batched import apply_policy
-
-    return apply_policy

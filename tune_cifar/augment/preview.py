@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from tune_cifar.augment.batched import draw_policy
-from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, make_policy, select_interpreter
+from tune_cifar.augment.interpreter import select_interpreter
+from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, make_policy
 from tune_cifar.schema import TrainConfig
+
+if TYPE_CHECKING:  # a policy is data: to look at it, torch is not needed
+    from torch import Tensor
 
 
 def make_preview(config: TrainConfig, images_NCHW: Tensor, num_variants: int = 9) -> Tensor:

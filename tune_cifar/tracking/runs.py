@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -104,7 +103,7 @@ class SearchRuns:
         header = self._header
         self._open_experiment()
         if self.parent is None:
-            self.parent = self._create_run(header.name, _to_ms(header.created), {"kind": header.kind})
+            self.parent = self._create_run(header.name, to_ms(header.created), {"kind": header.kind})
         elif self._is_running and self.parent.status != "RUNNING":
             self._client.update_run(self.parent.run_id, "RUNNING")
             self.parent.status = "RUNNING"
@@ -192,7 +191,7 @@ class SearchRuns:
         for number, run in self.children.items():
             if run.status == "RUNNING":
                 trial = state.trials.get(number)
-                end = _find_end(trial, self._header) if trial else _to_ms(self._header.created)
+                end = _find_end(trial, self._header) if trial else to_ms(self._header.created)
                 self._close_run(run, "KILLED", end)
         end = _find_search_end(state)
         finished = state.finished
@@ -322,34 +321,6 @@ class SearchRuns:
             self._client.log_artifacts(run.run_id, folder, path)
 
 
-def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
-    """A run of its own for an LR range test (`report` is what its sweeps.json holds), its folder as artifacts. No
-    record stands behind it: where a call fails, the run is closed as FAILED."""
-    from mlflow.entities import Metric, Param
-
-    client, now = make_client(tracking_uri), _to_ms(report["created"])
-    name, artifacts = place_experiment(tracking_uri, storage, report["space"], report["data"]["name"])
-    found = find_experiment(client, name)
-    experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
-    points = [(f"lr_{key.replace('/', '_over_')}", found["lr"], 0) for key, found in report["estimators"].items()]
-    for sweep in report["sweeps"]:
-        points += [(f"loss_seed_{sweep['seed']}", loss, step) for step, loss in enumerate(sweep["losses"], 1)]
-    metrics = [Metric(key, value, now, step) for key, value, step in points if value is not None]
-    tags = {"kind": "lr_range", "tier": report["tier"], "data": report["data"]["name"], "verdict": report["verdict"]}
-    tags |= {"mlflow.note.content": f"`{report['command']}`"[:MAX_TAG_CHARACTERS]}
-    run_id = client.create_run(experiment_id, now, tags, report["name"]).info.run_id
-    try:
-        client.log_batch(run_id, params=[Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]])
-        for start in range(0, len(metrics), METRICS_PER_BATCH):
-            client.log_batch(run_id, metrics[start : start + METRICS_PER_BATCH])
-        client.log_artifacts(run_id, str(folder))
-    except BaseException:
-        with suppress(Exception):  # the first fault is told
-            client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
-
-
 def _make_metrics(trial: TrialState, header: Header, since: int) -> list[Any]:
     """The metrics of all epochs after `since`; an epoch's time is the trial's start plus all seconds of its epochs."""
     from mlflow.entities import Metric
@@ -365,24 +336,24 @@ def _make_metrics(trial: TrialState, header: Header, since: int) -> list[Any]:
     return metrics
 
 
-def _to_ms(time: str) -> int:
+def to_ms(time: str) -> int:
     """Milliseconds since 1970 of a record's time."""
     return round(1000 * datetime.fromisoformat(time).timestamp())
 
 
 def _find_start(trial: TrialState, header: Header) -> int:
-    return _to_ms(trial.started or header.created)
+    return to_ms(trial.started or header.created)
 
 
 def _find_end(trial: TrialState, header: Header) -> int:
     """As recorded, but not before its last epoch: clocks are set back."""
     last = round(_find_start(trial, header) + sum(1000 * result.epoch_seconds for _, result in trial.paid))
-    return max(last, _to_ms(trial.ended)) if trial.ended else last
+    return max(last, to_ms(trial.ended)) if trial.ended else last
 
 
 def _find_search_end(state: SearchState) -> int:
     """The last driver's start and its seconds; the last sign of life of a driver that died."""
-    start = _to_ms(state.resumes[-1].time if state.resumes else state.header.created)
+    start = to_ms(state.resumes[-1].time if state.resumes else state.header.created)
     if state.finished is not None:
         return start + round(1000 * state.finished.wall_seconds)
     return max([start, *(_find_end(trial, state.header) for trial in state.trials.values())])

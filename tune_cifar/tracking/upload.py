@@ -8,7 +8,7 @@ import shlex
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,17 @@ from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import find_storage
-from tune_cifar.tracking.runs import SearchRuns, log_lr_range
-from tune_cifar.tracking.store import describe_error, find_sqlite_file, translate_errors
+from tune_cifar.tracking.runs import METRICS_PER_BATCH, SearchRuns, to_ms
+from tune_cifar.tracking.store import (
+    create_experiment,
+    describe_error,
+    find_experiment,
+    find_sqlite_file,
+    make_client,
+    place_experiment,
+    translate_errors,
+)
+from tune_cifar.tracking.views import MAX_TAG_CHARACTERS
 
 # What follows at once (a trial stopped at the rung it has just reached) goes along.
 SETTLE_SECONDS = 0.25
@@ -325,3 +334,31 @@ def _copy_trial(trial: TrialState) -> TrialState:
 def _copy_state(state: SearchState) -> SearchState:
     trials = {number: _copy_trial(trial) for number, trial in state.trials.items()}
     return replace(state, trials=trials, resumes=list(state.resumes), arrivals={})
+
+
+def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
+    """A run of its own for an LR range test (`report` is what its sweeps.json holds), its folder as artifacts. No
+    record stands behind it: where a call fails, the run is closed as FAILED."""
+    from mlflow.entities import Metric, Param
+
+    client, now = make_client(tracking_uri), to_ms(report["created"])
+    name, artifacts = place_experiment(tracking_uri, storage, report["space"], report["data"]["name"])
+    found = find_experiment(client, name)
+    experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
+    points = [(f"lr_{key.replace('/', '_over_')}", found["lr"], 0) for key, found in report["estimators"].items()]
+    for sweep in report["sweeps"]:
+        points += [(f"loss_seed_{sweep['seed']}", loss, step) for step, loss in enumerate(sweep["losses"], 1)]
+    metrics = [Metric(key, value, now, step) for key, value, step in points if value is not None]
+    tags = {"kind": "lr_range", "tier": report["tier"], "data": report["data"]["name"], "verdict": report["verdict"]}
+    tags |= {"mlflow.note.content": f"`{report['command']}`"[:MAX_TAG_CHARACTERS]}
+    run_id = client.create_run(experiment_id, now, tags, report["name"]).info.run_id
+    try:
+        client.log_batch(run_id, params=[Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]])
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics[start : start + METRICS_PER_BATCH])
+        client.log_artifacts(run_id, str(folder))
+    except BaseException:
+        with suppress(Exception):  # the first fault is told
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")

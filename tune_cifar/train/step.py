@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tune_cifar.augment.batched import apply_policy, draw_policy
-from tune_cifar.augment.policies import make_policy, select_interpreter
+from tune_cifar.augment.interpreter import select_interpreter
+from tune_cifar.augment.policies import make_policy
 from tune_cifar.models.build import build_model
 from tune_cifar.models.dropout import round_share, set_dropout_generator, set_dropout_share
 from tune_cifar.schema import Numerics, TrainConfig

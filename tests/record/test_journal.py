@@ -1,0 +1,957 @@
+"""The record: what was acknowledged comes back bit for bit, and what was damaged is cut (the tail) or refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tests.builders import (
+    CONFIG,
+    COURSES,
+    EVENTS,
+    make_cycles,
+    make_header,
+    make_result,
+    make_resume,
+    make_start,
+    make_trial,
+    write_record,
+)
+from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.record.events import (
+    Candidate,
+    Confirmation,
+    EpochReported,
+    Event,
+    Header,
+    SearchEnded,
+    TrialEnded,
+    TrialRetried,
+    TrialStarted,
+)
+from tune_cifar.record.journal import Record, check_is_new, check_name, is_live, read_state
+from tune_cifar.record.store import find_storage, list_searches, search_folder, searches_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A search with six trials in every state, not finished."""
+    return write_record(tmp_path, make_header(), EVENTS).folder
+
+
+def make_line(seq: int, kind: str, body: Any, crc: str | None = None) -> bytes:
+    """A line by the documented format, not by the room's own code."""
+    line = {"body": body, "kind": kind, "seq": seq}
+    canonical = json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    found = f"{zlib.crc32(canonical.encode()):08x}" if crc is None else crc
+    return json.dumps({"seq": seq, "crc": found, "kind": kind, "body": body}).encode() + b"\n"
+
+
+def append_bytes(folder: Path, line: bytes) -> bytes:
+    """Write past the Record, as a fault would; the whole file afterwards."""
+    path = folder / "record.jsonl"
+    path.write_bytes(path.read_bytes() + line)
+    return path.read_bytes()
+
+
+def test_reading_gives_the_state_the_writer_had(folder: Path, tmp_path: Path) -> None:
+    written = write_record(tmp_path, make_header("s7-2"), EVENTS)
+    assert read_state(written.folder) == written
+    with Record.open(written.folder) as record:
+        assert record.state == written
+    assert written.header == make_header("s7-2")
+    assert [event.trial for event in EVENTS if isinstance(event, TrialStarted)] == list(written.trials)
+
+
+def test_a_searchs_fidelity_is_its_budgets_and_everything_else_is_one_schedule() -> None:
+    budget = {"trials": 1, "fidelity": "cycles"}
+    assert make_header(budget=budget).fidelity == "cycles"
+    assert make_header().fidelity == "epochs", "from before there were any"
+    assert make_header(kind="confirm", budget=budget).fidelity == "epochs"
+
+
+@pytest.mark.parametrize("predicted", [None, 38.25])
+def test_a_header_has_a_prediction_unless_it_is_from_before_there_were_any(
+    folder: Path, predicted: float | None
+) -> None:
+    body = make_header().model_dump(mode="json", exclude={"predicted_epochs"})
+    if predicted is not None:
+        body["predicted_epochs"] = predicted
+    (folder / "record.jsonl").write_bytes(make_line(1, "header", body))
+    assert read_state(folder).header == make_header(predicted_epochs=predicted)
+
+
+def test_a_trial_carries_all_that_its_events_told(folder: Path) -> None:
+    trial = read_state(folder).trials[3]
+    assert (trial.number, trial.run_id, trial.origin, trial.status) == (3, "s7-1:3", "sampler", "failed")
+    assert (trial.config, trial.params, trial.fingerprint) == (CONFIG, {"max_lr": 0.1}, CONFIG.fingerprint)
+    assert [result.epoch for result in trial.epochs] == [1, 2]
+    assert (trial.epochs_done, trial.val_acc, trial.score) == (2, 0.6, None)
+    assert (trial.reason, trial.error_file, trial.weights_file) == ("it failed", "trials/0003/error.txt", None)
+
+
+def test_ended_seq_is_the_line_of_the_end(folder: Path) -> None:
+    lines = (folder / "record.jsonl").read_bytes().splitlines()
+    for trial in read_state(folder).trials.values():
+        if trial.ended_seq is not None:
+            line = json.loads(lines[trial.ended_seq - 1])
+            assert (line["kind"], line["body"]["trial"], line["seq"]) == ("end", trial.number, trial.ended_seq)
+
+
+def test_every_line_is_written_as_documented(folder: Path) -> None:
+    content = (folder / "record.jsonl").read_bytes()
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        fields = json.loads(line)
+        canonical = json.dumps(
+            {"body": fields["body"], "kind": fields["kind"], "seq": number},
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+        )
+        assert fields == {**fields, "seq": number, "crc": f"{zlib.crc32(canonical.encode()):08x}"}
+        assert list(fields) == ["seq", "crc", "kind", "body"]
+        assert line.endswith(b"\n")
+
+
+def test_a_record_grows_only_at_its_end(folder: Path) -> None:
+    before = (folder / "record.jsonl").read_bytes()
+    with Record.open(folder) as record:
+        record.append(EpochReported(trial=5, result=make_result(2)))
+    after = (folder / "record.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == before.count(b"\n") + 1
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | finite | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(params=st.dictionaries(st.text(st.characters(codec="utf-8")), plain, max_size=4), loss=finite, lr=finite)
+def test_numbers_and_texts_come_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, params: dict[str, Any], loss: float, lr: float
+) -> None:
+    result = make_result(1, train_loss=loss, lr=lr)
+    events: list[Event] = [make_start(0, params=params), EpochReported(trial=0, result=result)]
+    written = write_record(tmp_path_factory.mktemp("runs"), make_header(), events)
+    trial = read_state(written.folder).trials[0]
+    assert repr(trial.params) == repr(params)  # repr tells -0.0 from 0.0 and 1 from 1.0
+    assert repr(trial.epochs[0]) == repr(result)
+
+
+def test_a_tuple_is_a_list_for_the_writer_too(tmp_path: Path) -> None:
+    written = write_record(tmp_path, make_header(), [make_start(0, params={"a": (1, 2), "b": {3: 4}})])
+    assert written.trials[0].params == {"a": [1, 2], "b": {"3": 4}}
+    assert read_state(written.folder) == written
+
+
+def test_the_state_keeps_no_reference_to_the_callers_objects(tmp_path: Path) -> None:
+    params = {"max_lr": 0.1}
+    with Record.create(search_folder(tmp_path, "s7-1"), make_header()) as record:
+        record.append(make_start(0, params=params))
+        params["max_lr"] = 9.0
+        assert record.state.trials[0].params == {"max_lr": 0.1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), {1, 2}, Path("a"), "\udcff"])
+def test_an_event_that_is_not_plain_json_leaves_no_trace(folder: Path, value: Any) -> None:
+    before = (folder / "record.jsonl").read_bytes()
+    with Record.open(folder) as record:
+        with pytest.raises(
+            RecordError, match=r"^event 'trial': it must be JSON of finite numbers, got one that is not"
+        ):
+            record.append(make_start(6, params={"a": value}))
+        assert (folder / "record.jsonl").read_bytes() == before
+        assert record.state == read_state(folder)
+        record.append(make_start(6))
+    assert 6 in read_state(folder).trials
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_result_that_is_not_finite_cannot_be_built(number: float) -> None:
+    with pytest.raises(ValidationError):
+        make_result(1, train_loss=number)
+
+
+def test_a_torn_last_line_is_cut_and_told_wherever_it_is_torn(folder: Path) -> None:
+    path = folder / "record.jsonl"
+    whole = path.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    expected = read_state(folder)
+    expected.trials[5].epochs.pop()
+    del expected.trials[5].scores[1]
+    del expected.arrivals[1][5]
+    expected.num_events -= 1
+    for end in [start + 1, *range(start + 10, len(whole) - 1, 60), len(whole) - 2, len(whole) - 1]:
+        path.write_bytes(whole[:end])
+        assert read_state(folder) == expected
+        assert path.read_bytes() == whole[:end]
+        with Record.open(folder) as record:
+            told, record.state.repaired = record.state.repaired, None
+            assert told == f"{folder}: line {len(EVENTS) + 1} was torn; {end - start} bytes were cut."
+            assert record.state == expected
+            assert path.read_bytes() == whole[:start]
+            record.append(EpochReported(trial=5, result=make_result(1, 0.35)))
+        assert path.read_bytes() == whole
+
+
+def test_nothing_is_told_when_nothing_was_torn(folder: Path) -> None:
+    before = (folder / "record.jsonl").read_bytes()
+    with Record.open(folder) as record:
+        assert record.state.repaired is None
+    assert (folder / "record.jsonl").read_bytes() == before
+
+
+BAD_LINES = {
+    "zeros": b"\0" * 40,
+    "blank": b"",
+    "not JSON": b'{"seq": 15,',
+    "not UTF-8": b'{"seq": "\xff"}',
+    "not an object": b"[1, 2]",
+    "a key missing": b'{"seq": 15, "crc": "0", "kind": "epoch"}',
+    "nested without end": b"[" * 100_000,
+    "NaN": make_line(15, "epoch", {"trial": 5}, crc="00000000").replace(b"5}", b"NaN}").strip(),
+    "wrong CRC": make_line(15, "epoch", {"trial": 5, "result": make_result(2).model_dump()}, crc="00000000").strip(),
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=list(BAD_LINES))
+def test_a_damaged_last_line_is_cut_but_refused_in_the_middle(folder: Path, line: bytes) -> None:
+    good, expected = (folder / "record.jsonl").read_bytes(), read_state(folder)
+    append_bytes(folder, line + b"\n")
+    assert read_state(folder) == expected
+    with Record.open(folder) as record:
+        assert record.state.repaired is not None
+    assert (folder / "record.jsonl").read_bytes() == good
+    last = make_line(len(EVENTS) + 3, "finish", {"reason": "all trials", "wall_seconds": 1.0})
+    for rest in (last, b'{"seq'):
+        (folder / "record.jsonl").write_bytes(good)
+        damaged = append_bytes(folder, line + b"\n" + rest)
+        rule = rf"record.jsonl:{len(EVENTS) + 2}: a line must be JSON that fits its CRC, .*Restore the file"
+        with pytest.raises(RecordError, match=rule):
+            read_state(folder)
+        with pytest.raises(RecordError, match=rule):
+            Record.open(folder)
+        assert (folder / "record.jsonl").read_bytes() == damaged
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_flipped_bit_is_refused_or_means_the_same(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """1e-05 and 1E-05 differ in a bit and not in meaning; anything that would change the state must be noticed."""
+    runs = tmp_path_factory.mktemp("runs")
+    events = [*make_trial(0, [0.1, 0.2, 0.7], "complete"), SearchEnded(reason="all trials", wall_seconds=1e-05)]
+    written = write_record(runs, make_header(), events)
+    path = written.folder / "record.jsonl"
+    content = bytearray(path.read_bytes())
+    last_newline = content.rindex(b"\n", 0, -1)  # without it the last two lines are one torn line
+    content[data.draw(st.integers(0, last_newline - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        found = read_state(written.folder)
+    except RecordError as exc:
+        assert "record.jsonl" in str(exc)
+    else:
+        assert found == written
+
+
+def test_a_lost_doubled_or_swapped_line_is_refused_with_its_number(folder: Path) -> None:
+    path = folder / "record.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lost = lines[:3] + lines[4:]
+    doubled = [*lines[:4], lines[3], *lines[4:]]
+    swapped = [*lines[:3], lines[4], lines[3], *lines[5:]]
+    for wrong, number, seq in ((lost, 4, 5), (doubled, 5, 4), (swapped, 4, 5)):
+        path.write_bytes(b"".join(wrong))
+        with pytest.raises(RecordError, match=rf"record.jsonl:{number}: event: seq must be {number}, got {seq}\."):
+            Record.open(folder)
+
+
+def test_an_event_of_a_newer_version_is_refused_and_not_cut(folder: Path) -> None:
+    content = append_bytes(folder, make_line(len(EVENTS) + 2, "note", {"text": "hello"}))
+    rule = (
+        rf"record.jsonl:{len(EVENTS) + 2}: event: kind must be one of header, trial, .*got 'note'. A newer tune_cifar"
+    )
+    for read in (Record.open, read_state):
+        with pytest.raises(RecordError, match=rule):
+            read(folder)
+    assert (folder / "record.jsonl").read_bytes() == content
+
+
+def test_a_field_of_a_newer_version_is_refused_with_its_name(folder: Path) -> None:
+    append_bytes(folder, make_line(len(EVENTS) + 2, "finish", {"reason": "", "wall_seconds": 1.0, "colour": "red"}))
+    with pytest.raises(RecordError, match=r"event 'finish': colour is not a known name\. A newer tune_cifar"):
+        Record.open(folder)
+
+
+def test_a_recorded_configuration_that_breaks_a_rule_is_refused_with_its_line(folder: Path) -> None:
+    body = make_start(6, config=CONFIG.model_dump(mode="json") | {"max_lr": -1.0}).model_dump()
+    append_bytes(folder, make_line(len(EVENTS) + 2, "trial", body))
+    with pytest.raises(RecordError, match=rf"record.jsonl:{len(EVENTS) + 2}: configuration: max_lr > 0 must hold"):
+        Record.open(folder)
+
+
+def test_events_that_contradict_each_other_are_refused_with_the_line(folder: Path) -> None:
+    body = EpochReported(trial=0, result=make_result(4)).model_dump()
+    append_bytes(folder, make_line(len(EVENTS) + 2, "epoch", body))
+    with pytest.raises(
+        RecordError, match=rf"record.jsonl:{len(EVENTS) + 2}: s7-1:0: a complete trial must tell no more"
+    ):
+        Record.open(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seq": 1, "crc"', b"\n", b"\0" * 100], ids=["empty", "torn", "blank", "0"])
+def test_a_record_without_a_whole_header_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "record.jsonl").write_bytes(content)
+    for read in (Record.open, read_state):
+        with pytest.raises(
+            RecordError, match=r"record.jsonl: a header must come first, got no whole line. Delete the fo"
+        ):
+            read(folder)
+    assert (folder / "record.jsonl").read_bytes() == content
+
+
+def test_a_record_that_starts_with_another_event_is_refused(folder: Path) -> None:
+    (folder / "record.jsonl").write_bytes(make_line(1, "trial", make_start(0).model_dump()))
+    with pytest.raises(
+        RecordError, match=r"record.jsonl:1: a header of search 's7-1' must come first, got TrialStarted"
+    ):
+        read_state(folder)
+
+
+def test_a_renamed_folder_is_refused_since_run_ids_carry_the_name(folder: Path) -> None:
+    other = folder.rename(folder.with_name("s7-9"))
+    with pytest.raises(RecordError, match=r"a header of search 's7-9' must come first, got Header\(name='s7-1'"):
+        read_state(other)
+
+
+def test_an_unknown_search_is_refused(folder: Path) -> None:
+    for read in (Record.open, read_state):
+        with pytest.raises(RecordError, match=r"s7-2: a search must be there, got 'No such file or directory'"):
+            read(folder.with_name("s7-2"))
+
+
+def report(number: int, epoch: int) -> EpochReported:
+    """An epoch with a validation accuracy."""
+    return EpochReported(trial=number, result=make_result(epoch))
+
+
+def end(number: int, status: Any, score: float | None = None) -> TrialEnded:
+    """The end of a trial."""
+    return TrialEnded(trial=number, status=status, score=score, reason="")
+
+
+BROKEN_RULES: dict[str, tuple[Event, str]] = {
+    "header twice": (make_header(), "s7-1: a header must come once, got a second one"),
+    "start twice": (make_start(5), "s7-1:5: a trial must start once, got a second start"),
+    "epoch of an unknown trial": (report(9, 1), "s7-1: trial 9 must start first, got 'epoch'"),
+    "end of an unknown trial": (end(9, "failed"), "s7-1: trial 9 must start first, got 'end'"),
+    "epoch after the end": (report(1, 2), "s7-1:1: a stopped trial must tell no more, got 'epoch'"),
+    "end twice": (end(2, "failed"), "s7-1:2: a diverged trial must tell no more, got 'end'"),
+    "epoch twice": (report(5, 1), "s7-1:5: epoch 2 of 3 must come next, got epoch 1"),
+    "epoch left out": (report(5, 3), "s7-1:5: epoch 2 of 3 must come next, got epoch 3"),
+    "complete too early": (end(5, "complete", 0.35), "s7-1:5: complete must mean 3 epochs, got 1"),
+    "score of a stopped trial": (end(5, "stopped", 0.35), "s7-1:5: a stopped trial's score must be None, got 0.35"),
+    "score of a failed trial": (end(5, "failed", 0.1), "s7-1:5: a failed trial's score must be None, got 0.1"),
+    "score of a diverged trial": (end(5, "diverged"), "s7-1:5: a diverged trial's score must be 0.1, got None"),
+}
+
+
+@pytest.mark.parametrize(("event", "rule"), BROKEN_RULES.values(), ids=list(BROKEN_RULES))
+def test_an_event_that_may_not_follow_leaves_no_trace(folder: Path, event: Event, rule: str) -> None:
+    before, state = (folder / "record.jsonl").read_bytes(), read_state(folder)
+    with Record.open(folder) as record:
+        with pytest.raises(RecordError, match=f"^{rule}"):
+            record.append(event)
+        assert record.state == state
+        assert (folder / "record.jsonl").read_bytes() == before
+        record.append(report(5, 2))
+    assert read_state(folder).trials[5].epochs_done == 2
+
+
+def test_a_trial_reports_no_epoch_beyond_its_last(folder: Path) -> None:
+    with Record.open(folder) as record:
+        record.append(report(5, 2))
+        record.append(report(5, 3))
+        with pytest.raises(RecordError, match="epoch 4 of 3 must come next, got epoch 4"):
+            record.append(report(5, 4))
+
+
+def test_a_complete_trial_has_the_accuracy_of_its_last_epoch_as_score(folder: Path) -> None:
+    with Record.open(folder) as record:
+        record.append(report(5, 2))
+        record.append(EpochReported(trial=5, result=make_result(3, 0.625)))
+        with pytest.raises(RecordError, match=r"a complete trial's score must be 0\.625, got 0\.5"):
+            record.append(end(5, "complete", 0.5))
+        record.append(end(5, "complete", 0.625))
+    assert read_state(folder).trials[5].score == 0.625
+
+
+def test_a_configuration_that_breaks_a_rule_leaves_no_trace(folder: Path) -> None:
+    before = (folder / "record.jsonl").read_bytes()
+    with Record.open(folder) as record:
+        with pytest.raises(ConfigError, match="batch_size >= 2 must hold"):
+            record.append(make_start(6, config=CONFIG.model_dump(mode="json") | {"batch_size": 1}))
+        assert (folder / "record.jsonl").read_bytes() == before
+        assert record.state == read_state(folder)
+
+
+def test_nothing_but_a_resume_follows_the_end_of_a_search(folder: Path) -> None:
+    finish = SearchEnded(reason="time limit", wall_seconds=12.5)
+    with Record.open(folder) as record:
+        record.append(finish)
+        for event in (make_start(6), report(5, 2), end(5, "failed"), finish):
+            with pytest.raises(RecordError, match="s7-1: nothing but a resume may follow the end of a search, got"):
+                record.append(event)
+    assert read_state(folder).finished == finish
+
+
+def test_negative_trial_numbers_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        make_start(-1)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../other/record.jsonl", "trials/../../x", "", ".", "a//b", "a\\b"])
+def test_a_file_of_a_trial_lies_inside_the_folder_of_its_search(path: str) -> None:
+    for name in ("error_file", "weights_file"):
+        with pytest.raises(ValidationError):
+            TrialEnded.model_validate({"trial": 0, "status": "failed", "score": None, "reason": "", name: path})
+
+
+@pytest.mark.parametrize("text", ["2026-01-31T12:00:00", "2026-01-31T12:00:00+01:00", "yesterday", "2026-01-31"])
+def test_the_time_of_creation_is_utc(text: str) -> None:
+    with pytest.raises(ValidationError):
+        make_header(created=text)
+
+
+def test_append_after_close_is_refused(folder: Path) -> None:
+    record = Record.open(folder)
+    record.close()
+    record.close()
+    with pytest.raises(RecordError, match="the record must be open, got an event after its end"):
+        record.append(make_start(6))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds a search held does not wait a second for it."""
+    monkeypatch.setattr("tune_cifar.record.journal.LOCK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_search_has_one_driver_and_any_number_of_readers(folder: Path) -> None:
+    with Record.open(folder) as record:
+        with pytest.raises(RecordError, match=r"s7-1: one driver alone must hold it, got .*Wait, or stop it\.$"):
+            Record.open(folder)
+        record.append(make_start(6))
+        assert read_state(folder) == record.state
+    Record.open(folder).close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_new_search_is_held_by_its_creator(tmp_path: Path) -> None:
+    with Record.create(search_folder(tmp_path, "s7-1"), make_header()) as record, pytest.raises(RecordError):
+        Record.open(record.state.folder)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_search_in_use_is_refused_with_the_name_of_its_owner(folder: Path) -> None:
+    with Record.open(folder):
+        assert is_live(folder)
+        owner = rf"got process {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d UTC\. Wait, or stop it"
+        with pytest.raises(RecordError, match=owner):
+            Record.open(folder)
+        (folder / "owner.json").write_text("torn {")
+        with pytest.raises(RecordError, match=r"got another process\. Wait"):
+            Record.open(folder)
+    assert not is_live(folder)
+
+
+def test_a_search_whose_folder_takes_no_owner_is_refused(folder: Path) -> None:
+    (folder / "owner.json").unlink()
+    (folder / "owner.json").mkdir()
+    with pytest.raises(RecordError, match=r"s7-1: its record must be writable, got 'Is a directory'"):
+        Record.open(folder)
+    assert not is_live(folder)
+
+
+def test_a_look_at_a_search_does_not_keep_its_driver_out(folder: Path) -> None:
+    with (folder / "record.jsonl").open("rb") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, lambda: fcntl.flock(look, fcntl.LOCK_UN))
+        timer.start()
+        Record.open(folder).close()
+        timer.join()
+
+
+def test_a_refused_record_is_not_left_locked(folder: Path) -> None:
+    path = folder / "record.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"sgd", b"SGD", 1))
+    with pytest.raises(RecordError):
+        Record.open(folder)
+    path.write_bytes(good)
+    Record.open(folder).close()
+
+
+def test_a_taken_name_is_refused_and_its_record_untouched(folder: Path, tmp_path: Path) -> None:
+    before = (folder / "record.jsonl").read_bytes()
+    for refuse in (lambda: check_is_new(folder), lambda: Record.create(folder, make_header())):
+        with pytest.raises(RecordError, match="s7-1: a search's name must be new, got one in use"):
+            refuse()
+    assert (folder / "record.jsonl").read_bytes() == before
+    check_is_new(search_folder(tmp_path, "s7-2"))
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_a_name_in_use(tmp_path: Path) -> None:
+    check_is_new(tmp_path / ("x" * 300))  # the system refuses to look up so long a name
+
+
+def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(RecordError, match="a new folder must be writable here, got 'Not a directory'"):
+        Record.create(search_folder(tmp_path / "runs", "s7-1"), make_header())
+
+
+CREATE = """
+import sys, time
+from pathlib import Path
+from tests.builders import make_header
+from tune_cifar.errors import RecordError
+from tune_cifar.record.journal import Record
+from tune_cifar.record.store import search_folder
+storage = Path(sys.argv[1])
+(storage / f"ready-{sys.argv[2]}").touch()
+while not (storage / "go").exists():
+    pass
+try:
+    record = Record.create(search_folder(storage, "s7-1"), make_header(command=sys.argv[2]))
+except RecordError as exc:
+    print("lost")
+else:
+    print("won")
+    time.sleep(0.5)
+"""
+
+
+def test_of_processes_that_create_one_name_exactly_one_wins(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CREATE, str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)]
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == len(processes))
+    (tmp_path / "go").touch()
+    outcomes = [process.communicate(timeout=600)[0].strip() for process in processes]
+    assert sorted(outcomes) == ["lost", "lost", "lost", "won"]
+    assert read_state(search_folder(tmp_path, "s7-1")).header.command == str(outcomes.index("won"))
+
+
+def wait_for(is_true: Callable[[], bool], seconds: float = 600.0) -> None:
+    """Poll a condition of another process."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from tests.builders import make_header, make_start
+from tune_cifar.record.journal import Record
+from tune_cifar.record.store import search_folder
+with Record.create(search_folder(Path(sys.argv[1]), "s7-1"), make_header()) as record:
+    for number in range(100_000):
+        record.append(make_start(number))
+        print(number, flush=True)
+"""
+
+
+def test_everything_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(50):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    acknowledged = 50 + len(process.communicate()[0].split())
+    with Record.open(search_folder(tmp_path, "s7-1")) as record:
+        found = len(record.state.trials)
+        assert acknowledged <= found <= acknowledged + 1
+        record.append(make_start(found))
+
+
+def test_every_append_is_synced_and_so_is_every_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        synced.append(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    storage = tmp_path / "runs"
+    with Record.create(search_folder(storage, "s7-1"), make_header()) as record:
+        folder, path = record.state.folder, record.state.folder / "record.jsonl"
+        assert {p.stat().st_ino for p in (storage, folder.parent, folder, path)} <= set(synced)
+        synced.clear()
+        for count, event in enumerate(make_trial(0, [0.1, 0.2], "stopped"), start=1):
+            record.append(event)
+            assert synced == [path.stat().st_ino] * count
+
+
+def test_a_full_disk_closes_the_record_and_what_was_half_written_is_cut(folder: Path) -> None:
+    path = folder / "record.jsonl"
+    size, before = path.stat().st_size, read_state(folder)
+    record = Record.open(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
+    try:
+        with pytest.raises(RecordError, match="an event must reach the disk, got 'File too large'"):
+            record.append(make_start(6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == size + 20
+    assert record.state == before
+    with pytest.raises(RecordError, match="must be open"):
+        record.append(make_start(6))
+    with Record.open(folder) as record:
+        assert record.state.repaired is not None
+        record.append(make_start(6))
+    assert 6 in read_state(folder).trials
+
+
+class InterruptedFile(FileIO):
+    """A file whose writes meet Ctrl-C half-way."""
+
+    def write(self, line: Any) -> int:
+        super().write(line[:30])
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_inside_an_append_cannot_spoil_the_record(folder: Path) -> None:
+    before = read_state(folder)
+    record = Record.open(folder)
+    record.file.close()
+    record.file = InterruptedFile(folder / "record.jsonl", "ab")
+    with pytest.raises(KeyboardInterrupt):
+        record.append(make_start(6))
+    assert record.state == before
+    with pytest.raises(RecordError, match="must be open"):
+        record.append(SearchEnded(reason="interrupted", wall_seconds=1.0))
+    with Record.open(folder) as record:
+        assert record.state.repaired is not None
+        record.append(SearchEnded(reason="interrupted", wall_seconds=1.0))
+
+
+def test_best_is_the_complete_trial_of_highest_score_and_of_equals_the_first(tmp_path: Path) -> None:
+    events = [
+        *make_trial(0, [0.3, 0.5, 0.7], "complete"),
+        *make_trial(2, [0.3, 0.5, 0.8], "complete"),
+        *make_trial(1, [0.3, 0.5, 0.8], "complete"),
+        *make_trial(3, [0.9, 0.9], "stopped"),
+    ]
+    state = write_record(tmp_path, make_header(), events)
+    assert state.best is state.trials[1]
+    assert state.baseline_score == 0.7
+
+
+def test_without_a_complete_trial_there_is_no_best_and_no_baseline_score(tmp_path: Path) -> None:
+    events = [*make_trial(0, [0.3], "failed"), *make_trial(1, [], "diverged")]
+    state = write_record(tmp_path, make_header(), events)
+    assert state.best is None
+    assert state.baseline_score is None
+
+
+def test_a_complete_trial_without_validation_images_has_no_score_and_does_not_compete(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"train_size": 50_000, "val_size": 0, "epochs": 1})
+    state = write_record(tmp_path, make_header(), make_trial(0, [None], "complete", config))
+    assert state.trials[0].status == "complete"
+    assert (state.trials[0].score, state.trials[0].val_acc, state.best) == (None, None, None)
+    assert state.arrivals == {}
+
+
+def test_a_trial_in_cycles_tells_where_it_is_and_everything_it_paid_for(tmp_path: Path) -> None:
+    events = [*make_cycles(0, COURSES, "complete"), *make_cycles(1, {1: [0.4], 2: [0.3]}, None)]
+    events += [*make_cycles(2, {1: [0.3]}, "stopped"), *make_cycles(3, {}, "stopped")]
+    state = write_record(tmp_path, make_header(), events)
+    assert read_state(state.folder) == state
+    whole, running, stopped, cut = (state.trials[number] for number in range(4))
+    assert [(cycle, result.epoch) for cycle, result in whole.paid] == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
+    assert [result.val_acc for _, result in whole.paid] == [0.5, 0.2, 0.6, 0.1, 0.3, 0.7]
+    assert (whole.config, whole.fingerprint, whole.score) == (CONFIG, CONFIG.fingerprint, 0.7)
+    assert (running.cycle, running.config, len(running.epochs)) == (2, CONFIG.shorten(2), 1)
+    assert (running.epochs_done, running.val_acc, running.scores) == (2, 0.3, {1: 0.4})
+    assert (stopped.config.epochs, stopped.fingerprint) == (1, CONFIG.shorten(1).fingerprint)
+    assert (cut.cycle, cut.config, cut.fingerprint, cut.paid) == (None, CONFIG, CONFIG.fingerprint, [])
+    assert state.arrivals == {1: {0: 0.5, 1: 0.4, 2: 0.3}, 2: {0: 0.6}, 3: {0: 0.7}}
+
+
+def test_a_trial_that_breaks_down_between_two_cycles_did_so_in_the_longer(tmp_path: Path) -> None:
+    state = write_record(tmp_path, make_header(), make_cycles(0, {1: [0.5]}, "diverged", cycle=2))
+    trial = state.trials[0]
+    assert (trial.cycle, trial.config.epochs, trial.epochs, trial.earlier[0][0]) == (2, 2, [], 1)
+    assert (trial.val_acc, trial.score, trial.fingerprint) == (0.5, 0.1, CONFIG.shorten(2).fingerprint)
+    assert read_state(state.folder) == state
+
+
+def tell_cycle(epoch: int, cycle: int | None) -> EpochReported:
+    return EpochReported(trial=0, result=make_result(epoch), cycle=cycle)
+
+
+WITHOUT = "a trial in cycles must name its cycle, got 'epoch' without one in that of 2 epochs"
+BROKEN_CYCLES: dict[str, tuple[dict[int, list[float]], Event, str]] = {
+    "not begun at 1": ({}, tell_cycle(2, 2), "epoch 1 of 2 must come next, got epoch 2"),
+    "beyond its end": ({1: [0.5]}, tell_cycle(2, 1), "epoch 2 of 1 must come next, got epoch 2"),
+    "before the end of the one before": (
+        {2: [0.5]},
+        tell_cycle(1, 3),
+        r"a cycle must be longer than the whole one before \(2\), at most 3, got 3",
+    ),
+    "shorter": ({2: [0.5, 0.5]}, tell_cycle(1, 1), "a cycle must be longer than the whole one before"),
+    "longer than the trial": ({2: [0.5, 0.5]}, tell_cycle(1, 4), r"a cycle .* at most 3, got 4"),
+    "nameless": ({2: [0.5]}, tell_cycle(2, None), WITHOUT),
+    "nameless end": (
+        {2: [0.5]},
+        TrialEnded(trial=0, status="failed", reason=""),
+        WITHOUT.replace("epoch'", "end'"),
+    ),
+    "complete too early": (
+        {2: [0.5, 0.5]},
+        TrialEnded(trial=0, status="complete", cycle=2, score=0.5, reason=""),
+        "complete must mean 3 epochs, got 2 of 2",
+    ),
+    "complete in a new one": (
+        {2: [0.5, 0.5]},
+        TrialEnded(trial=0, status="complete", cycle=3, score=0.5, reason=""),
+        "complete must mean 3 epochs, got 0 of 3",
+    ),
+}
+
+
+@pytest.mark.parametrize(("courses", "event", "rule"), BROKEN_CYCLES.values(), ids=list(BROKEN_CYCLES))
+def test_a_cycle_that_may_not_follow_is_refused_and_leaves_no_trace(
+    tmp_path: Path, courses: dict[int, list[float]], event: Event, rule: str
+) -> None:
+    state = write_record(tmp_path, make_header(), make_cycles(0, courses, None))
+    with Record.open(state.folder) as record:
+        with pytest.raises(RecordError, match=f"^s7-1:0: {rule}"):
+            record.append(event)
+        assert record.state == state
+
+
+def test_a_cycle_does_not_follow_a_schedule_that_is_one(tmp_path: Path) -> None:
+    state = write_record(tmp_path, make_header(), make_trial(0, [0.5], None))
+    with Record.open(state.folder) as record, pytest.raises(RecordError, match="longer than the whole one before"):
+        record.append(tell_cycle(1, 3))
+
+
+def make_confirmation(**changes: Any) -> Confirmation:
+    """Two candidates under three seeds."""
+    dump = CONFIG.model_dump(mode="json")
+    candidates = [Candidate(run_id="s7-1:0", score=0.7, config=dump), Candidate(run_id="s7-1:4", score=None, config={})]
+    values: dict[str, Any] = {"search": "s7-1", "candidates": candidates, "seeds": [1, 2, 5], "final": False}
+    return Confirmation(**{**values, **changes})
+
+
+def test_a_confirmation_names_its_trials_seed_after_seed() -> None:
+    confirmation = make_confirmation()
+    found = [confirmation.find(number) for number in range(confirmation.num_trials)]
+    order = [("s7-1:0", 1), ("s7-1:4", 1), ("s7-1:0", 2), ("s7-1:4", 2), ("s7-1:0", 5), ("s7-1:4", 5)]
+    assert [(candidate.run_id, seed) for candidate, seed in found] == order
+
+
+@pytest.mark.parametrize("changes", [{"candidates": []}, {"seeds": []}])
+def test_a_confirmation_of_nothing_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        make_confirmation(**changes)
+
+
+def test_a_confirmation_comes_back_with_its_header_and_older_headers_have_none(tmp_path: Path) -> None:
+    header = make_header("s7-1-confirm", kind="confirm", confirmation=make_confirmation())
+    state = write_record(tmp_path, header, [make_start(0, origin="confirm", params={"candidate": "s7-1:0", "seed": 1})])
+    assert read_state(state.folder).header == header == state.header
+    body = make_header("s7-2").model_dump()
+    del body["confirmation"]
+    older = searches_folder(tmp_path) / "s7-2"
+    older.mkdir()
+    (older / "record.jsonl").write_bytes(make_line(1, "header", body))
+    assert read_state(older).header == make_header("s7-2")
+
+
+def test_counts_name_every_status(folder: Path) -> None:
+    expected = {"running": 1, "complete": 2, "stopped": 1, "diverged": 1, "failed": 1}
+    assert read_state(folder).counts == expected
+
+
+def test_arrivals_hold_every_accuracy_in_the_order_it_was_told(tmp_path: Path) -> None:
+    events = [
+        make_start(0),
+        make_start(1),
+        *(EpochReported(trial=n, result=make_result(1, 0.5 - n / 10)) for n in (1, 0)),
+    ]
+    state = write_record(tmp_path, make_header(), [*events, EpochReported(trial=0, result=make_result(2, 0.75))])
+    assert [list(arrivals.items()) for arrivals in state.arrivals.values()] == [[(1, 0.4), (0, 0.5)], [(0, 0.75)]]
+
+
+def test_a_resume_reopens_an_ended_search_and_says_how_many_trials_it_is_to_have(folder: Path) -> None:
+    with Record.open(folder) as record:
+        assert record.state.num_trials == 4
+        record.append(SearchEnded(reason="time limit", wall_seconds=1.0))
+        assert record.state.is_finished
+        record.append(make_resume())
+        assert not record.state.is_finished and record.state.num_trials == 9
+        record.append(report(5, 2))
+    assert read_state(folder).resumes == [make_resume()]
+
+
+def test_a_trial_knows_the_last_driver_that_it_ran_under(folder: Path) -> None:
+    with Record.open(folder) as record:
+        record.append(make_resume())
+        record.append(make_start(6))
+    state = read_state(folder)
+    assert {n: trial.driver is state.header for n, trial in state.trials.items()} == {
+        **dict.fromkeys(range(5), True),
+        **dict.fromkeys((5, 6), False),
+    }
+    assert state.trials[5].driver == make_resume()
+
+
+def test_an_interrupted_search_is_ended_but_not_finished(folder: Path) -> None:
+    with Record.open(folder) as record:
+        record.append(SearchEnded(reason="interrupted", wall_seconds=1.0))
+    state = read_state(folder)
+    assert state.finished is not None and not state.is_finished
+    assert state.trials[5].status == "running"
+
+
+def test_a_retried_trial_goes_on_and_remembers_why(folder: Path) -> None:
+    retry = TrialRetried(trial=5, fault="worker died", text="killed")
+    with Record.open(folder) as record:
+        record.append(retry)
+        record.append(report(5, 2))
+        with pytest.raises(RecordError, match="s7-1:1: a stopped trial must tell no more, got 'retry'"):
+            record.append(TrialRetried(trial=1, fault="worker died", text=""))
+    assert read_state(folder).trials[5].retries == [retry]
+
+
+def test_times_of_a_trial_come_back(tmp_path: Path) -> None:
+    start, end_time = "2026-02-01T12:00:00+00:00", "2026-02-01T12:00:09.5+00:00"
+    ended = TrialEnded(trial=0, status="failed", reason="", time=end_time)
+    state = write_record(tmp_path, make_header(), [make_start(0, time=start), ended])
+    assert (state.trials[0].started, state.trials[0].ended) == (start, end_time)
+
+
+def test_a_trial_without_epochs_has_no_accuracy(folder: Path) -> None:
+    assert read_state(folder).trials[2].val_acc is None
+
+
+def test_a_trials_folder_lies_in_its_searchs(folder: Path) -> None:
+    assert read_state(folder).trial_folder(7) == folder / "trials" / "0007"
+
+
+@pytest.mark.parametrize("name", ["a", "s10-cpu-1", "A.b_c-9", "0", "x" * 64])
+def test_good_names_are_folders_of_the_storage(tmp_path: Path, name: str) -> None:
+    assert check_name(name) == name
+    assert search_folder(tmp_path, name) == tmp_path / "searches" / name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".a", "-a", "a/b", "a\\b", "a b", "a\n", "/a", "é", "x" * 65, "a:1"])
+def test_bad_names_are_refused_everywhere(tmp_path: Path, name: str) -> None:
+    for refuse in (check_name, lambda bad: search_folder(tmp_path, bad)):
+        with pytest.raises(RecordError, match="a search's name: it must be 1 to 64"):
+            refuse(name)
+    with pytest.raises(ValidationError):
+        make_header(name)
+
+
+@given(name=st.text() | st.text("./\\-a"))
+def test_no_name_leads_out_of_the_storage(name: str) -> None:
+    storage = Path("/storage")
+    try:
+        folder = search_folder(storage, name)
+    except RecordError:
+        return
+    assert Path(os.path.normpath(folder)) == folder
+    assert folder.parent == searches_folder(storage)
+
+
+def test_the_storage_is_the_option_then_the_variable_then_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNE_CIFAR_RUNS", "from_variable")
+    assert find_storage("from_option") == tmp_path.resolve() / "from_option"
+    assert find_storage(Path("from_option")) == tmp_path.resolve() / "from_option"
+    assert find_storage(None) == tmp_path.resolve() / "from_variable"
+    monkeypatch.delenv("TUNE_CIFAR_RUNS")
+    assert find_storage(None) == tmp_path.resolve() / "runs"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert find_storage("~/runs") == tmp_path.resolve() / "home" / "runs"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_searches_are_listed_newest_first_and_damaged_ones_last(tmp_path: Path) -> None:
+    times = {
+        "b": "2026-01-31T12:00:00+00:00",
+        "z": "2026-01-31T12:00:00.500000+00:00",
+        "c": "2026-01-31T12:00:00+00:00",
+        "a": "2026-02-01T00:00:00+00:00",
+        "damaged": "2027-01-01T00:00:00+00:00",
+        "empty": "2027-01-01T00:00:00+00:00",
+    }
+    for name, created in times.items():
+        write_record(tmp_path, make_header(name, created=created), [make_start(0)])
+    (tmp_path / "searches" / "empty" / "record.jsonl").write_bytes(b"")
+    path = tmp_path / "searches" / "damaged" / "record.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"damaged", b"DAMAGED"))
+    (tmp_path / "searches" / "no_search").mkdir()
+    (tmp_path / "searches" / "file").write_text("")
+    assert [folder.name for folder in list_searches(tmp_path)] == ["a", "z", "c", "b", "empty", "damaged"]
+    assert list_searches(tmp_path / "nowhere") == []
+
+
+def test_ten_thousand_events_replay_in_two_seconds(tmp_path: Path) -> None:
+    folder = search_folder(tmp_path, "s7-1")
+    folder.mkdir(parents=True)
+    config = CONFIG.model_copy(update={"epochs": 24})
+    events: list[Event] = [make_header()]
+    for number in range(385):
+        events += make_trial(number, [0.1 + epoch / 7 for epoch in range(24)], "complete", config)
+    kinds = {Header: "header", TrialStarted: "trial", EpochReported: "epoch", TrialEnded: "end"}
+    lines = [make_line(seq, kinds[type(event)], event.model_dump()) for seq, event in enumerate(events, 1)]
+    (folder / "record.jsonl").write_bytes(b"".join(lines))
+    start = time.process_time()
+    state = read_state(folder)
+    assert time.process_time() - start < 2.0
+    assert state.num_events == len(events) > 10_000
+
+
+def test_the_room_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, tune_cifar.record.journal\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr

@@ -1,0 +1,192 @@
+"""The report of a search, and what it says of the space."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from optuna.distributions import FloatDistribution, distribution_to_json
+
+from tests.builders import EVENTS, invoke, make_header, make_start, refuse, run_search, train_small, write_record
+from tune_cifar.errors import ConfigError
+from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.report.health import examine_space
+from tune_cifar.report.html import make_report, write_report
+from tune_cifar.report.tables import make_importances, make_slices
+from tune_cifar.schema import DataInfo, Numerics
+from tune_cifar.space.layout import Range
+from tune_cifar.space.reader import parse_space
+
+
+def examine(state: SearchState) -> tuple[tuple[str, ...], str]:
+    found = examine_space(state, make_slices(state), make_importances(state, num_resamples=20))
+    return found.sentences, found.diff
+
+
+def at_the_bottom(trial: TrialState, cycle: int) -> float:
+    """The smaller max_lr, the better."""
+    return 0.6 - 0.1 * math.log10(trial.whole.max_lr / 3e-3)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
+    return run_search(tmp_path_factory.mktemp("runs"), 30)
+
+
+def test_a_narrower_range_is_proposed_around_the_best_and_the_files_own_values(searched: SearchState) -> None:
+    sentences, diff = examine(searched)
+    (added,) = (line for line in diff.splitlines() if line.startswith("+  max_lr"))
+    low, high = (float(text) for text in re.findall(r"(?:low|high): ([^,}]+)", added))
+    assert 3e-3 < low < 0.05 and 0.1 <= high < 1.0, "0.05 is the baseline and the best, 0.1 a point of the file"
+    assert not any(sentence.startswith("max_lr") for sentence in sentences)
+
+
+def test_the_proposal_is_a_space_file_that_differs_in_that_range_alone(searched: SearchState) -> None:
+    _, diff = examine(searched)
+    before = searched.header.space_text
+    removed, added = ([line[1:] for line in diff.splitlines() if re.match(rf"\{sign} ", line)] for sign in "-+")
+    after = before
+    for old, new in zip(removed, added, strict=True):
+        assert after.count(old) == 1
+        after = after.replace(old, new)
+    space = parse_space(after, Path("smoke.yaml"))
+    assert isinstance(space.search["max_lr"], Range) and space.search["max_lr"].log
+
+
+def test_the_best_trials_at_an_edge_are_told_of_and_that_side_stays(tmp_path: Path) -> None:
+    sentences, diff = examine(run_search(tmp_path, 30, at_the_bottom))
+    (sentence,) = (found for found in sentences if found.startswith("max_lr"))
+    assert "best trials lie in the lower tenth of its range, at 0.003; the best may lie beyond it." in sentence
+    assert all("low: 3.0e-3" in line for line in diff.splitlines() if line.startswith("+  max_lr"))
+
+
+def test_at_the_schemas_own_bound_nothing_lies_beyond(tmp_path: Path) -> None:
+    sentences, _ = examine(run_search(tmp_path, 30, lambda trial, cycle: 0.6 - 2 * trial.whole.dropout))
+    (sentence,) = (found for found in sentences if found.startswith("dropout"))
+    assert sentence.endswith("lie in the lower tenth of its range, at 0; nothing lies beyond it.")
+
+
+def test_a_knob_without_effect_is_named_and_not_narrowed(searched: SearchState) -> None:
+    importances = make_importances(searched, num_resamples=5)
+    importances.loc[importances["knob"] == "dropout", ["importance", "low", "high"]] = [0.01, 0.0, 0.05]
+    found = examine_space(searched, make_slices(searched), importances)
+    assert "dropout: no effect was seen; a pinned value would leave the trials to the other knobs." in found.sentences
+    assert "+  dropout" not in found.diff
+
+
+def test_of_few_trials_nothing_is_said(tmp_path: Path) -> None:
+    sentences, diff = examine(run_search(tmp_path, 11))
+    assert sentences == ("11 scored trials are too few to judge the space; 12 are needed.",) and diff == ""
+
+
+class Page(HTMLParser):
+    """What a reader without JavaScript has, and what the page would fetch."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.ids, self.fetched, self.open = "", [], [], []  # type: ignore[var-annotated]
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.open.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.fetched += [found[name] for name in ("src",) if name in found] + ([tag] if tag == "link" else [])
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+
+@pytest.mark.slow
+def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its_words(searched: SearchState) -> None:
+    html = make_report(searched)
+    page = Page(html)
+    assert html.count("<svg") >= 8 and page.fetched == []
+    assert len(page.ids) == len(set(page.ids)), "two figures share an id"
+    titles = [
+        "Configuration",
+        "Figures",
+        "The best trials",
+        "Health of the space",
+        "Faults",
+        "To reproduce",
+        "Environment",
+    ]
+    assert [title for title in titles if title in page.text] == titles
+    best = searched.best
+    assert best is not None and best.score is not None
+    for words in (
+        f"{100 * best.score:.2f} %",
+        f"python -m tune_cifar reproduce {best.run_id}",
+        "Where the time went",
+        "None: no trial failed",
+        searched.header.numerics.versions["torch"],
+    ):
+        assert words in page.text
+    assert "NOT CIFAR-10" not in page.text
+    assert make_report(searched) == html
+
+
+@pytest.mark.slow
+def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup(tmp_path: Path) -> None:
+    state = run_search(tmp_path, 3)
+    state.header = state.header.model_copy(
+        update={"data": DataInfo(name="shapes", digest="d", split_hash="h"), "command": "search <b>&"}
+    )
+    html = make_report(state)
+    assert "NOT CIFAR-10: these accuracies were measured on the generated stand-in (shapes)." in html
+    assert "search &lt;b&gt;&amp;" in html and "search <b>" not in html
+
+
+@pytest.mark.slow
+def test_the_best_trial_is_judged_where_its_weights_and_the_data_are(tmp_path: Path, fp32: Numerics) -> None:
+    trained = train_small(tmp_path, fp32)
+    distributions = {"max_lr": distribution_to_json(FloatDistribution(1e-3, 0.1, log=True))}
+    trained.header = trained.header.model_copy(update={"kind": "search", "distributions": distributions})
+    path = tmp_path / "x.html"
+    assert write_report(trained, path, "shapes") is None
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    for name in ("Confusion", "Classes", "Calibration", "Most confident mistakes", "Augmentation"):
+        assert f"{name}." in page.text and f'aria-label="{name}"' in html
+    assert "Nothing is shown." not in page.text and len(page.ids) == len(set(page.ids))
+    missing = write_report(trained, path, str(tmp_path / "nowhere"))
+    assert missing is not None and "nowhere" in missing
+    page = Page(path.read_text(encoding="utf-8"))
+    assert f"Nothing is shown. {missing}" in page.text and "Confusion." not in page.text
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workplace: Path) -> None:
+    run_search(workplace / "runs", 3)
+    path = workplace / "runs" / "reports" / "x.html"
+    answer = invoke("report", "--search", "x", "--data", "nowhere")
+    assert answer.exit_code == 0 and path.name in answer.stdout.replace("\n", "")
+    first = path.read_text(encoding="utf-8")
+    answer = invoke("report", "--search", "x", "--out", "mine.html", "--data", "nowhere", "--json")
+    found = json.loads(answer.stdout)
+    assert (found["search"], found["file"]) == ("x", "mine.html")
+    assert "nowhere" in found["missing"]
+    assert Path("mine.html").read_text(encoding="utf-8") == first
+
+
+def test_what_has_nothing_to_report_is_refused(workplace: Path) -> None:
+    write_record(workplace / "runs", make_header("t", kind="train", distributions={}), EVENTS)
+    write_record(workplace / "runs", make_header("early"), [make_start(0)])
+    assert refuse(ConfigError, "report", "--search", "t").startswith("t: a search must be reported on, got a train")
+    assert "a trial must have reached a rung, got none" in refuse(ConfigError, "report", "--search", "early")
+
+
+def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(searched: SearchState, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"the report must be writable there, got '"):
+        write_report(searched, tmp_path / "file" / "x.html", None)

@@ -1,0 +1,210 @@
+"""Going on with a recorded search, without Ray: its space, what has changed, what is there, and warm starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.distributions import FloatDistribution
+
+from tests.builders import make_cycles_driver, make_space, result_of
+from tune_cifar.errors import ConfigError, SpaceError
+from tune_cifar.record.environment import describe_environment, digest_code
+from tune_cifar.record.journal import Record, read_state
+from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
+from tune_cifar.schema import DataInfo, Numerics
+from tune_cifar.search.driver import SearchDriver
+from tune_cifar.search.plan import count_trials
+from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space, warm_start
+from tune_cifar.space.reader import parse_space
+from tune_cifar.space.select import SearchSpace, load_space, select_tier
+from tune_cifar.train.checkpoint import CheckpointFolder
+from tune_cifar.train.recorded import make_header
+
+DATA = DataInfo(name="shapes", digest="d", split_hash="s")
+
+
+def run_driver(
+    storage: Path, numerics: Numerics, accs: list[list[float]], space: SearchSpace | None = None
+) -> SearchState:
+    """A search of make_space whose trials report these accuracies; a trial with too few goes on running."""
+    space = space or make_space()
+    header = make_header("search", "x", space, 0, DATA, numerics, "test")
+    with Record.create(search_folder(storage, "x"), header) as record:
+        driver = SearchDriver(record, space, lambda state, event: None)
+        for _ in accs:
+            driver.ask()
+        for number, course in enumerate(accs):
+            for epoch, acc in enumerate(course, 1):
+                if not driver.report(number, 3, result_of(epoch, acc)):
+                    break
+        return record.state
+
+
+def test_the_recorded_space_is_the_searched_one(tmp_path: Path, fp32: Numerics) -> None:
+    space = dataclasses.replace(make_space(5), points=({**make_space().baseline_params, "max_lr": 0.3},))
+    state = run_driver(tmp_path, fp32, [[0.5]], space)
+    restored = restore_space(read_state(state.folder).header)
+    for name in ("name", "tier", "text", "baseline", "distributions", "points", "budget", "pinned"):
+        assert getattr(restored, name) == getattr(space, name), name
+
+
+def test_a_pinned_list_of_numbers_comes_back_as_it_was(tmp_path: Path, fp32: Numerics) -> None:
+    pins: dict[str, Any] = {"schedule": "step", "milestone_fractions": (0.25, 0.75)}
+    space = load_space("s8", "cpu", pins)
+    state = run_driver(tmp_path, fp32, [], space)
+    assert restore_space(state.header).baseline == space.baseline
+
+
+def test_an_unchanged_machine_has_no_changes(tmp_path: Path, fp32: Numerics) -> None:
+    state = run_driver(tmp_path, fp32, [])
+    changes = find_changes(state, DATA, fp32, describe_environment())
+    assert changes.deciding == () and changes.harmless == ()
+    check_accepted(changes, accepts=False)
+
+
+def test_what_decides_results_must_be_accepted_and_the_rest_is_told(tmp_path: Path, fp32: Numerics) -> None:
+    state = run_driver(tmp_path, fp32, [])
+    other = fp32.model_copy(update={"threads": 2, "versions": {**fp32.versions, "torch": "9.9"}})
+    environment = describe_environment() | {"code": "0123", "ray": "9.0", "torch": "9.9"}
+    changes = find_changes(state, DATA.model_copy(update={"split_hash": "t"}), other, environment)
+    assert changes.deciding == (
+        "threads: 1 -> 2",
+        f"torch: {fp32.versions['torch']} -> 9.9",
+        "data: shapes, split s -> shapes, t",
+        f"code: {digest_code()} -> 0123",
+    )
+    assert [change.split(":")[0] for change in changes.harmless] == ["ray"]
+    with pytest.raises(
+        ConfigError, match=r"--resume: what decides results must be as recorded, got threads: 1 -> 2; .*"
+    ):
+        check_accepted(changes, accepts=False)
+    check_accepted(changes, accepts=True)
+
+
+def test_a_changed_space_file_is_told_and_changes_nothing(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = run_driver(tmp_path, fp32, [])
+    (tmp_path / "search_spaces").mkdir()
+    (tmp_path / "search_spaces" / "smoke.yaml").write_text(state.header.space_text + "\n# another text\n")
+    monkeypatch.chdir(tmp_path)
+    changes = find_changes(state, DATA, fp32, describe_environment())
+    assert changes.deciding == () and changes.harmless == (
+        "space: the file of smoke -> another text; the recorded one is searched",
+    )
+    assert restore_space(state.header).text == state.header.space_text
+
+
+def test_what_is_restored_is_told_with_the_epochs_that_trials_go_on_from(tmp_path: Path, fp32: Numerics) -> None:
+    state = run_driver(tmp_path, fp32, [[0.5, 0.6, 0.7], [0.6], [0.1], [0.7, 0.8], []])
+    folder = CheckpointFolder(state.trial_folder(1) / "checkpoints")
+    for number, epoch in ((1, 1), (3, 1), (3, 2)):
+        CheckpointFolder(state.trial_folder(number) / "checkpoints").save({"epoch": epoch})
+    (sentence,) = describe_restored(state, (1, 3))
+    assert sentence == (
+        "5 trials, 2 rungs with 5 scores, 2 go on from epochs 1, 2, 1 without a checkpoint yet begins again, 0 lost"
+    )
+    newest = state.trial_folder(3) / "checkpoints" / "checkpoint-0002.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    sentence, damaged = describe_restored(state, (1, 3))
+    assert "2 go on from epochs 1, 1," in sentence and "checkpoint-0002.pt" in damaged
+    assert folder.find_newest() == (1, [])
+
+
+def test_a_trial_at_the_end_of_a_cycle_begins_the_next(tmp_path: Path, fp32: Numerics) -> None:
+    driver = make_cycles_driver(tmp_path, fp32)
+    for number, told in enumerate([[(1, 1)], [(1, 1), (2, 1)], []]):
+        driver.ask()
+        for cycle, epoch in told:
+            driver.report(number, cycle, result_of(epoch, 0.5))
+        if told:
+            CheckpointFolder(driver.record.state.trial_folder(number) / "checkpoints").save({"epoch": told[-1][1]})
+    driver.record.close()
+    (sentence,) = describe_restored(driver.record.state, (1, 2, 3))
+    assert sentence == (
+        "3 trials, 1 rung with 2 scores, 1 goes on from epoch 1, 1 begins its next cycle, "
+        "1 without a checkpoint yet begins again, 0 lost"
+    )
+
+
+OLD_TEXT = """
+space: old
+source: a test
+published: {accuracy: 0.5, measured: nowhere}
+corrects: []
+baseline: {model: s7, optimizer: sgd, schedule: onecycle, max_lr: 0.1, batch_size: 100, epochs: 4, train_size: 400}
+search:
+  max_lr: {low: 0.01, high: 1.0, log: true}
+  pct_start: {low: 0.1, high: 0.5}
+budget:
+  full: {trials: 4, rungs: [1, 4], reduction_factor: 2, sampler: {kind: random}, seed: 0}
+  cpu: {trials: 4, rungs: [1, 4], reduction_factor: 2, sampler: {kind: random}, seed: 0}
+"""
+
+
+def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(tmp_path: Path, fp32: Numerics) -> None:
+    """Its text would be refused today: in the first cycle the shortest warm-up would be 0.4 steps long. So would its
+    pins be."""
+    with pytest.raises(SpaceError, match=r"pct_start x steps of the shortest cycle > 1 must hold, got 0\.1 x 4"):
+        parse_space(OLD_TEXT, Path("old.yaml"))
+    space = select_tier(parse_space(OLD_TEXT, Path("old.yaml"), is_recorded=True), "cpu", {"val_size": 50})
+    assert space.obstacle is not None
+    header = make_header("search", "x", space, 0, DATA, fp32, "test")
+    budget, baseline = dict(header.budget), dict(header.baseline)
+    del budget["fidelity"], baseline["warm_restarts"]
+    header = header.model_copy(update={"budget": budget, "baseline": baseline})
+    with Record.create(search_folder(tmp_path, "x"), header) as record:
+        restored = restore_space(record.state.header).limit(4)
+        assert (restored.budget.fidelity, restored.baseline) == ("epochs", space.baseline)
+        driver = SearchDriver(record, restored, lambda state, event: None)
+        driver.ask()
+        for epoch in (1, 2, 3, 4):
+            driver.report(0, 4, result_of(epoch, 0.5))
+    trial = read_state(record.state.folder).trials[0]
+    assert (trial.status, trial.cycle, trial.scores) == ("complete", None, dict.fromkeys((1, 2, 3, 4), 0.5))
+
+
+def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(tmp_path: Path, fp32: Numerics) -> None:
+    state = run_driver(tmp_path, fp32, [[0.5] * 3, [0.9] * 3, [0.1], [0.95] * 3])
+    best = [state.trials[n] for n in (3, 1)]
+    space, notes = warm_start(make_space(), state, 2)
+    names = list(space.distributions)
+    assert notes == []
+    assert list(space.points[:2]) == [{name: getattr(trial.config, name) for name in names} for trial in best]
+    assert len({str(point) for point in space.points}) == len(space.points)
+    narrow = dict(make_space().distributions)
+    limit = best[0].config.max_lr * (1 + 1e-9)
+    narrow["max_lr"] = FloatDistribution(limit, 1.0, log=True)
+    fewer, notes = warm_start(dataclasses.replace(make_space(), distributions=narrow), state, 1)
+    assert notes == ["x:3 is not taken over: a knob lies outside of this space"]
+    assert len(fewer.points) == len(make_space().points)
+
+
+def test_a_warm_start_needs_a_complete_trial(tmp_path: Path, fp32: Numerics) -> None:
+    with pytest.raises(ConfigError, match="--warm-start: a search with a complete trial must be named, got 'x'"):
+        warm_start(make_space(), run_driver(tmp_path, fp32, [[0.5]]), 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_started", "expected"), [("40", None, 40), ("40", 12, 40), ("+50", 12, 62), ("12", 12, 12)]
+)
+def test_trials_are_counted_in_all_or_on_top(text: str, num_started: int | None, expected: int) -> None:
+    assert count_trials(text, num_started) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "num_started", "sentence"),
+    [
+        ("0", None, "--trials: a number >= 1 must be given, got '0'"),
+        ("+5", None, "--trials: a number >= 1 must be given, got '\\+5'"),
+        ("1e3", 4, "--trials: a number such as 40 or \\+50 must be given with --resume, got '1e3'"),
+        ("3", 4, "--trials: at least the 4 trials that there are must hold, got 3"),
+    ],
+)
+def test_trials_that_make_no_sense_are_refused(text: str, num_started: int | None, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        count_trials(text, num_started)

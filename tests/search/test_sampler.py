@@ -1,0 +1,257 @@
+"""What the sampler proposes, what it learns, and that an interrupted search goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import optuna
+import pytest
+
+from tests.builders import Past
+from tune_cifar.errors import ConfigError
+from tune_cifar.schema import Status
+from tune_cifar.search.rungs import keep
+from tune_cifar.search.sampler import Sampler
+from tune_cifar.space.layout import SamplerBudget
+from tune_cifar.space.select import SearchSpace, load_space
+
+KINDS = [SamplerBudget(kind="tpe", startup=5), SamplerBudget(kind="random"), SamplerBudget(kind="qmc")]
+
+
+def make_space(sampler: SamplerBudget, name: str = "s10", points: bool = True) -> SearchSpace:
+    space = load_space(name, "cpu")
+    budget = space.budget.model_copy(update={"sampler": sampler})
+    return replace(space, budget=budget, points=space.points if points else ())
+
+
+def measure(params: dict[str, Any]) -> float:
+    """A smooth accuracy with its optimum away from the baseline of s10, at max_lr 5e-3."""
+    loss: float = 0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2 + 2 * (params["dropout"] - 0.1) ** 2
+    loss += 2 * (params["pct_start"] - 0.25) ** 2 + 0.02 * (math.log10(params["div_factor"]) - 1) ** 2
+    return 0.8 - loss - 0.01 * (math.log10(params["final_div_factor"]) - 3) ** 2
+
+
+def end_trial(sampler: Sampler, past: Past) -> None:
+    """End a trial in a way that depends on its number, and note what a record would."""
+    value = measure(past.params)
+    past.status = ("complete", "stopped", "complete", "diverged", "failed", "stopped")[past.number % 6]
+    rungs = {1: value / 2}
+    if past.status == "complete":
+        rungs[3] = value
+        past.scores = {1: value / 2, 2: value / 3, 3: value}
+        past.score = value
+    elif past.status == "stopped" and past.number % 12 == 5:
+        rungs = {}  # cut before its first rung
+    elif past.status == "stopped":
+        past.scores = {1: value / 2, 2: value / 3}
+    else:
+        rungs, past.score = {}, 0.1 if past.status == "diverged" else None
+    sampler.tell(past.number, past.status, rungs, past.score)
+
+
+def run_search(sampler: Sampler, trials: list[Past], until: int) -> None:
+    """Go on to `until` trials, always three running: they end out of order, the second oldest first."""
+    while len(trials) < until:
+        params, _ = sampler.ask(len(trials))
+        trials.append(Past(len(trials), params))
+        running = [trial for trial in trials if trial.status == "running"]
+        if len(running) > 3:
+            end_trial(sampler, running[1])
+
+
+@pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
+def test_rebuilt_sampler_proposes_what_the_uninterrupted_one_does(budget: SamplerBudget) -> None:
+    space = make_space(budget)
+    whole: list[Past] = []
+    run_search(Sampler(space, seed=7), whole, 32)
+
+    first: list[Past] = []
+    run_search(Sampler(space, seed=7), first, 19)
+    assert [trial.status for trial in first].count("running") == 3
+    run_search(Sampler(space, seed=7, history=reversed(first)), first, 32)
+
+    assert [trial.params for trial in first] == [trial.params for trial in whole]
+
+
+def test_tpe_would_not_repeat_itself_without_the_history() -> None:
+    """The control of the test above: TPE's proposals do depend on what was told."""
+    space = make_space(KINDS[0])
+    trials: list[Past] = []
+    run_search(Sampler(space, seed=7), trials, 20)
+    blank = Sampler(space, seed=7, history=[Past(trial.number, trial.params) for trial in trials[:-1]])
+    assert blank.ask(19)[0] != trials[19].params
+
+
+@pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
+@pytest.mark.parametrize("name", ["s6", "s7", "s8", "s10", "s10_postact"])
+def test_every_proposal_is_a_training_within_the_distributions(name: str, budget: SamplerBudget) -> None:
+    space = make_space(budget, name)
+    sampler = Sampler(space, seed=1)
+    for number in range(20):
+        params, _ = sampler.ask(number)
+        sampler.tell(number, "complete", {}, 0.5 + number / 100)
+        assert list(params) == list(space.distributions)
+        config = space.config(params)
+        assert all(getattr(config, knob) == value for knob, value in params.items())
+        for knob, found in space.distributions.items():
+            low, high = getattr(found, "low", 0), getattr(found, "high", 0)
+            assert params[knob] in found.choices if hasattr(found, "choices") else low <= params[knob] <= high
+
+
+@pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
+def test_baseline_comes_first_then_the_points_then_the_sampler(budget: SamplerBudget) -> None:
+    space = make_space(budget, "s7")
+    sampler = Sampler(space, seed=0)
+    asked = [sampler.ask(number) for number in range(5)]
+    assert [origin for _, origin in asked] == ["baseline", "point", "point", "sampler", "sampler"]
+    assert space.config(asked[0][0]) == space.baseline
+    assert [params for params, _ in asked[1:3]] == list(space.points)
+
+
+@pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
+def test_seed_decides_the_proposals(budget: SamplerBudget) -> None:
+    space = make_space(budget)
+    proposals = []
+    for seed in (0, 0, 1):
+        trials: list[Past] = []
+        run_search(Sampler(space, seed), trials, 12)
+        proposals.append([trial.params for trial in trials])
+    assert proposals[0] == proposals[1]
+    assert all(a != b for a, b in zip(proposals[0][2:], proposals[2][2:], strict=True))
+
+
+@pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
+def test_no_proposal_repeats_another(budget: SamplerBudget) -> None:
+    trials: list[Past] = []
+    run_search(Sampler(make_space(budget), seed=3), trials, 40)
+    assert len({tuple(trial.params.values()) for trial in trials}) == 40
+
+
+def test_quasi_random_points_fill_every_dimension_evenly() -> None:
+    """Sobol': of the first 32 points one lies in each 32nd of every axis. Trial 1 has the first point."""
+    space = make_space(KINDS[2], points=False)
+    sampler = Sampler(space, seed=11)
+    params = [sampler.ask(number)[0] for number in range(33)][1:]
+    for knob in ("dropout", "pct_start"):
+        found: Any = space.distributions[knob]
+        cells = sorted(int(32 * (p[knob] - found.low) / (found.high - found.low)) for p in params)
+        assert cells == list(range(32))
+
+
+def test_stopped_trials_teach_tpe_through_their_rung_scores() -> None:
+    """No trial completes; proposals still move to where the rung scores were high."""
+    space = make_space(KINDS[0], points=False)
+    sampler = Sampler(space, seed=0)
+    dropouts = []
+    for number in range(40):
+        params, _ = sampler.ask(number)
+        sampler.tell(number, "stopped", {1: 1 - params["dropout"]}, None)
+        dropouts.append(params["dropout"])
+    assert statistics.mean(dropouts[20:]) < 0.1 < statistics.mean(dropouts[1:6])
+
+
+def test_trial_cut_before_its_first_rung_counts_as_little_as_a_failed_one() -> None:
+    proposals = []
+    ends: tuple[Status, ...] = ("stopped", "failed", "complete")
+    for end in ends:
+        sampler = Sampler(make_space(KINDS[0], points=False), seed=0)
+        for number in range(20):
+            params, _ = sampler.ask(number)
+            status = "complete" if number % 2 == 0 else end
+            sampler.tell(number, status, {}, params["dropout"] if status == "complete" else None)
+        proposals.append(sampler.ask(20)[0])
+    assert proposals[0] == proposals[1] != proposals[2]
+
+
+def test_diverged_trials_drive_tpe_away() -> None:
+    space = make_space(KINDS[0], points=False)
+    sampler = Sampler(space, seed=0)
+    outcomes: list[Status] = []
+    for number in range(60):
+        params, _ = sampler.ask(number)
+        diverged = params["max_lr"] > 1e-3
+        outcomes.append("diverged" if diverged else "complete")
+        sampler.tell(number, outcomes[-1], {}, None if diverged else 0.5 + params["dropout"] / 10)
+    assert outcomes[:15].count("diverged") > outcomes[45:].count("diverged")
+
+
+def test_tpe_keeps_away_where_most_of_a_range_diverges() -> None:
+    """Few trials pass three rungs: diverged ones must not fill up the best tenth that TPE learns from."""
+    num_diverged = 0
+    for seed in range(3):
+        sampler = Sampler(make_space(KINDS[0], points=False), 1000 * seed)
+        found: dict[int, list[float]] = {1: [], 2: [], 3: []}
+        for number in range(60):
+            params, _ = sampler.ask(number)
+            if number and params["max_lr"] > 3e-4:  # four fifths of the range
+                sampler.tell(number, "diverged", {}, None)
+                num_diverged += number >= 30
+                continue
+            value, scores = measure(params), {}
+            for rung, passed in found.items():
+                scores[rung] = value
+                passed.append(value)
+                if not keep(value, passed, 3):
+                    break
+            is_complete = len(scores) == 3
+            sampler.tell(number, "complete" if is_complete else "stopped", scores, value if is_complete else None)
+    assert num_diverged < 45, "of 90, half"
+
+
+@pytest.mark.slow
+def test_tpe_beats_random_search_on_a_known_function() -> None:
+    """Median over 20 seeds of the best of 40 trials, the baseline (worse than both medians) included."""
+    best: dict[str, list[float]] = {"tpe": [], "random": []}
+    for budget in KINDS[:2]:
+        space = make_space(budget, points=False)
+        for seed in range(20):
+            sampler = Sampler(space, 1000 * seed)
+            values = []
+            for number in range(40):
+                params, _ = sampler.ask(number)
+                values.append(measure(params))
+                sampler.tell(number, "complete", {}, values[-1])
+            best[budget.kind].append(max(values))
+    assert values[0] < statistics.median(best["random"]) < statistics.median(best["tpe"])
+
+
+def test_trials_must_be_asked_for_in_order() -> None:
+    sampler = Sampler(make_space(KINDS[1]), seed=0)
+    with pytest.raises(ValueError, match="0 comes next, got 1"):
+        sampler.ask(1)
+
+
+def test_history_with_a_gap_is_refused() -> None:
+    space = make_space(KINDS[1])
+    with pytest.raises(ValueError, match="1 comes next, got 2"):
+        Sampler(space, 0, [Past(0, space.baseline_params), Past(2, space.baseline_params)])
+
+
+def test_running_trial_cannot_be_told() -> None:
+    sampler = Sampler(make_space(KINDS[1]), seed=0)
+    sampler.ask(0)
+    with pytest.raises(ValueError, match="must have ended, got running"):
+        sampler.tell(0, "running", {}, None)
+
+
+def test_space_whose_knobs_are_all_pinned_is_refused() -> None:
+    pins = {"max_lr": 0.01, "dropout": 0.0, "pct_start": 0.3, "div_factor": 25, "final_div_factor": 10}
+    with pytest.raises(ConfigError, match="at least one searched knob must be left"):
+        Sampler(load_space("s10", "cpu", pins), seed=0)
+
+
+@pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
+def test_optuna_says_nothing_and_keeps_its_verbosity(budget: SamplerBudget, capfd: pytest.CaptureFixture[str]) -> None:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.INFO)
+    try:
+        trials: list[Past] = []
+        run_search(Sampler(make_space(budget), seed=0), trials, 12)
+        assert optuna.logging.get_verbosity() == logging.INFO
+    finally:
+        optuna.logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")

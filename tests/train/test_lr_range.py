@@ -1,0 +1,537 @@
+"""The LR range test: curves whose answers are known, the sweep on the engine, what is written and asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tests.builders import FEW, SHAPES, invoke, make_config, refuse, train_here
+from tune_cifar.cli.lr_range import _propose
+from tune_cifar.data.load import TrainVal, load_train_val
+from tune_cifar.errors import ConfigError, SpaceError, TrackingError
+from tune_cifar.report.lr_range import make_report, save_report
+from tune_cifar.report.plots.lr_range import save_lr_range
+from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.space.layout import Range
+from tune_cifar.space.select import load_space, read_space
+from tune_cifar.tracking.upload import ship_lr_range
+from tune_cifar.train.lr_range import (
+    DIVERGENCE_FACTOR,
+    ESTIMATORS,
+    Estimate,
+    Summary,
+    Sweep,
+    find_minimum_tenth,
+    find_steepest,
+    find_valley,
+    fit_curve,
+    follow_sweep,
+    make_lrs,
+    propose_range,
+    run_sweeps,
+    smooth,
+    summarise,
+)
+from tune_cifar.train.trainer import Trainer
+
+LRS = make_lrs(1e-6, 10.0, 200)
+# Of the bowl below, from its formula: where the fall is steepest, where a tenth of it is done, where it is lowest.
+STEEPEST, FIRST, LOWEST = 1e-3, 10 ** (-3 - 0.25 * math.log(9)), 10**-1.5
+
+Curve = Callable[[float], float]
+
+
+def bowl(lr: float, steepest: float = -3.0, blow_up: float = 0.0, depth: float = 1.0) -> float:
+    """A logistic fall by `depth` around 10**steepest and an exponential blow-up, both in log10 of the learning rate.
+    With depth 1 the tails cancel half way between the two places: there the loss is lowest."""
+    x = math.log10(lr)
+    return 2.3 - depth / (1 + math.exp(-(x - steepest) / 0.25)) + math.exp(min(50.0, (x - blow_up) / 0.25))
+
+
+def fall(lr: float) -> float:
+    """A fall without an end: the loss never rises again."""
+    return bowl(lr, blow_up=99.0)
+
+
+def sweep_over(curve: Curve, seed: int = 0, noise: float = 0.0, lrs: tuple[float, ...] = LRS) -> Sweep:
+    dice = np.random.default_rng(seed)
+    return follow_sweep(seed, lrs, (curve(lr) + noise * dice.normal() for lr in lrs))
+
+
+def estimate(curve: Curve) -> dict[str, Estimate]:
+    fitted = fit_curve(sweep_over(curve))
+    return {name: find(fitted) for name, find in ESTIMATORS.items()}
+
+
+def summarise_over(*curves: Curve, noise: float = 0.0) -> Summary:
+    return summarise([fit_curve(sweep_over(curve, seed, noise)) for seed, curve in enumerate(curves)])
+
+
+def within(value: float | None, factor: float, known: float) -> bool:
+    return value is not None and max(value / known, known / value) <= factor
+
+
+# Smoothing
+
+
+def test_smoothing_gives_a_straight_line_back_also_at_its_ends() -> None:
+    log_lrs = np.log10(LRS)
+    smoothed, slopes = smooth(log_lrs, 2 - 0.3 * log_lrs)
+    assert smoothed == pytest.approx(2 - 0.3 * log_lrs, abs=1e-9) and slopes == pytest.approx(-0.3, abs=1e-9)
+
+
+def test_smoothing_moves_neither_a_symmetric_dip_nor_the_middle_of_a_symmetric_fall() -> None:
+    log_lrs = np.linspace(-6, 1, 201)
+    dip, _ = smooth(log_lrs, -np.exp(-0.5 * ((log_lrs + 2.5) / 0.3) ** 2))
+    assert log_lrs[dip.argmin()] == pytest.approx(-2.5)
+    assert dip[::-1] == pytest.approx(dip)
+    _, slopes = smooth(log_lrs, -np.tanh((log_lrs + 2.5) / 0.3))
+    assert log_lrs[slopes.argmin()] == pytest.approx(-2.5)
+
+
+def test_smoothing_averages_noise_away() -> None:
+    log_lrs, noise = np.log10(LRS), np.random.default_rng(0).normal(size=len(LRS))
+    smoothed, _ = smooth(log_lrs, noise)
+    step = log_lrs[1] - log_lrs[0]
+    known = math.sqrt(step / (2 * math.sqrt(math.pi) * 0.2))  # of a Gaussian mean
+    assert smoothed[30:-30].std() == pytest.approx(known, rel=0.3)
+
+
+# Following a sweep
+
+
+def test_a_sweep_that_never_diverges_is_taken_to_its_end() -> None:
+    sweep = sweep_over(fall)
+    assert (sweep.lrs, sweep.diverged_at, len(sweep.losses)) == (LRS, None, len(LRS))
+
+
+def test_a_sweep_stops_where_its_smoothed_loss_is_so_many_times_its_lowest_and_asks_no_further() -> None:
+    asked = []
+
+    def train() -> Iterator[float]:
+        for lr in LRS:
+            asked.append(lr)
+            yield bowl(lr)
+
+    sweep = follow_sweep(0, LRS, train())
+    assert sweep.diverged_at == sweep.lrs[-1] == asked[-1] < LRS[-1]
+    assert sweep.losses[-1] > DIVERGENCE_FACTOR * 1.3 > sweep.losses[-4]  # the bowl's lowest loss is near 1.3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_sweep_as_a_measurement(value: float) -> None:
+    losses = [2.3, 2.2, value, 2.1]
+    assert follow_sweep(7, LRS, losses) == Sweep(7, LRS[:2], (2.3, 2.2), diverged_at=LRS[2])
+
+
+def test_one_wild_batch_ends_no_sweep() -> None:
+    assert sweep_over(lambda lr: 6.0 if lr == LRS[80] else fall(lr)).diverged_at is None
+
+
+# The estimators, on curves with known answers
+
+
+def test_the_estimators_find_the_known_places_of_a_bowl() -> None:
+    found = estimate(bowl)
+    assert within(found["steepest"].lr, 1.05, STEEPEST)
+    assert within(found["valley"].lr, 1.2, math.sqrt(FIRST * LOWEST))
+    assert within(found["minimum/10"].lr, 1.2, LOWEST / 10)
+
+
+def test_where_a_sweep_begins_does_not_move_what_it_finds() -> None:
+    def read(low: float) -> list[float | None]:
+        curve = fit_curve(sweep_over(bowl, lrs=make_lrs(low, 10.0, 200)))
+        return [find(curve).lr for find in ESTIMATORS.values()]
+
+    for one, other in zip(read(1e-6), read(1e-8), strict=True):
+        assert other is not None and within(one, 1.1, other)
+
+
+def test_noise_moves_the_medians_over_many_seeds_by_less_than_a_third() -> None:
+    summary = summarise_over(*[bowl] * 40, noise=0.1)
+    found = summary.estimators
+    assert [seeds.num_seeds for seeds in found.values()] == [40, 40, 40]
+    assert within(found["steepest"].lr, 1.3, STEEPEST)
+    assert within(found["valley"].lr, 1.3, math.sqrt(FIRST * LOWEST))
+    assert within(found["minimum/10"].lr, 1.3, LOWEST / 10)
+
+
+def test_a_nan_right_behind_the_minimum_changes_nothing_before_it() -> None:
+    found = estimate(lambda lr: math.nan if lr > 1.2 * LOWEST else bowl(lr))
+    assert within(found["steepest"].lr, 1.05, STEEPEST)
+    assert within(found["minimum/10"].lr, 1.25, LOWEST / 10)
+
+
+def test_the_size_of_the_blow_up_does_not_reach_the_minimum() -> None:
+    known = estimate(bowl)["minimum/10"].lr
+    assert known is not None
+    assert within(estimate(lambda lr: 1e9 if lr > 2 else bowl(lr))["minimum/10"].lr, 1.1, known)
+
+
+def test_a_sweep_that_never_diverges_has_a_steepest_fall_but_no_minimum() -> None:
+    found = estimate(fall)
+    assert within(found["steepest"].lr, 1.05, STEEPEST)
+    for name in ("valley", "minimum/10"):
+        assert found[name].lr is None and "raise --high" in found[name].reason
+
+
+def test_a_fall_that_is_steepest_at_the_sweeps_end_gives_nothing() -> None:
+    found = estimate(lambda lr: bowl(lr, steepest=1.0, blow_up=99.0))
+    assert all(value.lr is None and "raise --high" in value.reason for value in found.values())
+
+
+def test_a_sweep_that_starts_within_the_fall_has_no_valley() -> None:
+    found = fit_curve(sweep_over(bowl, lrs=make_lrs(1e-3, 10.0, 200)))
+    assert find_steepest(found).reason == find_valley(found).reason
+    assert "lower --low" in find_valley(found).reason
+    assert within(find_minimum_tenth(found).lr, 1.2, LOWEST / 10)
+
+
+@pytest.mark.parametrize("losses", [[], [math.nan], [2.3, 2.4, math.inf], [2.3, 900.0]])
+def test_a_sweep_that_diverges_at_once_gives_nothing(losses: list[float]) -> None:
+    curve = fit_curve(follow_sweep(0, LRS, losses))
+    for find in ESTIMATORS.values():
+        assert find(curve).lr is None and "before the loss diverges" in find(curve).reason
+
+
+@pytest.mark.parametrize(
+    ("curve", "noise"),
+    [(lambda lr: 2.3, 0.0), (lambda lr: 2.3, 0.2), (lambda lr: 2.3 + math.log10(lr / 1e-6), 0.0)],
+    ids=["flat", "noise", "rise"],
+)
+def test_a_curve_that_does_not_fall_gives_nothing(curve: Curve, noise: float) -> None:
+    for seed in range(20):
+        fitted = fit_curve(sweep_over(curve, seed, noise))
+        assert all(find(fitted).lr is None and "must fall" in find(fitted).reason for find in ESTIMATORS.values())
+
+
+# Over the seeds
+
+
+def test_an_estimators_median_and_spread_are_those_of_the_seeds_in_log_lr() -> None:
+    places = (-4.0, -3.5, -2.5)
+    summary = summarise_over(*(lambda lr, x=x: bowl(lr, steepest=x) for x in places))
+    found = summary.estimators["steepest"]
+    assert within(found.lr, 1.05, 10**-3.5)
+    assert found.factor == pytest.approx(10**1.5, rel=0.1)
+    assert found.geometric_sd == pytest.approx(10 ** np.std(places, ddof=1), rel=0.1)
+    assert (found.num_seeds, found.reason) == (3, "")
+
+
+def test_one_seed_has_no_spread() -> None:
+    found = summarise_over(bowl).estimators["valley"]
+    assert found.lr is not None and (found.factor, found.geometric_sd) == (None, None)
+
+
+def test_an_estimator_that_most_seeds_do_not_give_has_no_median() -> None:
+    found = summarise_over(bowl, fall, fall).estimators
+    assert found["steepest"].num_seeds == 3 and found["steepest"].lr is not None
+    assert (found["valley"].lr, found["valley"].num_seeds) == (None, 1)
+    assert "raise --high" in found["valley"].reason
+
+
+def test_estimators_that_agree_suggest_the_middle_one() -> None:
+    summary = summarise_over(bowl, bowl)
+    assert summary.suggestion == sorted(summary.medians.values())[1]
+    assert summary.disagreement is not None and summary.disagreement <= 10
+    assert summary.verdict.startswith(f"suggestion: max_lr {summary.suggestion:.2e}; ")
+
+
+def test_estimators_more_than_a_decade_apart_suggest_nothing_and_say_so() -> None:
+    def two_falls(lr: float) -> float:
+        """The steep one at 1e-5, a long shallow one down to 0.1."""
+        return bowl(lr, steepest=-5.0) - 0.1 * max(0.0, math.log10(lr / 1e-5))
+
+    summary = summarise_over(two_falls)
+    assert summary.disagreement is not None and summary.disagreement > 10 and summary.suggestion is None
+    assert summary.verdict.startswith("no suggestion: the estimators disagree by a factor of ")
+    assert "more than 10: steepest 1." in summary.verdict and "minimum/10" in summary.verdict
+
+
+def test_a_single_estimator_agrees_with_nobody() -> None:
+    summary = summarise_over(fall)
+    assert (summary.disagreement, summary.suggestion) == (None, None)
+    assert summary.verdict.startswith("no suggestion: two estimators or more must give a value, got steepest ")
+
+
+@pytest.mark.parametrize(
+    ("medians", "keep", "proposed"),
+    [
+        ([1e-3], [1e-3], (1e-4, 1e-2)),
+        ([5e-4, 2e-3, 1e-3], [1e-3], (5e-5, 2e-2)),
+        ([5.21e-4], [5.21e-4], (5.2e-5, 5.3e-3)),  # outwards
+        ([1e-3], [1e-3, 0.5, 2.31e-6], (2.3e-6, 0.5)),
+        ([50.0], [1.0], (1.0, 100.0)),  # the schema's bound
+    ],
+)
+def test_the_proposed_range_is_a_decade_around_all_medians_and_holds_what_must_stay(
+    medians: list[float], keep: list[float], proposed: tuple[float, float]
+) -> None:
+    assert propose_range(medians, keep) == proposed
+
+
+def test_learning_rates_are_evenly_spaced_in_log() -> None:
+    lrs = make_lrs(1e-4, 1.0, 21)
+    assert (lrs[0], lrs[-1], len(lrs)) == (1e-4, 1.0, 21)
+    assert np.diff(np.log10(lrs)) == pytest.approx(0.2)
+
+
+# The sweep on the engine
+
+
+def make_small(**changes: Any) -> TrainConfig:
+    """Four steps an epoch of 8 images or fewer."""
+    return make_config(**{**FEW, **changes})
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
+
+
+def test_a_sweep_at_one_learning_rate_is_the_constant_training_bit_by_bit(few: TrainVal, fp32: Numerics) -> None:
+    config = make_small(schedule="constant", max_lr=0.02, label_smoothing=0.1, momentum=0.8)
+    trained, swept = Trainer(config, few, fp32), Trainer(config.model_copy(update={"max_lr": 5.0}), few, fp32)
+    results = list(trained)
+    losses = list(swept.sweep([0.02] * trained.total_steps))
+    assert torch.equal(weights(swept), weights(trained))
+    sizes = [8, 8, 8, 6]
+    assert np.average(losses[:4], weights=sizes) == pytest.approx(results[0].train_loss, rel=1e-6)
+    assert np.average(losses[4:], weights=sizes) == pytest.approx(results[1].train_loss, rel=1e-6)
+
+
+def test_sgds_first_step_is_as_long_as_its_learning_rate_says(few: TrainVal, fp32: Numerics) -> None:
+    def step(lr: float) -> torch.Tensor:
+        trainer = Trainer(make_small(schedule="constant"), few, fp32)
+        before = weights(trainer)
+        next(trainer.sweep([lr]))
+        return weights(trainer) - before
+
+    assert torch.allclose(step(0.5), 50 * step(0.01), rtol=1e-3, atol=1e-5)
+
+
+def test_every_image_is_seen_once_before_any_is_seen_again(few: TrainVal, fp32: Numerics) -> None:
+    trainer = Trainer(make_small(schedule="constant"), few, fp32)
+    seen: list[torch.Tensor] = []
+    train_step = trainer._train_step
+
+    def spy(indices: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(indices)
+        return train_step(indices, settings)
+
+    trainer._train_step = spy  # type: ignore[method-assign]
+    list(trainer.sweep([1e-4] * 8))
+    one, other = torch.cat(seen[:4]), torch.cat(seen[4:])
+    assert one.sort().values.tolist() == other.sort().values.tolist() == list(range(30))
+    assert one.tolist() != other.tolist()
+
+
+def test_a_blow_up_is_yielded_and_not_raised(few: TrainVal, fp32: Numerics) -> None:
+    trainer = Trainer(make_small(schedule="constant"), few, fp32)
+    assert not math.isfinite(list(trainer.sweep([1e30] * 3))[-1])
+
+
+def test_sweeps_repeat_bit_by_bit_differ_by_seed_and_leave_trainings_alone(few: TrainVal, fp32: Numerics) -> None:
+    config = make_small(schedule="constant", epochs=1, seed=3)
+    before, steps = train_here(config, few, fp32), []
+    one = list(run_sweeps(config, few, fp32, LRS[90:94], 2, lambda: steps.append(1)))
+    assert list(run_sweeps(config, few, fp32, LRS[90:94], 2)) == one
+    assert train_here(config, few, fp32) == before
+    assert [sweep.seed for sweep in one] == [3, 4] and one[0].losses != one[1].losses
+    assert len(steps) == 8
+
+
+# Files, MLflow
+
+
+SPACE = """\
+# A comment that must survive.
+space: mini
+source: a test
+published: {accuracy: 0.5, measured: nothing}
+corrects: [Nothing.]
+baseline:
+  model: s8
+  optimizer: adam
+  schedule: constant
+  max_lr: 2.0e-3
+  batch_size: 10
+  epochs: 2
+  train_size: 30
+  val_size: 10
+search:
+  max_lr: {low: 1.0e-3, high: 1.0e-2, log: true}  # a guess
+  dropout: {low: 0.0, high: 0.4}
+points:
+  - {max_lr: 5.0e-3}
+budget:
+  full: &
+  cpu: &
+""".replace("&", "{trials: 4, rungs: [1, 2], reduction_factor: 2, sampler: {kind: random}, seed: 0}")
+
+
+@pytest.fixture
+def mini(workplace: Path) -> Path:
+    path = workplace / "mini.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+def report_on(space: Path, numerics: Numerics, *curves: Curve) -> dict[str, Any]:
+    """What a test would have found on these curves."""
+    info = load_train_val(SHAPES, 10, 0).info
+    sweeps = [sweep_over(curve, seed, 0.05) for seed, curve in enumerate(curves)]
+    return make_report("lr-range-mini", load_space(str(space)), info, numerics, sweeps, "python -m tune_cifar")
+
+
+@pytest.mark.slow
+def test_the_saved_document_is_enough_to_draw_the_same_figure(mini: Path, fp32: Numerics, tmp_path: Path) -> None:
+    save_report(report_on(mini, fp32, bowl, fall, lambda lr: math.nan), tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    document = json.loads((folder / "sweeps.json").read_text())
+    assert TrainConfig(**document["config"]).fingerprint == document["fingerprint"]
+    assert Numerics(**document["numerics"]) == fp32 and document["data"]["name"] == "shapes"
+    assert [len(sweep["losses"]) == len(sweep["smoothed"]) for sweep in document["sweeps"]] == [True] * 3
+    save_lr_range(document, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (folder / "curve.png").read_bytes()
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(mini: Path, fp32: Numerics) -> None:
+    with pytest.raises(ConfigError, match="the test's files must be writable there, got 'Not a directory'"):
+        save_report(report_on(mini, fp32, bowl), mini / "folder")
+
+
+@pytest.mark.slow
+def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_is_closed(
+    mini: Path, fp32: Numerics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    report, store = report_on(mini, fp32, bowl, bowl), tmp_path / "store"
+    save_report(report, tmp_path / "found")
+    uri = f"sqlite:///{store}/mlflow.db"
+    ship_lr_range(uri, store, report, tmp_path / "found")
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("mini (shapes)")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("lr-range-mini", "FINISHED")
+    assert run.data.tags["kind"] == "lr_range" and run.data.tags["verdict"] == report["verdict"]
+    assert run.data.params["optimizer"] == "adam" and not {"max_lr", "nesterov"} & set(run.data.params)
+    assert run.data.metrics["lr_minimum_over_10"] == report["estimators"]["minimum/10"]["lr"]
+    points = client.get_metric_history(run.info.run_id, "loss_seed_1")
+    assert {point.step: point.value for point in points} == dict(enumerate(report["sweeps"][1]["losses"], 1))
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"curve.png", "sweeps.json"}
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_artifacts", fail)
+    with pytest.raises(TrackingError, match=r"^lr-range-mini: MLflow must take the run, got OSError: .*No space left"):
+        ship_lr_range(uri, store, report, tmp_path / "found")
+    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(statuses) == ["FAILED", "FINISHED"]
+
+
+# The command
+
+
+def sweep_words(space: Path, *more: str) -> list[str]:
+    """A sweep of half a second whose estimators agree, with an MLflow store that cannot be reached."""
+    dead = f"sqlite:///{space.parent}/no/such/folder/mlflow.db"
+    words = ["lr-range", "--space", str(space), "--data", "shapes", "--precision", "fp32", "--seeds", "1"]
+    return [*words, "--low", "1e-5", "--steps", "30", "--tracking-uri", dead, *more]
+
+
+@pytest.mark.slow
+def test_the_command_shows_saves_and_writes_exactly_one_line(mini: Path) -> None:
+    answer = invoke(*sweep_words(mini, "--write", "--yes"))
+    assert answer.exit_code == 0, answer.output
+    text = " ".join(answer.stdout.split())
+    assert "NOT CIFAR-10" in text and "1 x 30 steps from lr 1e-05 to 10: s8, adam, momentum 0.9, batches of 10" in text
+    assert "seed 0: " in text and "suggestion: max_lr " in text and "baseline: max_lr 2.00e-03" in text
+    assert text.count("got: unable to open database file. MLflow lacks the test; ") == 1
+    (folder,) = (mini.parent / "runs" / "lr_range").iterdir()
+    assert folder.name.startswith("mini-full-") and f"curve: {folder}/curve.png" in text
+    assert {path.name for path in folder.iterdir()} == {"curve.png", "sweeps.json"}
+    document = json.loads((folder / "sweeps.json").read_text())
+    assert document["tier"] == "full" and document["command"].startswith("python -m tune_cifar lr-range")
+    before, after = SPACE.splitlines(), mini.read_text().splitlines()
+    assert [index for index, line in enumerate(after) if line != before[index]] == [before.index("search:") + 1]
+    written = read_space(mini).search["max_lr"]
+    lrs = [found["lr"] for found in document["estimators"].values()]
+    assert isinstance(written, Range) and written.log
+    assert written.low <= min(lrs) / 10 and max(lrs) * 10 <= written.high
+
+
+@pytest.mark.slow
+def test_without_a_terminal_the_diff_is_shown_and_nothing_is_written(mini: Path, tmp_path: Path) -> None:
+    answer = invoke(*sweep_words(mini, "--write", "--json", "--out", str(tmp_path / "found")))
+    assert answer.exit_code == 0, answer.output
+    document = json.loads(answer.stdout)
+    assert set(document["estimators"]) == set(ESTIMATORS) and document["suggestion"] is not None
+    assert document["folder"] == str(tmp_path / "found") and (tmp_path / "found" / "curve.png").exists()
+    proposal = document["proposal"]
+    assert proposal["written"] is False and mini.read_text() == SPACE
+    assert "\n-  max_lr: {low: 1.0e-3, high: 1.0e-2, log: true}  # a guess\n+  max_lr: {low: " in proposal["diff"]
+    assert "not written: there is no terminal to ask at; --yes writes it" in answer.stderr
+    assert "NOT CIFAR-10: this range was measured on the generated stand-in." in answer.stderr
+    sentence = refuse(ConfigError, *sweep_words(mini, "--out", str(tmp_path / "found")))
+    assert sentence == f"--out: a folder without another test must be given, got {tmp_path}/found."
+
+
+@pytest.mark.slow
+def test_nothing_is_written_when_there_is_no_suggestion(mini: Path) -> None:
+    sentence = refuse(ConfigError, *sweep_words(mini, "--write", "--yes", "--low", "1e-9", "--high", "1e-8"))
+    assert sentence.startswith("--write: the estimators must agree, got no suggestion: ")
+    assert mini.read_text() == SPACE and list((mini.parent / "runs" / "lr_range").glob("*/curve.png"))
+
+
+class Terminal(io.StringIO):
+    """A keyboard at which somebody has typed this."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("typed", "is_written"), [("y\n", True), ("n\n", False), ("\n", False)])
+def test_at_a_terminal_the_user_is_asked(
+    mini: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, typed: str, is_written: bool
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal(typed))
+    report = report_on(mini, fp32, bowl)
+    proposal = _propose(str(mini), report, yes=False, as_json=False, console=Console(file=io.StringIO()))
+    assert proposal["written"] is is_written and (mini.read_text() != SPACE) is is_written
+
+
+def test_a_range_that_stands_there_already_is_not_written_again(mini: Path, fp32: Numerics) -> None:
+    report, out = report_on(mini, fp32, bowl), io.StringIO()
+    assert _propose(str(mini), report, True, False, Console(file=io.StringIO()))["written"]
+    before = mini.stat()
+    again = _propose(str(mini), report, True, False, Console(file=out, width=500))
+    assert (again["diff"], again["written"]) == ("", False) and mini.stat() == before
+    assert "max_lr has the proposed range already" in out.getvalue()
+
+
+def test_what_could_not_be_written_is_refused_before_anything_is_trained(mini: Path) -> None:
+    mini.write_text(
+        SPACE.replace("  max_lr: {low", "  weight_decay: {low").replace("- {max_lr: 5", "- {weight_decay: 5")
+    )
+    mini.write_text(mini.read_text().replace("  max_lr: 2.0e-3", "  max_lr: 2.0e-3\n  weight_decay: 2.0e-3"))
+    assert "max_lr must be searched between low and high, got a knob that is not searched." in refuse(
+        SpaceError, *sweep_words(mini, "--write")
+    )
+    assert not os.path.lexists(mini.parent / "runs")
+
+
+def test_yes_belongs_to_write(mini: Path) -> None:
+    assert invoke(*sweep_words(mini, "--yes")).exit_code == 2

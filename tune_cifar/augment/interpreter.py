@@ -1,0 +1,17 @@
+"""Choose who interprets a policy: whole batches on the device, or albumentations image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+
+def select_interpreter(backend: Literal["batched", "albumentations"]) -> Callable[..., Any]:
+    """`batched.apply_policy` or `reference.apply_policy_reference`; albumentations is imported only when chosen."""
+    if backend == "albumentations":
+        from tune_cifar.augment.reference import apply_policy_reference
+
+        return apply_policy_reference
+    from tune_cifar.augment.batched import apply_policy
+
+    return apply_policy
