@@ -49,7 +49,7 @@ _MODULES = {
     "load_space": "space.select",
     "load_trials": "report.trials",
     "load_curves": "report.trials",
-    "load_searches": "report.trials",
+    "load_searches": "record.store",
 }
 
 

@@ -503,7 +503,8 @@ def test_finding_runs_and_failures_imports_nothing_heavy(state: SearchState, tmp
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tune_cifar.report.trials import find_best, find_run, group_failures, list_rows, load_searches\n"
+        "from tune_cifar.record.failures import group_failures\n"
+        "from tune_cifar.record.store import find_best, find_run, list_rows, load_searches\n"
         "find_run(Path(sys.argv[1]), 's7-1:0'), find_best(load_searches(Path(sys.argv[1])), search='s7-1')\n"
         "list_rows(Path(sys.argv[1])), group_failures(load_searches(Path(sys.argv[1]))[0])\n"
         "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'matplotlib'} & set(sys.modules)\n"

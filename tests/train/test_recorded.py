@@ -58,7 +58,7 @@ def test_a_resumed_training_has_the_curve_of_the_uninterrupted_one(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, every_seconds: float, epochs_kept: int
 ) -> None:
     """With a checkpoint it goes on from there; without one yet (they come once a minute) it starts again."""
-    monkeypatch.setattr("tune_cifar.train.trial.train_trial", partial(train_trial, every_seconds=every_seconds))
+    monkeypatch.setattr("tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=every_seconds))
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=1)
     broken = read_state(search_folder(tmp_path, "small"))
@@ -80,7 +80,7 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint knows two epochs, the record one: the second is told again from the checkpoint."""
-    monkeypatch.setattr("tune_cifar.train.trial.train_trial", partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr("tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=0.0))
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=2)
     path = search_folder(tmp_path, "small") / "record.jsonl"

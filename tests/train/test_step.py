@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import conftest
+from tests import builders
 from tests.builders import FEW
 from tune_cifar.augment.batched import apply_pixel_ops, draw_policy
 from tune_cifar.augment.policies import make_policy
@@ -32,7 +32,7 @@ def captured(fp32: Numerics, monkeypatch: pytest.MonkeyPatch) -> Numerics:
 
 
 def make_config(**changes: Any) -> TrainConfig:
-    return conftest.make_config(**{**FEW, **changes})
+    return builders.make_config(**{**FEW, **changes})
 
 
 def curve(results: list[EpochResult]) -> list[list[Any]]:

@@ -35,8 +35,7 @@ def test_two_trainings_are_bitwise_equal_whatever_ran_before(shapes: TrainVal, p
 def test_a_training_in_another_process_is_bitwise_equal_and_needs_no_compiler(shapes: TrainVal, fp32: Numerics) -> None:
     code = (
         "import json, sys\n"
-        "from tests.conftest import SHAPES, make_config\n"
-        "from tests.train.test_trainer import train_here\n"
+        "from tests.builders import SHAPES, make_config, train_here\n"
         "from tune_cifar.data.load import load_train_val\n"
         "from tune_cifar.train.numerics import resolve_numerics\n"
         "data = load_train_val(SHAPES, 60, 50)\n"
