@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from optuna.distributions import FloatDistribution
 
 from tests.builders import make_cycles_driver, make_space, result_of
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.record.environment import describe_environment, digest_code
+from tune_cifar.record.environment import DECIDING_PACKAGES, PACKAGE, describe_environment, digest_code
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -83,6 +84,30 @@ def test_what_decides_results_must_be_accepted_and_the_rest_is_told(tmp_path: Pa
     ):
         check_accepted(changes, accepts=False)
     check_accepted(changes, accepts=True)
+
+
+@pytest.mark.parametrize("name", DECIDING_PACKAGES)
+def test_a_changed_file_of_each_deciding_package_must_be_accepted(tmp_path: Path, fp32: Numerics, name: str) -> None:
+    copy = tmp_path / "tune_cifar"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert digest_code(copy) == digest_code()
+    path = copy / f"{name}.py"
+    changed = path if path.exists() else max((copy / name).rglob("*.py"))
+    changed.write_text(changed.read_text(encoding="utf-8") + "\nX = 1\n", encoding="utf-8")
+    state = run_driver(tmp_path, fp32, [])
+    changes = find_changes(state, DATA, fp32, describe_environment() | {"code": digest_code(copy)})
+    assert [change.split(":")[0] for change in changes.deciding] == ["code"]
+    with pytest.raises(ConfigError, match=r"--accept-changes"):
+        check_accepted(changes, accepts=False)
+
+
+def test_a_changed_file_of_another_package_is_no_change(tmp_path: Path) -> None:
+    copy = tmp_path / "tune_cifar"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("report", "tracking", "verify", "cli"):
+        changed = copy / name / "__init__.py"
+        changed.write_text(changed.read_text(encoding="utf-8") + "\nX = 1\n", encoding="utf-8")
+    assert digest_code(copy) == digest_code()
 
 
 def test_a_changed_space_file_is_told_and_changes_nothing(

@@ -11,6 +11,12 @@ from pathlib import Path
 
 import psutil
 
+PACKAGE = Path(__file__).resolve().parents[1]
+# What decides what is tried, how it is trained, scored and stopped. The other packages only show, store and upload.
+DECIDING_PACKAGES = ("schema", "space", "data", "augment", "models", "train", "search", "record")
+# Shown beside every result; only train.numerics.COMPUTING_LIBRARIES may change bits.
+RECORDED_LIBRARIES = ("tune_cifar", "torch", "torchvision", "ray", "optuna", "mlflow", "albumentations", "numpy")
+
 
 def find_version(name: str) -> str:
     """Of an installed distribution; a package run from its source tree has none."""
@@ -20,42 +26,30 @@ def find_version(name: str) -> str:
         return "not installed"
 
 
-# Shown beside every result; only COMPUTING_LIBRARIES above may change bits.
-RECORDED_LIBRARIES = ("tune_cifar", "torch", "torchvision", "ray", "optuna", "mlflow", "albumentations", "numpy")
-
-
 def describe_environment() -> dict[str, str]:
     """Versions, digest of the code, git commit (with `+changes` for an uncommitted tree), platform, cores and memory,
     for the record."""
-    package = Path(__file__).resolve().parents[2]
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: find_version(name) for name in RECORDED_LIBRARIES}
     facts |= {"cores": str(os.cpu_count()), "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}"}
     facts["code"] = digest_code()
-    commit = _ask_git(package, "rev-parse", "HEAD")
+    commit = _ask_git(PACKAGE.parent, "rev-parse", "HEAD")
     if commit:
-        facts["git_commit"] = commit + ("+changes" if _ask_git(package, "status", "--porcelain") else "")
+        facts["git_commit"] = commit + ("+changes" if _ask_git(PACKAGE.parent, "status", "--porcelain") else "")
     return facts
 
 
-# The rooms whose code decides what is tried, trained and stopped; the others show, store and ship.
-DECIDING_ROOMS = (
-    *("schema", "space", "data", "augment", "models", "train/optim", "train/numerics"),
-    *("train/step", "train/trainer", "search/rungs", "search/sampler", "train/trial", "search/driver"),
-)
+def digest_code(package: Path = PACKAGE) -> str:
+    """SHA-256 (16 digits) of the code that decides results: equal digests, equal decisions.
 
-
-def digest_code() -> str:
-    """SHA-256 (16 digits) of the code that decides results: equal digests, equal decisions."""
-    package = Path(__file__).resolve().parents[1]
-    files = [
-        path
-        for room in DECIDING_ROOMS
-        for path in sorted(package.glob(f"{room}.py")) or sorted((package / room).glob("*.py"))
-    ]
+    Args:
+        package: the folder of tune_cifar.
+    """
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in DECIDING_PACKAGES:
+        single = package / f"{name}.py"
+        for path in [single] if single.exists() else sorted((package / name).rglob("*.py")):
+            digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
