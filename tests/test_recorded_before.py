@@ -1,0 +1,98 @@
+"""A run store that version 0.1.0 at commit 2f461d6 recorded, before its modules became packages, still opens.
+
+It holds two searches of `smoke` on synthetic data, fp32, one thread: `done` (4 trials) and `cut`, interrupted in its
+third trial. Made by, in an empty folder (the second ended by SIGTERM after nine lines of its record):
+
+    S="--space smoke --tier full --data shapes --precision fp32 --set train_size=60 --set val_size=50 --keep-weights 1"
+    python -m tune_cifar search $S --set batch_size=5 --trials 4 --name done
+    python -m tune_cifar search $S --set train_size=400 --set batch_size=4 --max-concurrent 1 --trials 4 --name cut
+
+MLflow's absolute artifact locations stand in it as `/recorded/`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.builders import invoke, refuse
+from tune_cifar.errors import ConfigError
+from tune_cifar.record.journal import read_state
+from tune_cifar.record.store import find_best, load_searches, search_folder
+from tune_cifar.report.trials import load_shipped_trials, load_trials
+from tune_cifar.train.checkpoint import CheckpointFolder, load_weights
+from tune_cifar.train.trial import CHECKPOINTS
+
+ARCHIVE = Path(__file__).parent / "recorded" / "before-the-move.tar.xz"
+
+
+@pytest.fixture
+def recorded(workplace: Path) -> Path:
+    """The run store, unpacked."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(workplace, filter="data")
+    database = sqlite3.connect(workplace / "runs" / "mlflow.db")
+    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+        database.execute(f"UPDATE {table} SET {column} = replace({column}, '/recorded/', '{workplace}/')")
+    database.commit()
+    database.close()
+    return workplace / "runs"
+
+
+def test_records_checkpoints_and_weights_open(recorded: Path) -> None:
+    done = read_state(search_folder(recorded, "done"))
+    assert done.is_finished and done.counts["complete"] + done.counts["stopped"] == 4
+    best = find_best([done], search="done")[1]
+    assert best.weights_file is not None
+    assert len(load_weights(done.folder / best.weights_file)) > 10
+    cut = read_state(search_folder(recorded, "cut"))
+    assert not cut.is_finished and cut.trials[2].status == "running"
+    state, problems = CheckpointFolder(cut.trial_folder(2) / CHECKPOINTS).load_newest()
+    assert state is not None and (state["epoch"], problems) == (1, [])
+
+
+def test_fingerprints_are_what_they_were(recorded: Path) -> None:
+    for state in load_searches(recorded):
+        for trial in state.trials.values():
+            assert trial.config.fingerprint == trial.fingerprint
+
+
+def test_the_leaderboard_shows_them(recorded: Path) -> None:
+    answer = invoke("leaderboard")
+    assert answer.exit_code == 0 and "done:0" in answer.stdout and "cut:2" in answer.stdout
+
+
+@pytest.mark.slow
+def test_mlflows_store_opens_and_has_everything_already(recorded: Path) -> None:
+    uri = f"sqlite:///{recorded}/mlflow.db"
+    shipped = load_shipped_trials(uri, "done")
+    ours = load_trials(load_searches(recorded, search="done"))
+    assert list(shipped["score"].fillna(-1)) == list(ours["score"].fillna(-1))
+    answer = invoke("sync", "--search", "done")
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.startswith("done: 0 trials shipped, 4 already there, 0 runs closed"), answer.stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_reproduced_and_reported(recorded: Path) -> None:
+    answer = invoke("reproduce", "--best", "--search", "done", "--data", "shapes")
+    assert answer.exit_code == 0, answer.output
+    assert "identical" in answer.stdout or "within tolerance" in answer.stdout
+    answer = invoke("report", "--search", "done")
+    assert answer.exit_code == 0, answer.output
+    assert "done:0" in (recorded / "reports" / "done.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_an_interrupted_search_asks_once_and_goes_on(recorded: Path) -> None:
+    words = ("search", "--name", "cut", "--resume", "--data", "shapes")
+    assert "--accept-changes" in refuse(ConfigError, *words)
+    answer = invoke(*words, "--accept-changes")
+    assert answer.exit_code == 0, answer.output
+    state = read_state(search_folder(recorded, "cut"))
+    assert state.is_finished and len(state.trials) == 4
+    assert [event.changes[0].split(":")[0] for event in state.resumes] == ["code"]
