@@ -140,7 +140,7 @@ def run_command() -> Figures:
                 lines.append((time.perf_counter() - begin, line))
         end = time.perf_counter() - begin
         assert process.returncode == 0, lines
-        _, first = read_state(Path(folder, "searches", "command")).trials[0].paid[0]
+        _, first = read_state(Path(folder, "searches", "command")).trials[0].trained_epochs[0]
     reported = next(seconds for seconds, line in lines if " epoch 1/" in line)
     ended = max(seconds for seconds, line in lines if " epoch 3/3" in line or " stopped " in line)
     return {"running": reported - first.epoch_seconds, "shutdown": end - ended}

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
-from tune_cifar.schema import CHANCE_ACCURACY, dead_knobs
+from tune_cifar.schema import CHANCE_ACCURACY, inactive_knobs
 from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
@@ -137,7 +137,7 @@ def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
             scale = math.log if found.log else float
             low, high = scale(found.low), scale(found.high)
             place.append((scale(params[name]) - low) / (high - low))
-    dead = dead_knobs(space.config(params))
+    dead = inactive_knobs(space.config(params))
     return np.array(place), np.array([name not in dead for name in space.distributions])
 
 

@@ -61,7 +61,7 @@ def collect_rows(queue: Queue, steps: Iterable[Step]) -> None:
             rows += [] if opening is None else [make_row(step.space, step.part, opening, queue.storage)]
     if len(rows) > num_known:
         write_table(queue.table, rows)
-        if not queue.is_stand_in:
+        if not queue.is_synthetic:
             write_readme(README, rows)
 
 
@@ -155,7 +155,7 @@ def make_queue(arguments: argparse.Namespace) -> Queue:
     queue = Queue(find_storage(None), arguments.seeds, arguments.data, arguments.tier, pins, arguments.accept_changes)
     if queue.seeds < 1:
         raise ConfigError(f"--seeds: a number >= 1 must be given, got {queue.seeds}.")
-    if not queue.is_stand_in and (not {*arguments.space} <= SYSTEMS.keys() or pins or queue.tier != "full"):
+    if not queue.is_synthetic and (not {*arguments.space} <= SYSTEMS.keys() or pins or queue.tier != "full"):
         got = f"--space {' '.join(arguments.space) or 'all'}, --tier {queue.tier} and {len(pins)} --set"
         raise ConfigError(f"rows: {', '.join(SYSTEMS)} in tier full must be trained as they are, got {got}.")
     return queue
@@ -181,12 +181,12 @@ def main() -> None:
     try:
         queue = make_queue(arguments)
         max_seconds = parse_duration(arguments.max_time) if arguments.max_time else math.inf
-        if queue.is_stand_in:
+        if queue.is_synthetic:
             say("STAND-IN DATA, NOT CIFAR-10")
         if arguments.action == "run":
             sys.exit(run(queue, queue.list_steps(arguments.space or SPACES), max_seconds))
         rows = load_table(queue.table)
-        if arguments.write and not queue.is_stand_in:
+        if arguments.write and not queue.is_synthetic:
             write_readme(README, rows)
         say(render_table(rows, arguments.space or SYSTEMS))
     except TuneCifarError as exc:

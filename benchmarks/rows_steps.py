@@ -14,8 +14,8 @@ from tune_cifar.errors import RecordError
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import TestOpening, find_openings, find_openings_file
-from tune_cifar.schema import TrainConfig, dead_knobs
+from tune_cifar.record.test_log import TestEvaluation, find_openings, find_test_log
+from tune_cifar.schema import TrainConfig, inactive_knobs
 from tune_cifar.search.forecast import forecast_search
 from tune_cifar.space.select import load_space
 from tune_cifar.train.numerics import count_cores, count_gpus
@@ -46,12 +46,12 @@ class Queue:
     accept_changes: bool = False
 
     @property
-    def is_stand_in(self) -> bool:
+    def is_synthetic(self) -> bool:
         return (self.data or os.environ.get("TUNE_CIFAR_DATA")) == "shapes"
 
     @property
     def ledger(self) -> Path:
-        return find_openings_file(self.storage, "shapes" if self.is_stand_in else "cifar10")
+        return find_test_log(self.storage, "shapes" if self.is_synthetic else "cifar10")
 
     @property
     def table(self) -> Path:
@@ -73,7 +73,7 @@ class Queue:
 
     def name(self, step: Step) -> str:
         """Of the step's record; a confirmation's is what `confirm` calls it."""
-        words = ["shapes-rows" if self.is_stand_in else "rows", step.space]
+        words = ["shapes-rows" if self.is_synthetic else "rows", step.space]
         words += [] if step.part == "search" else [step.part]
         return "-".join([*words, *([] if step.seed is None else [str(step.seed)])])
 
@@ -82,9 +82,9 @@ class Queue:
         folder = search_folder(self.storage, self.name(step))
         return read_state(folder) if folder.exists() else None
 
-    def find_opening(self, config: TrainConfig) -> TestOpening | None:
+    def find_opening(self, config: TrainConfig) -> TestEvaluation | None:
         """The newest opening of the test set for a training."""
-        found = find_openings(self.ledger, config.fingerprint, "shapes" if self.is_stand_in else "cifar10")
+        found = find_openings(self.ledger, config.fingerprint, "shapes" if self.is_synthetic else "cifar10")
         return found[-1] if found else None
 
 
@@ -98,7 +98,7 @@ def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:
     _, final = make_final(search, confirmation, queue.seeds)
     wanted = {**final.candidates[-1].config, "seed": step.seed, **queue.pins}
     usual = load_space(step.space, queue.tier).baseline.model_dump(mode="json")
-    dead = dead_knobs(TrainConfig(**wanted))  # --set refuses them
+    dead = inactive_knobs(TrainConfig(**wanted))  # --set refuses them
     return {name: value for name, value in wanted.items() if value != usual[name] and name not in dead}
 
 
@@ -175,7 +175,7 @@ def estimate_hours(queue: Queue, steps: Iterable[Step]) -> float | None:
         state = queue.read(step)
         trials = list(state.trials.values()) if state else []
         if step.seed is not None:
-            seconds += [result.epoch_seconds for trial in trials for _, result in trial.paid]
+            seconds += [result.epoch_seconds for trial in trials for _, result in trial.trained_epochs]
         if find_stage(queue, step) not in OVER:
             space = load_space(step.space, queue.tier, queue.pins)
             num_epochs: float = space.baseline.epochs

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.store import find_run
-from tune_cifar.record.test_log import TestOpening
+from tune_cifar.record.test_log import TestEvaluation
 from tune_cifar.space.select import load_header
 
 BEGIN, END = "<!-- rows:begin -->", "<!-- rows:end -->"
@@ -48,7 +48,7 @@ def load_table(path: Path) -> list[Row]:
     return rows
 
 
-def make_row(space: str, part: str, opening: TestOpening, storage: Path) -> Row:
+def make_row(space: str, part: str, opening: TestEvaluation, storage: Path) -> Row:
     """The opened training as the run store has it.
 
     Raises:
@@ -56,7 +56,7 @@ def make_row(space: str, part: str, opening: TestOpening, storage: Path) -> Row:
     """
     _, trial = find_run(storage, opening.run_id)
     config, numerics = trial.config, trial.driver.numerics
-    minutes = sum(result.epoch_seconds for _, result in trial.paid) / 60
+    minutes = sum(result.epoch_seconds for _, result in trial.trained_epochs) / 60
     row = {"space": space, "part": part, "seed": config.seed, "test_acc": opening.test_acc}
     row |= {"epochs": config.epochs, "train_images": config.train_size, "batch_size": config.batch_size}
     row |= {"minutes": round(minutes, 1), "hardware": numerics.device_name, "precision": numerics.precision}

@@ -62,12 +62,12 @@ from tune_cifar.space.select import (
     SearchSpace,
     load_space,
 )
-from tune_cifar.tracking.upload import Shipper, make_tracking_uri
+from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
 from tune_cifar.train import recorded
 from tune_cifar.train.checkpoint import (
     MAGIC,
 )
-from tune_cifar.train.metrics import Judgement, judge_logits
+from tune_cifar.train.metrics import Evaluation, evaluate_logits
 from tune_cifar.train.recorded import Listener, open_training, run_training
 from tune_cifar.train.trainer import Trainer
 
@@ -280,7 +280,7 @@ Scores = Callable[[TrialState, int], float]
 
 def score_by_lr(trial: TrialState, cycle: int) -> float:
     """Best at max_lr 0.05; better after a longer training; nothing else matters."""
-    return 0.8 - 0.2 * abs(math.log10(trial.whole.max_lr / 0.05)) - 0.1 / cycle
+    return 0.8 - 0.2 * abs(math.log10(trial.full_config.max_lr / 0.05)) - 0.1 / cycle
 
 
 def run_search(
@@ -290,7 +290,7 @@ def run_search(
     space = load_space("smoke", "cpu")
     space = replace(space, budget=space.budget.model_copy(update={"trials": num_trials, "max_time_seconds": None}))
     header = recorded.make_header("search", "x", space, 3, CIFAR10, NUMERICS, "test")
-    driver = SearchDriver(Record.create(search_folder(storage, "x"), header), space, hear_nothing)
+    driver = SearchDriver(Record.create(search_folder(storage, "x"), header), space, ignore_event)
     while (trial := driver.ask()) is not None:
         if trial.number == diverging:
             driver.end(trial.number, "diverged", "the loss must be finite")
@@ -335,7 +335,7 @@ def open_small(
     return open_training(space, source, numerics, storage, name, "test", resume)
 
 
-def hear_nothing(state: SearchState, event: Event) -> None:
+def ignore_event(state: SearchState, event: Event) -> None:
     """A listener."""
 
 
@@ -343,18 +343,18 @@ def train_small(storage: Path, numerics: Numerics, name: str = "small", **change
     """A whole small training; what stands on disk afterwards."""
     record, data = open_small(storage, numerics, name, **changes)
     with record:
-        run_training(record, data, numerics, hear_nothing)
+        run_training(record, data, numerics, ignore_event)
     return read_state(search_folder(storage, name))
 
 
 def press_ctrl_c_after(epoch: int) -> Listener:
     """A listener that interrupts when it hears of this epoch."""
 
-    def hear(state: SearchState, event: Event) -> None:
+    def on_event(state: SearchState, event: Event) -> None:
         if isinstance(event, EpochReported) and event.result.epoch == epoch:
             raise KeyboardInterrupt
 
-    return hear
+    return on_event
 
 
 def interrupt_small(storage: Path, numerics: Numerics, epoch: int, **changes: Any) -> None:
@@ -375,9 +375,9 @@ def make_logits(predicted: list[int], confidences: list[float]) -> Tensor:
     return probabilities.log().float()
 
 
-def judge_answers(predicted: list[int], labels: list[int], confidence: float | list[float] = 0.9) -> Judgement:
+def evaluate_answers(predicted: list[int], labels: list[int], confidence: float | list[float] = 0.9) -> Evaluation:
     confidences = confidence if isinstance(confidence, list) else [confidence] * len(labels)
-    return judge_logits(make_logits(predicted, confidences), torch.tensor(labels), NAMES, "validation")
+    return evaluate_logits(make_logits(predicted, confidences), torch.tensor(labels), NAMES, "validation")
 
 
 def make_pictures(num_images: int) -> Any:
@@ -409,7 +409,7 @@ def make_tracking_resume() -> SearchResumed:
 
 
 class Driver:
-    """Records events and tells a shipper of them, as a search's driver does. `shipper` may be closed and replaced."""
+    """Records events and tells an uploader of them, as a search's driver does. `uploader` may be closed and replaced."""
 
     def __init__(self, storage: Path, uri: str, **header: Any) -> None:
         self.storage, self.uri = storage, uri
@@ -418,7 +418,7 @@ class Driver:
             (self.folder / f"trials/{number:04d}").mkdir(parents=True)
         (self.folder / WEIGHTS_FILE).write_bytes(b"the best weights")
         (self.folder / "trials/0004/error.txt").write_text("Traceback: it broke\n")
-        self.shipper = Shipper(uri, storage, self.record.state)
+        self.uploader = BackgroundUploader(uri, storage, self.record.state)
 
     @property
     def folder(self) -> Path:
@@ -427,12 +427,12 @@ class Driver:
     def tell(self, *events: Event) -> None:
         for event in events:
             self.record.append(event)
-            self.shipper.hear(self.record.state, event)
+            self.uploader.on_event(self.record.state, event)
 
     def resume(self) -> None:
         """What another driver does first."""
         self.record.append(make_tracking_resume())
-        self.shipper = Shipper(self.uri, self.storage, self.record.state)
+        self.uploader = BackgroundUploader(self.uri, self.storage, self.record.state)
 
 
 @contextmanager
@@ -442,16 +442,16 @@ def drive(storage: Path, uri: str | None = None, **header: Any) -> Iterator[Driv
         yield driver
     finally:
         driver.record.close()
-        if not driver.shipper._is_closing:
-            driver.shipper.close(600)
-        driver.shipper._thread.join(600)
+        if not driver.uploader._is_closing:
+            driver.uploader.close(600)
+        driver.uploader._thread.join(600)
 
 
 def ship(storage: Path, uri: str, events: list[Event], timeout: float = 600.0, **header: Any) -> list[str]:
-    """Record the events and let a shipper hear of them, as the driver does; returns its faults."""
+    """Record the events and hand them to an uploader, as the driver does; returns its faults."""
     with drive(storage, uri, **header) as driver:
         driver.tell(*events)
-        return driver.shipper.close(timeout)
+        return driver.uploader.close(timeout)
 
 
 def find_free_port() -> int:

@@ -114,7 +114,7 @@ def test_every_column_and_every_epochs_figure_stands_in_the_glossary() -> None:
 
 @pytest.mark.slow
 def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, fp32: Numerics) -> None:
-    """As a real MLflow has them: of a search with every kind of trial, of both judgements, of an LR range test."""
+    """As a real MLflow has them: of a search with every kind of trial, of both evaluations, of an LR range test."""
     import torch
     from mlflow import MlflowClient
 
@@ -122,24 +122,24 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.events import TrialRetried
     from tune_cifar.report.lr_range import make_report
-    from tune_cifar.tracking.upload import ship_judgement, ship_lr_range
+    from tune_cifar.tracking.upload import upload_evaluation, upload_lr_range
     from tune_cifar.train.lr_range import Sweep, make_lrs
-    from tune_cifar.train.metrics import judge_logits
+    from tune_cifar.train.metrics import evaluate_logits
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     start, *rest = make_events()
     assert ship(tmp_path, uri, [start, TrialRetried(trial=0, fault="worker died", text="..."), *rest]) == []
     state = read_state(search_folder(tmp_path, "s7-1"))
     for part in ("validation", "test"):
-        judgement = judge_logits(torch.eye(10), torch.arange(10), [f"class{n}" for n in range(10)], part)
-        assert ship_judgement(uri, tmp_path, state, state.trials[0], judgement.to_dict(), []) is None
+        evaluation = evaluate_logits(torch.eye(10), torch.arange(10), [f"class{n}" for n in range(10)], part)
+        assert upload_evaluation(uri, tmp_path, state, state.trials[0], evaluation.to_dict(), []) is None
     lrs = make_lrs(1e-3, 1.0, 30)
     losses = (*([2.3] * 10), *(2.3 - n / 10 for n in range(10)), *(1.4 + n / 2 for n in range(10)))
     info = load_train_val(SHAPES, 10, 10).info
     sweeps = [Sweep(seed, lrs, losses, None) for seed in (0, 1)]
     (tmp_path / "swept").mkdir()
     report = make_report("swept", load_space("smoke", "cpu"), info, fp32, sweeps, "a command")
-    ship_lr_range(uri, tmp_path, report, tmp_path / "swept")
+    upload_lr_range(uri, tmp_path, report, tmp_path / "swept")
 
     client = MlflowClient(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

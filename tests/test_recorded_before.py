@@ -22,7 +22,7 @@ from tests.builders import invoke, refuse
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import find_best, load_searches, search_folder
-from tune_cifar.report.trials import load_shipped_trials, load_trials
+from tune_cifar.report.trials import load_trials, load_uploaded_trials
 from tune_cifar.train.checkpoint import CheckpointFolder, load_weights
 from tune_cifar.train.trial import CHECKPOINTS
 
@@ -68,7 +68,7 @@ def test_the_leaderboard_shows_them(recorded: Path) -> None:
 @pytest.mark.slow
 def test_mlflows_store_opens_and_has_everything_already(recorded: Path) -> None:
     uri = f"sqlite:///{recorded}/mlflow.db"
-    shipped = load_shipped_trials(uri, "done")
+    shipped = load_uploaded_trials(uri, "done")
     ours = load_trials(load_searches(recorded, search="done"))
     assert list(shipped["score"].fillna(-1)) == list(ours["score"].fillna(-1))
     answer = invoke("sync", "--search", "done")

@@ -13,8 +13,8 @@ from tune_cifar.schema import (
     EpochResult,
     Frozen,
     TrainConfig,
-    dead_knobs,
     describe_validation_error,
+    inactive_knobs,
     nearest_name,
 )
 
@@ -109,13 +109,13 @@ def make_config(base: str = "onecycle", **changes: Any) -> TrainConfig:
     ],
 )
 def test_dead_knobs_are_exactly_those_that_nothing_uses(base: str, dead: set[str]) -> None:
-    assert set(dead_knobs(make_config(base))) == dead
+    assert set(inactive_knobs(make_config(base))) == dead
 
 
 def test_dead_knob_comes_with_its_reason() -> None:
-    dead = dead_knobs(make_config())
+    dead = inactive_knobs(make_config())
     assert dead["momentum"] == "OneCycle cycles momentum between base_momentum and max_momentum"
-    assert dead_knobs(make_config("step"))["pct_start"] == "schedule step is not onecycle"
+    assert inactive_knobs(make_config("step"))["pct_start"] == "schedule step is not onecycle"
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -124,7 +124,7 @@ def test_fingerprint_changes_with_a_living_knob_and_ignores_a_dead_one(base: str
     before, after = make_config(base), make_config(base, **{name: OTHER[name]})
     if before == after:
         assert name in ("optimizer", "schedule", "cycle_momentum")  # the base has the other value already
-    elif name in dead_knobs(before) and name in dead_knobs(after):
+    elif name in inactive_knobs(before) and name in inactive_knobs(after):
         assert after.fingerprint == before.fingerprint
     else:
         assert after.fingerprint != before.fingerprint
@@ -343,4 +343,4 @@ def test_warm_restarts_belong_to_the_fingerprint_where_there_are_any() -> None:
     config = make_config("onecycle", epochs=9, warm_restarts=(2, 5))
     assert len({config.fingerprint, config.shorten(8).fingerprint, make_config("onecycle", epochs=9).fingerprint}) == 3
     constant = make_config("constant_adamw", epochs=9)
-    assert "warm_restarts" in dead_knobs(constant.model_copy(update={"warm_restarts": (2,)}))
+    assert "warm_restarts" in inactive_knobs(constant.model_copy(update={"warm_restarts": (2,)}))

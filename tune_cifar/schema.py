@@ -51,7 +51,7 @@ class Frozen(BaseModel):
 class TrainConfig(Frozen):
     """The recipe of one training: flat, frozen, hashed.
 
-    A knob that the chosen optimizer, schedule or augmentation does not use is *dead* (`dead_knobs`): it keeps its
+    A knob that the chosen optimizer, schedule or augmentation does not use is *dead* (`inactive_knobs`): it keeps its
     default, changes nothing and is left out of the fingerprint.
 
     Raises:
@@ -187,7 +187,7 @@ class TrainConfig(Frozen):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the training: SHA-256 of all living knobs in canonical JSON."""
-        silent = {*dead_knobs(self), *_knobs_of_idle_ops(self)}
+        silent = {*inactive_knobs(self), *_knobs_of_inactive_ops(self)}
         living = {name: value for name, value in self.model_dump(mode="json").items() if name not in silent}
         return hashlib.sha256(json.dumps(living, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -195,7 +195,7 @@ class TrainConfig(Frozen):
 KNOBS: tuple[str, ...] = tuple(TrainConfig.model_fields)
 
 
-def dead_knobs(config: TrainConfig) -> dict[str, str]:
+def inactive_knobs(config: TrainConfig) -> dict[str, str]:
     """The knobs that change nothing in this configuration, each with the reason in words."""
     dead: dict[str, str] = {}
 
@@ -225,7 +225,7 @@ def dead_knobs(config: TrainConfig) -> dict[str, str]:
     return dead
 
 
-def _knobs_of_idle_ops(config: TrainConfig) -> list[str]:
+def _knobs_of_inactive_ops(config: TrainConfig) -> list[str]:
     """All knobs of the operations that never act, however they are switched off: equal trainings, equal names."""
     names = [] if config.warm_restarts else ["warm_restarts"]
     if config.cutout_p == 0 or config.cutout_size == 0:

@@ -22,7 +22,7 @@ from tune_cifar.augment.policies import (
 )
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import load_train_val
-from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig, dead_knobs
+from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig, inactive_knobs
 
 ALL_KNOBS: dict[str, Any] = {
     "crop_pad": 4,
@@ -87,7 +87,7 @@ def test_each_living_knob_changes_the_policy_and_each_dead_one_does_not() -> Non
         living = make_config(**ALL_KNOBS)
         assert make_policy(make_config(**ALL_KNOBS | {name: value})) != make_policy(living), name
         dead = make_config(**{name: value})
-        if name in dead_knobs(dead):
+        if name in inactive_knobs(dead):
             assert make_policy(dead) == (Normalize(),), name
 
 

@@ -64,7 +64,7 @@ def write(
 ) -> SearchState:
     """A step's record with these events."""
     kind: Any = "train" if step.seed is not None else step.part
-    data = DataInfo(name="shapes" if queue.is_stand_in else "cifar10", digest="d1", split_hash="h1")
+    data = DataInfo(name="shapes" if queue.is_synthetic else "cifar10", digest="d1", split_hash="h1")
     header = make_header(kind, name or queue.name(step), space, 0, data, NUMERICS, "a test")
     return write_record(queue.storage, header.model_copy(update={"confirmation": confirmation}), events)
 
@@ -81,7 +81,7 @@ def train(queue: Queue, step: Step, status: str | None = "complete", name: str |
 
 def open_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) -> None:
     """A line of the ledger."""
-    data = "shapes" if queue.is_stand_in else "cifar10"
+    data = "shapes" if queue.is_synthetic else "cifar10"
     is_new = not queue.ledger.exists()
     with queue.ledger.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -29,6 +29,7 @@ from tests.builders import (
     write_record,
 )
 from tune_cifar.cli.app import run
+from tune_cifar.cli.terminal import name_options
 from tune_cifar.data.files import FILES, DataSource
 from tune_cifar.errors import ConfigError, DataError, RecordError, SpaceError, TrackingError, TuneCifarError
 from tune_cifar.record.journal import read_state
@@ -433,3 +434,17 @@ def test_ui_answers_on_loopback_and_ends_with_ctrl_c(workplace: Path) -> None:
     finally:
         process.terminate()  # ends the UI too
         process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize(
+    "sentence, shown",
+    [
+        ("`max_concurrent` >= 1 must hold, got 0.", "--max-concurrent >= 1 must hold, got 0."),
+        ("No GPU here. Use `device='cpu'`.", "No GPU here. Use --device cpu."),
+        ("Or give `accept_changes=True`.", "Or give --accept-changes."),
+        ("`settings`: no value", "--set: no value"),
+        ("`val_acc` is no option, `leaderboard` neither", "`val_acc` is no option, `leaderboard` neither"),
+    ],
+)
+def test_the_command_line_names_the_option_of_a_parameter(sentence: str, shown: str) -> None:
+    assert name_options(sentence) == shown

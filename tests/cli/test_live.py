@@ -26,7 +26,7 @@ from tests.builders import (
     make_trial,
 )
 from tune_cifar.cli.live import SearchView, SweepView, TrainingView
-from tune_cifar.cli.summary import print_search_summary, print_stand_in_banner
+from tune_cifar.cli.summary import print_search_summary, print_synthetic_banner
 from tune_cifar.data.load import TrainVal
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
 from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState
@@ -64,7 +64,7 @@ def tell(view: SearchView, events: list[Event], **header: Any) -> SearchState:
     state = make_state([], **header)
     for event in events:
         state.apply(event)
-        view.hear(state, event)
+        view.on_event(state, event)
     return state
 
 
@@ -350,11 +350,11 @@ def test_summary_breaks_prose_between_words_on_a_terminal_only() -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_banner_of_the_stand_in_is_a_box_with_the_way_to_the_real_data(width: int) -> None:
     console, text = make_console(width)
-    print_stand_in_banner(console, "shapes")
+    print_synthetic_banner(console, "shapes")
     assert "NOT CIFAR-10" in text.getvalue() and "python -m tune_cifar data fetch" in text.getvalue()
     assert text.getvalue().count("\n") >= 7 and "[bold]" not in text.getvalue()
     console, text = make_console(width)
-    print_stand_in_banner(console, "cifar10")
+    print_synthetic_banner(console, "cifar10")
     assert text.getvalue() == ""
 
 

@@ -36,7 +36,7 @@ from tune_cifar.record.store import search_folder
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
-    """A run store with a search of every fate, and one that is damaged."""
+    """A run store with a search of every status, and one that is damaged."""
     write_search(tmp_path, "whole", 1, [*make_trial(0, [0.3, 0.5, 0.7], "complete"), FINISH])
     write_search(tmp_path, "stopped", 2, [*make_trial(0, [0.3], None), INTERRUPT], data=SHAPES_INFO)
     write_search(tmp_path, "killed", 3, TRIALS)

@@ -181,13 +181,16 @@ def check_decisions(lab: Lab) -> None:
 def check_equal(state: SearchState, reference: SearchState) -> None:
     """Every trial has the configuration of the uninterrupted search, and the same curves bit for bit, cycle after
     cycle, as far as both trained them; those that both trained to the end are equal in the end too."""
-    assert {n: trial.whole for n, trial in state.trials.items()} == {
-        n: trial.whole for n, trial in reference.trials.items()
+    assert {n: trial.full_config for n, trial in state.trials.items()} == {
+        n: trial.full_config for n, trial in reference.trials.items()
     }
     num_complete = 0
     for number, trial in state.trials.items():
         other = reference.trials[number]
-        curves = [[(c, [getattr(r, name) for name in REPRODUCIBLE_FIELDS]) for c, r in t.paid] for t in (trial, other)]
+        curves = [
+            [(c, [getattr(r, name) for name in REPRODUCIBLE_FIELDS]) for c, r in t.trained_epochs]
+            for t in (trial, other)
+        ]
         length = min(map(len, curves))
         assert curves[0][:length] == curves[1][:length], f"trial {number}"
         if trial.status == other.status == "complete":

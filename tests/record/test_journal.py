@@ -699,20 +699,27 @@ def test_a_trial_in_cycles_tells_where_it_is_and_everything_it_paid_for(tmp_path
     state = write_record(tmp_path, make_header(), events)
     assert read_state(state.folder) == state
     whole, running, stopped, cut = (state.trials[number] for number in range(4))
-    assert [(cycle, result.epoch) for cycle, result in whole.paid] == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
-    assert [result.val_acc for _, result in whole.paid] == [0.5, 0.2, 0.6, 0.1, 0.3, 0.7]
+    assert [(cycle, result.epoch) for cycle, result in whole.trained_epochs] == [
+        (1, 1),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (3, 2),
+        (3, 3),
+    ]
+    assert [result.val_acc for _, result in whole.trained_epochs] == [0.5, 0.2, 0.6, 0.1, 0.3, 0.7]
     assert (whole.config, whole.fingerprint, whole.score) == (CONFIG, CONFIG.fingerprint, 0.7)
-    assert (running.cycle, running.config, len(running.epochs)) == (2, CONFIG.shorten(2), 1)
+    assert (running.stage, running.config, len(running.epochs)) == (2, CONFIG.shorten(2), 1)
     assert (running.epochs_done, running.val_acc, running.scores) == (2, 0.3, {1: 0.4})
     assert (stopped.config.epochs, stopped.fingerprint) == (1, CONFIG.shorten(1).fingerprint)
-    assert (cut.cycle, cut.config, cut.fingerprint, cut.paid) == (None, CONFIG, CONFIG.fingerprint, [])
+    assert (cut.stage, cut.config, cut.fingerprint, cut.trained_epochs) == (None, CONFIG, CONFIG.fingerprint, [])
     assert state.arrivals == {1: {0: 0.5, 1: 0.4, 2: 0.3}, 2: {0: 0.6}, 3: {0: 0.7}}
 
 
 def test_a_trial_that_breaks_down_between_two_cycles_did_so_in_the_longer(tmp_path: Path) -> None:
     state = write_record(tmp_path, make_header(), make_cycles(0, {1: [0.5]}, "diverged", cycle=2))
     trial = state.trials[0]
-    assert (trial.cycle, trial.config.epochs, trial.epochs, trial.earlier[0][0]) == (2, 2, [], 1)
+    assert (trial.stage, trial.config.epochs, trial.epochs, trial.finished_stages[0][0]) == (2, 2, [], 1)
     assert (trial.val_acc, trial.score, trial.fingerprint) == (0.5, 0.1, CONFIG.shorten(2).fingerprint)
     assert read_state(state.folder) == state
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from tests.builders import judge_answers, make_header, make_trial, run_search, score_by_lr, write_record
+from tests.builders import evaluate_answers, make_header, make_trial, run_search, score_by_lr, write_record
 from tune_cifar.errors import SpaceError
 from tune_cifar.record.events import SearchEnded
 from tune_cifar.record.state import SearchState
@@ -126,17 +126,17 @@ def test_sources_stand_beside_the_means_of_their_tested_trainings() -> None:
 
 
 def test_confusions_come_by_their_frequency_and_mistakes_by_their_confidence() -> None:
-    judgement = judge_answers([0, 2, 2, 5, 5, 1], [0, 0, 0, 3, 5, 1], [0.9, 0.6, 0.7, 0.8, 0.9, 0.9])
-    pairs = [tuple(row) for row in make_confusions(judgement).itertuples(index=False)]
+    evaluation = evaluate_answers([0, 2, 2, 5, 5, 1], [0, 0, 0, 3, 5, 1], [0.9, 0.6, 0.7, 0.8, 0.9, 0.9])
+    pairs = [tuple(row) for row in make_confusions(evaluation).itertuples(index=False)]
     assert pairs == [("airplane", "bird", 2, pytest.approx(2 / 3)), ("cat", "dog", 1, 1.0)]
-    mistakes = make_mistakes(judgement)
+    mistakes = make_mistakes(evaluation)
     assert list(mistakes["image"]) == [3, 2, 1] and list(mistakes["taken_for"]) == ["dog", "bird", "bird"]
     assert list(mistakes["confidence"]) == pytest.approx([0.8, 0.7, 0.6], abs=1e-6)
 
 
 def test_perfect_answers_have_no_confusion_and_no_mistake() -> None:
-    judgement = judge_answers([0, 1], [0, 1])
-    assert make_confusions(judgement).empty and make_mistakes(judgement).empty
+    evaluation = evaluate_answers([0, 1], [0, 1])
+    assert make_confusions(evaluation).empty and make_mistakes(evaluation).empty
 
 
 def list_texts(figure: Figure) -> list[str]:

@@ -29,7 +29,7 @@ def examine(state: SearchState) -> tuple[tuple[str, ...], str]:
 
 def at_the_bottom(trial: TrialState, cycle: int) -> float:
     """The smaller max_lr, the better."""
-    return 0.6 - 0.1 * math.log10(trial.whole.max_lr / 3e-3)
+    return 0.6 - 0.1 * math.log10(trial.full_config.max_lr / 3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_best_trials_at_an_edge_are_told_of_and_that_side_stays(tmp_path: Pa
 
 
 def test_at_the_schemas_own_bound_nothing_lies_beyond(tmp_path: Path) -> None:
-    sentences, _ = examine(run_search(tmp_path, 30, lambda trial, cycle: 0.6 - 2 * trial.whole.dropout))
+    sentences, _ = examine(run_search(tmp_path, 30, lambda trial, cycle: 0.6 - 2 * trial.full_config.dropout))
     (sentence,) = (found for found in sentences if found.startswith("dropout"))
     assert sentence.endswith("lie in the lower tenth of its range, at 0; nothing lies beyond it.")
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tests.builders import run_search
 from tune_cifar.record.state import SearchState
 from tune_cifar.report.plots import search as figures
-from tune_cifar.report.plots.style import FATE_COLOURS, label_knob, save
+from tune_cifar.report.plots.style import STATUS_COLOURS, label_knob, save
 from tune_cifar.report.tables import (
     list_rungs,
     make_costs,
@@ -91,7 +91,7 @@ def test_slices_have_a_row_for_every_trial_and_knob_and_chance_for_a_diverged_on
     rates = slices[slices["knob"] == "max_lr"].set_index("trial")
     assert rates.loc[20, "rung_score"] == 0.1 and math.isnan(rates.loc[20, "score"])
     for number, trial in searched.trials.items():
-        assert rates.loc[number, "value"] == trial.whole.max_lr
+        assert rates.loc[number, "value"] == trial.full_config.max_lr
         if number != 20:
             assert rates.loc[number, "rung_score"] == trial.scores[1]
 
@@ -112,7 +112,7 @@ def test_too_few_or_equal_trials_have_no_importances(tmp_path: Path) -> None:
 
 
 def test_schedules_rise_to_max_lr_and_fall_step_by_step(searched: SearchState) -> None:
-    config = searched.trials[0].whole
+    config = searched.trials[0].full_config
     table = make_schedules({"baseline": config})
     assert len(table) == config.epochs * config.num_steps_per_epoch and table["lr"].max() == pytest.approx(
         config.max_lr
@@ -125,7 +125,7 @@ def test_schedules_rise_to_max_lr_and_fall_step_by_step(searched: SearchState) -
 
 def test_costs_add_up_to_everything_that_was_paid(searched: SearchState) -> None:
     costs = make_costs([searched])
-    paid = [pair for trial in searched.trials.values() for pair in trial.paid]
+    paid = [pair for trial in searched.trials.values() for pair in trial.trained_epochs]
     assert costs["epochs"].sum() == len(paid) and costs["seconds"].sum() == pytest.approx(2.0 * len(paid))
     ones = costs[costs["cycle"] == 1].set_index("status")
     assert ones.loc["stopped", "trials"] == searched.counts["stopped"]
@@ -134,7 +134,7 @@ def test_costs_add_up_to_everything_that_was_paid(searched: SearchState) -> None
 def draw_all(state: SearchState) -> dict[str, Figure]:
     slices, best = make_slices(state), state.best
     assert best is not None
-    configs = {"baseline": state.trials[0].whole, "best": best.whole}
+    configs = {"baseline": state.trials[0].full_config, "best": best.full_config}
     return {
         "history": figures.draw_history(make_history(state), state.baseline_score, "x"),
         "curves": figures.draw_curves(make_curves(state), "x"),
@@ -158,7 +158,7 @@ def test_every_figure_shows_its_table_and_can_be_saved_as_svg(searched: SearchSt
     assert [axes.get_title() for axes in drawn["curves"].axes] == ["trainings of 1 epoch", "trainings of 3 epochs"]
     lines = drawn["curves"].axes[1].lines
     assert len(lines) == searched.counts["complete"]
-    assert {to_hex(line.get_color()).upper() for line in lines} == {FATE_COLOURS["complete"].upper()}
+    assert {to_hex(line.get_color()).upper() for line in lines} == {STATUS_COLOURS["complete"].upper()}
     dots = sum(len(line.get_xdata()) for line in drawn["asha"].axes[0].lines if line.get_marker() == "o")
     assert dots == len(make_rung_scores(searched))
     labels = [axes.get_xlabel() for axes in drawn["slices"].axes if axes.get_xlabel()]

@@ -190,7 +190,7 @@ def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(tmp_path
         for epoch in (1, 2, 3, 4):
             driver.report(0, 4, result_of(epoch, 0.5))
     trial = read_state(record.state.folder).trials[0]
-    assert (trial.status, trial.cycle, trial.scores) == ("complete", None, dict.fromkeys((1, 2, 3, 4), 0.5))
+    assert (trial.status, trial.stage, trial.scores) == ("complete", None, dict.fromkeys((1, 2, 3, 4), 0.5))
 
 
 def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(tmp_path: Path, fp32: Numerics) -> None:

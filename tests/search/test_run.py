@@ -186,12 +186,12 @@ def test_a_trial_in_cycles_is_judged_at_the_end_of_each_and_complete_after_the_l
     for _ in range(3):
         driver.ask()
     trials = driver.record.state.trials
-    assert driver.list_cycles_left(trials[1]) == (1, 2, 3)
+    assert driver.list_remaining_stages(trials[1]) == (1, 2, 3)
     assert driver.report(1, 1, result_of(1, 0.5))
-    assert driver.list_cycles_left(trials[1]) == (2, 3)
+    assert driver.list_remaining_stages(trials[1]) == (2, 3)
     assert not driver.report(2, 1, result_of(1, 0.4))
     assert driver.report(1, 2, result_of(1, 0.1))  # within a cycle nothing is compared
-    assert driver.list_cycles_left(trials[1]) == (2, 3)
+    assert driver.list_remaining_stages(trials[1]) == (2, 3)
     assert driver.report(1, 2, result_of(2, 0.6))
     assert driver.report(1, 3, result_of(1, 0.2)) and driver.report(1, 3, result_of(2, 0.3))
     assert not driver.report(1, 3, result_of(3, 0.7))
@@ -200,10 +200,17 @@ def test_a_trial_in_cycles_is_judged_at_the_end_of_each_and_complete_after_the_l
         best, stopped = state.trials[1], state.trials[2]
         assert (best.status, best.score, best.scores) == ("complete", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})
         assert (best.epochs_done, [epoch.epoch for epoch in best.epochs]) == (6, [1, 2, 3])
-        assert [(cycle, epoch.epoch) for cycle, epoch in best.paid] == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
-        assert best.config == best.whole and best.fingerprint == best.whole.fingerprint
-        assert (stopped.status, stopped.config.epochs, stopped.whole.epochs) == ("stopped", 1, 3)
-        assert stopped.fingerprint == stopped.whole.shorten(1).fingerprint != best.fingerprint
+        assert [(cycle, epoch.epoch) for cycle, epoch in best.trained_epochs] == [
+            (1, 1),
+            (2, 1),
+            (2, 2),
+            (3, 1),
+            (3, 2),
+            (3, 3),
+        ]
+        assert best.config == best.full_config and best.fingerprint == best.full_config.fingerprint
+        assert (stopped.status, stopped.config.epochs, stopped.full_config.epochs) == ("stopped", 1, 3)
+        assert stopped.fingerprint == stopped.full_config.shorten(1).fingerprint != best.fingerprint
         assert state.arrivals == {1: {1: 0.5, 2: 0.4}, 2: {1: 0.6}, 3: {1: 0.7}}
 
 
@@ -213,7 +220,7 @@ def test_a_trial_in_cycles_passes_over_what_a_checkpoint_tells_again(tmp_path: P
     told = [(1, 1), (1, 1), (2, 1), (2, 1), (1, 1), (2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
     assert all(driver.report(0, cycle, result_of(epoch, 0.5)) for cycle, epoch in told)
     expected = [(1, 1), (2, 1), (2, 2), (3, 1)]
-    assert [(cycle, epoch.epoch) for cycle, epoch in driver.record.state.trials[0].paid] == expected
+    assert [(cycle, epoch.epoch) for cycle, epoch in driver.record.state.trials[0].trained_epochs] == expected
     driver.record.close()
 
 
@@ -228,7 +235,7 @@ def test_a_new_driver_goes_on_in_the_cycle_that_the_old_one_died_in(
     again = go_on(driver)
     trial = again.ask()
     again.record.close()
-    assert trial is not None and again.list_cycles_left(trial) == left
+    assert trial is not None and again.list_remaining_stages(trial) == left
 
 
 @pytest.mark.parametrize(("num_told", "cycle"), [(0, 1), (1, 2), (2, 2), (3, 3)])
@@ -305,11 +312,11 @@ def hear_words(
     driver: SearchDriver, monkeypatch: pytest.MonkeyPatch, numerics: Numerics, seconds: float, breaks_after: int = 99
 ) -> list[dict[str, Any]]:
     """What the worker of trial 0 says, when it may gather epochs for so long and training breaks after so many."""
-    words, hear = [], _Scheduler._hear
+    words, on_result = [], _Scheduler._on_result
 
     def note(self: _Scheduler, word: dict[str, Any]) -> bool:
         words.append(word)
-        return hear(self, word)
+        return on_result(self, word)
 
     def train_some(*args: Any) -> Any:
         for result in train_trial(*args):
@@ -320,7 +327,7 @@ def hear_words(
     with monkeypatch.context() as patch:
         patch.setattr("tune_cifar.search.worker.REPORT_SECONDS", seconds)
         patch.setattr("tune_cifar.search.worker.train_trial", train_some)
-        patch.setattr(_Scheduler, "_hear", note)
+        patch.setattr(_Scheduler, "_on_result", note)
         run_trials(driver, numerics)
     driver.record.close()
     return words
@@ -330,7 +337,7 @@ def read_paid(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
     """What trial 0 trained, as the record on disk has it: the cycle of every epoch, and the curve."""
     trial = read_state(driver.record.state.folder).trials[0]
     assert trial.status == "complete", trial.reason
-    return [cycle for cycle, _ in trial.paid], curve([result for _, result in trial.paid])
+    return [cycle for cycle, _ in trial.trained_epochs], curve([result for _, result in trial.trained_epochs])
 
 
 @pytest.mark.usefixtures("epoch_by_epoch")
@@ -418,7 +425,7 @@ def test_a_trial_in_cycles_that_is_cut_says_in_which(
     driver._deadline = time.monotonic()
     driver.finish()
     trial = driver.record.state.trials[0]
-    assert (trial.status, trial.cycle, trial.reason) == ("stopped", cycle, reason)
+    assert (trial.status, trial.stage, trial.reason) == ("stopped", cycle, reason)
     driver.record.close()
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import make_budget
-from tune_cifar.search.rungs import keep, list_cycles, list_steps
+from tune_cifar.search.rungs import keep, list_stages, list_steps
 from tune_cifar.space.layout import Fidelity
 
 SCORES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=50)
@@ -69,7 +69,7 @@ def test_reduction_factor_one_is_a_fault_of_the_caller() -> None:
 
 @pytest.mark.parametrize(("fidelity", "cycles"), [("cycles", (1, 3, 8)), ("cycles/continue", (8,)), ("epochs", (8,))])
 def test_trial_trains_from_scratch_once_or_once_for_every_rung(fidelity: Fidelity, cycles: tuple[int, ...]) -> None:
-    assert list_cycles(make_budget((1, 3, 8), fidelity)) == cycles
+    assert list_stages(make_budget((1, 3, 8), fidelity)) == cycles
 
 
 def test_from_rung_to_rung_a_trial_pays_for_a_whole_cycle_or_for_what_is_missing() -> None:

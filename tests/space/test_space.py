@@ -17,13 +17,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.schema import KNOBS, TrainConfig, dead_knobs
+from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space import knobs
 from tune_cifar.space.edit import check_editable, describe_edit, edit_range, write_space
 from tune_cifar.space.knobs import describe_effect, list_knobs
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range
 from tune_cifar.space.reader import parse_space
-from tune_cifar.space.rules import COUPLED, DECIDING, STRUCTURAL, find_dead, find_value_problem, parse_duration
+from tune_cifar.space.rules import COUPLED, DECIDING, STRUCTURAL, find_inactive, find_value_problem, parse_duration
 from tune_cifar.space.select import (
     describe_distribution,
     find_space,
@@ -703,7 +703,7 @@ def test_deciding_knobs_are_all_whose_value_makes_another_one_dead() -> None:
     for knob, start in itertools.product(KNOBS, (base, bare)):
         if knob != "milestone_fractions":
             choices = values.get(knob, (0, 0.5))
-            found = [set(dead_knobs(start.model_copy(update={knob: value}))) - {knob} for value in choices]
+            found = [set(inactive_knobs(start.model_copy(update={knob: value}))) - {knob} for value in choices]
             deciding |= {knob} if any(dead != found[0] for dead in found) else set()
     assert deciding == set(DECIDING)
 
@@ -730,7 +730,7 @@ def test_coupled_knobs_are_those_that_searching_can_make_invalid() -> None:
 def test_shipped_baseline_states_exactly_the_knobs_that_can_have_an_effect(name: str) -> None:
     file = read_space(name)
     baseline = TrainConfig(**file.baseline)
-    assert set(file.baseline) == set(KNOBS) - set(find_dead(baseline, file.search)) - {"warm_restarts"}
+    assert set(file.baseline) == set(KNOBS) - set(find_inactive(baseline, file.search)) - {"warm_restarts"}
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "smoke"])
@@ -853,10 +853,10 @@ def test_a_knob_is_told_with_what_gives_it_an_effect(knob: str, effect: str) -> 
 
 
 def test_an_effect_that_is_no_list_of_settings_is_not_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_dead(config: TrainConfig) -> dict[str, str]:
+    def find_inactive(config: TrainConfig) -> dict[str, str]:
         return {"momentum": "why"} if (config.optimizer == "sgd") == config.cycle_momentum else {}
 
-    monkeypatch.setattr(knobs, "dead_knobs", find_dead)
+    monkeypatch.setattr(knobs, "inactive_knobs", find_inactive)
     monkeypatch.setattr(knobs, "_find_dead", knobs._find_dead.__wrapped__)
     assert describe_effect("momentum") == "depends on more than one rule"
 

@@ -34,19 +34,19 @@ from tests.builders import (
     CIFAR10,
     NUMERICS,
     ROOT,
+    evaluate_answers,
     find_free_port,
-    hear_nothing,
-    judge_answers,
+    ignore_event,
     make_pictures,
     make_result,
 )
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.report.plots.evaluation import save_judgement
+from tune_cifar.report.plots.evaluation import save_evaluation
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.select import load_space
-from tune_cifar.tracking.upload import make_tracking_uri, ship_judgement, sync_search
+from tune_cifar.tracking.upload import make_tracking_uri, sync_search, upload_evaluation
 from tune_cifar.train.recorded import make_header
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     space = replace(space, budget=space.budget.model_copy(update={"trials": len(ACCS), "max_time_seconds": None}))
     storage = tmp_path_factory.mktemp("runs")
     header = make_header("search", "seen", space, 3, CIFAR10, NUMERICS, "python -m tune_cifar search --space s7")
-    driver = SearchDriver(Record.create(search_folder(storage, "seen"), header), space, hear_nothing)
+    driver = SearchDriver(Record.create(search_folder(storage, "seen"), header), space, ignore_event)
     while (trial := driver.ask()) is not None:
         first, last = ACCS[trial.number]
         for cycle, epoch, acc in [(1, 1, first), (3, 1, 0.2), (3, 2, 0.4), (3, 3, last)]:
@@ -180,9 +180,9 @@ def test_a_search_is_found_sorted_compared_and_looked_into_in_mlflows_page(
     assert best is not None and [trial.status for trial in searched.trials.values()].count("complete") == 6
     uri = make_tracking_uri(storage, None)
     sync_search(uri, storage, searched)
-    judgement = judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
-    files = save_judgement(judgement, make_pictures(5), "seen:3: 5 validation images", tmp_path / "judge")
-    assert ship_judgement(uri, storage, searched, best, judgement.to_dict(), files) is None
+    evaluation = evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
+    files = save_evaluation(evaluation, make_pictures(5), "seen:3: 5 validation images", tmp_path / "judge")
+    assert upload_evaluation(uri, storage, searched, best, evaluation.to_dict(), files) is None
     with serve("--storage", str(storage)) as links:
         assert list(links) == ["MLflow UI", "s7: Searches", "s7: Trials, best first (cpu)"]
         see_the_trials_nested_in_their_search(browser, links["s7: Searches"])

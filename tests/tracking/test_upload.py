@@ -49,12 +49,12 @@ from tune_cifar.record.events import (
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import find_storage, search_folder
-from tune_cifar.report.trials import best_so_far, load_shipped_trials, load_trials, split_groups
-from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, dead_knobs
+from tune_cifar.report.trials import best_so_far, load_trials, load_uploaded_trials, split_groups
+from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, inactive_knobs
 from tune_cifar.tracking import runs as mlruns
 from tune_cifar.tracking.runs import EPOCH_METRICS
 from tune_cifar.tracking.server import list_views, run_ui, stop_ui
-from tune_cifar.tracking.upload import Shipper, SyncReport, delete_runs, make_tracking_uri, sync_search
+from tune_cifar.tracking.upload import BackgroundUploader, SyncReport, delete_runs, make_tracking_uri, sync_search
 from tune_cifar.tracking.views import make_experiment_tags
 
 
@@ -238,7 +238,7 @@ def test_statuses_and_tags_say_how_every_run_ended_and_on_what(shipped: Shipped)
 
 @pytest.mark.slow
 def test_params_are_exactly_the_living_knobs(shipped: Shipped) -> None:
-    dead = dead_knobs(CONFIG)
+    dead = inactive_knobs(CONFIG)
     living = {name: str(value) for name, value in CONFIG.model_dump(mode="json").items() if name not in dead}
     assert all(run.data.params == living for run in shipped.children.values())
 
@@ -365,15 +365,15 @@ def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_
     with drive(place, budget=CYCLES) as driver:
         driver.tell(start, epochs[0])
         wait_for(lambda: look(place).get("000 s7-1") == ("RUNNING", 1))
-        wait_for(lambda: driver.shipper._pending == {})
+        wait_for(lambda: driver.uploader._pending == {})
         driver.tell(epochs[1])  # epoch 1 of a cycle of 2 is no rung
-        assert driver.shipper._pending == {}
+        assert driver.uploader._pending == {}
         driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
-        assert driver.shipper.close(600) == []
+        assert driver.uploader.close(600) == []
         assert look(place)["000 s7-1"] == ("KILLED", 2)
         driver.resume()
         driver.tell(*epochs[2:], end, SearchEnded(reason="all trials", wall_seconds=9.0))
-        assert driver.shipper.close(600) == []
+        assert driver.uploader.close(600) == []
     shipped = Shipped(place, "s7")
     history = shipped.read_history(shipped.children["s7-1:0"], "val_acc")
     assert history == list(enumerate([0.5, 0.2, 0.6, 0.1, 0.3, 0.7], 1))
@@ -466,7 +466,7 @@ def test_a_trial_appears_at_a_rung_and_is_completed_at_its_end_with_a_batch_each
         wait_for(lambda: look(place)["000 s7-1"] == ("FINISHED", 3))
         assert breaks.calls.count("log_batch") == 3, "one for the parent, one for the rung, one for the end"
         driver.tell(SearchEnded(reason="all trials", wall_seconds=6.0))
-        assert driver.shipper.close(600) == []
+        assert driver.uploader.close(600) == []
     assert look(place) == {"s7-1": ("FINISHED", 0), "000 s7-1": ("FINISHED", 3)}
 
 
@@ -491,7 +491,7 @@ def test_an_interrupted_search_is_killed_and_its_runs_go_on_when_it_is_resumed(p
     with drive(place, budget={"trials": 3, "rungs": [2, 3]}) as driver:
         driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"), start, third[0], first, *third[1:3])
         driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
-        assert driver.shipper.close(600) == []
+        assert driver.uploader.close(600) == []
         killed = {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("KILLED", 1)}
         assert look(place) == killed | {"002 s7-1": ("KILLED", 2)}
         driver.resume()
@@ -499,7 +499,7 @@ def test_an_interrupted_search_is_killed_and_its_runs_go_on_when_it_is_resumed(p
         wait_for(lambda: look(place) == going | {"002 s7-1": ("RUNNING", 2)})
         driver.tell(*rest, *third[3:], *make_trial(3, [0.1], "diverged"))
         driver.tell(SearchEnded(reason="all trials", wall_seconds=9.0))
-        assert driver.shipper.close(600) == []
+        assert driver.uploader.close(600) == []
     shipped = Shipped(place, "s7")
     statuses = [run.info.status for _, run in sorted(shipped.children.items())]
     assert statuses == ["FINISHED", "FINISHED", "FINISHED", "FAILED"] and shipped.num_runs == 5
@@ -536,7 +536,7 @@ def test_what_is_heard_while_an_attempt_fails_is_shipped_by_the_next(
         driver.tell(*rest)
         told.set()
         wait_for(lambda: look(place).get("000 s7-1") == ("FINISHED", 3))
-        assert driver.shipper.close(600) == []
+        assert driver.uploader.close(600) == []
 
 
 @pytest.mark.slow
@@ -545,9 +545,9 @@ def test_a_resumed_search_first_ships_what_mlflow_lacks(place: Path) -> None:
     write_record(place, make_header(), [*events, SearchEnded(reason="interrupted", wall_seconds=9.0)])
     with closing(Record.open(search_folder(place, "s7-1"))) as record:
         record.append(make_tracking_resume())
-        shipper = Shipper(make_tracking_uri(place, None), place, record.state)
+        uploader = BackgroundUploader(make_tracking_uri(place, None), place, record.state)
         wait_for(lambda: look(place) == {"s7-1": ("RUNNING", 0), "000 s7-1": ("FINISHED", 3)})
-        assert shipper.close(600) == []
+        assert uploader.close(600) == []
     assert look(place) == {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3)}
 
 
@@ -580,15 +580,15 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_r
     assert Shipped(place, "s7").parent.data.tags["end"] == "driver died"
     assert sync(place) == SyncReport("s7-1", shipped=0, already=2, closed=0)
     with closing(Record.open(search_folder(place, "s7-1"))) as record:
-        shipper = Shipper(make_tracking_uri(place, None), place, record.state)
+        uploader = BackgroundUploader(make_tracking_uri(place, None), place, record.state)
         wait_for(lambda: look(place) == running)
         for event in (
             *make_trial(1, [0.4, 0.6, 0.8], "complete")[2:],
             SearchEnded(reason="all trials", wall_seconds=9),
         ):
             record.append(event)
-            shipper.hear(record.state, event)
-        assert shipper.close(600) == []
+            uploader.on_event(record.state, event)
+        assert uploader.close(600) == []
     assert look(place) == {"s7-1": ("FINISHED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("FINISHED", 3)}
 
 
@@ -673,10 +673,12 @@ def test_a_searchs_trials_come_back_from_mlflow_as_the_record_has_them(place: Pa
     state = write_record(place, make_header(), events)
     uri = make_tracking_uri(place, None)
     sync_search(uri, place, state)
-    recorded, shipped = load_trials([state]), load_shipped_trials(uri, "s7-1")
+    recorded, shipped = load_trials([state]), load_uploaded_trials(uri, "s7-1")
     assert list(shipped.columns) == list(recorded.columns) and len(shipped) == 7
     absent = {knob: set(shipped["trial"][shipped[knob].isna()]) for knob in KNOBS}
-    dead = {knob: {n for n, trial in state.trials.items() if knob in dead_knobs(trial.whole)} for knob in KNOBS}
+    dead = {
+        knob: {n for n, trial in state.trials.items() if knob in inactive_knobs(trial.full_config)} for knob in KNOBS
+    }
     assert absent == dead and shipped["train_seconds"].isna().all()
     for name in recorded.columns.difference(["train_seconds", "ended_seq"]):
         known = ~shipped["trial"].isin(dead.get(name, set()))
@@ -697,15 +699,15 @@ def test_the_newest_search_of_a_name_and_its_fuller_copies_are_read(place: Path)
     sync_search(uri, place, write_record(place / "again", later, make_trial(0, [0.3, 0.5, 0.9], "complete")))
     client, tags = connect(uri), {"search": "s7-1", "search_created": later.created, "trial": "0", "run_id": "s7-1:0"}
     client.create_run("1", 1000, tags | {"origin": "baseline"}, "a copy")
-    shipped = load_shipped_trials(uri, "s7-1")
+    shipped = load_uploaded_trials(uri, "s7-1")
     assert list(shipped["trial"]) == [0] and list(shipped["score"]) == [0.9]
     with pytest.raises(TrackingError, match=r"a search of the name must be there, got 's7-2'\. Ship it: python -m"):
-        load_shipped_trials(uri, "s7-2")
+        load_uploaded_trials(uri, "s7-2")
 
 
 def test_trials_of_a_database_that_is_not_there_are_refused_and_none_is_made(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"mlflow\.db: an MLflow database must be there, got none\."):
-        load_shipped_trials(make_tracking_uri(tmp_path, None), "s7-1")
+        load_uploaded_trials(make_tracking_uri(tmp_path, None), "s7-1")
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -800,7 +802,7 @@ def test_a_search_that_another_process_ships_is_refused(place: Path, monkeypatch
         wait_for(lambda: "000 s7-1" in look(place))
         with pytest.raises(TrackingError, match="one process alone must ship a search, got another at it"):
             sync(place)
-        assert driver.shipper.close(600) == []
+        assert driver.uploader.close(600) == []
     assert look(place)["s7-1"] == ("KILLED", 0), "no end was recorded"
 
 
@@ -858,7 +860,7 @@ def test_a_server_that_hangs_blocks_neither_the_driver_nor_the_end(place: Path) 
         driver.tell(first, *rest[:4])
         assert asked.wait(600)
         driver.tell(*rest[4:])  # it still hangs
-        (fault,) = driver.shipper.close(0.5)
+        (fault,) = driver.uploader.close(0.5)
         assert not release.is_set()
     assert fault.startswith("MLflow must take all runs within 0.5 s, got no end of it. The record is whole.")
     assert sync(place) == SyncReport("s7-1", shipped=5, already=0, closed=0)
@@ -931,13 +933,13 @@ def test_a_disk_that_is_full_under_the_database_is_told_and_sync_completes_it(tm
         uri = f"sqlite:///{disk}/mlflow.db"
         with drive(tmp_path / "runs", uri) as driver:
             driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
-            wait_for(lambda: driver.shipper._pending == {})
+            wait_for(lambda: driver.uploader._pending == {})
             filler = disk / "filler"
             with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
                 while True:
                     file.write(bytes(4096))
             driver.tell(*make_events()[5:])
-            (fault,) = driver.shipper.close(600)
+            (fault,) = driver.uploader.close(600)
             assert "(sqlite3.OperationalError) database or disk is full" in fault
             assert driver.record.state.is_finished
         filler.unlink()
@@ -960,7 +962,7 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
     events = make_events()
     with drive(place, f"http://127.0.0.1:{port}") as driver:
         driver.tell(*events[:5])
-        wait_for(lambda: "Connection refused" in driver.shipper._courier.fault)
+        wait_for(lambda: "Connection refused" in driver.uploader._uploader.fault)
         server, _ = run_ui(store, port)
         try:
             wait_for(lambda: look(place).get("000 s7-1") == ("FINISHED", 3))
@@ -970,7 +972,7 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
             os.killpg(server.pid, 9)
             stop_ui(server)
         driver.tell(*events[7:])
-        (fault,) = driver.shipper.close(600)
+        (fault,) = driver.uploader.close(600)
         assert "got 5 left over: MlflowException: " in fault and driver.record.state.is_finished
     assert look(place)["s7-1"] == ("RUNNING", 0), "the server is dead: nobody could say more"
     server, uri = run_ui(store, port)

@@ -25,7 +25,7 @@ from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space.layout import Range
 from tune_cifar.space.select import load_space, read_space
-from tune_cifar.tracking.upload import ship_lr_range
+from tune_cifar.tracking.upload import upload_lr_range
 from tune_cifar.train.lr_range import (
     DIVERGENCE_FACTOR,
     ESTIMATORS,
@@ -420,7 +420,7 @@ def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_
     report, store = report_on(mini, fp32, bowl, bowl), tmp_path / "store"
     save_report(report, tmp_path / "found")
     uri = f"sqlite:///{store}/mlflow.db"
-    ship_lr_range(uri, store, report, tmp_path / "found")
+    upload_lr_range(uri, store, report, tmp_path / "found")
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("mini (shapes)")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -437,7 +437,7 @@ def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_
 
     monkeypatch.setattr("mlflow.MlflowClient.log_artifacts", fail)
     with pytest.raises(TrackingError, match=r"^lr-range-mini: MLflow must take the run, got OSError: .*No space left"):
-        ship_lr_range(uri, store, report, tmp_path / "found")
+        upload_lr_range(uri, store, report, tmp_path / "found")
     statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
     assert sorted(statuses) == ["FAILED", "FINISHED"]
 
@@ -516,9 +516,9 @@ def test_at_a_terminal_the_user_is_asked(
 def test_a_range_that_stands_there_already_is_not_written_again(mini: Path, fp32: Numerics) -> None:
     report, out = report_on(mini, fp32, bowl), io.StringIO()
     assert _propose(str(mini), report, True, False, Console(file=io.StringIO()))["written"]
-    before = mini.stat()
+    before = mini.stat().st_mtime_ns
     again = _propose(str(mini), report, True, False, Console(file=out, width=500))
-    assert (again["diff"], again["written"]) == ("", False) and mini.stat() == before
+    assert (again["diff"], again["written"]) == ("", False) and mini.stat().st_mtime_ns == before
     assert "max_lr has the proposed range already" in out.getvalue()
 
 

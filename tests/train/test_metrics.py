@@ -15,8 +15,8 @@ from tests.builders import (
     CONFIG,
     NAMES,
     SHAPES,
+    evaluate_answers,
     invoke,
-    judge_answers,
     make_config,
     make_header,
     make_logits,
@@ -33,10 +33,10 @@ from tune_cifar.report.plots.evaluation import (
     draw_mistakes,
     draw_per_class,
     draw_reliability,
-    save_judgement,
+    save_evaluation,
 )
 from tune_cifar.tracking.upload import make_tracking_uri, sync_search
-from tune_cifar.train.metrics import Mistake, judge_logits, load_judgement, measure_logits
+from tune_cifar.train.metrics import Mistake, evaluate_logits, load_evaluation, measure_logits
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.trainer import Trainer
 
@@ -45,44 +45,44 @@ FILES = ["judgement.json", "confusion.png", "per_class.png", "reliability.png", 
 
 def test_perfect_answers_have_no_mistake_and_no_warning() -> None:
     labels = list(range(10)) * 3
-    judgement = judge_answers(labels, labels)
-    assert (judgement.num_images, judgement.accuracy, judgement.mistakes) == (30, 1.0, ())
-    assert judgement.loss == pytest.approx(-math.log(0.9))
-    assert [(found.name, found.num_images, found.accuracy) for found in judgement.classes] == [
+    evaluation = evaluate_answers(labels, labels)
+    assert (evaluation.num_images, evaluation.accuracy, evaluation.mistakes) == (30, 1.0, ())
+    assert evaluation.loss == pytest.approx(-math.log(0.9))
+    assert [(found.name, found.num_images, found.accuracy) for found in evaluation.classes] == [
         (name, 3, 1.0) for name in NAMES
     ]
-    assert judgement.confusion.dtype == torch.int64 and torch.equal(judgement.confusion, 3 * torch.eye(10).long())
-    assert judgement.never_predicted == judgement.warnings == []
+    assert evaluation.confusion.dtype == torch.int64 and torch.equal(evaluation.confusion, 3 * torch.eye(10).long())
+    assert evaluation.never_predicted == evaluation.warnings == []
 
 
 def test_a_constant_answer_warns_of_the_nine_classes_that_are_never_predicted() -> None:
-    judgement = judge_answers([3] * 20, list(range(10)) * 2)
+    evaluation = evaluate_answers([3] * 20, list(range(10)) * 2)
     others = [name for name in NAMES if name != "cat"]
-    assert judgement.accuracy == 0.1 and judgement.never_predicted == others
-    assert judgement.warnings == [f"9 of 10 classes are never predicted: {', '.join(others)}."]
-    assert [found.accuracy for found in judgement.classes] == [float(name == "cat") for name in NAMES]
-    assert [found.num_predicted for found in judgement.classes] == [20 * (name == "cat") for name in NAMES]
+    assert evaluation.accuracy == 0.1 and evaluation.never_predicted == others
+    assert evaluation.warnings == [f"9 of 10 classes are never predicted: {', '.join(others)}."]
+    assert [found.accuracy for found in evaluation.classes] == [float(name == "cat") for name in NAMES]
+    assert [found.num_predicted for found in evaluation.classes] == [20 * (name == "cat") for name in NAMES]
 
 
 def test_one_class_that_is_never_predicted_is_named() -> None:
     labels = list(range(10))
-    assert judge_answers([*labels[:9], 0], labels).warnings == ["1 of 10 classes is never predicted: truck."]
+    assert evaluate_answers([*labels[:9], 0], labels).warnings == ["1 of 10 classes is never predicted: truck."]
 
 
 def test_confusion_has_true_classes_by_rows_and_predicted_ones_by_columns() -> None:
-    judgement = judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
+    evaluation = evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
     expected = torch.zeros(10, 10, dtype=torch.int64)
     expected[0, 0], expected[0, 2], expected[3, 5], expected[5, 5] = 2, 1, 1, 1
-    assert torch.equal(judgement.confusion, expected)
-    assert judgement.confusion_shares[0].tolist() == [2 / 3, 0, 1 / 3, *[0] * 7]
-    assert judgement.confusion_shares[1].tolist() == [0] * 10
+    assert torch.equal(evaluation.confusion, expected)
+    assert evaluation.confusion_shares[0].tolist() == [2 / 3, 0, 1 / 3, *[0] * 7]
+    assert evaluation.confusion_shares[1].tolist() == [0] * 10
 
 
 def test_a_class_without_images_has_no_accuracy_and_is_not_missed_among_the_predicted_ones() -> None:
-    judgement = judge_answers([0, 1, 0], [0, 1, 1])
-    assert [found.accuracy for found in judgement.classes[:3]] == [1.0, 0.5, None]
-    assert judgement.never_predicted == []
-    assert judgement.warnings == [f"No image was judged of: {', '.join(NAMES[2:])}."]
+    evaluation = evaluate_answers([0, 1, 0], [0, 1, 1])
+    assert [found.accuracy for found in evaluation.classes[:3]] == [1.0, 0.5, None]
+    assert evaluation.never_predicted == []
+    assert evaluation.warnings == [f"No image was judged of: {', '.join(NAMES[2:])}."]
 
 
 @pytest.mark.parametrize(("confidence", "num_right"), [(0.7, 3), (0.95, 10), (0.3, 7)])
@@ -90,54 +90,54 @@ def test_answers_of_one_confidence_are_miscalibrated_by_its_distance_from_their_
     confidence: float, num_right: int
 ) -> None:
     labels = [1] * num_right + [2] * (10 - num_right)
-    judgement = judge_answers([1] * 10, labels, confidence)
-    assert judgement.ece == pytest.approx(abs(num_right / 10 - confidence), abs=1e-6)
-    (filled,) = [found for found in judgement.bins if found.num_images]
+    evaluation = evaluate_answers([1] * 10, labels, confidence)
+    assert evaluation.ece == pytest.approx(abs(num_right / 10 - confidence), abs=1e-6)
+    (filled,) = [found for found in evaluation.bins if found.num_images]
     assert (filled.num_images, filled.accuracy) == (10, num_right / 10)
     assert filled.confidence == pytest.approx(confidence, abs=1e-6) and filled.low <= confidence < filled.high
-    assert len(judgement.bins) == 15 and judgement.bins[0].low == 0 and judgement.bins[-1].high == 1
+    assert len(evaluation.bins) == 15 and evaluation.bins[0].low == 0 and evaluation.bins[-1].high == 1
 
 
 def test_the_calibration_error_is_that_of_torchmetrics() -> None:
     """torchmetrics 1.9.0: multiclass_calibration_error(logits, labels, 10, n_bins=15)."""
     images = torch.arange(60)
     logits = 4 * torch.sin(1.7 * images[:, None] + 2.3 * torch.arange(10))
-    assert judge_logits(logits, images * 7 % 10, NAMES, "test").ece == pytest.approx(0.4244566559791565, abs=1e-6)
+    assert evaluate_logits(logits, images * 7 % 10, NAMES, "test").ece == pytest.approx(0.4244566559791565, abs=1e-6)
 
 
 def test_a_confidence_of_one_belongs_to_the_last_bin() -> None:
     """Unlike torchmetrics 1.9.0, which opens a sixteenth one for it and finds 0.525 here."""
-    judgement = judge_answers([0] * 100, [1] * 50 + [0] * 50, [1.0] * 50 + [0.95] * 50)
-    assert judgement.bins[-1].num_images == 100 and judgement.ece == pytest.approx(0.475, abs=1e-6)
+    evaluation = evaluate_answers([0] * 100, [1] * 50 + [0] * 50, [1.0] * 50 + [0.95] * 50)
+    assert evaluation.bins[-1].num_images == 100 and evaluation.ece == pytest.approx(0.475, abs=1e-6)
 
 
 def test_mistakes_come_in_the_order_of_their_confidence_and_of_equals_the_first_comes_first() -> None:
     confidences = [0.5, 0.9, 0.7, 0.9, 0.99, 0.8, 0.8]
-    judgement = judge_answers([1, 1, 1, 1, 0, 2, 2], [0] * 7, confidences)
-    assert [mistake.index for mistake in judgement.mistakes] == [1, 3, 5, 6, 2, 0]
-    first = judgement.mistakes[0]
+    evaluation = evaluate_answers([1, 1, 1, 1, 0, 2, 2], [0] * 7, confidences)
+    assert [mistake.index for mistake in evaluation.mistakes] == [1, 3, 5, 6, 2, 0]
+    first = evaluation.mistakes[0]
     assert first == Mistake(1, 0, 1, pytest.approx(0.9, abs=1e-6))
 
 
 def test_only_the_ten_most_confident_mistakes_are_kept() -> None:
-    judgement = judge_answers([1] * 50, [0] * 50, [0.5 + i / 200 for i in range(50)])
-    assert [mistake.index for mistake in judgement.mistakes] == list(range(49, 39, -1))
+    evaluation = evaluate_answers([1] * 50, [0] * 50, [0.5 + i / 200 for i in range(50)])
+    assert [mistake.index for mistake in evaluation.mistakes] == list(range(49, 39, -1))
 
 
 def test_answers_that_float32_rounds_to_certainty_keep_their_order() -> None:
     logits = torch.zeros(3, 10)
     logits[:, 1] = torch.tensor([20.0, 30.0, 25.0])
     assert logits.softmax(1)[1:, 1].tolist() == [1.0, 1.0]
-    judgement = judge_logits(logits, torch.zeros(3, dtype=torch.int64), NAMES, "test")
-    assert [mistake.index for mistake in judgement.mistakes] == [1, 2, 0]
+    evaluation = evaluate_logits(logits, torch.zeros(3, dtype=torch.int64), NAMES, "test")
+    assert [mistake.index for mistake in evaluation.mistakes] == [1, 2, 0]
 
 
 def test_logits_that_are_not_finite_are_a_warning_and_the_judgement_is_still_json() -> None:
     logits = make_logits([0, 1], [0.9, 0.9])
     logits[0] = float("nan")
-    judgement = judge_logits(logits, torch.tensor([0, 1]), NAMES, "test")
-    assert judgement.warnings[-1] == "The loss must be finite, got nan: confidences mean nothing."
-    assert json.loads(json.dumps(judgement.to_dict(), allow_nan=False))["loss"] is None
+    evaluation = evaluate_logits(logits, torch.tensor([0, 1]), NAMES, "test")
+    assert evaluation.warnings[-1] == "The loss must be finite, got nan: confidences mean nothing."
+    assert json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))["loss"] is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -150,8 +150,8 @@ def test_predicted_logits_measure_exactly_what_evaluate_does(precision: str) -> 
     logits = trainer.predict(data.val)
     assert (logits.shape, logits.dtype, logits.device.type) == ((210, 10), torch.float32, "cpu")
     loss, accuracy = trainer.evaluate(data.val)
-    judgement = judge_logits(logits, data.val.labels_N, CLASS_NAMES["shapes"], "validation")
-    assert measure_logits(logits, data.val.labels_N) == (judgement.loss, judgement.accuracy) == (loss, accuracy)
+    evaluation = evaluate_logits(logits, data.val.labels_N, CLASS_NAMES["shapes"], "validation")
+    assert measure_logits(logits, data.val.labels_N) == (evaluation.loss, evaluation.accuracy) == (loss, accuracy)
 
 
 # Figures
@@ -166,43 +166,45 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def test_a_judgements_folder_holds_four_figures_and_all_data(tmp_path: Path) -> None:
-    judgement = judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
-    files = save_judgement(judgement, make_pictures(5), "x:0: 5 validation images", tmp_path / "a" / "b")
+    evaluation = evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
+    files = save_evaluation(evaluation, make_pictures(5), "x:0: 5 validation images", tmp_path / "a" / "b")
     assert [path.name for path in files] == FILES and all(path.parent == tmp_path / "a" / "b" for path in files)
     assert [read_size(path) for path in files[1:]] == [(946, 836), (836, 506), (704, 792), (1155, 616)]
     found = json.loads(files[0].read_text())
-    assert found["title"] == "x:0: 5 validation images" and found["confusion"] == judgement.confusion.tolist()
+    assert found["title"] == "x:0: 5 validation images" and found["confusion"] == evaluation.confusion.tolist()
     assert found["mistakes"][0] == {"index": 2, "true": 0, "predicted": 2, "confidence": pytest.approx(0.9)}
     assert found["never_predicted"] == ["cat"] and len(found["bins"]) == 15
 
 
 def test_a_kept_judgement_is_read_back_as_it_was(tmp_path: Path) -> None:
-    judgement = judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
+    evaluation = evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
     file = tmp_path / "judgement.json"
-    file.write_text(json.dumps({"title": "x:0"} | judgement.to_dict()))
-    found = load_judgement(file)
-    assert found.to_dict() == judgement.to_dict() and found.warnings == judgement.warnings
+    file.write_text(json.dumps({"title": "x:0"} | evaluation.to_dict()))
+    found = load_evaluation(file)
+    assert found.to_dict() == evaluation.to_dict() and found.warnings == evaluation.warnings
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"part": "test"}', '{"classes": 3'])
 def test_a_file_that_is_no_judgement_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
     file = tmp_path / "judgement.json"
     file.write_text(text)
-    with pytest.raises(RecordError, match=r"judgement.json: a judgement must be readable, got .*Make it again with: "):
-        load_judgement(file)
+    with pytest.raises(
+        RecordError, match=r"judgement.json: an evaluation must be readable, got .*Make it again with: "
+    ):
+        load_evaluation(file)
     file.unlink()
-    with pytest.raises(RecordError, match=r"judgement.json: a judgement must be there\. Make it with: judge RUN\."):
-        load_judgement(file)
+    with pytest.raises(RecordError, match=r"judgement.json: an evaluation must be there\. Make it with: judge RUN\."):
+        load_evaluation(file)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/x: figures must be writable there, got 'Not a directory'\."):
-        save_judgement(judge_answers([0], [0]), make_pictures(1), "x", tmp_path / "file" / "x")
+        save_evaluation(evaluate_answers([0], [0]), make_pictures(1), "x", tmp_path / "file" / "x")
 
 
 def test_the_drawn_confusion_shows_percents_of_the_true_class() -> None:
-    figure = draw_confusion(judge_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5]), "x:0")
+    figure = draw_confusion(evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5]), "x:0")
     axes = figure.axes[0]
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert texts == {(0, 0): "66.7", (2, 0): "33.3", (5, 3): "100.0", (5, 5): "100.0"}
@@ -211,7 +213,7 @@ def test_the_drawn_confusion_shows_percents_of_the_true_class() -> None:
 
 
 def test_the_drawn_classes_show_their_accuracy_and_which_have_no_image() -> None:
-    figure = draw_per_class(judge_answers([0, 1, 0], [0, 1, 1]), "x:0")
+    figure = draw_per_class(evaluate_answers([0, 1, 0], [0, 1, 1]), "x:0")
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["100.0 % of 1", "50.0 % of 2", *["no image"] * 8]
     assert [bar.get_width() for bar in axes.patches[:2]] == [100.0, 50.0]
@@ -219,8 +221,8 @@ def test_the_drawn_classes_show_their_accuracy_and_which_have_no_image() -> None
 
 
 def test_the_reliability_diagram_shows_each_filled_bin() -> None:
-    judgement = judge_answers([1] * 4, [1, 1, 1, 0], [0.9, 0.9, 0.5, 0.5])
-    figure = draw_reliability(judgement, "x:0")
+    evaluation = evaluate_answers([1] * 4, [1, 1, 1, 0], [0.9, 0.9, 0.5, 0.5])
+    figure = draw_reliability(evaluation, "x:0")
     above, below = figure.axes
     assert np.allclose(above.lines[1].get_xydata(), [[50, 50], [90, 100]], atol=1e-4)
     assert [text.get_text() for text in below.texts] == ["2", "2"]
@@ -228,8 +230,8 @@ def test_the_reliability_diagram_shows_each_filled_bin() -> None:
 
 
 def test_the_drawn_mistakes_are_the_images_that_were_answered_wrong() -> None:
-    judgement = judge_answers([3, 0, 9, 1], [3, 5, 0, 1], [0.9, 0.8, 0.99999, 0.9])
-    figure = draw_mistakes(judgement, make_pictures(4), "x:0")
+    evaluation = evaluate_answers([3, 0, 9, 1], [3, 5, 0, 1], [0.9, 0.8, 0.99999, 0.9])
+    figure = draw_mistakes(evaluation, make_pictures(4), "x:0")
     shown = [axes for axes in figure.axes if axes.images]
     assert [int(np.asarray(axes.images[0].get_array())[0, 0, 0]) for axes in shown] == [2, 1]
     assert [axes.get_title() for axes in shown] == [
@@ -237,7 +239,7 @@ def test_the_drawn_mistakes_are_the_images_that_were_answered_wrong() -> None:
         "taken for airplane, 80.00 %\nlabelled dog (no. 1)",
     ]
     assert figure.get_suptitle() == "x:0\nthe 2 most confident mistakes"
-    figure = draw_mistakes(judge_answers([0], [0]), make_pictures(1), "x:0")
+    figure = draw_mistakes(evaluate_answers([0], [0]), make_pictures(1), "x:0")
     assert figure.get_suptitle() == "x:0\nno mistake"
 
 
@@ -266,7 +268,7 @@ def test_judge_shows_and_keeps_what_the_kept_weights_make_of_the_recorded_valida
     assert (found["loss"], found["accuracy"], found["num_images"]) == (last.val_loss, last.val_acc, 20)
     assert found["title"] == "small:0: 20 validation images (shapes, NOT CIFAR-10)"
     assert all(sentence in lines for sentence in found["warnings"])
-    fault = "MLflow must take the judgement of small:0, got no run of it there. The files stay; complete MLflow: "
+    fault = "MLflow must take the evaluation of small:0, got no run of it there. The files stay; complete MLflow: "
     assert lines[-1] == f"{fault}python -m tune_cifar sync --search small"
     assert not (storage / "mlflow.db").exists(), "an absent MLflow is not created"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.builders import EXPLODING, SHAPES, SMALL, curve, hear_nothing, interrupt_small, open_small, train_small
+from tests.builders import EXPLODING, SHAPES, SMALL, curve, ignore_event, interrupt_small, open_small, train_small
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, RecordError
 from tune_cifar.record.events import Event, TrialEnded
@@ -28,13 +28,13 @@ def test_every_event_is_on_disk_before_the_listener_hears_of_it(tmp_path: Path, 
     record, data = open_small(tmp_path, fp32)
     heard: list[tuple[str, int]] = []
 
-    def hear(state: SearchState, event: Event) -> None:
+    def on_event(state: SearchState, event: Event) -> None:
         on_disk = read_state(state.folder)
         assert (on_disk.num_events, on_disk.trials) == (state.num_events, state.trials)
         heard.append((type(event).__name__, on_disk.trials[0].epochs_done))
 
     with record:
-        run_training(record, data, fp32, hear)
+        run_training(record, data, fp32, on_event)
     epochs = [("EpochReported", epoch) for epoch in (1, 2, 3)]
     assert heard == [("TrialStarted", 0), *epochs, ("TrialEnded", 3), ("SearchEnded", 3)]
 
@@ -67,7 +67,7 @@ def test_a_resumed_training_has_the_curve_of_the_uninterrupted_one(
     record, data = open_small(tmp_path, fp32, resume=True)
     begun_at: list[int] = []
     with record:
-        run_training(record, data, fp32, hear_nothing, on_trainer=lambda trainer: begun_at.append(trainer.epoch))
+        run_training(record, data, fp32, ignore_event, on_trainer=lambda trainer: begun_at.append(trainer.epoch))
     resumed = read_state(search_folder(tmp_path, "small"))
     assert begun_at == [epochs_kept]
     assert curve(resumed.trials[0].epochs) == curve(whole.trials[0].epochs)
@@ -89,7 +89,7 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     path.write_bytes(b"".join(lines))
     record, data = open_small(tmp_path, fp32, resume=True)
     with record:
-        run_training(record, data, fp32, hear_nothing)
+        run_training(record, data, fp32, ignore_event)
     assert curve(read_state(path.parent).trials[0].epochs) == curve(whole.trials[0].epochs)
 
 
@@ -179,15 +179,15 @@ def test_an_exception_is_recorded_as_failed_with_its_traceback_and_raised_again(
     record, data = open_small(tmp_path, fp32)
     ended: list[TrialEnded] = []
 
-    def hear(state: SearchState, event: Event) -> None:
+    def on_event(state: SearchState, event: Event) -> None:
         ended.extend([event] if isinstance(event, TrialEnded) else [])
 
     def break_down(trainer: Trainer) -> None:
         raise OSError("[Errno 28] no space left")
 
-    hear_typed: Callable[[SearchState, Event], None] = hear
+    listener: Callable[[SearchState, Event], None] = on_event
     with record, pytest.raises(OSError, match="no space left"):
-        run_training(record, data, fp32, hear_typed, break_down)
+        run_training(record, data, fp32, listener, break_down)
     trial = read_state(search_folder(tmp_path, "small")).trials[0]
     assert (trial.status, trial.score, trial.error_file) == ("failed", None, f"trials/0000/{ERROR}")
     assert [event.status for event in ended] == ["failed"]
@@ -201,7 +201,7 @@ def test_a_training_killed_before_its_last_line_is_only_closed_on_resume(tmp_pat
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     record, data = open_small(tmp_path, fp32, resume=True)
     with record:
-        run_training(record, data, fp32, hear_nothing)
+        run_training(record, data, fp32, ignore_event)
     state = read_state(path.parent)
     assert state.finished is not None and state.trials[0] == whole.trials[0]
 

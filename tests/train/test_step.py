@@ -20,7 +20,7 @@ from tune_cifar.train import step as room
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer, schedule_steps
-from tune_cifar.train.step import DEVICE_KNOBS, CapturedStep, EagerStep, find_shape, take_step
+from tune_cifar.train.step import DEVICE_KNOBS, CapturedStep, EagerStep, acquire_step, make_graph_key
 from tune_cifar.train.trainer import Trainer
 
 
@@ -83,7 +83,7 @@ def test_dropout_of_a_captured_step_drops_the_configs_share(captured: Numerics) 
 def test_a_step_taken_again_trains_as_a_new_one(few: TrainVal, captured: Numerics) -> None:
     first = make_config(max_lr=0.01, rotate_limit=30.0, weight_decay=0.01)
     second = make_config(max_lr=0.05, rotate_limit=5.0, weight_decay=0.1, dropout=0.2, seed=3, epochs=3)
-    assert find_shape(first, captured) == find_shape(second, captured)
+    assert make_graph_key(first, captured) == make_graph_key(second, captured)
     alone = curve(list(Trainer(second, few, captured)))
     room._idle.clear()
     trainer = Trainer(first, few, captured)
@@ -120,18 +120,18 @@ def test_two_trainings_at_once_have_a_step_each(few: TrainVal, captured: Numeric
     ],
 )
 def test_what_changes_the_program_changes_its_shape(changes: dict[str, Any], captured: Numerics) -> None:
-    assert find_shape(make_config(), captured) != find_shape(make_config(**changes), captured)
+    assert make_graph_key(make_config(), captured) != make_graph_key(make_config(**changes), captured)
 
 
 def test_only_so_many_idle_steps_are_kept(captured: Numerics) -> None:
     steps = [CapturedStep(make_config(batch_size=size), captured) for size in (2, 4, 8)]
     for step in steps:
-        room.give_back(step)
+        room.release_step(step)
     assert list(room._idle.values()) == steps[-room.NUM_IDLE :]
 
 
 def test_the_reference_augmentation_is_never_captured(captured: Numerics) -> None:
-    assert isinstance(take_step(make_config(augment_backend="albumentations"), captured), EagerStep)
+    assert isinstance(acquire_step(make_config(augment_backend="albumentations"), captured), EagerStep)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -21,7 +21,7 @@ from tests.builders import (
     CIFAR10,
     NUMERICS,
     SHAPES,
-    hear_nothing,
+    ignore_event,
     invoke,
     make_result,
     make_trial,
@@ -34,7 +34,7 @@ from tune_cifar.record.events import Confirmation, Event, Kind
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, TestOpening
+from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, TestEvaluation
 from tune_cifar.schema import DataInfo, TrainConfig
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import Cost, Resources, SearchPlan, SearchRequest
@@ -79,7 +79,7 @@ def open_confirmation(
     data = header.pop("data", CIFAR10)
     found = make_header("confirm", name, space, space.budget.seed, data, NUMERICS, "test")
     record = Record.create(search_folder(storage, name), found.model_copy(update={"confirmation": settled, **header}))
-    return SearchDriver(record, space, hear_nothing)
+    return SearchDriver(record, space, ignore_event)
 
 
 def play(driver: SearchDriver, outcomes: Sequence[Outcome]) -> SearchState:
@@ -334,7 +334,7 @@ def test_a_confirmation_runs_seed_after_seed_and_another_driver_goes_on_with_wha
         space = restore_space(record.state.header)
         assert (space.baseline, space.budget, space.pinned) == (made[0].baseline, made[0].budget, {"dropout": 0.1})
         assert (space.distributions, space.obstacle) == ({}, None)
-        driver = SearchDriver(record, space.limit(record.state.num_trials), hear_nothing)
+        driver = SearchDriver(record, space.limit(record.state.num_trials), ignore_event)
         whole = play(driver, [0.60, 0.52, 0.66])
     assert whole.is_finished and driver.is_exhausted
     order = [(trial.params["candidate"], trial.config.seed) for trial in whole.trials.values()]
@@ -465,7 +465,7 @@ def write_final(storage: Path, outcomes: Sequence[Outcome], data: DataInfo = CIF
     return play(open_confirmation(storage, make_final(state, confirmation, 2), "x-final", data=data), outcomes)
 
 
-def make_opening(state: SearchState, number: int, acc: float, **changes: Any) -> TestOpening:
+def make_opening(state: SearchState, number: int, acc: float, **changes: Any) -> TestEvaluation:
     trial = state.trials[number]
     values: dict[str, Any] = {
         "date": f"2026-02-{number + 1:02d}T12:00:00Z",
@@ -479,10 +479,10 @@ def make_opening(state: SearchState, number: int, acc: float, **changes: Any) ->
         "test_loss": 1.0,
         "command": "x",
     }
-    return TestOpening(**{**values, **changes})
+    return TestEvaluation(**{**values, **changes})
 
 
-def write_openings(path: Path, openings: Sequence[TestOpening]) -> None:
+def write_openings(path: Path, openings: Sequence[TestEvaluation]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([OPENINGS_COLUMNS, *([*opening.__dict__.values()] for opening in openings)])
 

@@ -18,7 +18,7 @@ from tests.builders import (
     EXPLODING,
     SHAPES,
     SMALL,
-    hear_nothing,
+    ignore_event,
     interrupt_small,
     invoke,
     make_tiny_driver,
@@ -35,7 +35,7 @@ from tune_cifar.record.events import EpochReported, Header, SearchEnded, TrialEn
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_openings_file
+from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_test_log
 from tune_cifar.schema import EpochResult, Numerics
 from tune_cifar.space.select import list_spaces
 from tune_cifar.train.checkpoint import load_weights
@@ -339,7 +339,7 @@ def fail_small(storage: Path, numerics: Numerics, step: int = STEPS_PER_EPOCH + 
     with pytest.MonkeyPatch.context() as patch, record:
         patch.setitem(MODELS, "s7", make_faulty(step, NO_MEMORY))
         with pytest.raises(torch.OutOfMemoryError):
-            run_training(record, data, numerics, hear_nothing)
+            run_training(record, data, numerics, ignore_event)
     return read_state(record.state.folder)
 
 
@@ -422,7 +422,7 @@ def test_a_run_that_failed_when_it_was_trained_does_not_fail_now(tmp_path: Path,
     with record:
         (record.state.trial_folder(0) / "weights.safetensors").mkdir(parents=True)
         with pytest.raises(CheckpointError, match="weights"):
-            run_training(record, data, fp32, hear_nothing)
+            run_training(record, data, fp32, ignore_event)
     state = read_state(record.state.folder)
     assert (state.trials[0].status, state.trials[0].epochs_done) == ("failed", 2), "the third is told after them"
     outcome = replay_failure(state, state.trials[0], data, fp32, hear_pair)
@@ -460,7 +460,7 @@ def test_a_trial_that_diverged_in_its_second_cycle_does_so_again(tmp_path: Path,
     """In its second epoch, which the first cycle does not have."""
     state = run_in_cycles(tmp_path, fp32, **EXPLODING, batch_size=10)
     trial = state.trials[0]
-    assert (trial.status, trial.cycle, len(trial.epochs), trial.epochs_done) == ("diverged", 2, 1, 2), trial.reason
+    assert (trial.status, trial.stage, len(trial.epochs), trial.epochs_done) == ("diverged", 2, 1, 2), trial.reason
     assert trial.config.epochs == 2 and "at epoch 2, step " in trial.reason
     found = json.loads(reproduce_cycles(tmp_path, "--json").stdout)
     assert (found["verdict"], found["epochs"], found["fingerprint"]) == ("identical", 1, trial.fingerprint)
@@ -475,7 +475,7 @@ def test_a_trial_that_failed_in_its_second_cycle_does_so_again(
     """In the third step, which the first cycle does not have."""
     monkeypatch.setitem(MODELS, "s7", make_faulty(3, RuntimeError("odd")))
     trial = run_in_cycles(tmp_path, fp32).trials[0]
-    assert (trial.status, trial.cycle, len(trial.epochs), trial.epochs_done) == ("failed", 2, 1, 2)
+    assert (trial.status, trial.stage, len(trial.epochs), trial.epochs_done) == ("failed", 2, 1, 2)
     answer = reproduce_cycles(tmp_path)
     assert answer.exit_code == 0, answer.output
     assert answer.stdout.splitlines()[-2:] == ["identical over 1 epochs", "It fails again: RuntimeError: odd"]
@@ -540,12 +540,12 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     assert percent in first.stdout and f"written into {path}" in first.stdout
     assert list((workplace / "analysis").iterdir()) == []
     folder = storage / "judge" / "small-0-test"
-    judgement = json.loads((folder / "judgement.json").read_text())
-    assert judgement["title"] == "small:0: 1,000 test images (shapes, NOT CIFAR-10)" and judgement["part"] == "test"
-    judged = [str(judgement[name]) for name in ("accuracy", "loss", "num_images")]
+    evaluation = json.loads((folder / "judgement.json").read_text())
+    assert evaluation["title"] == "small:0: 1,000 test images (shapes, NOT CIFAR-10)" and evaluation["part"] == "test"
+    judged = [str(evaluation[name]) for name in ("accuracy", "loss", "num_images")]
     assert judged == [row["test_acc"], row["test_loss"], row["images"]], "one evaluation gave both"
     assert f"figures: {folder} (judgement.json, confusion.png, " in first.stdout
-    assert all(sentence in first.stdout for sentence in judgement["warnings"])
+    assert all(sentence in first.stdout for sentence in evaluation["warnings"])
 
     shutil.rmtree(folder)
     content = path.read_bytes()
@@ -554,16 +554,16 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     assert second.exit_code == 0 and path.read_bytes() == content
     found = json.loads(second.stdout)
     assert (found["test_opened_before"], found["test"]["test_acc"]) == (True, float(row["test_acc"]))
-    assert "judgement" not in found and not folder.exists()
+    assert "evaluation" not in found and not folder.exists()
     assert f"opened before, for small:0 on {row['date']}; --again opens it again" in second.stderr
 
     folder.parent.rmdir()
-    folder.parent.touch()  # a judgement that cannot be kept takes nothing from the opening
+    folder.parent.touch()  # an evaluation that cannot be kept takes nothing from the opening
     third = invoke("reproduce", "small:0", "--data", "shapes", "--test", "--again", "--json")
     assert third.exit_code == 0, third.output
     found = json.loads(third.stdout)
     assert (found["verdict"], found["test_opened_before"]) == ("identical", False)
-    assert found["judgement"]["confusion"] == judgement["confusion"]
+    assert found["evaluation"]["confusion"] == evaluation["confusion"]
     assert f"{folder}: figures must be writable there, got 'Not a directory'." in third.stderr
     rows = read_openings(path)
     assert len(rows) == 2 and rows[0] == row and rows[1]["test_acc"] == row["test_acc"]
@@ -607,10 +607,10 @@ def test_an_openings_file_that_was_damaged_by_hand_is_refused(tmp_path: Path, co
 
 def test_openings_of_cifar10_lie_in_the_checkout_where_there_is_one(workplace: Path) -> None:
     storage = workplace / "runs"
-    assert find_openings_file(storage, "cifar10") == storage / OPENINGS_FILE
+    assert find_test_log(storage, "cifar10") == storage / OPENINGS_FILE
     (workplace / "analysis").mkdir()
-    assert find_openings_file(storage, "cifar10") == workplace / "analysis" / OPENINGS_FILE
-    assert find_openings_file(storage, "shapes") == storage / OPENINGS_FILE
+    assert find_test_log(storage, "cifar10") == workplace / "analysis" / OPENINGS_FILE
+    assert find_test_log(storage, "shapes") == storage / OPENINGS_FILE
 
 
 def test_nothing_is_judged_when_the_opening_cannot_be_written_down(tmp_path: Path, trained: SearchState) -> None:

@@ -11,8 +11,6 @@ import os
 import signal
 import sys
 
-import typer
-
 from tune_cifar.cli import (
     confirm,
     data,
@@ -31,16 +29,9 @@ from tune_cifar.cli import (
     train,
     ui,
 )
-from tune_cifar.cli.terminal import stderr
+from tune_cifar.cli.terminal import app, name_options, stderr
 from tune_cifar.errors import TuneCifarError
 
-app = typer.Typer(
-    name="tune_cifar",
-    help="Hyperparameter search for CIFAR-10: every recipe corrected, searched fast, judged honestly.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
 app.command()(search.search)
 app.command()(plan.plan)
 app.command()(train.train)
@@ -68,7 +59,7 @@ def run() -> None:
     except TuneCifarError as exc:
         from rich.text import Text
 
-        sentence = " ".join(str(exc).splitlines())
+        sentence = name_options(" ".join(str(exc).splitlines()))
         stderr().print(Text.assemble(("error", "bold red"), " ", sentence), soft_wrap=True)
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.evaluate import keep_judgement, say_kept
+from tune_cifar.cli.evaluate import keep_evaluation, say_kept
 from tune_cifar.cli.search import AcceptChanges, run_plan
 from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError
@@ -162,7 +162,7 @@ def _plan(
     console: Console,
 ) -> SearchPlan:
     """Settle a new confirmation and say what it will train."""
-    from tune_cifar.cli.summary import print_stand_in_banner
+    from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.record.store import load_searches
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.select import parse_setting
@@ -178,7 +178,7 @@ def _plan(
         space, settled = make_final(state, confirmation, num_seeds)
     else:
         space, settled = make_confirmation(state, num_top, num_seeds, changes)
-    print_stand_in_banner(console, source.name)
+    print_synthetic_banner(console, source.name)
     names = ", ".join(candidate.run_id for candidate in settled.candidates)
     seeds = ", ".join(map(str, settled.seeds))
     config = space.baseline
@@ -213,16 +213,16 @@ def _plan_resume(
 
 def _report(state: SearchState, as_json: bool, console: Console) -> None:
     """Say what a finished confirmation found."""
-    from tune_cifar.record.test_log import find_openings_file, load_openings
+    from tune_cifar.record.test_log import find_test_log, load_test_log
     from tune_cifar.verify.confirm import summarise, summarise_tests
 
     settled = state.header.confirmation
     assert settled is not None
     answer: dict[str, Any] = {"search": settled.search, "name": state.header.name, "final": settled.final}
     if settled.final:
-        ledger = find_openings_file(state.folder.parent.parent, state.header.data.name)
-        confirmed = summarise_tests(state, load_openings(ledger))
-        answer["openings_file"] = str(ledger)
+        ledger = find_test_log(state.folder.parent.parent, state.header.data.name)
+        confirmed = summarise_tests(state, load_test_log(ledger))
+        answer["test_log"] = str(ledger)
     else:
         confirmed = summarise(state)
     if as_json:
@@ -233,13 +233,13 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
 
 def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, console: Console) -> None:
     """Open the test set once for every complete training that it was not opened for."""
-    from tune_cifar.record.test_log import find_openings, find_openings_file
+    from tune_cifar.record.test_log import find_openings, find_test_log
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import open_test
 
     header = state.header
-    ledger = find_openings_file(state.folder.parent.parent, header.data.name)
+    ledger = find_test_log(state.folder.parent.parent, header.data.name)
     complete = [trial for trial in state.trials.values() if trial.status == "complete"]
     sealed = [trial for trial in complete if not find_openings(ledger, trial.fingerprint, header.data.name)]
     if not sealed:
@@ -249,10 +249,10 @@ def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, 
         loaded = load_recorded_data(state, trial, source)
         way_out = "They belong to what is confirmed: confirm it under another --name."
         trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics), way_out)
-        opening, judgement, split = open_test(trainer, trial, source, ledger, this_command())
+        opening, evaluation, split = open_test(trainer, trial, source, ledger, this_command())
         say(f"{trial.run_id}: test accuracy {100 * opening.test_acc:.2f} %, written into {ledger}", console)
         try:
-            say_kept(keep_judgement(state, trial, judgement, split, None, tracking_uri), console)
+            say_kept(keep_evaluation(state, trial, evaluation, split, None, tracking_uri), console)
         except ConfigError as exc:  # the opening is written down: this must not look undone
             say(str(exc), console, "yellow")
 

@@ -42,7 +42,7 @@ def export(
 
     Example: python -m tune_cifar export --best --space s10 --format onnx
     """
-    from tune_cifar.cli.summary import print_stand_in_banner
+    from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.store import find_storage
     from tune_cifar.train.recorded import load_recorded_data
@@ -55,7 +55,7 @@ def export(
     if path.is_dir():
         raise ConfigError(f"--out: a file must be given, got the folder {path}.")
     console = stderr() if as_json else stdout()
-    print_stand_in_banner(console, state.header.data.name)
+    print_synthetic_banner(console, state.header.data.name)
     agreement = export_run(state, trial, load_recorded_data(state, trial, find_data(data)), file_format.value, path)
     num_bytes = path.stat().st_size
     say(f"{trial.run_id} ({trial.config.model}) as {file_format}: {path}, {num_bytes:,} bytes", console)

@@ -76,11 +76,11 @@ def _print_tests(states: list[SearchState], storage: Path) -> None:
     """What the sealed test set was opened for, of these searches alone: a final confirmation's candidates in a table,
     any other run in a line."""
     from tune_cifar.cli.confirm import print_confirmed
-    from tune_cifar.record.test_log import find_openings_file, load_openings
+    from tune_cifar.record.test_log import find_test_log, load_test_log
     from tune_cifar.verify.confirm import summarise_tests
 
-    files = {find_openings_file(storage, state.header.data.name) for state in states}
-    openings = sorted((opening for path in files for opening in load_openings(path)), key=lambda found: found.date)
+    files = {find_test_log(storage, state.header.data.name) for state in states}
+    openings = sorted((opening for path in files for opening in load_test_log(path)), key=lambda found: found.date)
     finals = [state for state in states if (settled := state.header.confirmation) is not None and settled.final]
     shown = {_name_training(state, trial) for state in states for trial in state.trials.values()}
     summarised = {_name_training(state, trial)[1:] for state in finals for trial in state.trials.values()}

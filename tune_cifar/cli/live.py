@@ -61,7 +61,7 @@ class SearchView:
         if self._console.is_terminal:
             self._live.stop()
 
-    def hear(self, state: SearchState, event: Event) -> None:
+    def on_event(self, state: SearchState, event: Event) -> None:
         """Listener for the record's events."""
         # The display reads in a thread of its own: it gets a dict that never grows under its hands.
         self._state = replace(state, trials=dict(state.trials))
@@ -87,7 +87,7 @@ class SearchView:
     def _simulate(self, state: SearchState | None) -> float:
         """Seconds to the end without a time limit. About 2 ms, since it is asked for after every event."""
         trials = list(state.trials.values()) if state else []
-        seconds = [result.epoch_seconds for trial in trials for _, result in trial.paid]
+        seconds = [result.epoch_seconds for trial in trials for _, result in trial.trained_epochs]
         price = sum(seconds) / len(seconds) if seconds else self._epoch_seconds
         start = 0.0 if seconds else START_SECONDS
         return forecast_search(self._budget, self._num_concurrent, price, state, start, effort=400).seconds.mean

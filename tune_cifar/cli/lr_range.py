@@ -76,7 +76,7 @@ def lr_range(
 
     Example: python -m tune_cifar lr-range --space s10 --tier cpu
     """
-    from tune_cifar.cli.summary import print_stand_in_banner
+    from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.store import find_storage
@@ -101,7 +101,7 @@ def lr_range(
         raise ConfigError(f"--out: a folder without another test must be given, got {folder}.")
     source, numerics = find_data(data), resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     console = stderr() if as_json else stdout()
-    print_stand_in_banner(console, source.name)
+    print_synthetic_banner(console, source.name)
     images = load_train_val(source, recipe.baseline.train_size, val_size=0)
     sweeps = _sweep(recipe.baseline, images, numerics, lrs, seeds, console)
     report = make_report(f"lr-range-{name}", recipe, images.info, numerics, sweeps, this_command())
@@ -168,10 +168,10 @@ def _print_findings(report: dict[str, Any], console: Console) -> None:
 
 def _track(uri: str | None, store: Path, report: dict[str, Any], folder: Path, console: Console) -> None:
     """Log to MLflow; a fault is a sentence. The folder has everything."""
-    from tune_cifar.tracking.upload import make_tracking_uri, ship_lr_range
+    from tune_cifar.tracking.upload import make_tracking_uri, upload_lr_range
 
     try:
-        ship_lr_range(make_tracking_uri(store, uri), store, report, folder)
+        upload_lr_range(make_tracking_uri(store, uri), store, report, folder)
     except TrackingError as exc:
         say(f"{str(exc).rstrip('.')}. MLflow lacks the test; {folder} has all of it.", console, "yellow")
 

@@ -39,7 +39,7 @@ def plan(
 
     Example: python -m tune_cifar plan --space s10 --max-time 8m
     """
-    from tune_cifar.cli.summary import print_stand_in_banner
+    from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.record.store import find_storage
     from tune_cifar.search.plan import settle_search
 
@@ -57,7 +57,7 @@ def plan(
     }
     found, request = choose_search(given, space, tier, settings or [], (trials, max_time), data)
     console = stderr() if as_json else stdout()
-    print_stand_in_banner(console, request.source.name)
+    print_synthetic_banner(console, request.source.name)
     with console.status("measuring 20 training steps ..."):
         settled = settle_search(found, request)
     if as_json:

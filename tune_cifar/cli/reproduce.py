@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.evaluate import keep_judgement, say_kept
+from tune_cifar.cli.evaluate import keep_evaluation, say_kept
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_cifar.record.state import SearchState, TrialState
-    from tune_cifar.record.test_log import TestOpening
+    from tune_cifar.record.test_log import TestEvaluation
     from tune_cifar.schema import EpochResult
 
 
@@ -72,17 +72,17 @@ def _reproduce(
     console: Console,
 ) -> dict[str, Any]:
     """Retrain and compare (unless only the test is asked for), then open the test set (if asked for)."""
-    from tune_cifar.record.test_log import find_openings, find_openings_file
+    from tune_cifar.record.test_log import find_openings, find_test_log
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import check_testable, open_test
 
-    openings_file = find_openings_file(state.folder.parent.parent, source.name)
+    test_log = find_test_log(state.folder.parent.parent, source.name)
     answer: dict[str, Any] = {"run_id": trial.run_id, "search": state.header.name, "fingerprint": trial.fingerprint}
     earlier = []
     if test:
         check_testable(trial)
-        earlier = [] if again else find_openings(openings_file, trial.fingerprint, state.header.data.name)
+        earlier = [] if again else find_openings(test_log, trial.fingerprint, state.header.data.name)
     if not (no_retrain and earlier):
         numerics = restore_numerics(trial.driver.numerics, device)
         loaded = load_recorded_data(state, trial, source)
@@ -96,12 +96,12 @@ def _reproduce(
         opening = earlier[-1]
         _say_opening(opening, f"opened before, for {opening.run_id} on {opening.date}; --again opens it again", console)
     else:
-        opening, judgement, split = open_test(trainer, trial, source, openings_file, this_command())
-        _say_opening(opening, f"written into {openings_file}", console)
-        answer["judgement"] = judgement.to_dict()
+        opening, evaluation, split = open_test(trainer, trial, source, test_log, this_command())
+        _say_opening(opening, f"written into {test_log}", console)
+        answer["evaluation"] = evaluation.to_dict()
         try:
-            answer["judgement"] = keep_judgement(state, trial, judgement, split, None, tracking_uri)
-            say_kept(answer["judgement"], console)
+            answer["evaluation"] = keep_evaluation(state, trial, evaluation, split, None, tracking_uri)
+            say_kept(answer["evaluation"], console)
         except ConfigError as exc:  # the test set is open, and that is written down: this must not look undone
             say(str(exc), console, "yellow")
     return answer | {"test": opening.__dict__, "test_opened_before": bool(earlier)}
@@ -122,13 +122,13 @@ def _retrain(
     trainer = None
     with TrainingView(console, loaded.info) as view:
 
-        def hear(recorded: EpochResult, fresh: EpochResult, difference: str | None) -> None:
+        def on_event(recorded: EpochResult, fresh: EpochResult, difference: str | None) -> None:
             view.say(fresh, f"  {'DIFFERS' if difference else 'agrees'}")
 
         if trial.status == "failed":
-            outcome = replay_failure(state, trial, loaded, numerics, hear, view.watch)
+            outcome = replay_failure(state, trial, loaded, numerics, on_event, view.watch)
         else:
-            outcome, trainer = reproduce_run(state, trial, loaded, numerics, hear, view.watch)
+            outcome, trainer = reproduce_run(state, trial, loaded, numerics, on_event, view.watch)
     if outcome.traceback:
         console.print(outcome.traceback.rstrip(), soft_wrap=True)
     style = {"identical": "bold green", "within tolerance": "green", "different": "bold red"}[outcome.verdict]
@@ -149,7 +149,7 @@ def _retrain(
     return trainer
 
 
-def _say_opening(opening: TestOpening, where: str, console: Console) -> None:
+def _say_opening(opening: TestEvaluation, where: str, console: Console) -> None:
     stand_in = " (stand-in data, NOT CIFAR-10)" if opening.data == "shapes" else ""
     say(
         f"test accuracy {100 * opening.test_acc:.2f} % on {opening.images} images{stand_in}, "

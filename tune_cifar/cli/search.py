@@ -147,7 +147,7 @@ def _plan_search(
     warm: tuple[str, int] | None,
 ) -> SearchPlan:
     """Settle a new search and say what it will do."""
-    from tune_cifar.cli.summary import print_stand_in_banner
+    from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.record.store import load_searches
 
     found, request = choose_search(given, space, tier, settings, (trials, max_time), data)
@@ -158,7 +158,7 @@ def _plan_search(
         found, notes = warm_start(found, state, warm[1])
         for note in notes:
             say(note, stderr())
-    print_stand_in_banner(stdout(), request.source.name)
+    print_synthetic_banner(stdout(), request.source.name)
     with stdout().status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
@@ -177,7 +177,7 @@ def _plan_resume(
 ) -> SearchPlan:
     """Settle how a recorded search goes on and say what of it is there; of one that is finished, and is not to have
     more trials, say how it ended and leave."""
-    from tune_cifar.cli.summary import print_search_summary, print_stand_in_banner
+    from tune_cifar.cli.summary import print_search_summary, print_synthetic_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import KIND_WORDS
     from tune_cifar.record.store import load_searches
@@ -196,7 +196,7 @@ def _plan_resume(
         raise typer.Exit
     stand_in = "shapes" if header.data.name == "shapes" else None
     request = SearchRequest(source=find_data(data or stand_in), device=header.numerics.device, **given)
-    print_stand_in_banner(stdout(), request.source.name)
+    print_synthetic_banner(stdout(), request.source.name)
     with stdout().status("reading the record and starting the workers ..."):
         from tune_cifar.search.run import prepare_resume
 
@@ -223,4 +223,4 @@ def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]
     from tune_cifar.search.run import run_search
 
     with SearchView(console, plan.space.budget, plan.resources.max_concurrent, plan.cost.epoch_seconds) as view:
-        return run_search(plan, view.hear, view.stop)
+        return run_search(plan, view.on_event, view.stop)

@@ -82,7 +82,7 @@ def delete(
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:
-    """Delete a search for good: its record, weights, checkpoints, judgements and report, and its runs in MLflow.
+    """Delete a search for good: its record, weights, checkpoints, evaluations and report, and its runs in MLflow.
 
     Example: python -m tune_cifar searches delete s10-cpu-1
     """
@@ -168,17 +168,20 @@ def _delete_folder(folder: Path) -> None:
 
 
 def _delete_views(root: Path, name: str, state: SearchState | None) -> None:
-    """Delete the report of a search and, where its record could be read, its judgements."""
+    """Delete the report of a search and, where its record could be read, its evaluations."""
     import shutil
 
     from tune_cifar.cli.report import find_report
-    from tune_cifar.train.metrics import find_judge_folder
+    from tune_cifar.train.metrics import find_evaluation_folder
 
     report = find_report(root, name)
     try:
         report.unlink(missing_ok=True)
         for run_id in [] if state is None else [trial.run_id for trial in state.trials.values()]:
-            for folder in (find_judge_folder(root, run_id, "validation"), find_judge_folder(root, run_id, "test")):
+            for folder in (
+                find_evaluation_folder(root, run_id, "validation"),
+                find_evaluation_folder(root, run_id, "test"),
+            ):
                 if folder.is_dir() and not folder.is_symlink():
                     shutil.rmtree(folder)
     except OSError as exc:
@@ -269,7 +272,7 @@ def sync(
 
 
 def _sync_one(
-    uri: str, root: Path, state: SearchState, live: bool, console: Console, on_shipment: Callable[[], None]
+    uri: str, root: Path, state: SearchState, live: bool, console: Console, on_upload: Callable[[], None]
 ) -> dict[str, Any]:
     """Ship what MLflow has not of one search, and say so; what it would not take is the answer's error."""
     from dataclasses import asdict
@@ -278,7 +281,7 @@ def _sync_one(
 
     name = state.header.name
     try:
-        report = sync_search(uri, root, state, live, on_shipment)
+        report = sync_search(uri, root, state, live, on_upload)
     except TrackingError as exc:
         say(str(exc), stderr(), "red")
         return {"search": name, "error": str(exc)}

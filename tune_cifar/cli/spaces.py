@@ -44,7 +44,7 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
     """
     from rich.table import Table
 
-    from tune_cifar.schema import KNOBS, dead_knobs
+    from tune_cifar.schema import KNOBS, inactive_knobs
     from tune_cifar.space.select import describe_distribution, load_space
 
     space = load_space(name, tier)
@@ -55,7 +55,7 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
         budget = space.budget.model_dump(mode="json")
         print_json({**header, "tier": tier, "baseline": baseline, "search": searched, "budget": budget})
         return
-    dead = dead_knobs(space.baseline)
+    dead = inactive_knobs(space.baseline)
     say(f"{space.name} ({tier})  {space.header.source}")
     say(f"published: {space.header.describe_published()}")
     for sentence in space.header.corrects:

@@ -22,7 +22,7 @@ STYLES: dict[Status, str] = {
 NUM_KNOBS = 4
 
 
-def print_stand_in_banner(console: Console, data_name: str) -> None:
+def print_synthetic_banner(console: Console, data_name: str) -> None:
     """Say, so that nobody can miss it, that this is not CIFAR-10."""
     if data_name != "shapes":
         return
@@ -52,7 +52,7 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
 def _find_length(state: SearchState, trial: TrialState) -> int:
     """Epochs of the training that a trial is in; before the first one's first epoch the record does not say it."""
     budget = state.header.budget
-    if trial.status == "running" and trial.cycle is None and budget.get("fidelity") == "cycles":
+    if trial.status == "running" and trial.stage is None and budget.get("fidelity") == "cycles":
         return int(budget["rungs"][0])
     return trial.config.epochs
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from tune_cifar.errors import hide_credentials
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# Commands are added to it by app.py.
+app = typer.Typer(
+    name="tune_cifar",
+    help="Hyperparameter search for CIFAR-10: every recipe corrected, searched fast, judged honestly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+# A parameter in a sentence of the library, `name` or `name=value`.
+PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+QUOTES = "'\""
 
 
 @functools.cache
@@ -32,9 +47,42 @@ def stderr() -> Console:
 
 
 def say(text: str, console: Console | None = None, style: str | None = None) -> None:
-    """A line for people, on stdout by default; on a terminal it breaks between words, elsewhere never."""
+    """Print a line for people, on stdout by default; on a terminal it breaks between words, elsewhere never."""
     console = console or stdout()
-    console.print(text, style=style, soft_wrap=not console.is_terminal)
+    console.print(name_options(text), style=style, soft_wrap=not console.is_terminal)
+
+
+def name_options(text: str) -> str:
+    """Replace parameters, as the library names them, by the options that set them.
+
+    `max_concurrent` becomes --max-concurrent, `device='cpu'` becomes --device cpu and `resume=True` --resume; a name
+    that no command has as an option stays.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        option = _list_options().get(name)
+        if option is None:
+            return match[0]
+        return option if value in (None, "True") else f"{option} {value.strip(QUOTES)}"
+
+    return PARAMETER.sub(replace, text) if "`" in text else text
+
+
+@functools.cache
+def _list_options() -> dict[str, str]:
+    """The option of every parameter of every command."""
+    from typer.main import get_command
+
+    found: dict[str, str] = {}
+    commands = [get_command(app)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                found.setdefault(str(parameter.name), parameter.opts[0])
+    return found
 
 
 def print_json(value: Any) -> None:

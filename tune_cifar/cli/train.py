@@ -41,13 +41,13 @@ def train(
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
     from tune_cifar.cli.live import TrainingView
-    from tune_cifar.cli.summary import print_stand_in_banner
+    from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import EpochReported, Event
     from tune_cifar.record.journal import check_name
     from tune_cifar.record.store import find_storage
     from tune_cifar.space.select import load_space, parse_setting
-    from tune_cifar.tracking.upload import Shipper, make_tracking_uri
+    from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.recorded import open_training, run_training
 
@@ -58,24 +58,24 @@ def train(
     source = find_data(data)
     found = load_space(space, tier, dict(parse_setting(setting) for setting in settings or []))
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
-    print_stand_in_banner(console, source.name)
+    print_synthetic_banner(console, source.name)
     record, loaded = open_training(found, source, numerics, folder, name, this_command(), resume)
     with record, TrainingView(console, loaded.info) as view:
         is_interrupted = False
         say(f"run {record.state.header.name}:0, fingerprint {found.baseline.fingerprint}")
-        shipper = Shipper(make_tracking_uri(folder, tracking_uri), folder, record.state)
+        uploader = BackgroundUploader(make_tracking_uri(folder, tracking_uri), folder, record.state)
 
-        def hear(state: SearchState, event: Event) -> None:
-            shipper.hear(state, event)
+        def on_event(state: SearchState, event: Event) -> None:
+            uploader.on_event(state, event)
             if isinstance(event, EpochReported):
                 view.say(event.result)
 
         try:
-            run_training(record, loaded, numerics, hear, view.watch)
+            run_training(record, loaded, numerics, on_event, view.watch)
         except KeyboardInterrupt:
             is_interrupted = True
         finally:
-            for fault in shipper.close():
+            for fault in uploader.close():
                 say(fault, style="yellow")
     if is_interrupted:
         say("interrupted; go on with:")

@@ -25,7 +25,7 @@ ZEROS = memoryview(bytes(2**16))
 AES_BLOCK = 16
 
 
-def round_share(p: float) -> float:
+def round_probability(p: float) -> float:
     """The multiple of 1 / LANE_VALUES below 1 that is nearest to a probability."""
     return min(round(p * LANE_VALUES), LANE_VALUES - 1) / LANE_VALUES
 
@@ -66,13 +66,13 @@ class Dropout(nn.Module):
         self.p = p
         self.whole_channels = whole_channels
         self.generator: torch.Generator | None = None
-        self.share: Share = round_share(p)
+        self.share: Share = round_probability(p)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or is_zero(self.share):
             return x
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.whole_channels else tuple(x.shape)
-        keep = Dice(self.generator, x.device, self.share).draw_keep_mask(shape, x.dtype)
+        keep = MaskSampler(self.generator, x.device, self.share).draw_keep_mask(shape, x.dtype)
         return (x * keep).mul_(find_scale(self.share))
 
     def extra_repr(self) -> str:
@@ -105,7 +105,7 @@ class _ReluDropout(torch.autograd.Function):
         num = max(1, CACHED_ACTIVATIONS // x[0].numel()) if is_cpu else len(x)
         # To multiply bf16 by 0 or 1, its bits will do as whole numbers: a fifth of the time.
         dtype = torch.int16 if is_cpu and x.dtype == torch.bfloat16 else x.dtype
-        dice = Dice(layer.generator, x.device, layer.share)
+        dice = MaskSampler(layer.generator, x.device, layer.share)
         for part in torch.split(x, num):
             part.relu_().view(dtype).mul_(dice.draw_keep_mask(tuple(part.shape), dtype))
         ctx.save_for_backward(x)
@@ -138,7 +138,7 @@ class ScaledBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, True, self.momentum, self.eps)
 
 
-class Dice:
+class MaskSampler:
     """One forward pass's random bits for one layer that drops this share, on the device.
 
     On a GPU, and for a share in device memory, every activation has a uniform number. Otherwise one number from
@@ -181,7 +181,7 @@ class Dice:
         return torch.from_numpy(words[: 2 * num].view(np.int16))
 
 
-def set_dropout_share(model: nn.Module, share: Tensor) -> None:
+def set_drop_probability(model: nn.Module, share: Tensor) -> None:
     """Let every Dropout of the model read what it drops, > 0, from device memory."""
     for module in model.modules():
         if isinstance(module, Dropout | ScaledBatchNorm2d):

@@ -17,7 +17,7 @@ from tune_cifar.schema import TrainConfig, nearest_name
 IMAGE_SHAPE = (1, 3, 32, 32)
 
 
-class Reach(NamedTuple):
+class ReceptiveField(NamedTuple):
     """How far a layer's output sees, in pixels of the image."""
 
     size: int
@@ -71,7 +71,7 @@ def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
     with torch.device("meta"):
         model = MODELS[name]().eval()
         images = torch.zeros(IMAGE_SHAPE)
-    with ReachWalk(model, images) as walk:
+    with ReceptiveFieldWalk(model, images) as walk:
         info = torchinfo.summary(model, input_data=images, device="meta", mode="eval", verbose=0)
     names = {id(module): path for path, module in model.named_modules()}
     rows = tuple(
@@ -96,21 +96,21 @@ def count_macs(module: nn.Module, output_shape: Sequence[int]) -> int:
     return module.weight.numel() * math.prod(output_shape[2:])
 
 
-class ReachWalk:
-    """While open, follows an image through the leaf modules and notes each one's Reach under id(module) in `reaches`.
+class ReceptiveFieldWalk:
+    """While open, follows an image through the leaf modules and notes each one's ReceptiveField under id(module) in `reaches`.
 
     Paths that meet (a module with several inputs) see as far as the farthest of them. Every tensor must come from a
     leaf module: an operation between modules would break the trail (KeyError).
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.reaches: dict[int, Reach] = {}
-        # Tensors are kept beside their Reach: an id would be used again once its tensor is gone.
-        self._tensors = {id(images): (images, Reach(size=1, jump=1))}
+        self.reaches: dict[int, ReceptiveField] = {}
+        # Tensors are kept beside their ReceptiveField: an id would be used again once its tensor is gone.
+        self._tensors = {id(images): (images, ReceptiveField(size=1, jump=1))}
         self._leaves = [module for module in model.modules() if next(module.children(), None) is None]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> ReachWalk:
+    def __enter__(self) -> ReceptiveFieldWalk:
         self._hooks = [leaf.register_forward_hook(self._note) for leaf in self._leaves]
         return self
 
@@ -120,13 +120,13 @@ class ReachWalk:
 
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         arriving = [self._tensors[id(tensor)][1] for tensor in inputs]
-        reach = apply_window(module, Reach(max(r.size for r in arriving), max(r.jump for r in arriving)))
+        reach = apply_window(module, ReceptiveField(max(r.size for r in arriving), max(r.jump for r in arriving)))
         self.reaches[id(module)] = reach
         self._tensors[id(output)] = (output, reach)
 
 
-def apply_window(module: nn.Module, reach: Reach) -> Reach:
-    """Reach after a conv or a pooling (square windows); every other layer works pixel by pixel."""
+def apply_window(module: nn.Module, reach: ReceptiveField) -> ReceptiveField:
+    """ReceptiveField after a conv or a pooling (square windows); every other layer works pixel by pixel."""
     if not isinstance(module, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
         return reach
 
@@ -135,4 +135,4 @@ def apply_window(module: nn.Module, reach: Reach) -> Reach:
         return int(value[0] if isinstance(value, tuple) else value)
 
     size = reach.size + (side("kernel_size") - 1) * side("dilation") * reach.jump
-    return Reach(size, reach.jump * side("stride"))
+    return ReceptiveField(size, reach.jump * side("stride"))

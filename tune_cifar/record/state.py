@@ -30,25 +30,25 @@ TIME_LIMIT = "time limit"
 
 @dataclass
 class TrialState:
-    """One trial as its events tell it. A trial in cycles trains several times, longer each time: `epochs` and `config`
-    are those of the training that it is in. `ended_seq` is the sequence number of its end: it orders the ends."""
+    """One trial as its events tell it. A trial has a training, longer each time, for each of its stages: `epochs` and
+    `config` are those of the stage that it is in. `ended_seq` is the sequence number of its end: it orders the ends."""
 
     number: int
     run_id: str
     origin: Origin
     params: dict[str, Any]
-    whole: TrainConfig
-    """The longest training."""
+    full_config: TrainConfig
+    """Of the longest training."""
     fingerprint: str
     started: str | None
     driver: Header | SearchResumed
     """The last that it ran under, with its Numerics and environment."""
     epochs: list[EpochResult] = field(default_factory=list)
     """Epoch n stands at index n - 1: none is missing."""
-    earlier: list[tuple[int, EpochResult]] = field(default_factory=list)
-    """Of the cycles before, each with its cycle's length."""
-    cycle: int | None = None
-    """Length of the cycle that it is in; None before the first, and where the whole training is one."""
+    finished_stages: list[tuple[int, EpochResult]] = field(default_factory=list)
+    """Epochs of the stages before, each with its stage's length."""
+    stage: int | None = None
+    """Length in epochs of the stage that it is in; None before the first, and where the training has one stage."""
     scores: dict[int, float] = field(default_factory=dict)
     """val_acc by epoch, as trials are compared by it: of a trial in cycles, at the end of each."""
     retries: list[TrialRetried] = field(default_factory=list)
@@ -62,22 +62,22 @@ class TrialState:
 
     @property
     def config(self) -> TrainConfig:
-        return self.whole if self.cycle is None else self.whole.shorten(self.cycle)
+        return self.full_config if self.stage is None else self.full_config.shorten(self.stage)
 
     @property
-    def paid(self) -> list[tuple[int, EpochResult]]:
-        """Every epoch that was trained, in order, with its cycle's length."""
-        length = self.cycle or self.whole.epochs
-        return [*self.earlier, *((length, result) for result in self.epochs)]
+    def trained_epochs(self) -> list[tuple[int, EpochResult]]:
+        """Every epoch that was trained, in order, with its stage's length."""
+        length = self.stage or self.full_config.epochs
+        return [*self.finished_stages, *((length, result) for result in self.epochs)]
 
     @property
     def epochs_done(self) -> int:
-        return len(self.earlier) + len(self.epochs)
+        return len(self.finished_stages) + len(self.epochs)
 
     @property
     def val_acc(self) -> float | None:
         """Of the last reported epoch; None before the first and without validation images."""
-        return self.paid[-1][1].val_acc if self.paid else None
+        return self.trained_epochs[-1][1].val_acc if self.trained_epochs else None
 
     def apply(self, event: EpochReported | TrialRetried | TrialEnded, seq: int) -> None:
         """The part of SearchState.apply that changes a trial."""
@@ -86,11 +86,11 @@ class TrialState:
         if isinstance(event, TrialRetried):
             self.retries.append(event)
             return
-        rule = f"a trial in cycles must name its cycle, got {kind!r} without one in that of {self.cycle} epochs."
-        require(event.cycle is not None or self.cycle is None, self.run_id, rule)
+        rule = f"a trial in cycles must name its cycle, got {kind!r} without one in that of {self.stage} epochs."
+        require(event.cycle is not None or self.stage is None, self.run_id, rule)
         done, last = len(self.epochs), self.config.epochs
-        if event.cycle not in (None, self.cycle):
-            old, longest = self.cycle or 0, self.whole.epochs
+        if event.cycle not in (None, self.stage):
+            old, longest = self.stage or 0, self.full_config.epochs
             rule = f"a cycle must be longer than the whole one before ({old}), at most {longest}, got {event.cycle}."
             require(done == old < event.cycle <= longest, self.run_id, rule)
             done, last = 0, event.cycle
@@ -102,8 +102,8 @@ class TrialState:
             if event.score is not None:
                 self.scores[event.result.epoch] = event.score
             return
-        rule = f"complete must mean {self.whole.epochs} epochs, got {done} of {last}."
-        require(done == last == self.whole.epochs or event.status != "complete", self.run_id, rule)
+        rule = f"complete must mean {self.full_config.epochs} epochs, got {done} of {last}."
+        require(done == last == self.full_config.epochs or event.status != "complete", self.run_id, rule)
         score = {"complete": self.val_acc, "diverged": schema.CHANCE_ACCURACY}.get(event.status)
         rule = f"a {event.status} trial's score must be {score}, got {event.score}."
         require(event.score == score, self.run_id, rule)
@@ -112,8 +112,8 @@ class TrialState:
         self.error_file, self.weights_file, self.status = event.error_file, event.weights_file, event.status
 
     def _begin(self, cycle: int | None) -> None:
-        if cycle is not None and cycle != self.cycle:
-            self.earlier, self.epochs, self.cycle = self.paid, [], cycle
+        if cycle is not None and cycle != self.stage:
+            self.finished_stages, self.epochs, self.stage = self.trained_epochs, [], cycle
             self.fingerprint = self.config.fingerprint
 
 

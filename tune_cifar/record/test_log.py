@@ -12,7 +12,7 @@ OPENINGS_FILE = "TEST_OPENINGS.csv"
 
 
 @dataclass(frozen=True)
-class TestOpening:
+class TestEvaluation:
     """One look at the test set, as it stands in TEST_OPENINGS.csv."""
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
@@ -29,17 +29,17 @@ class TestOpening:
     command: str
 
 
-OPENINGS_COLUMNS = tuple(column.name for column in fields(TestOpening))
+OPENINGS_COLUMNS = tuple(column.name for column in fields(TestEvaluation))
 
 
-def find_openings_file(storage: Path, data_name: str) -> Path:
+def find_test_log(storage: Path, data_name: str) -> Path:
     """./analysis/TEST_OPENINGS.csv where a checkout is worked in, else in the run store; the stand-in's openings are
     never mixed with CIFAR-10's."""
     folder = Path("analysis").resolve()
     return folder / OPENINGS_FILE if folder.is_dir() and data_name == "cifar10" else storage / OPENINGS_FILE
 
 
-def load_openings(path: Path) -> list[TestOpening]:
+def load_test_log(path: Path) -> list[TestEvaluation]:
     """All openings in the ledger, oldest first.
 
     Raises:
@@ -58,12 +58,12 @@ def load_openings(path: Path) -> list[TestOpening]:
         raise RecordError(f"{path}: rows of {columns} must stand there, got {exc}. Mend it or move it away.") from exc
 
 
-def find_openings(path: Path, fingerprint: str, data_name: str) -> list[TestOpening]:
-    """Earlier openings for a training on these data, oldest first; errors are those of `load_openings`."""
-    return [found for found in load_openings(path) if (found.fingerprint, found.data) == (fingerprint, data_name)]
+def find_openings(path: Path, fingerprint: str, data_name: str) -> list[TestEvaluation]:
+    """Earlier openings for a training on these data, oldest first; errors are those of `load_test_log`."""
+    return [found for found in load_test_log(path) if (found.fingerprint, found.data) == (fingerprint, data_name)]
 
 
-def _read_opening(row: list[str]) -> TestOpening:
+def _read_opening(row: list[str]) -> TestEvaluation:
     numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
     cells = dict(zip(OPENINGS_COLUMNS, row, strict=True))
-    return TestOpening(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})
+    return TestEvaluation(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})

@@ -27,7 +27,7 @@ from tune_cifar.report.plots.style import make_svg
 from tune_cifar.report.trials import describe_gain, load_trials
 from tune_cifar.search.sampler import list_distributions
 from tune_cifar.space.select import describe_distribution
-from tune_cifar.train.metrics import judge_logits
+from tune_cifar.train.metrics import evaluate_logits
 from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.recorded import load_recorded_data, load_trained
 
@@ -178,9 +178,9 @@ def _draw(state: SearchState, slices: pd.DataFrame, importances: pd.DataFrame) -
             "Accuracy at the first rung between the trials; outside of them nothing is known.",
             figures.draw_pair(slices, pair, title),
         )
-    configs = {"baseline": state.trials[0].whole}
+    configs = {"baseline": state.trials[0].full_config}
     if state.best is not None and state.best.number != 0:
-        configs[f"best (trial {state.best.number})"] = state.best.whole
+        configs[f"best (trial {state.best.number})"] = state.best.full_config
     yield _make_picture(
         "Schedules",
         "Learning rate and momentum of the whole training, step by step.",
@@ -202,7 +202,7 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
     val = loaded.val
     assert val is not None, "a search has validation images"
     trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics, None), NO_WEIGHTS)
-    found = judge_logits(trainer.predict(val), val.labels_N, CLASS_NAMES[loaded.info.name], "validation")
+    found = evaluate_logits(trainer.predict(val), val.labels_N, CLASS_NAMES[loaded.info.name], "validation")
     title = _make_title(state, f"{trial.run_id}: {found.num_images:,} validation images")
     pictures = val.images_NCHW.permute(0, 2, 3, 1).numpy()
     captions = {
@@ -211,7 +211,7 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
         "reliability": ("Calibration", "Whether the network is as often right as it is sure."),
         "mistakes": ("Most confident mistakes", "Look here for wrong labels, and for what the network goes by."),
     }
-    for kind, figure in evaluation.draw_judgement(found, pictures, title).items():
+    for kind, figure in evaluation.draw_evaluation(found, pictures, title).items():
         yield _make_picture(*captions[kind], figure)
     previewed = make_preview(trial.config, loaded.train.images_NCHW[:NUM_PREVIEWED]).numpy()
     yield _make_picture(

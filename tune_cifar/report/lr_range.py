@@ -12,7 +12,7 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.events import utc_now
 from tune_cifar.report.plots.lr_range import save_lr_range
-from tune_cifar.schema import KNOBS, DataInfo, Numerics, dead_knobs
+from tune_cifar.schema import KNOBS, DataInfo, Numerics, inactive_knobs
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.lr_range import DIVERGENCE_FACTOR, ESTIMATORS, SMOOTHING_DECADES, Sweep, fit_curve, summarise
 
@@ -23,7 +23,7 @@ def make_report(
     """All that a test found and on what, as JSON knows it: what sweeps.json holds, figures and MLflow show."""
     config, curves = space.baseline, [fit_curve(sweep) for sweep in sweeps]
     summary = summarise(curves)
-    silent = {*dead_knobs(config), "max_lr"}  # swept
+    silent = {*inactive_knobs(config), "max_lr"}  # swept
     return {
         "name": name,
         "space": space.name,

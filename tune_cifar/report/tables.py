@@ -1,6 +1,6 @@
 """What the figures of searches show, as tidy tables: the table first, the picture second.
 
-Every function takes a recorded search (or several, or a judgement) and returns a DataFrame whose columns its docstring
+Every function takes a recorded search (or several, or an evaluation) and returns a DataFrame whose columns its docstring
 names. Accuracies are fractions; NaN is "there is none". Trials are compared by what is comparable: complete trials by
 their score, all trials by the accuracy at the first rung, which everyone reaches.
 """
@@ -26,7 +26,7 @@ from tune_cifar.search.rungs import keep
 from tune_cifar.search.sampler import list_distributions, make_study
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import describe_distribution, load_header
-from tune_cifar.train.metrics import Judgement
+from tune_cifar.train.metrics import Evaluation
 from tune_cifar.train.optim import schedule_steps
 
 # Of a bootstrap interval: the ends in percent.
@@ -148,7 +148,7 @@ def make_slices(state: SearchState) -> pd.DataFrame:
     rows = [
         {
             "knob": knob,
-            "value": getattr(trial.whole, knob),
+            "value": getattr(trial.full_config, knob),
             "trial": trial.number,
             "status": trial.status,
             "origin": trial.origin,
@@ -228,13 +228,13 @@ def make_schedules(configs: dict[str, TrainConfig]) -> pd.DataFrame:
 
 
 def make_costs(states: Iterable[SearchState]) -> pd.DataFrame:
-    """Where epochs and seconds went: one row per search, cycle (its length in epochs) and fate of the trials: `search`,
+    """Where epochs and seconds went: one row per search, cycle (its length in epochs) and status of the trials: `search`,
     `cycle`, `status`, `trials`, `epochs`, `seconds` of training."""
     rows = [
         (state.header.name, cycle, trial.status, trial.number, result.epoch_seconds)
         for state in states
         for trial in state.trials.values()
-        for cycle, result in trial.paid
+        for cycle, result in trial.trained_epochs
     ]
     table = pd.DataFrame(rows, columns=["search", "cycle", "status", "trial", "seconds"])
     groups = table.groupby(["search", "cycle", "status"], sort=True)
@@ -314,16 +314,16 @@ def make_sources(spaces: Iterable[str], tested: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def make_confusions(judgement: Judgement) -> pd.DataFrame:
+def make_confusions(evaluation: Evaluation) -> pd.DataFrame:
     """One row per pair of classes that was mixed up, the most frequent first: `labelled`, `taken_for`, `images`,
     `share` (of all images with the label)."""
-    names, counts = judgement.class_names, judgement.confusion
+    names, counts = evaluation.class_names, evaluation.confusion
     rows = [
         (
             names[true],
             names[predicted],
             int(counts[true, predicted]),
-            float(judgement.confusion_shares[true, predicted]),
+            float(evaluation.confusion_shares[true, predicted]),
         )
         for true in range(len(names))
         for predicted in range(len(names))
@@ -333,9 +333,9 @@ def make_confusions(judgement: Judgement) -> pd.DataFrame:
     return table.sort_values("images", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def make_mistakes(judgement: Judgement) -> pd.DataFrame:
+def make_mistakes(evaluation: Evaluation) -> pd.DataFrame:
     """The most confident mistakes in words: `image` (its place among the judged ones), `labelled`, `taken_for`,
     `confidence`."""
-    names = judgement.class_names
-    rows = [(found.index, names[found.true], names[found.predicted], found.confidence) for found in judgement.mistakes]
+    names = evaluation.class_names
+    rows = [(found.index, names[found.true], names[found.predicted], found.confidence) for found in evaluation.mistakes]
     return pd.DataFrame(rows, columns=["image", "labelled", "taken_for", "confidence"])

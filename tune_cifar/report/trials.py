@@ -88,7 +88,7 @@ def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
     )
 
 
-def make_shipped_trials(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def make_uploaded_trials(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """load_trials' table from what another store was told of trials: whole numbers, too, may be absent there."""
     return _make_frame({name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}, rows)
 
@@ -99,7 +99,7 @@ def load_curves(searches: Iterable[SearchState]) -> pd.DataFrame:
         {"search": state.header.name, "trial": trial.number, "run_id": trial.run_id, "cycle": cycle} | dict(result)
         for state in searches
         for trial in state.trials.values()
-        for cycle, result in trial.paid
+        for cycle, result in trial.trained_epochs
     ]
     return _make_frame(CURVE_COLUMNS, rows)
 
@@ -150,7 +150,7 @@ def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
     header = state.header
-    knobs = {name: str(value) if isinstance(value, tuple) else value for name, value in trial.whole}
+    knobs = {name: str(value) if isinstance(value, tuple) else value for name, value in trial.full_config}
     return knobs | {
         "search": header.name,
         "space": header.space,
@@ -164,7 +164,7 @@ def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
         "epochs_done": trial.epochs_done,
         "val_acc": trial.val_acc,
         "score": trial.score,
-        "train_seconds": sum(result.epoch_seconds for _, result in trial.paid),
+        "train_seconds": sum(result.epoch_seconds for _, result in trial.trained_epochs),
         "fingerprint": trial.fingerprint,
         "data": header.data.name,
         "data_digest": header.data.digest,
@@ -180,7 +180,7 @@ def _make_frame(dtypes: dict[str, str], rows: list[dict[str, Any]]) -> pd.DataFr
     return pd.DataFrame(rows, columns=list(dtypes)).astype(dtypes)
 
 
-def load_shipped_trials(tracking_uri: str, search: str) -> pd.DataFrame:
+def load_uploaded_trials(tracking_uri: str, search: str) -> pd.DataFrame:
     """load_trials' table of one search as MLflow tells it, for where the record is not at hand.
 
     What MLflow is not told is absent: `train_seconds`, and the knobs without effect in a trial. `ended_seq` is the rank
@@ -193,4 +193,4 @@ def load_shipped_trials(tracking_uri: str, search: str) -> pd.DataFrame:
     if path is not None and not path.exists():
         raise TrackingError(f"{path}: an MLflow database must be there, got none.")
     with translate_errors(f"{check_name(search)}: MLflow must tell its trials"):
-        return make_shipped_trials(read_trials(tracking_uri, search))
+        return make_uploaded_trials(read_trials(tracking_uri, search))

@@ -28,7 +28,7 @@ from tune_cifar.record.events import (
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState, TrialState
 from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
-from tune_cifar.search.rungs import keep, list_cycles
+from tune_cifar.search.rungs import keep, list_stages
 from tune_cifar.search.sampler import Confirmer, Proposer, Sampler
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CheckpointFolder
@@ -58,7 +58,7 @@ class SearchDriver:
         self._space = space
         self._listener = listener
         self._keep_weights = keep_weights
-        self._cycles = list_cycles(space.budget)
+        self._cycles = list_stages(space.budget)
         self._proposer = _make_proposer(space, record.state)
         self._start = time.monotonic()
         limit = space.budget.max_time_seconds
@@ -149,15 +149,15 @@ class SearchDriver:
         )
         return number
 
-    def list_cycles_left(self, trial: TrialState) -> tuple[int, ...]:
+    def list_remaining_stages(self, trial: TrialState) -> tuple[int, ...]:
         """Lengths of the trainings that the trial has before it, that which it is in first."""
         done = len(trial.epochs)
-        return tuple(c for c in self._cycles if trial.cycle is None or c > trial.cycle or c == trial.cycle > done)
+        return tuple(c for c in self._cycles if trial.stage is None or c > trial.stage or c == trial.stage > done)
 
     def report(self, number: int, cycle: int, result: EpochResult) -> bool:
         """Record an epoch of a training of so many (`cycle`); True when the trial goes on."""
         trial = self.record.state.trials[number]
-        known = (trial.cycle or self._cycles[0], len(trial.epochs))
+        known = (trial.stage or self._cycles[0], len(trial.epochs))
         if (cycle, result.epoch) <= known:  # a resumed trial tells again what its checkpoint knew
             return True
         self._append(EpochReported(trial=number, result=result, cycle=cycle if len(self._cycles) > 1 else None))
@@ -176,11 +176,11 @@ class SearchDriver:
         if not trial.epochs:
             return True
         last, budget = trial.epochs[-1], self._space.budget
-        if last.epoch == trial.whole.epochs:
+        if last.epoch == trial.full_config.epochs:
             self.end(trial.number, "complete", "all epochs")
             self._keep_weights_if_best(trial)
             return False
-        is_rung = last.epoch in self.rungs and trial.cycle in (None, last.epoch)
+        is_rung = last.epoch in self.rungs and trial.stage in (None, last.epoch)
         if not is_rung or last.val_acc is None or trial.origin == "baseline":
             return True
         arrivals = self.record.state.arrivals[last.epoch]
@@ -206,7 +206,7 @@ class SearchDriver:
             TrialEnded(
                 trial=number,
                 status=status,
-                cycle=next(iter(self.list_cycles_left(trial)), trial.cycle) if broke else trial.cycle,
+                cycle=next(iter(self.list_remaining_stages(trial)), trial.stage) if broke else trial.stage,
                 score=score,
                 reason=reason,
                 error_file=relative(self.record, error_file) if error_file else None,
@@ -247,7 +247,7 @@ class SearchDriver:
         elif self.is_over_time and not self.is_interrupted and self.fault is None:
             reason = TIME_LIMIT
             for trial in running:
-                cycle = "" if trial.cycle is None else f" of a cycle of {trial.cycle}"
+                cycle = "" if trial.stage is None else f" of a cycle of {trial.stage}"
                 self.end(trial.number, "stopped", f"cut after epoch {len(trial.epochs)}{cycle}: {reason}")
         else:
             reason = INTERRUPTED

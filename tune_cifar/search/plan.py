@@ -26,7 +26,7 @@ from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
-from tune_cifar.search.rungs import list_cycles
+from tune_cifar.search.rungs import list_stages
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.numerics import check_cpus, count_cores, count_gpus, get_memory_mb, resolve_numerics
 from tune_cifar.train.trainer import Trainer
@@ -139,7 +139,7 @@ class SearchPlan:
     def disk_needs(self) -> DiskNeeds:
         """At most, if every trial trained to its last epoch."""
         budget, request = self.space.budget, self.request
-        num_epochs, num_at_once = sum(list_cycles(budget)), self.resources.max_concurrent
+        num_epochs, num_at_once = sum(list_stages(budget)), self.resources.max_concurrent
         return estimate_disk_needs(self.space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights)
 
     def describe(self) -> str:
@@ -211,7 +211,7 @@ def check_and_measure(
     """
     resources = resolve_resources(request, numerics, count_gpus(request.device))
     config, budget, num_at_once = space.baseline, space.budget, resources.max_concurrent
-    num_epochs = sum(list_cycles(budget))
+    num_epochs = sum(list_stages(budget))
     check_search_fits(request.storage, config, num_epochs, budget.trials, num_at_once, request.keep_weights)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)

@@ -107,7 +107,7 @@ def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
         if trial.status == "running":
             epoch, damaged = CheckpointFolder(state.trial_folder(trial.number) / CHECKPOINTS).find_newest()
             notes += damaged
-            if trial.cycle is not None and len(trial.epochs) == trial.cycle:
+            if trial.stage is not None and len(trial.epochs) == trial.stage:
                 num_next += 1
             else:
                 epochs.append(epoch)

@@ -38,12 +38,12 @@ from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import Resources, SearchPlan, SearchRequest, check_and_measure, count_trials, settle_search
 from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space
 from tune_cifar.space.select import SearchSpace
-from tune_cifar.tracking.upload import Shipper, make_tracking_uri
+from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
 from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.recorded import Listener, make_header
 
 # How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
-SHIPPING_SECONDS = 60.0
+UPLOAD_SECONDS = 60.0
 URGENT_SECONDS = 2.0
 # Ray's monitor kills a worker when the machine's memory runs out, and says so.
 RAYS_WORDS_FOR_NO_MEMORY = "low on memory"
@@ -127,8 +127,8 @@ class _Searcher(Searcher):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         return {
             "trial": trial.number,
-            "config": trial.whole.model_dump(mode="json"),
-            "cycles": self._driver.list_cycles_left(trial),
+            "config": trial.full_config.model_dump(mode="json"),
+            "cycles": self._driver.list_remaining_stages(trial),
             "rungs": self._driver.rungs,
             "folder": str(folder),
             **self._fixed,
@@ -146,10 +146,10 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         self._driver = driver
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = _guard(self._driver, lambda: self._hear(result), False)
+        goes_on = _guard(self._driver, lambda: self._on_result(result), False)
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
-    def _hear(self, word: dict[str, Any]) -> bool:
+    def _on_result(self, word: dict[str, Any]) -> bool:
         """Hand a worker's word to the driver; True when the trial goes on."""
         number, outcome, text = word["trial"], word["outcome"], word["text"]
         if outcome == "epochs":
@@ -232,21 +232,21 @@ def run_search(
     request, at_once = plan.request, False
     with _open_record(plan) as record:
         uri = make_tracking_uri(request.storage, request.tracking_uri)
-        shipper = Shipper(uri, request.storage, record.state)
+        uploader = BackgroundUploader(uri, request.storage, record.state)
 
-        def hear(state: SearchState, event: Event) -> None:
-            shipper.hear(state, event)
+        def on_event(state: SearchState, event: Event) -> None:
+            uploader.on_event(state, event)
             if listener is not None:
                 listener(state, event)
 
-        driver = SearchDriver(record, plan.space, hear, request.keep_weights)
+        driver = SearchDriver(record, plan.space, on_event, request.keep_weights)
         try:
             _run_tune(driver, plan, on_interrupt)
         except KeyboardInterrupt:
             at_once = True
         finally:
             driver.finish()
-            faults = shipper.close(URGENT_SECONDS if at_once else SHIPPING_SECONDS)
+            faults = uploader.close(URGENT_SECONDS if at_once else UPLOAD_SECONDS)
         return record.state, faults
 
 

@@ -38,7 +38,7 @@ def goes_on(rank: int, num_scores: int, reduction_factor: int) -> bool:
     return rank <= math.ceil(num_scores / reduction_factor)
 
 
-def list_cycles(budget: Budget) -> tuple[int, ...]:
+def list_stages(budget: Budget) -> tuple[int, ...]:
     """Lengths in epochs of the trainings from scratch that a trial goes through, one after another."""
     return budget.rungs if budget.fidelity == "cycles" else budget.rungs[-1:]
 

@@ -1,6 +1,6 @@
 """The knobs as people look them up: what each is, its values, when it has an effect, which spaces search it.
 
-Nothing is said here a second time: words and bounds are the schema's, effects are asked of `dead_knobs`, reasons of
+Nothing is said here a second time: words and bounds are the schema's, effects are asked of `inactive_knobs`, reasons of
 `rules`, the rest of the space files.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from tune_cifar.schema import KNOBS, TrainConfig, dead_knobs
+from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space.rules import DECIDING, STRUCTURAL, kind_of
 from tune_cifar.space.select import list_spaces, read_space
 
@@ -127,7 +127,9 @@ def _find_dead() -> dict[Combination, Collection[str]]:
     """The dead knobs of every combination."""
     base = TrainConfig(model="s7", optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=2, epochs=1)
     combinations = itertools.product(*map(_settings, DECIDING))
-    return {c: frozenset(dead_knobs(base.model_copy(update=dict(zip(DECIDING, c, strict=True))))) for c in combinations}
+    return {
+        c: frozenset(inactive_knobs(base.model_copy(update=dict(zip(DECIDING, c, strict=True))))) for c in combinations
+    }
 
 
 def _settings(name: str) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.schema import KNOBS, TrainConfig, dead_knobs, describe_problem, nearest_name
+from tune_cifar.schema import KNOBS, TrainConfig, describe_problem, inactive_knobs, nearest_name
 from tune_cifar.space.document import Document, Where, read_document
 from tune_cifar.space.layout import (
     TIERS,
@@ -28,10 +28,10 @@ from tune_cifar.space.layout import (
 )
 from tune_cifar.space.rules import (
     STRUCTURAL,
-    describe_dead,
+    describe_inactive,
     find_conflict,
-    find_dead,
     find_fidelity_problem,
+    find_inactive,
     find_rungs_problem,
     find_value_problem,
     kind_of,
@@ -183,11 +183,11 @@ def _check_baseline(doc: Document, baseline: dict[str, Any], search: Searched) -
         if not entry.contains(value):
             rule = f"{name}: the baseline's value must lie within the distribution ({entry})"
             raise doc.error(("search", name), f"{rule}, got {value}. The baseline is trial 0.")
-    dead = find_dead(config, search)
+    dead = find_inactive(config, search)
     for part, names in (("baseline", baseline), ("search", search)):
         for name in names:
             if name in dead:
-                raise doc.error((part, name), describe_dead(name, dead[name]))
+                raise doc.error((part, name), describe_inactive(name, dead[name]))
 
 
 def _read_point(doc: Document, index: int, baseline: dict[str, Any], search: Searched) -> dict[str, Any]:
@@ -198,10 +198,10 @@ def _read_point(doc: Document, index: int, baseline: dict[str, Any], search: Sea
             raise doc.error((*where, name), f"{name} must be a searched knob, got one that is not.")
         if not search[name].contains(value):
             raise doc.error((*where, name), f"{name} must lie within its distribution ({search[name]}), got {value}.")
-    dead = dead_knobs(TrainConfig(**{**baseline, **point}))
+    dead = inactive_knobs(TrainConfig(**{**baseline, **point}))
     for name in point:
         if name in dead:
-            raise doc.error((*where, name), describe_dead(name, dead[name]))
+            raise doc.error((*where, name), describe_inactive(name, dead[name]))
     return point
 
 
@@ -239,8 +239,8 @@ def _check_tier(
     config = TrainConfig(**values)
     if config.val_size == 0:
         raise doc.error((*where, "set", "val_size"), "val_size >= 1 must hold in a search, got 0. Trials need it.")
-    dead = find_dead(config, search)
+    dead = find_inactive(config, search)
     for knob in (*settings, *search):
         if knob in dead:
-            raise doc.error((*where, "set" if knob in settings else "only", knob), describe_dead(knob, dead[knob]))
+            raise doc.error((*where, "set" if knob in settings else "only", knob), describe_inactive(knob, dead[knob]))
     return config

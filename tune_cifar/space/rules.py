@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.schema import TrainConfig, dead_knobs, describe_problem
+from tune_cifar.schema import TrainConfig, describe_problem, inactive_knobs
 from tune_cifar.space.layout import Searched, TrialBudget
 
 # Knobs that a file sets but never searches, each with the reason.
@@ -23,7 +23,7 @@ STRUCTURAL = {
     "augment_backend": "both backends apply the same policy",
     "milestone_fractions": "a list has no distribution; search gamma",
 }
-# Knobs whose value may make another one dead (schema.dead_knobs), and knobs that a rule of TrainConfig ties together.
+# Knobs whose value may make another one dead (schema.inactive_knobs), and knobs that a rule of TrainConfig ties together.
 DECIDING = (
     *("optimizer", "schedule", "cycle_momentum", "cutout_p", "cutout_size"),
     *("shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"),
@@ -69,15 +69,15 @@ def find_conflict(values: dict[str, Any], search: Searched) -> str | None:
     return None
 
 
-def find_dead(baseline: TrainConfig, search: Searched) -> dict[str, str]:
+def find_inactive(baseline: TrainConfig, search: Searched) -> dict[str, str]:
     """The knobs that no combination of searched values brings to life, with the reason."""
     names = [name for name in DECIDING if name in search]
     combinations = itertools.product(*(search[name].ends for name in names))
-    found = [dead_knobs(baseline.model_copy(update=dict(zip(names, c, strict=True)))) for c in combinations]
+    found = [inactive_knobs(baseline.model_copy(update=dict(zip(names, c, strict=True)))) for c in combinations]
     return {name: reason for name, reason in found[0].items() if all(name in dead for dead in found)}
 
 
-def describe_dead(name: str, reason: str) -> str:
+def describe_inactive(name: str, reason: str) -> str:
     """The refusal of a dead knob."""
     return f"{name} must have an effect, got a dead knob: {reason}. Leave it out."
 

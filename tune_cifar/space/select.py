@@ -14,10 +14,10 @@ from tune_cifar.space.document import read_document
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range, Searched, SpaceFile, SpaceHeader
 from tune_cifar.space.reader import describe_path, parse_space
 from tune_cifar.space.rules import (
-    describe_dead,
+    describe_inactive,
     find_conflict,
-    find_dead,
     find_fidelity_problem,
+    find_inactive,
     find_value_problem,
     kind_of,
     normalise,
@@ -253,10 +253,10 @@ def _apply_pins(values: dict[str, Any], pins: dict[str, Any], search: Searched) 
     if problem := find_conflict({**values, **pins}, {}):
         raise ConfigError(f"--set: {problem}")
     baseline = TrainConfig(**{**values, **pins})
-    dead = find_dead(baseline, search)
+    dead = find_inactive(baseline, search)
     for name in pins:
         if name in dead:
-            raise ConfigError(f"--set: {describe_dead(name, dead[name])}")
+            raise ConfigError(f"--set: {describe_inactive(name, dead[name])}")
     return baseline, dead
 
 

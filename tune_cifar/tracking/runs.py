@@ -23,14 +23,14 @@ from typing import Any
 from tune_cifar.errors import TrackingError
 from tune_cifar.record.events import Header, Origin, SearchResumed
 from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
-from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig, dead_knobs
+from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig, inactive_knobs
 from tune_cifar.tracking.store import create_experiment, find_experiment, make_client, place_experiment, search_runs
 from tune_cifar.tracking.views import MAX_TAG_CHARACTERS, make_experiment_tags
 
 # Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
 # its `score` too.
 EPOCH_METRICS = ("val_acc", "val_loss", "train_acc", "train_loss", "lr", "images_per_second")
-# How the names of a judgement's metrics begin.
+# How the names of an evaluation's metrics begin.
 PART_PREFIX: dict[str, str] = {"validation": "val", "test": "test"}
 # MLflow's own word for each of our states. KILLED is also what still ran when its driver stopped.
 RUN_STATUS: dict[Status, str] = {
@@ -125,7 +125,7 @@ class SearchRuns:
             self._log_artifacts(self.parent, dump)
             self._log(self.parent, tags)
 
-    def ship_trial(self, trial: TrialState) -> bool:
+    def upload_trial(self, trial: TrialState) -> bool:
         """Bring a trial's run up to date, creating it if need be; False when it was."""
         if self.is_whole(trial):
             return False
@@ -138,8 +138,8 @@ class SearchRuns:
         elif self._is_running and run.status != "RUNNING":
             self._client.update_run(run.run_id, "RUNNING")
             run.status = "RUNNING"
-        dead = dead_knobs(trial.whole)
-        knobs = trial.whole.model_dump(mode="json").items()
+        dead = inactive_knobs(trial.full_config)
+        knobs = trial.full_config.model_dump(mode="json").items()
         params = {knob: str(value) for knob, value in knobs if knob not in dead and knob not in run.params}
         tags = self._make_parent_tags() | {
             "status": trial.status,
@@ -156,18 +156,18 @@ class SearchRuns:
             self._close_run(run, RUN_STATUS[trial.status], _find_end(trial, self._header))
         return True
 
-    def log_judgement(self, trial: TrialState, judgement: Mapping[str, Any], files: Sequence[Path]) -> bool:
-        """Put a judgement's files and figures on its trial's run; False when the run is not there. Creates none, so
+    def log_evaluation(self, trial: TrialState, evaluation: Mapping[str, Any], files: Sequence[Path]) -> bool:
+        """Put an evaluation's files and figures on its trial's run; False when the run is not there. Creates none, so
         another process may be shipping the search."""
         from mlflow.entities import Metric
 
         run = self.children.get(trial.number)
         if run is None:
             return False
-        self._log_artifacts(run, {file.name: file for file in files}, f"judge/{judgement['part']}")
-        prefix, now = PART_PREFIX[judgement["part"]], _find_end(trial, self._header)
-        values = {f"{prefix}_acc_{found['name']}": found["accuracy"] for found in judgement["classes"]}
-        values[f"{prefix}_ece"] = judgement["ece"]
+        self._log_artifacts(run, {file.name: file for file in files}, f"judge/{evaluation['part']}")
+        prefix, now = PART_PREFIX[evaluation["part"]], _find_end(trial, self._header)
+        values = {f"{prefix}_acc_{found['name']}": found["accuracy"] for found in evaluation["classes"]}
+        values[f"{prefix}_ece"] = evaluation["ece"]
         self._log(run, {}, [Metric(name, v, now, trial.epochs_done) for name, v in values.items() if v is not None])
         return True
 
@@ -198,7 +198,7 @@ class SearchRuns:
         tags = {"end": finished.reason if finished else "driver died", "events": str(state.num_events)}
         metrics, best = {}, state.best
         if best is not None and best.score is not None:
-            self._ship_weights(best)
+            self._upload_weights(best)
             tags["best_run_id"] = best.run_id
             metrics["best_val_acc"] = best.score
             if state.baseline_score is not None:
@@ -279,7 +279,7 @@ class SearchRuns:
             dump[error.name] = error
         return dump
 
-    def _ship_weights(self, best: TrialState) -> None:
+    def _upload_weights(self, best: TrialState) -> None:
         run, weights = self.children.get(best.number), self._folder / (best.weights_file or "")
         if run is None or best.weights_file is None or not weights.exists():
             return
@@ -326,7 +326,7 @@ def _make_metrics(trial: TrialState, header: Header, since: int) -> list[Any]:
     from mlflow.entities import Metric
 
     metrics, now = [], float(_find_start(trial, header))
-    for number, (_, result) in enumerate(trial.paid, start=1):
+    for number, (_, result) in enumerate(trial.trained_epochs, start=1):
         now += 1000 * result.epoch_seconds
         if number > since:
             values = {name: getattr(result, name) for name in EPOCH_METRICS}
@@ -347,7 +347,7 @@ def _find_start(trial: TrialState, header: Header) -> int:
 
 def _find_end(trial: TrialState, header: Header) -> int:
     """As recorded, but not before its last epoch: clocks are set back."""
-    last = round(_find_start(trial, header) + sum(1000 * result.epoch_seconds for _, result in trial.paid))
+    last = round(_find_start(trial, header) + sum(1000 * result.epoch_seconds for _, result in trial.trained_epochs))
     return max(last, to_ms(trial.ended)) if trial.ended else last
 
 

@@ -41,7 +41,7 @@ LAST_ROUNDS = 2
 # Another process may be shipping the same search: wait for it so long.
 LOCK_SECONDS = 10.0
 
-Shipment = Callable[[SearchRuns], int]
+Upload = Callable[[SearchRuns], int]
 # A search's end goes by this number among its trials', and after them.
 END = -1
 
@@ -61,7 +61,7 @@ def make_tracking_uri(storage: Path, option: str | None) -> str:
     return option or f"sqlite:///{storage}/mlflow.db"
 
 
-class Shipper:
+class BackgroundUploader:
     """A background thread that ships what the record's events complete: a trial at each rung and at its end.
 
     Faults are kept, never raised. What MLflow did not take is tried again, after a pause that grows; and at the end,
@@ -73,18 +73,18 @@ class Shipper:
     """
 
     def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
-        self._courier = _Courier(tracking_uri, storage, state, is_running=True)
+        self._uploader = _Uploader(tracking_uri, storage, state, is_running=True)
         self._state = state
         self._rungs = frozenset(state.header.budget.get("rungs", ()))
         self._pending = _pack_trials(state)
-        self._end: dict[int, Shipment] = {}
+        self._end: dict[int, Upload] = {}
         self._is_due = bool(state.resumes or state.trials)
         self._is_closing = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="mlflow-shipper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mlflow-uploader", daemon=True)
         self._thread.start()
 
-    def hear(self, state: SearchState, event: Event) -> None:
+    def on_event(self, state: SearchState, event: Event) -> None:
         """Listener for record events; returns at once."""
         with self._changed:
             self._state = state
@@ -105,27 +105,27 @@ class Shipper:
             self._is_closing = True
             self._changed.notify()
         self._thread.join(timeout_seconds)
-        way_out = f"The record is whole. Complete MLflow from it: {self._courier.way_out}"
+        way_out = f"The record is whole. Complete MLflow from it: {self._uploader.way_out}"
         if self._thread.is_alive():
             return [f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {way_out}"]
         if not self._pending:
             return []
-        return [f"MLflow must take all runs, got {len(self._pending)} left over: {self._courier.fault}. {way_out}"]
+        return [f"MLflow must take all runs, got {len(self._pending)} left over: {self._uploader.fault}. {way_out}"]
 
     def _is_rung(self, state: SearchState, event: EpochReported) -> bool:
         """The last epoch is no rung: the trial's end follows."""
         epoch = event.result.epoch
-        return epoch in self._rungs and event.score is not None and epoch < state.trials[event.trial].whole.epochs
+        return epoch in self._rungs and event.score is not None and epoch < state.trials[event.trial].full_config.epochs
 
     def _run(self) -> None:
         pause, rounds = SETTLE_SECONDS, LAST_ROUNDS
-        with self._courier.holding():
+        with self._uploader.holding():
             while rounds:
                 with self._changed:
                     self._changed.wait_for(lambda: self._pending or self._is_closing)
                     self._changed.wait_for(lambda: self._is_closing, pause)
                     pending, is_closing = self._pending | self._end, self._is_closing
-                left = self._courier.carry(pending)
+                left = self._uploader.upload(pending)
                 with self._changed:
                     news = {key: item for key, item in self._pending.items() if pending.get(key) is not item}
                     self._pending = news | {key: item for key, item in left.items() if key not in news}
@@ -139,12 +139,12 @@ def sync_search(
     storage: Path,
     state: SearchState,
     is_live: bool = False,
-    on_shipment: Callable[[], None] = lambda: None,
+    on_upload: Callable[[], None] = lambda: None,
 ) -> SyncReport:
     """Complete MLflow from a record. Done twice, nothing changes any more.
 
     Args:
-        on_shipment: called after each trial that MLflow has now.
+        on_upload: called after each trial that MLflow has now.
         is_live: a driver holds the search. Then no run is closed; and where the driver ships to this very address,
             nothing is shipped either: it does.
 
@@ -152,21 +152,21 @@ def sync_search(
         TrackingError: when MLflow did not take everything, or another process ships the same search.
     """
     name = state.header.name
-    courier = _Courier(tracking_uri, storage, state, is_live, on_shipment)
+    uploader = _Uploader(tracking_uri, storage, state, is_live, on_upload)
     pending = _pack_trials(state)
-    end: dict[int, Shipment] = {} if is_live else {END: partial(SearchRuns.close, state=state)}
-    with courier.holding():
-        if is_live and not courier.try_hold(0.0):
+    end: dict[int, Upload] = {} if is_live else {END: partial(SearchRuns.close, state=state)}
+    with uploader.holding():
+        if is_live and not uploader.try_hold(0.0):
             with translate_errors(f"{name}: MLflow must answer"):
                 runs = SearchRuns(tracking_uri, storage, state, is_running=True)
                 return SyncReport(name, 0, sum(map(runs.is_whole, state.trials.values())), 0)
-        left = courier.carry(pending | end)
+        left = uploader.upload(pending | end)
         for _ in range(LAST_ROUNDS - 1):
-            left = courier.carry(left | end) if left else {}
+            left = uploader.upload(left | end) if left else {}
     if left:
-        rule = f"{name}: MLflow must take all runs, got {len(left)} left over: {courier.fault}."
-        raise TrackingError(f"{rule} Later: {courier.way_out}")
-    results = courier.results
+        rule = f"{name}: MLflow must take all runs, got {len(left)} left over: {uploader.fault}."
+        raise TrackingError(f"{rule} Later: {uploader.way_out}")
+    results = uploader.results
     closed = results.pop(END, 0)
     return SyncReport(name, sum(results.values()), len(results) - sum(results.values()), closed)
 
@@ -184,7 +184,7 @@ def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
         return SearchRuns(tracking_uri, storage, state, is_running=False).delete()
 
 
-def ship_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
+def upload_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
     """Log an LR range test as a run of its own (see mlruns.py).
 
     Raises:
@@ -195,15 +195,15 @@ def ship_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], f
         log_lr_range(tracking_uri, storage, report, folder)
 
 
-def ship_judgement(
+def upload_evaluation(
     tracking_uri: str,
     storage: Path,
     state: SearchState,
     trial: TrialState,
-    judgement: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
     files: Sequence[Path],
 ) -> str | None:
-    """Log a judgement on its trial's run: the files under judge/validation or judge/test, its calibration error and the
+    """Log an evaluation on its trial's run: the files under judge/validation or judge/test, its calibration error and the
     accuracy of every class as metrics. Done twice, nothing changes any more.
 
     Returns:
@@ -213,12 +213,12 @@ def ship_judgement(
     try:
         if path is None or path.exists():
             runs = SearchRuns(tracking_uri, storage, state, is_running=False)
-            if runs.log_judgement(trial, judgement, files):
+            if runs.log_evaluation(trial, evaluation, files):
                 return None
         fault = "no run of it there"
     except Exception as exc:  # whatever MLflow raises, the figures are on disk
         fault = describe_error(exc)
-    return f"MLflow must take the judgement of {trial.run_id}, got {fault}. The files stay; complete MLflow: {way_out}"
+    return f"MLflow must take the evaluation of {trial.run_id}, got {fault}. The files stay; complete MLflow: {way_out}"
 
 
 def _describe_sync(tracking_uri: str, storage: Path, state: SearchState) -> str:
@@ -231,7 +231,7 @@ def _describe_sync(tracking_uri: str, storage: Path, state: SearchState) -> str:
     return command
 
 
-class _Courier:
+class _Uploader:
     """Carries shipments to MLflow. After a fault it starts over from what MLflow then has.
 
     Attributes:
@@ -246,11 +246,11 @@ class _Courier:
         storage: Path,
         state: SearchState,
         is_running: bool,
-        on_shipment: Callable[[], None] = lambda: None,
+        on_upload: Callable[[], None] = lambda: None,
     ) -> None:
         self.fault = ""
         self.results: dict[int, int] = {}
-        self._on_shipment = on_shipment
+        self._on_upload = on_upload
         self.way_out = _describe_sync(tracking_uri, storage, state)
         self._make_runs = partial(SearchRuns, tracking_uri, storage, state, is_running)
         self._resumes = list(state.resumes)
@@ -280,11 +280,11 @@ class _Courier:
             self._lock = lock
         return True
 
-    def carry(self, pending: Mapping[int, Shipment]) -> dict[int, Shipment]:
+    def upload(self, pending: Mapping[int, Upload]) -> dict[int, Upload]:
         """Try each shipment once, the search's end last; returns what did not arrive, what failed behind the rest. Two
         faults in a row are hardly the trials': the others wait then, and all wait when MLflow does not even answer."""
-        waiting: dict[int, Shipment] = {}
-        failed: dict[int, Shipment] = {}
+        waiting: dict[int, Upload] = {}
+        failed: dict[int, Upload] = {}
         num_faults, is_away = 0, False
         for key, shipment in sorted(pending.items(), key=lambda item: item[0] == END):
             if is_away or (num_faults >= 2 and key != END):
@@ -297,7 +297,7 @@ class _Courier:
                 runs = self._runs or self._connect()
                 is_away = False
                 self.results[key] = self.results.get(key, 0) + shipment(runs)
-                self._on_shipment()
+                self._on_upload()
                 num_faults = 0
             except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
                 self.fault, self._has_failed, self._runs = describe_error(exc), True, None
@@ -314,14 +314,14 @@ class _Courier:
         return runs
 
 
-def _pack_trials(state: SearchState) -> dict[int, Shipment]:
+def _pack_trials(state: SearchState) -> dict[int, Upload]:
     """A shipment for every trial that has something to tell."""
     told = (trial for trial in state.trials.values() if trial.status != "running" or trial.epochs_done)
     return {trial.number: _pack_trial(trial) for trial in told}
 
 
-def _pack_trial(trial: TrialState) -> Shipment:
-    return partial(SearchRuns.ship_trial, trial=_copy_trial(trial))
+def _pack_trial(trial: TrialState) -> Upload:
+    return partial(SearchRuns.upload_trial, trial=_copy_trial(trial))
 
 
 def _copy_trial(trial: TrialState) -> TrialState:

@@ -1,6 +1,6 @@
 """What a network's answers are worth: loss and accuracy, each class, confusion, calibration, the worst mistakes.
 
-Logits and labels in, figures as data out; plots/judgement.py draws them. All accuracies are fractions in [0, 1].
+Logits and labels in, figures as data out; plots/evaluation.py draws them. All accuracies are fractions in [0, 1].
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ NUM_IMAGES_PER_SUM = 200
 # Of equal width over [0, 1], as in Guo et al., "On Calibration of Modern Neural Networks" (2017).
 NUM_BINS = 15
 NUM_MISTAKES = 10
-# In the folder of a judgement, beside its figures.
-JUDGEMENT_FILE = "judgement.json"
+# In the folder of an evaluation, beside its figures.
+EVALUATION_FILE = "judgement.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Mistake:
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
+class Evaluation:
     """The answers to all images of one part of the data.
 
     Attributes:
@@ -121,8 +121,8 @@ class Judgement:
         }
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Judgement:
-        """The judgement whose `to_dict` this is; entries that it does not know are passed over."""
+    def from_dict(cls, found: dict[str, Any]) -> Evaluation:
+        """The evaluation whose `to_dict` this is; entries that it does not know are passed over."""
         return cls(
             part=found["part"],
             num_images=found["num_images"],
@@ -136,21 +136,23 @@ class Judgement:
         )
 
 
-def load_judgement(file: Path) -> Judgement:
-    """A kept judgement.
+def load_evaluation(file: Path) -> Evaluation:
+    """A kept evaluation.
 
     Args:
-        file: JUDGEMENT_FILE in the folder that `judge` names.
+        file: EVALUATION_FILE in the folder that `judge` names.
 
     Raises:
-        RecordError: the file is absent, or is not a judgement.
+        RecordError: the file is absent, or is not an evaluation.
     """
     try:
-        return Judgement.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as exc:
-        raise RecordError(f"{file}: a judgement must be there. Make it with: judge RUN.") from exc
+        raise RecordError(f"{file}: an evaluation must be there. Make it with: judge RUN.") from exc
     except (OSError, ValueError, TypeError, KeyError) as exc:
-        raise RecordError(f"{file}: a judgement must be readable, got {exc!r}. Make it again with: judge RUN.") from exc
+        raise RecordError(
+            f"{file}: an evaluation must be readable, got {exc!r}. Make it again with: judge RUN."
+        ) from exc
 
 
 def measure_logits(logits_NK: Tensor, labels_N: Tensor) -> tuple[float, float]:
@@ -163,12 +165,12 @@ def measure_logits(logits_NK: Tensor, labels_N: Tensor) -> tuple[float, float]:
     return loss.item() / len(labels_N), num_correct.item() / len(labels_N)
 
 
-def judge_logits(logits_NK: Tensor, labels_N: Tensor, class_names: Sequence[str], part: Part) -> Judgement:
+def evaluate_logits(logits_NK: Tensor, labels_N: Tensor, class_names: Sequence[str], part: Part) -> Evaluation:
     """Judge the answers to at least one image.
 
     Args:
         logits_NK: one column per class name. A row that is not finite counts with confidence 0.
-        part: which images these are: named in the judgement, nothing else.
+        part: which images these are: named in the evaluation, nothing else.
     """
     loss, accuracy = measure_logits(logits_NK, labels_N)
     num_classes = len(class_names)
@@ -178,7 +180,7 @@ def judge_logits(logits_NK: Tensor, labels_N: Tensor, class_names: Sequence[str]
     confusion = torch.bincount(labels_N * num_classes + predicted_N, minlength=num_classes**2)
     confusion = confusion.view(num_classes, num_classes)
     bins, ece = _make_bins(confidence_N, predicted_N == labels_N)
-    return Judgement(
+    return Evaluation(
         part=part,
         num_images=len(labels_N),
         loss=loss,
@@ -191,8 +193,8 @@ def judge_logits(logits_NK: Tensor, labels_N: Tensor, class_names: Sequence[str]
     )
 
 
-def find_judge_folder(storage: Path, run_id: str, part: Part) -> Path:
-    """Where a run's judgement is kept, unless told otherwise."""
+def find_evaluation_folder(storage: Path, run_id: str, part: Part) -> Path:
+    """Where a run's evaluation is kept, unless told otherwise."""
     return storage / "judge" / (run_id.replace(":", "-") + ("-test" if part == "test" else ""))
 
 

@@ -19,7 +19,7 @@ from tune_cifar.augment.batched import apply_policy, draw_policy
 from tune_cifar.augment.interpreter import select_interpreter
 from tune_cifar.augment.policies import make_policy
 from tune_cifar.models.build import build_model
-from tune_cifar.models.dropout import round_share, set_dropout_generator, set_dropout_share
+from tune_cifar.models.dropout import round_probability, set_drop_probability, set_dropout_generator
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.numerics import autocast, memory_format
 from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer
@@ -105,7 +105,7 @@ class CapturedStep:
     """
 
     def __init__(self, config: TrainConfig, numerics: Numerics) -> None:
-        self.shape = find_shape(config, numerics)
+        self.shape = make_graph_key(config, numerics)
         self._numerics = numerics
         self._batch_size = config.batch_size
         self._device = torch.device(numerics.device)
@@ -119,7 +119,7 @@ class CapturedStep:
         model = build_initial_model(config)
         set_dropout_generator(model, self.generators["dropout"])
         if "dropout" in living:
-            set_dropout_share(model, knobs["dropout"])
+            set_drop_probability(model, knobs["dropout"])
         self.model = model.to(self._device, memory_format=memory_format(numerics)).train()  # type: ignore[call-overload]
         self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
         self._images = torch.zeros(config.batch_size, 3, 32, 32, dtype=torch.uint8, device=self._device)
@@ -131,7 +131,7 @@ class CapturedStep:
 
     def reset(self, config: TrainConfig) -> None:
         """Begin a training of another config of the same shape, in place: weights, optimizer, dice and knobs."""
-        assert find_shape(config, self._numerics) == self.shape
+        assert make_graph_key(config, self._numerics) == self.shape
         self._write_knobs(config)
         self.model.load_state_dict(build_initial_model(config).state_dict())
         self.optimizer.reset()
@@ -178,10 +178,10 @@ class CapturedStep:
 
 def _read_knobs(config: TrainConfig) -> dict[str, float]:
     knobs: dict[str, float] = {name: getattr(config, name) for name in DEVICE_KNOBS}
-    return knobs | {"dropout": round_share(config.dropout)}
+    return knobs | {"dropout": round_probability(config.dropout)}
 
 
-def find_shape(config: TrainConfig, numerics: Numerics) -> Hashable:
+def make_graph_key(config: TrainConfig, numerics: Numerics) -> Hashable:
     """What two configs must share to be trained by one captured step."""
     living = tuple(value != 0 for value in _read_knobs(config).values())
     network = (config.model, config.batch_size, config.optimizer, config.nesterov)
@@ -219,18 +219,18 @@ _idle: dict[Hashable, CapturedStep] = {}
 NUM_IDLE = 2
 
 
-def take_step(config: TrainConfig, numerics: Numerics) -> EagerStep | CapturedStep:
+def acquire_step(config: TrainConfig, numerics: Numerics) -> EagerStep | CapturedStep:
     """A step at the beginning of its training; a captured one of the same shape is used again."""
     if numerics.execution == "eager" or config.augment_backend != "batched":
         return EagerStep(config, numerics)
-    step = _idle.pop(find_shape(config, numerics), None)
+    step = _idle.pop(make_graph_key(config, numerics), None)
     if step is None:
         return CapturedStep(config, numerics)
     step.reset(config)
     return step
 
 
-def give_back(step: EagerStep | CapturedStep) -> None:
+def release_step(step: EagerStep | CapturedStep) -> None:
     """Keep a captured step, whose training is over, for the next config of its shape."""
     if isinstance(step, CapturedStep):
         _idle[step.shape] = step

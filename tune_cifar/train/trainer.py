@@ -25,7 +25,7 @@ from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.metrics import measure_logits
 from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
 from tune_cifar.train.optim import Settings, schedule_steps
-from tune_cifar.train.step import derive_seed, give_back, take_step
+from tune_cifar.train.step import acquire_step, derive_seed, release_step
 
 # Images in one forward pass of an evaluation. Fixed: a validation loss may depend on it in its bits. 1,000 of s7 take
 # 0.19 s in batches of 100 to 200, 0.33 s in 250 to 500 (bf16, one thread of an EPYC Zen 5, 2026-11-21); s10 does 300
@@ -63,8 +63,8 @@ class Trainer:
         self._train = _move_to(data.train, self._device)
         self._val = _move_to(data.val, self._device) if data.val else None
         self._schedule = schedule_steps(config)
-        self._step = take_step(config, numerics)
-        weakref.finalize(self, give_back, self._step)
+        self._step = acquire_step(config, numerics)
+        weakref.finalize(self, release_step, self._step)
         self.model = self._step.model
         # Order on the CPU, so that a GPU training sees the same batches; the others where they are used.
         order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))

@@ -19,7 +19,7 @@ from typing import Any
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import KIND_WORDS, Candidate, Confirmation
 from tune_cifar.record.state import SearchState
-from tune_cifar.record.test_log import TestOpening
+from tune_cifar.record.test_log import TestEvaluation
 from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig
 from tune_cifar.space.layout import Budget, SamplerBudget
 from tune_cifar.space.select import SearchSpace
@@ -215,7 +215,7 @@ def summarise(state: SearchState) -> list[Confirmed]:
     return _compare(state, scores)
 
 
-def summarise_tests(state: SearchState, openings: Sequence[TestOpening]) -> list[Confirmed]:
+def summarise_tests(state: SearchState, openings: Sequence[TestEvaluation]) -> list[Confirmed]:
     """The candidates of a final confirmation by test accuracy, as far as the test set was opened for them: for the same
     training under any name, since it is opened for none twice. A diverged one counts as chance."""
     data = state.header.data.name

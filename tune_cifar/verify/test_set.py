@@ -13,8 +13,8 @@ from tune_cifar.data.load import CLASS_NAMES, Split, load_test
 from tune_cifar.errors import RecordError
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.state import TrialState
-from tune_cifar.record.test_log import OPENINGS_COLUMNS, TestOpening
-from tune_cifar.train.metrics import Judgement, judge_logits
+from tune_cifar.record.test_log import OPENINGS_COLUMNS, TestEvaluation
+from tune_cifar.train.metrics import Evaluation, evaluate_logits
 from tune_cifar.train.trainer import Trainer
 
 
@@ -29,12 +29,12 @@ def check_testable(trial: TrialState) -> None:
 
 
 def open_test(
-    trainer: Trainer, trial: TrialState, source: DataSource, openings_file: Path, command: str
-) -> tuple[TestOpening, Judgement, Split]:
+    trainer: Trainer, trial: TrialState, source: DataSource, test_log: Path, command: str
+) -> tuple[TestEvaluation, Evaluation, Split]:
     """Judge the trainer's weights on the test set, in one evaluation, and append the opening to the file.
 
     Returns:
-        the opening, the judgement of the same answers, and the images that were opened, for its figures.
+        the opening, the evaluation of the same answers, and the images that were opened, for its figures.
 
     Raises:
         DataError: when the test file is missing or not genuine.
@@ -42,12 +42,12 @@ def open_test(
     """
     split = load_test(source)
     try:
-        file = openings_file.open("a", newline="", encoding="utf-8")
+        file = test_log.open("a", newline="", encoding="utf-8")
     except OSError as exc:
-        raise RecordError(f"{openings_file}: every opening must be written down, got {exc.strerror!r}.") from exc
+        raise RecordError(f"{test_log}: every opening must be written down, got {exc.strerror!r}.") from exc
     with file:
-        judgement = judge_logits(trainer.predict(split), split.labels_N, CLASS_NAMES[source.name], "test")
-        opening = TestOpening(
+        evaluation = evaluate_logits(trainer.predict(split), split.labels_N, CLASS_NAMES[source.name], "test")
+        opening = TestEvaluation(
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             commit=describe_environment().get("git_commit", ""),
             fingerprint=trial.fingerprint,
@@ -55,8 +55,8 @@ def open_test(
             run_id=trial.run_id,
             data=source.name,
             images=len(split),
-            test_acc=judgement.accuracy,
-            test_loss=judgement.loss,
+            test_acc=evaluation.accuracy,
+            test_loss=evaluation.loss,
             command=command,
         )
         writer = csv.writer(file, lineterminator="\n")
@@ -65,4 +65,4 @@ def open_test(
         writer.writerow(astuple(opening))
         file.flush()
         os.fsync(file.fileno())
-    return opening, judgement, split
+    return opening, evaluation, split

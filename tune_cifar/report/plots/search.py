@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tune_cifar.report.plots.style import BLUE, FATE_COLOURS, FATE_MARKERS, ORANGE, is_log_knob, label_knob, tidy
+from tune_cifar.report.plots.style import BLUE, ORANGE, STATUS_COLOURS, STATUS_MARKERS, is_log_knob, label_knob, tidy
 
 # Dark is good; readable in grey and by the colour-blind.
 SCORE_COLOURS = "viridis_r"
@@ -56,7 +56,7 @@ def draw_history(history: pd.DataFrame, baseline: float | None, title: str) -> F
 
 
 def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
-    """Validation accuracy by epoch, a panel for each length of training, a line for each trial in its fate's colour.
+    """Validation accuracy by epoch, a panel for each length of training, a line for each trial in its status's colour.
 
     Args:
         curves: tables.make_curves.
@@ -72,10 +72,10 @@ def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
             axes.plot(
                 rows["epoch"],
                 100 * rows["val_acc"],
-                color=FATE_COLOURS[first["status"]],
+                color=STATUS_COLOURS[first["status"]],
                 linestyle="--" if is_baseline else "-",
                 linewidth=2.2 if is_baseline else 1.2,
-                marker=FATE_MARKERS[first["status"]],
+                marker=STATUS_MARKERS[first["status"]],
                 markersize=4,
                 alpha=0.9,
             )
@@ -287,7 +287,7 @@ def draw_schedules(schedules: pd.DataFrame, title: str) -> Figure:
     figure, (above, below) = plt.subplots(2, 1, figsize=(7.4, 5.4), sharex=True, layout="constrained")
     styles = ["-", "--", "-.", ":"]
     for i, (name, rows) in enumerate(schedules.groupby("name", sort=False)):
-        look = {"linestyle": styles[i % len(styles)], "color": list(FATE_COLOURS.values())[i % len(FATE_COLOURS)]}
+        look = {"linestyle": styles[i % len(styles)], "color": list(STATUS_COLOURS.values())[i % len(STATUS_COLOURS)]}
         above.plot(rows["epoch"], rows["lr"], label=str(name), **look)
         below.plot(rows["epoch"], rows["momentum"], **look)
     above.set_yscale("log")
@@ -302,7 +302,7 @@ def draw_schedules(schedules: pd.DataFrame, title: str) -> Figure:
 
 
 def draw_costs(costs: pd.DataFrame, title: str) -> Figure:
-    """Where a search's epochs and seconds went: a bar for each length of training, stacked by the trials' fates.
+    """Where a search's epochs and seconds went: a bar for each length of training, stacked by the trials' statuses.
 
     Args:
         costs: tables.make_costs, of one search.
@@ -311,20 +311,20 @@ def draw_costs(costs: pd.DataFrame, title: str) -> Figure:
         1, 2, figsize=(9, 1.8 + 0.5 * costs["cycle"].nunique()), sharey=True, layout="constrained"
     )
     cycles = sorted(costs["cycle"].unique())
-    fates = [fate for fate in FATE_COLOURS if fate in set(costs["status"])]
+    statuses = [status for status in STATUS_COLOURS if status in set(costs["status"])]
     for axes, (column, scale, label) in zip(panels, (("epochs", 1, "epochs"), ("seconds", 60, "minutes")), strict=True):
         begin = np.zeros(len(cycles))
-        for fate in fates:
-            rows = costs[costs["status"] == fate].set_index("cycle")[column].reindex(cycles, fill_value=0) / scale
-            axes.barh(range(len(cycles)), rows, left=begin, color=FATE_COLOURS[fate], edgecolor="white", height=0.7)
+        for status in statuses:
+            rows = costs[costs["status"] == status].set_index("cycle")[column].reindex(cycles, fill_value=0) / scale
+            axes.barh(range(len(cycles)), rows, left=begin, color=STATUS_COLOURS[status], edgecolor="white", height=0.7)
             begin += rows.to_numpy()
         axes.set_xlabel(f"{label} of training, {begin.sum():.3g} in all")
         tidy(axes)
     names = [f"{cycle} epoch{'s' if cycle > 1 else ''}" for cycle in cycles]
     panels[0].set_yticks(range(len(cycles)), names)
     panels[0].set_ylabel("trainings of")
-    handles = [Rectangle((0, 0), 1, 1, color=FATE_COLOURS[fate], label=f"{fate} trials") for fate in fates]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(fates), frameon=False, fontsize=9)
+    handles = [Rectangle((0, 0), 1, 1, color=STATUS_COLOURS[status], label=f"{status} trials") for status in statuses]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(statuses), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -358,7 +358,7 @@ def _scale(axes: Axes, knob: str) -> None:
 
 def _list_fates(statuses: Any) -> list[Line2D]:
     return [
-        Line2D([], [], color=colour, marker=FATE_MARKERS[fate], label=fate)
-        for fate, colour in FATE_COLOURS.items()
-        if fate in set(statuses)
+        Line2D([], [], color=colour, marker=STATUS_MARKERS[status], label=status)
+        for status, colour in STATUS_COLOURS.items()
+        if status in set(statuses)
     ]
