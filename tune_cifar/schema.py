@@ -322,8 +322,18 @@ class DataInfo(Frozen):
     """Which images a training saw."""
 
     name: Literal["cifar10", "shapes"]
-    """`shapes` is the generated stand-in: a figure measured on it says nothing about CIFAR-10."""
+    """`shapes` is synthetic data: a figure measured on it says nothing about CIFAR-10."""
     digest: str
     """Of the data files (CIFAR-10) or of the generator's version (shapes)."""
     split_hash: str
     """Of the order of indices that fixes validation and training images."""
+
+    @property
+    def label(self) -> str:
+        """`NOT CIFAR-10 (shapes)`; empty for CIFAR-10, whose figures need no warning."""
+        return label_data(self.name)
+
+
+def label_data(name: str) -> str:
+    """The warning that goes with every figure of a data set: see DataInfo.label."""
+    return "" if name == "cifar10" else f"NOT CIFAR-10 ({name})"

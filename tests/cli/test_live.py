@@ -281,7 +281,7 @@ def test_summary_tells_pins_drops_failures_and_tracking_faults_as_they_are() -> 
 
 def test_summary_of_the_stand_in_says_what_it_is() -> None:
     text = summarise(make_trial(0, [0.3, 0.5, 0.6], "complete"), data=SHAPES_INFO)
-    assert "NOT CIFAR-10: these accuracies were measured on the generated stand-in." in text
+    assert "NOT CIFAR-10 (shapes): these accuracies say nothing about CIFAR-10." in text
 
 
 def test_summary_tells_what_was_paid_beside_what_was_predicted() -> None:

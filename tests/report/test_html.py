@@ -143,7 +143,7 @@ def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup
         update={"data": DataInfo(name="shapes", digest="d", split_hash="h"), "command": "search <b>&"}
     )
     html = make_report(state)
-    assert "NOT CIFAR-10: these accuracies were measured on the generated stand-in (shapes)." in html
+    assert "NOT CIFAR-10 (shapes): these accuracies say nothing about CIFAR-10." in html
     assert "search &lt;b&gt;&amp;" in html and "search <b>" not in html
 
 

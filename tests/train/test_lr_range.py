@@ -484,7 +484,7 @@ def test_without_a_terminal_the_diff_is_shown_and_nothing_is_written(mini: Path,
     assert proposal["written"] is False and mini.read_text() == SPACE
     assert "\n-  max_lr: {low: 1.0e-3, high: 1.0e-2, log: true}  # a guess\n+  max_lr: {low: " in proposal["diff"]
     assert "not written: there is no terminal to ask at; --yes writes it" in answer.stderr
-    assert "NOT CIFAR-10: this range was measured on the generated stand-in." in answer.stderr
+    assert "NOT CIFAR-10 (shapes): this range says nothing about CIFAR-10." in answer.stderr
     sentence = refuse(ConfigError, *sweep_words(mini, "--out", str(tmp_path / "found")))
     assert sentence == f"--out: a folder without another test must be given, got {tmp_path}/found."
 

@@ -266,7 +266,7 @@ def test_judge_shows_and_keeps_what_the_kept_weights_make_of_the_recorded_valida
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     found = json.loads((folder / "judgement.json").read_text())
     assert (found["loss"], found["accuracy"], found["num_images"]) == (last.val_loss, last.val_acc, 20)
-    assert found["title"] == "small:0: 20 validation images (shapes, NOT CIFAR-10)"
+    assert found["title"] == "small:0: 20 validation images, NOT CIFAR-10 (shapes)"
     assert all(sentence in lines for sentence in found["warnings"])
     fault = "MLflow must take the evaluation of small:0, got no run of it there. The files stay; complete MLflow: "
     assert lines[-1] == f"{fault}python -m tune_cifar sync --search small"

@@ -123,7 +123,7 @@ def test_an_export_says_what_it_is(storage: Path, trained: SearchState) -> None:
     assert TrainConfig.model_validate_json(found["config"]) == trial.config
     assert (found["run_id"], found["model"], found["fingerprint"]) == ("small:0", "s7", trial.fingerprint)
     assert (float(found["val_acc"]), found["epochs"]) == (trial.val_acc, "3")
-    assert (found["data"], found["split"]) == ("shapes (NOT CIFAR-10)", trained.header.data.split_hash)
+    assert (found["data"], found["split"]) == ("NOT CIFAR-10 (shapes)", trained.header.data.split_hash)
     assert json.loads(found["classes"]) == list(CLASS_NAMES["shapes"])
     assert (json.loads(found["mean"]), json.loads(found["std"])) == (list(CIFAR_MEAN), list(CIFAR_STD))
     assert "subtract mean and divide by std" in found["input"] and found["output"].startswith("logits")

@@ -536,12 +536,12 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     assert (row["images"], row["seed"]) == ("1000", "0")
     assert row["command"] == "python -m tune_cifar " + " ".join(words)
     assert row["date"].endswith("Z") and 0 <= float(row["test_acc"]) <= 1
-    percent = f"test accuracy {100 * float(row['test_acc']):.2f} % on 1000 images (stand-in data, NOT CIFAR-10)"
+    percent = f"test accuracy {100 * float(row['test_acc']):.2f} % on 1000 images, NOT CIFAR-10 (shapes)"
     assert percent in first.stdout and f"written into {path}" in first.stdout
     assert list((workplace / "analysis").iterdir()) == []
     folder = storage / "judge" / "small-0-test"
     evaluation = json.loads((folder / "judgement.json").read_text())
-    assert evaluation["title"] == "small:0: 1,000 test images (shapes, NOT CIFAR-10)" and evaluation["part"] == "test"
+    assert evaluation["title"] == "small:0: 1,000 test images, NOT CIFAR-10 (shapes)" and evaluation["part"] == "test"
     judged = [str(evaluation[name]) for name in ("accuracy", "loss", "num_images")]
     assert judged == [row["test_acc"], row["test_loss"], row["images"]], "one evaluation gave both"
     assert f"figures: {folder} (judgement.json, confusion.png, " in first.stdout

@@ -220,7 +220,7 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
     assert settled is not None
     answer: dict[str, Any] = {"search": settled.search, "name": state.header.name, "final": settled.final}
     if settled.final:
-        ledger = find_test_log(state.folder.parent.parent, state.header.data.name)
+        ledger = find_test_log(state.storage, state.header.data.name)
         confirmed = summarise_tests(state, load_test_log(ledger))
         answer["test_log"] = str(ledger)
     else:
@@ -239,7 +239,7 @@ def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, 
     from tune_cifar.verify.test_set import open_test
 
     header = state.header
-    ledger = find_test_log(state.folder.parent.parent, header.data.name)
+    ledger = find_test_log(state.storage, header.data.name)
     complete = [trial for trial in state.trials.values() if trial.status == "complete"]
     sealed = [trial for trial in complete if not find_openings(ledger, trial.fingerprint, header.data.name)]
     if not sealed:
@@ -266,11 +266,11 @@ def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console:
     header, settled = state.header, state.header.confirmation
     assert settled is not None
     part = "test" if settled.final else "validation"
-    stand_in = "" if header.data.name == "cifar10" else f", NOT CIFAR-10 ({header.data.name})"
+    data = f", {header.data.label}" if header.data.label else ""
     length = f"{header.baseline['epochs']} epochs of {header.baseline['train_size']:,} images"
     num_ended = sum(trial.status != "running" for trial in state.trials.values())
     so_far = "" if state.is_finished else f", {num_ended} of {settled.num_trials} trainings so far"
-    say(f"{header.name}: {part} accuracy over seeds after {length}{stand_in}{so_far}", console, "bold")
+    say(f"{header.name}: {part} accuracy over seeds after {length}{data}{so_far}", console, "bold")
     table = Table("candidate", "search said", "mean", "sd", "seeds", "gain over the baseline", box=None)
     for i, found in enumerate(confirmed):
         gain = "the baseline" if i == 0 else "no pair" if found.gain is None else found.gain.describe()

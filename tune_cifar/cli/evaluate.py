@@ -96,10 +96,10 @@ def keep_evaluation(
     from tune_cifar.tracking.upload import make_tracking_uri, upload_evaluation
     from tune_cifar.train.metrics import find_evaluation_folder
 
-    storage = state.folder.parent.parent
+    storage = state.storage
     folder = out or find_evaluation_folder(storage, trial.run_id, evaluation.part)
-    stand_in = "" if state.header.data.name == "cifar10" else f" ({state.header.data.name}, NOT CIFAR-10)"
-    title = f"{trial.run_id}: {evaluation.num_images:,} {evaluation.part} images{stand_in}"
+    label = state.header.data.label
+    title = f"{trial.run_id}: {evaluation.num_images:,} {evaluation.part} images{f', {label}' if label else ''}"
     files = save_evaluation(evaluation, split.images_NCHW.permute(0, 2, 3, 1).numpy(), title, folder)
     found = evaluation.to_dict()
     fault = upload_evaluation(make_tracking_uri(storage, tracking_uri), storage, state, trial, found, files)

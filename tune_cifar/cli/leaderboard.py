@@ -11,6 +11,7 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import say, stdout
+from tune_cifar.schema import label_data
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,9 +97,10 @@ def _print_tests(states: list[SearchState], storage: Path) -> None:
         print_confirmed(summarise_tests(state, openings), state, stdout())
         say("")
     for found in others:
-        stand_in = "" if found.data == "cifar10" else f", NOT CIFAR-10 ({found.data})"
+        label = label_data(found.data)
+        data = f", {label}" if label else ""
         acc = f"{100 * found.test_acc:.2f} %"
-        say(f"{found.run_id}: test accuracy {acc} on {found.images:,} images{stand_in}, opened {found.date}")
+        say(f"{found.run_id}: test accuracy {acc} on {found.images:,} images{data}, opened {found.date}")
 
 
 def _name_training(state: SearchState, trial: TrialState) -> tuple[str, str, str]:
@@ -115,7 +117,8 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     if not trials.empty:
         say("VALIDATION: single trials, each of one seed; the best of many is an upper guess", style="bold")
     for group, rows in split_groups(trials):
-        data = "" if group["data"] == "cifar10" else f"NOT CIFAR-10 ({group['data']}), "
+        label = label_data(group["data"])
+        data = f"{label}, " if label else ""
         title = (
             f"{data}{group['epochs']} epochs of {group['train_size']} images, {group['val_size']} to validate, "
             f"split {group['split_hash']}, fidelity {group['fidelity']}"

@@ -137,7 +137,7 @@ class TrainingView:
 
     def __init__(self, console: Console, data: DataInfo) -> None:
         self._console = console
-        self._data = "" if data.name == "cifar10" else f" ({data.name})"
+        self._data = f" ({data.name})" if data.label else ""
         columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
         self._progress = _StepProgress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
 

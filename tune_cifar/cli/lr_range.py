@@ -12,6 +12,7 @@ import typer
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError, TrackingError
+from tune_cifar.schema import label_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,8 +200,8 @@ def _propose(space: str, report: dict[str, Any], yes: bool, as_json: bool, conso
     text = edit_range(file, "max_lr", Range(*propose_range(medians, keep), log=True))
     diff = describe_edit(file, text)
     console.print(diff, end="", soft_wrap=True)
-    if report["data"]["name"] != "cifar10":
-        say("NOT CIFAR-10: this range was measured on the generated stand-in.", console, "bold yellow")
+    if label := label_data(report["data"]["name"]):
+        say(f"{label}: this range says nothing about CIFAR-10.", console, "bold yellow")
     if not diff:
         note, accepted = f"{file.path}: max_lr has the proposed range already", False
     elif yes or (sys.stdin.isatty() and not as_json):

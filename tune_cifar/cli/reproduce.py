@@ -10,6 +10,7 @@ from tune_cifar.cli import options
 from tune_cifar.cli.evaluate import keep_evaluation, say_kept
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
 from tune_cifar.errors import ConfigError
+from tune_cifar.schema import label_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +78,7 @@ def _reproduce(
     from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import check_testable, open_test
 
-    test_log = find_test_log(state.folder.parent.parent, source.name)
+    test_log = find_test_log(state.storage, source.name)
     answer: dict[str, Any] = {"run_id": trial.run_id, "search": state.header.name, "fingerprint": trial.fingerprint}
     earlier = []
     if test:
@@ -150,9 +151,10 @@ def _retrain(
 
 
 def _say_opening(opening: TestEvaluation, where: str, console: Console) -> None:
-    stand_in = " (stand-in data, NOT CIFAR-10)" if opening.data == "shapes" else ""
+    label = label_data(opening.data)
+    data = f", {label}" if label else ""
     say(
-        f"test accuracy {100 * opening.test_acc:.2f} % on {opening.images} images{stand_in}, "
+        f"test accuracy {100 * opening.test_acc:.2f} % on {opening.images} images{data}, "
         f"loss {opening.test_loss:.4f} ({where})",
         console,
     )

@@ -10,7 +10,7 @@ from rich.text import Text
 from tune_cifar.record.state import TIME_LIMIT, SearchState, TrialState
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.report.trials import describe_gain
-from tune_cifar.schema import Status
+from tune_cifar.schema import Status, label_data
 
 STYLES: dict[Status, str] = {
     "running": "cyan",
@@ -24,14 +24,15 @@ NUM_KNOBS = 4
 
 def print_synthetic_banner(console: Console, data_name: str) -> None:
     """Say, so that nobody can miss it, that this is not CIFAR-10."""
-    if data_name != "shapes":
+    label = label_data(data_name)
+    if not label:
         return
     words = (
-        "\nGenerated shapes stand in for the images. The tool works as it will; its accuracies say nothing about "
-        "CIFAR-10.\nFor the real thing: python -m tune_cifar data fetch"
+        "\nThese images are generated shapes. The tool works as it will; its accuracies say nothing about "
+        "CIFAR-10.\nFor the real images: python -m tune_cifar data fetch"
     )
-    text = Text.assemble(("NOT CIFAR-10", "bold"), words)
-    console.print(Panel(text, title="stand-in data", border_style="bold yellow", padding=(1, 4)))
+    text = Text.assemble((label, "bold"), words)
+    console.print(Panel(text, title="synthetic data", border_style="bold yellow", padding=(1, 4)))
 
 
 def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
@@ -82,8 +83,8 @@ def print_search_summary(
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
     say(f"\n{header.name} ended after {took} ({state.finished.reason}): {len(state.trials)} trials, {counts}", "bold")
-    if header.data.name == "shapes":
-        say("NOT CIFAR-10: these accuracies were measured on the generated stand-in.", "bold yellow")
+    if label := header.data.label:
+        say(f"{label}: these accuracies say nothing about CIFAR-10.", "bold yellow")
     if prediction := _describe_prediction(state):
         say(prediction)
     if header.pinned:

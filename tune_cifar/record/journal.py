@@ -30,6 +30,7 @@ from tune_cifar.record.events import (
     encode_event,
     utc_now,
 )
+from tune_cifar.record.files import sync
 from tune_cifar.record.state import SearchState, require
 
 RECORD_FILE = "record.jsonl"
@@ -57,10 +58,10 @@ class Record(AbstractContextManager["Record"]):
             folder.parent.mkdir(parents=True, exist_ok=True)
             new.mkdir()
             (new / RECORD_FILE).write_bytes(line)
-            _sync(new / RECORD_FILE)
+            sync(new / RECORD_FILE)
             new.rename(folder)
             for changed in (folder, folder.parent, storage):
-                _sync(changed)
+                sync(changed)
         except OSError as exc:
             shutil.rmtree(new, ignore_errors=True)
             check_is_new(folder)
@@ -163,15 +164,6 @@ def _open_file(folder: Path, mode: Literal["rb", "r+b"]) -> FileIO:
         return (folder / RECORD_FILE).open(mode, buffering=0)
     except OSError as exc:
         raise RecordError(f"{folder}: a search must be there, got {exc.strerror!r}.") from exc
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _lock(file: FileIO, folder: Path) -> None:

@@ -10,6 +10,7 @@ from tune_cifar import schema
 from tune_cifar.errors import RecordError
 from tune_cifar.record.events import (
     KINDS,
+    EndStatus,
     EpochReported,
     Event,
     Header,
@@ -79,6 +80,10 @@ class TrialState:
         """Of the last reported epoch; None before the first and without validation images."""
         return self.trained_epochs[-1][1].val_acc if self.trained_epochs else None
 
+    def find_score(self, status: EndStatus) -> float | None:
+        """What a trial that ends so is compared by: its last val_acc, chance when it diverged, else nothing."""
+        return {"complete": self.val_acc, "diverged": schema.CHANCE_ACCURACY}.get(status)
+
     def apply(self, event: EpochReported | TrialRetried | TrialEnded, seq: int) -> None:
         """The part of SearchState.apply that changes a trial."""
         kind = KINDS[type(event)]
@@ -104,7 +109,7 @@ class TrialState:
             return
         rule = f"complete must mean {self.full_config.epochs} epochs, got {done} of {last}."
         require(done == last == self.full_config.epochs or event.status != "complete", self.run_id, rule)
-        score = {"complete": self.val_acc, "diverged": schema.CHANCE_ACCURACY}.get(event.status)
+        score = self.find_score(event.status)
         rule = f"a {event.status} trial's score must be {score}, got {event.score}."
         require(event.score == score, self.run_id, rule)
         self._begin(event.cycle)
@@ -134,6 +139,11 @@ class SearchState:
     num_events: int = 1
 
     @property
+    def storage(self) -> Path:
+        """The run store that the search lies in."""
+        return self.folder.parents[1]
+
+    @property
     def is_finished(self) -> bool:
         """True when the search came to its end; an interrupted one, or one whose driver died, may be gone on with."""
         return self.finished is not None and self.finished.reason != INTERRUPTED
@@ -149,10 +159,19 @@ class SearchState:
         return next((t.score for t in self.trials.values() if t.origin == "baseline" and t.status == "complete"), None)
 
     @property
+    def ranked(self) -> list[TrialState]:
+        """The complete trials that have a score, best first, of equals the lowest number first."""
+        scored = [
+            (-trial.score, trial.number)
+            for trial in self.trials.values()
+            if trial.status == "complete" and trial.score is not None
+        ]
+        return [self.trials[number] for _, number in sorted(scored)]
+
+    @property
     def best(self) -> TrialState | None:
-        """The complete trial of the highest score, of equals the lowest number; None while there is none."""
-        scored = [(t.score, -t.number) for t in self.trials.values() if t.status == "complete" and t.score is not None]
-        return self.trials[-max(scored)[1]] if scored else None
+        """The first of `ranked`; None while there is none."""
+        return next(iter(self.ranked), None)
 
     @property
     def counts(self) -> dict[Status, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tune_cifar.space.edit import describe_edit, edit_range
 from tune_cifar.space.layout import Range
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.rules import find_value_problem
+from tune_cifar.train.lr_range import round_to_two_digits
 
 # With fewer trials that were scored, nothing is said.
 MIN_TRIALS = 12
@@ -113,15 +113,7 @@ def _narrow(searched: Range, places: list[float], edges: list[int], kept: list[f
         return None
     low, high = float(searched.low), float(searched.high)
     return Range(
-        low if begin == 0 else max(low, _round(_value(begin, searched), math.floor)),
-        high if end == 1 else min(high, _round(_value(end, searched), math.ceil)),
+        low if begin == 0 else max(low, round_to_two_digits(_value(begin, searched), math.floor)),
+        high if end == 1 else min(high, round_to_two_digits(_value(end, searched), math.ceil)),
         log=searched.log,
     )
-
-
-def _round(value: float, way: Callable[[float], int]) -> float:
-    """To two digits, outwards."""
-    if value == 0:
-        return 0.0
-    unit = 10.0 ** (math.floor(math.log10(abs(value))) - 1)
-    return float(f"{way(value / unit) * unit:.1e}")

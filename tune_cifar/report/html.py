@@ -136,7 +136,8 @@ def _list_best(state: SearchState) -> list[dict[str, Any]]:
 
 
 def _make_title(state: SearchState, name: str) -> str:
-    return name if state.header.data.name == "cifar10" else f"{name}, {state.header.data.name}: NOT CIFAR-10"
+    label = state.header.data.label
+    return f"{name}, {label}" if label else name
 
 
 def _draw(state: SearchState, slices: pd.DataFrame, importances: pd.DataFrame) -> Iterator[Picture]:

@@ -21,7 +21,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.trials import best_so_far, estimate_scatter, load_curves, load_trials, split_groups
-from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
+from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig, label_data
 from tune_cifar.search.rungs import keep
 from tune_cifar.search.sampler import list_distributions, make_study
 from tune_cifar.space.reader import parse_space
@@ -47,7 +47,7 @@ def make_facts(state: SearchState) -> pd.DataFrame:
     end, sampler = state.finished, budget.get("sampler") or {}
     facts = {
         "space": f"{header.space} ({header.tier})",
-        "data": header.data.name if header.data.name == "cifar10" else f"{header.data.name}: NOT CIFAR-10",
+        "data": header.data.label or header.data.name,
         "images": f"{header.baseline['train_size']:,} to train, {header.baseline['val_size']:,} to validate",
         "rungs": f"{', '.join(map(str, list_rungs(state)))} epochs, fidelity {header.fidelity}",
         "early stopping": f"about one of {budget.get('reduction_factor', 'all')} goes on after a rung",
@@ -261,7 +261,8 @@ def make_comparison(states: Iterable[SearchState]) -> pd.DataFrame:
 
 
 def _describe_group(group: dict[str, Any]) -> str:
-    data = "" if group["data"] == "cifar10" else f"NOT CIFAR-10 ({group['data']}), "
+    label = label_data(group["data"])
+    data = f"{label}, " if label else ""
     epochs = f"{group['epochs']} epoch{'s' if group['epochs'] > 1 else ''}"
     sizes = f"{group['train_size']:,} images, {group['val_size']:,} to validate"
     return f"{data}{epochs} of {sizes}, fidelity {group['fidelity']}"

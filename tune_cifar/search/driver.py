@@ -27,7 +27,7 @@ from tune_cifar.record.events import (
 )
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState, TrialState
-from tune_cifar.schema import CHANCE_ACCURACY, EpochResult
+from tune_cifar.schema import EpochResult
 from tune_cifar.search.rungs import keep, list_stages
 from tune_cifar.search.sampler import Confirmer, Proposer, Sampler
 from tune_cifar.space.select import SearchSpace
@@ -195,7 +195,7 @@ class SearchDriver:
         """Record a trial's end, tell the sampler, and delete the checkpoints that no one will go on from."""
         trial = self.record.state.trials[number]
         folder = self.record.state.trial_folder(number)
-        score = {"complete": trial.val_acc, "diverged": CHANCE_ACCURACY}.get(status)
+        score = trial.find_score(status)
         weights = folder / WEIGHTS if status == "complete" else None
         if status != "complete":
             with suppress(OSError):  # a shorter cycle's; left behind, they are read by nobody

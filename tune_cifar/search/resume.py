@@ -131,10 +131,7 @@ def warm_start(space: SearchSpace, state: SearchState, num_best: int) -> tuple[S
     Raises:
         ConfigError: when the search has no complete trial.
     """
-    ranked = sorted(
-        (trial for trial in state.trials.values() if trial.status == "complete" and trial.score is not None),
-        key=lambda trial: (-(trial.score or 0.0), trial.number),
-    )[:num_best]
+    ranked = state.ranked[:num_best]
     if not ranked:
         raise ConfigError(f"--warm-start: a search with a complete trial must be named, got {state.header.name!r}.")
     points, notes = [], []

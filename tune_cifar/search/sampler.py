@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, json_to_distribution
@@ -18,11 +18,9 @@ from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
-from tune_cifar.record.events import Confirmation, Header
+from tune_cifar.record.events import Confirmation, Header, Origin
 from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
 from tune_cifar.space.select import SearchSpace
-
-Origin = Literal["baseline", "point", "sampler", "confirm"]
 
 
 class Proposal(NamedTuple):

@@ -32,7 +32,7 @@ CURVES = ("val_acc", "val_loss", "train_acc", "train_loss", "lr")
 def make_experiment_tags(header: Header) -> dict[str, str]:
     """The tags that the experiment of this record should have. A search brings the views; the trials' has its tier's
     knobs for columns."""
-    data = header.data.name if header.data.name == "cifar10" else f"{header.data.name} (NOT CIFAR-10)"
+    data = header.data.label or header.data.name
     tags = {
         # Without a kind, MLflow takes an experiment for one of language models and hides the runs.
         "mlflow.experimentKind": "custom_model_development",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from tune_cifar.errors import CheckpointError, DiskFullError
+from tune_cifar.record.files import write_atomically
 
 MAGIC = b"tune_cifar checkpoint 1\n"
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    write_atomically(path, _make_head(payload) + payload)
+    _write(path, _make_head(payload) + payload)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[st
         CheckpointError: when the disk does not take it.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomically(path, save(tensors, metadata))
+    _write(path, save(tensors, metadata))
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -189,31 +189,14 @@ def _remove(paths: list[Path]) -> None:
             path.unlink()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, never a part.
+def _write(path: Path, content: bytes) -> None:
+    """Write a file atomically.
 
     Raises:
         CheckpointError: when the disk does not take it; the old file stays.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
+        write_atomically(path, content)
     except OSError as exc:
-        _remove([temporary])
         kind = DiskFullError if exc.errno in DISK_FULL else CheckpointError
         raise kind(f"{path}: the file must reach the disk, got {exc.strerror!r}. Make room.") from exc
-
-
-def _sync(path: Path) -> None:
-    """Force a file's or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -297,13 +297,16 @@ def propose_range(medians: Sequence[float], keep: Sequence[float]) -> tuple[floa
     """What to search max_lr in: from a tenth of the lowest estimator's median to ten times the highest's, so two
     decades around the suggestion and more where the estimators lie apart. Widened to hold `keep` (the baseline, for
     one), rounded outwards to two significant digits, and within the schema's bounds."""
-    low = _round_to_two_digits(min(min(medians) / RANGE_FACTOR, *keep), math.floor)
-    high = _round_to_two_digits(max(max(medians) * RANGE_FACTOR, *keep), math.ceil)
+    low = round_to_two_digits(min(min(medians) / RANGE_FACTOR, *keep), math.floor)
+    high = round_to_two_digits(max(max(medians) * RANGE_FACTOR, *keep), math.ceil)
     return low, min(high, HIGHEST_LR)
 
 
-def _round_to_two_digits(value: float, towards: Callable[[float], int]) -> float:
-    exponent = math.floor(math.log10(value)) - 1
+def round_to_two_digits(value: float, towards: Callable[[float], int]) -> float:
+    """Round to two significant digits, by math.floor or math.ceil."""
+    if value == 0:
+        return 0.0
+    exponent = math.floor(math.log10(abs(value))) - 1
     # The first rounding undoes what binary fractions add: 5.2e-4 is no more than itself.
     return float(f"{towards(round(value / 10.0**exponent, 6))}e{exponent}")
 

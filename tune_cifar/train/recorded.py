@@ -29,7 +29,7 @@ from tune_cifar.record.events import (
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
 from tune_cifar.record.store import search_folder
-from tune_cifar.schema import CHANCE_ACCURACY, DataInfo, Numerics, TrainConfig
+from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import load_weights
 from tune_cifar.train.numerics import compare_numerics
@@ -58,7 +58,8 @@ def run_training(
         record.append(event)
         listener(record.state, event)
 
-    def end(status: EndStatus, reason: str, score: float | None = None, **files: Any) -> None:
+    def end(status: EndStatus, reason: str, **files: Any) -> None:
+        score = trial.find_score(status)
         append(TrialEnded(trial=0, status=status, reason=reason, score=score, time=utc_now(), **files))
 
     if 0 not in record.state.trials:
@@ -77,9 +78,9 @@ def run_training(
                 if result.epoch > reported:
                     append(EpochReported(trial=0, result=result))
             weights = {"weights_file": relative(record, folder / WEIGHTS)}
-            end("complete", "all epochs", trial.val_acc, **weights)
+            end("complete", "all epochs", **weights)
     except Diverged as exc:
-        end("diverged", str(exc), CHANCE_ACCURACY)
+        end("diverged", str(exc))
     except (RecordError, DiskFullError):  # there is no place to tell: it can be gone on with when there is room
         raise
     except KeyboardInterrupt:

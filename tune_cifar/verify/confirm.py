@@ -116,11 +116,7 @@ def make_confirmation(
         raise ConfigError("--set: seed must not be pinned, since the seeds are what is varied. Use --seeds.")
     if changes.get("val_size") == 0:
         raise ConfigError("--set: val_size >= 1 must hold, got 0. Candidates are compared on it; --final needs none.")
-    ranked = sorted(
-        (trial for trial in state.trials.values() if trial.status == "complete" and trial.score is not None),
-        key=lambda trial: (-(trial.score or 0.0), trial.number),
-    )
-    if not ranked:
+    if not state.ranked:
         raise ConfigError(f"--search: a search with a complete trial must be named, got {header.name!r}.")
     first = next((trial for trial in state.trials.values() if trial.origin == "baseline"), None)
     baseline = Candidate(
@@ -129,7 +125,7 @@ def make_confirmation(
         config=_change(header.baseline, changes),
     )
     candidates = [baseline]
-    for trial in ranked:
+    for trial in state.ranked:
         config = _change(trial.config.model_dump(mode="json"), changes)
         if config not in [candidate.config for candidate in candidates] and len(candidates) <= num_top:
             candidates.append(Candidate(run_id=trial.run_id, score=trial.score, config=config))

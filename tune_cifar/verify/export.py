@@ -28,9 +28,10 @@ from tune_cifar.data.load import CLASS_NAMES, Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError
 from tune_cifar.models.build import build_model
 from tune_cifar.record.environment import describe_environment
+from tune_cifar.record.files import write_atomically
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import TrainConfig
-from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights, write_atomically
+from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.recorded import load_trained
 from tune_cifar.train.trainer import EVAL_BATCH_SIZE
@@ -151,7 +152,7 @@ def describe_run(state: SearchState, trial: TrialState) -> dict[str, str]:
         "model": trial.config.model,
         "fingerprint": trial.fingerprint,
         "epochs": str(trial.config.epochs),
-        "data": info.name if info.name == "cifar10" else f"{info.name} (NOT CIFAR-10)",
+        "data": info.label or info.name,
         "split": info.split_hash,
         "classes": json.dumps(CLASS_NAMES[info.name]),
         "mean": json.dumps(CIFAR_MEAN),

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from tune_cifar.report.plots.style import BLUE, GREEN, VERMILION, label_knob, save
+from tune_cifar.schema import label_data
 
 # One for each estimator.
 MARK_COLOURS = (VERMILION, BLUE, GREEN)
@@ -38,7 +39,8 @@ def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel(label_knob("max_lr"))
     axes.set_ylabel("training loss of the step (nats per image)")
-    data = "" if report["data"]["name"] == "cifar10" else f", NOT CIFAR-10 ({report['data']['name']})"
+    label = label_data(report["data"]["name"])
+    data = f", {label}" if label else ""
     recipe = f"{report['config']['optimizer']}, batches of {report['config']['batch_size']}"
     axes.set_title(f"LR range test of {report['space']} ({report['tier']}){data}: {recipe}", fontsize=10)
     axes.legend(fontsize=8)
