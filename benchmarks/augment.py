@@ -13,7 +13,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pairs import Figures, compare, make_parser, median_figure, print_table, run_side, take_turns, write_json
+from pairs import (
+    Figures,
+    compare,
+    make_parser,
+    median_figure,
+    print_table,
+    run_side,
+    take_turns,
+    write_json,
+)
 
 BATCH_SIZE = 128
 SPACES = ("s6", "s7", "s8", "s10", "s10_postact")
@@ -21,7 +30,12 @@ OPS: dict[str, dict[str, float]] = {
     "normalize": {},
     "crop": {"crop_pad": 4},
     "hflip": {"hflip_p": 0.5},
-    "shift-scale-rotate": {"shift_scale_rotate_p": 0.5, "shift_limit": 0.1, "scale_limit": 0.1, "rotate_limit": 30.0},
+    "shift-scale-rotate": {
+        "shift_scale_rotate_p": 0.5,
+        "shift_limit": 0.1,
+        "scale_limit": 0.1,
+        "rotate_limit": 30.0,
+    },
     "cutout": {"cutout_p": 0.5, "cutout_size": 16},
     "gray": {"gray_p": 0.2},
 }
@@ -64,7 +78,9 @@ def run_batched(seconds: float) -> Figures:
         policy = make_policy(config)
 
         def make(policy: Any = policy) -> None:
-            apply_policy(policy, images, draw_policy(policy, len(images), generator), memory_format(numerics))
+            apply_policy(
+                policy, images, draw_policy(policy, len(images), generator), memory_format(numerics)
+            )
             if numerics.device == "cuda":
                 torch.cuda.synchronize()
 
@@ -80,7 +96,9 @@ def run_albumentations(seconds: float) -> Figures:
     found = {}
     for name, config in make_configs().items():
         pipeline = compose(config)
-        found[name] = measure(lambda p=pipeline: [p(image=image) for image in images], BATCH_SIZE, seconds)
+        found[name] = measure(
+            lambda p=pipeline: [p(image=image) for image in images], BATCH_SIZE, seconds
+        )
     return found
 
 
@@ -103,10 +121,18 @@ def main() -> None:
     sides, options = ("batched", "albumentations"), ("--seconds", arguments.seconds)
     rounds = take_turns(sides, arguments.rounds, lambda side: run_side(__file__, side, options))
     rows = [
-        (name, *(median_figure(rounds, side, name) for side in sides), compare(rounds, *sides, name).describe())
+        (
+            name,
+            *(median_figure(rounds, side, name) for side in sides),
+            compare(rounds, *sides, name).describe(),
+        )
         for name in make_configs()
     ]
-    print_table("Augmentation, one thread", ("", "batched, images/s", "albumentations, images/s", "ratio"), rows)
+    print_table(
+        "Augmentation, one thread",
+        ("", "batched, images/s", "albumentations, images/s", "ratio"),
+        rows,
+    )
     write_json(arguments.json, {"rounds": rounds})
 
 

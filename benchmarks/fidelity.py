@@ -51,9 +51,13 @@ def make_configs(arguments: argparse.Namespace) -> list[TrainConfig]:
 
     sizes = {name: getattr(arguments, name) for name in ("epochs", "train_size", "val_size")}
     space = load_space(arguments.space, "cpu", sizes)
-    budget = space.budget.model_copy(update={"sampler": space.budget.sampler.model_copy(update={"kind": "random"})})
+    budget = space.budget.model_copy(
+        update={"sampler": space.budget.sampler.model_copy(update={"kind": "random"})}
+    )
     sampler = Sampler(replace(space, budget=budget, points=()), CONFIG_SEED)
-    return [space.config(sampler.ask(number)[0]) for number in range(arguments.configs + arguments.more)]
+    return [
+        space.config(sampler.ask(number)[0]) for number in range(arguments.configs + arguments.more)
+    ]
 
 
 def make_jobs(config: TrainConfig, rungs: tuple[int, ...], is_more: bool) -> dict[str, TrainConfig]:
@@ -103,7 +107,10 @@ def train(arguments: argparse.Namespace) -> None:
     total = sum(config.epochs for _, _, config in jobs)
     start, spent = time.monotonic(), 0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context) as pool, arguments.table.open("a", encoding="utf-8") as file:
+    with (
+        ProcessPoolExecutor(arguments.workers, context) as pool,
+        arguments.table.open("a", encoding="utf-8") as file,
+    ):
         futures = {pool.submit(run_job, *job): job for job in jobs}
         for future in as_completed(futures):
             row, (number, job, config) = future.result(), futures[future]
@@ -144,7 +151,9 @@ class Study:
     def select(self, chosen: NDArray[Any]) -> Study:
         """The same study of some of its configurations, or of a resample."""
         variants = {name: scores[chosen] for name, scores in self.variants.items()}
-        return Study(self.rungs, variants, self.again[chosen], self.diverged[chosen], self.onecycle[chosen])
+        return Study(
+            self.rungs, variants, self.again[chosen], self.diverged[chosen], self.onecycle[chosen]
+        )
 
 
 def make_study(rows: list[dict[str, Any]], rungs: tuple[int, ...]) -> Study:
@@ -173,7 +182,8 @@ def make_study(rows: list[dict[str, Any]], rungs: tuple[int, ...]) -> Study:
         "epochs": [[score(jobs["full/0"], rung) for rung in rungs] for _, jobs in found],
         "cycles": [[restart(constant, jobs, rung) for rung in rungs] for constant, jobs in found],
         "cycles/continue": [
-            [score(jobs["full/0" if constant else "continue"], rung) for rung in rungs] for constant, jobs in found
+            [score(jobs["full/0" if constant else "continue"], rung) for rung in rungs]
+            for constant, jobs in found
         ],
     }
     return Study(
@@ -203,14 +213,21 @@ def compute_taus(study: Study) -> dict[tuple[str, int], float]:
             for i, rung in enumerate(study.rungs)
             if rung < study.rungs[-1]
         }
-    return taus | {("full, other seed", study.rungs[-1]): float(kendalltau(full, study.again).statistic)}
+    return taus | {
+        ("full, other seed", study.rungs[-1]): float(kendalltau(full, study.again).statistic)
+    }
 
 
-def bootstrap(study: Study, compute: Callable[[Study], dict[Any, float]], num_resamples: int) -> dict[Any, Scores]:
+def bootstrap(
+    study: Study, compute: Callable[[Study], dict[Any, float]], num_resamples: int
+) -> dict[Any, Scores]:
     """What `compute` gives on resamples of the configurations, paired: index i of every entry is the same resample."""
     random = np.random.default_rng(0)
     num_configs = len(study.again)
-    drawn = [compute(study.select(random.integers(0, num_configs, num_configs))) for _ in range(num_resamples)]
+    drawn = [
+        compute(study.select(random.integers(0, num_configs, num_configs)))
+        for _ in range(num_resamples)
+    ]
     return {key: np.array([values[key] for values in drawn]) for key in drawn[0]}
 
 
@@ -221,7 +238,11 @@ def format_interval(values: Scores, sign: str = "") -> str:
 
 
 def simulate_halving(
-    scores: Scores, costs: tuple[int, ...], order: NDArray[Any], max_epochs: int, reduction_factor: int
+    scores: Scores,
+    costs: tuple[int, ...],
+    order: NDArray[Any],
+    max_epochs: int,
+    reduction_factor: int,
 ) -> tuple[int | None, int]:
     """Successive halving over the configurations in this order, one after another, until the epochs are spent.
 
@@ -248,7 +269,9 @@ def simulate_halving(
     return best, begun
 
 
-def simulate_regrets(study: Study, max_epochs: int, num_orders: int) -> dict[str, tuple[float, float]]:
+def simulate_regrets(
+    study: Study, max_epochs: int, num_orders: int
+) -> dict[str, tuple[float, float]]:
     """Per variant and for random search without stopping: the mean regret of the chosen configuration, in points, over
     random orders (the same ones for all), and the mean number of configurations begun. Truth is the mean of both full
     seeds."""
@@ -265,14 +288,18 @@ def simulate_regrets(study: Study, max_epochs: int, num_orders: int) -> dict[str
     found = {}
     for name, (scores, costs) in searches.items():
         ends = [simulate_halving(scores, costs, order, max_epochs, 3) for order in orders]
-        regrets = [truth.max() - (CHANCE_ACCURACY if best is None else truth[best]) for best, _ in ends]
+        regrets = [
+            truth.max() - (CHANCE_ACCURACY if best is None else truth[best]) for best, _ in ends
+        ]
         found[name] = (100 * float(np.mean(regrets)), float(np.mean([begun for _, begun in ends])))
     return found
 
 
 def show_taus(title: str, study: Study) -> None:
     """One table: tau per variant and rung with its interval, and the paired difference to `epochs`."""
-    print(f"\n{title}: {len(study.again)} configurations, {int(study.diverged.sum())} diverged somewhere")
+    print(
+        f"\n{title}: {len(study.again)} configurations, {int(study.diverged.sum())} diverged somewhere"
+    )
     print("| score | at epoch | tau | 95 % | minus `epochs` | 95 % |\n|---|---|---|---|---|---|")
     taus, drawn = compute_taus(study), bootstrap(study, compute_taus, 2000)
     for (name, rung), tau in taus.items():
@@ -288,12 +315,16 @@ def show_taus(title: str, study: Study) -> None:
 def show_regrets(study: Study, max_epochs: int) -> None:
     """One table: regret of the chosen configuration at equal epochs, with intervals over the configurations."""
     print(f"\nregret after {max_epochs} epochs (reduction factor 3; mean of 1,000 random orders):")
-    print("| search | begun | regret, points | 95 % | minus `no stopping` | 95 % | minus `cycles` | 95 % |")
+    print(
+        "| search | begun | regret, points | 95 % | minus `no stopping` | 95 % | minus `cycles` | 95 % |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     found = simulate_regrets(study, max_epochs, 1000)
 
     def compute(resample: Study) -> dict[str, float]:
-        return {name: regret for name, (regret, _) in simulate_regrets(resample, max_epochs, 25).items()}
+        return {
+            name: regret for name, (regret, _) in simulate_regrets(resample, max_epochs, 25).items()
+        }
 
     drawn = bootstrap(study, compute, 400)
     for name, (regret, begun) in found.items():
@@ -314,13 +345,19 @@ def draw(study: Study, path: Path) -> None:
     taus = compute_taus(study)
     names, rungs = list(study.variants), study.rungs[:-1]
     figure, axes = plt.subplots(
-        len(names), len(rungs), figsize=(3.2 * len(rungs), 3 * len(names)), squeeze=False, layout="constrained"
+        len(names),
+        len(rungs),
+        figsize=(3.2 * len(rungs), 3 * len(names)),
+        squeeze=False,
+        layout="constrained",
     )
     full = study.variants["epochs"][:, -1]
     for (row, name), (column, rung) in itertools.product(enumerate(names), enumerate(rungs)):
         ax = axes[row, column]
         for mask, label in ((study.onecycle, "OneCycle"), (~study.onecycle, "constant")):
-            ax.scatter(100 * study.variants[name][mask, column], 100 * full[mask], s=14, label=label)
+            ax.scatter(
+                100 * study.variants[name][mask, column], 100 * full[mask], s=14, label=label
+            )
         ax.set_title(f"{name}, epoch {rung}: tau {taus[name, rung]:.2f}", fontsize=9)
         ax.set_xlabel("val_acc at the rung, %")
         ax.set_ylabel(f"after {study.rungs[-1]} epochs, %")
@@ -346,7 +383,9 @@ def read_rungs(text: str) -> tuple[int, ...]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["train", "show"])
     parser.add_argument("--space", default="s8")
     parser.add_argument("--configs", type=int, default=40)

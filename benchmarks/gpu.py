@@ -14,7 +14,16 @@ import json
 import time
 from typing import Any
 
-from pairs import Figures, compare, make_parser, median_figure, print_table, run_side, take_turns, write_json
+from pairs import (
+    Figures,
+    compare,
+    make_parser,
+    median_figure,
+    print_table,
+    run_side,
+    take_turns,
+    write_json,
+)
 
 SIDES = ("eager", "captured")
 
@@ -60,12 +69,16 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(run(arguments.side, **shape)))
         return
-    options = [word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)]
+    options = [
+        word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
     rounds = take_turns(SIDES, arguments.rounds, lambda side: run_side(__file__, side, options))
     names = ("start", "warm_start", "train", "epochs_per_second", "memory")
     rows = [(side, *(median_figure(rounds, side, name) for name in names)) for side in SIDES]
     print_table(f"{shape}", ("", *names), rows)
-    print(f"captured / eager, epochs/s: {compare(rounds, 'captured', 'eager', 'epochs_per_second').describe()}")
+    print(
+        f"captured / eager, epochs/s: {compare(rounds, 'captured', 'eager', 'epochs_per_second').describe()}"
+    )
     write_json(arguments.json, {"shape": shape, "rounds": rounds})
 
 

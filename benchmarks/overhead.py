@@ -26,7 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pairs import Figures, Round, compare, make_parser, median_figure, print_table, run_side, take_turns, write_json
+from pairs import (
+    Figures,
+    Round,
+    compare,
+    make_parser,
+    median_figure,
+    print_table,
+    run_side,
+    take_turns,
+    write_json,
+)
 
 EPOCHS = 24
 
@@ -70,16 +80,21 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
     space = load_space("s7", "cpu", {"train_size": 5000, "val_size": 100})
     changes = {"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
     baseline = space.baseline.model_copy(update={"epochs": epochs})
-    space = dataclasses.replace(space, baseline=baseline, budget=space.budget.model_copy(update=changes))
+    space = dataclasses.replace(
+        space, baseline=baseline, budget=space.budget.model_copy(update=changes)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        request = SearchRequest(DataSource("shapes", None), Path(folder), "overhead", name="empty", max_concurrent=1)
+        request = SearchRequest(
+            DataSource("shapes", None), Path(folder), "overhead", name="empty", max_concurrent=1
+        )
         state, faults = search.run_search(search.prepare_search(space, request), note)
         end = since_start()
         assert not faults and state.counts["complete"] == num_trials, (faults, state.counts)
     begin = times[TrialStarted][0]
     return {
         "seconds_per_trial": (end - begin) / num_trials,
-        "steady_seconds_per_trial": (times[TrialEnded][-1] - times[TrialEnded][0]) / max(1, num_trials - 1),
+        "steady_seconds_per_trial": (times[TrialEnded][-1] - times[TrialEnded][0])
+        / max(1, num_trials - 1),
     }
 
 
@@ -94,7 +109,9 @@ def run_stock(num_trials: int) -> Figures:
             tune.report({name: value for name, value in result.items() if value is not None})
 
     with tempfile.TemporaryDirectory() as folder:
-        callback = MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="stock")
+        callback = MLflowLoggerCallback(
+            tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="stock"
+        )
         begin = since_start()
         results = tune.Tuner(
             tune.with_resources(train_nothing, {"cpu": 1}),
@@ -120,7 +137,9 @@ def run_optuna(num_trials: int) -> Figures:
             trial.should_prune()
         return float(make_result(EPOCHS).val_acc)
 
-    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.SuccessiveHalvingPruner())
+    study = optuna.create_study(
+        direction="maximize", pruner=optuna.pruners.SuccessiveHalvingPruner()
+    )
     begin = time.perf_counter()
     study.optimize(train_nothing, n_trials=num_trials)
     return {"seconds_per_trial": (time.perf_counter() - begin) / num_trials}
@@ -134,7 +153,9 @@ def run_command() -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         lines: list[tuple[float, str]] = []
-        with subprocess.Popen([sys.executable, *words.split(), folder], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, *words.split(), folder], stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append((time.perf_counter() - begin, line))
@@ -186,14 +207,24 @@ def main() -> None:
     for num_trials in sorted(arguments.trials):
         print(f"{num_trials} trials", flush=True)
         sides = [side for side in SIDES if not found or side not in ONCE]
-        found[num_trials] = take_turns(sides, arguments.rounds, lambda side, n=num_trials: run(side, n))  # type: ignore[misc]
+        found[num_trials] = take_turns(
+            sides, arguments.rounds, lambda side, n=num_trials: run(side, n)
+        )  # type: ignore[misc]
     rows = [
-        (num, side, *(median_figure(rounds, side, figure) for figure in ("seconds_per_trial", "wall")))
+        (
+            num,
+            side,
+            *(median_figure(rounds, side, figure) for figure in ("seconds_per_trial", "wall")),
+        )
         for num, rounds in found.items()
         for side in rounds[0]
         if side not in ONCE[1:]
     ]
-    print_table("Trials that train nothing", ("trials", "side", "seconds per trial", "whole process, s"), rows)
+    print_table(
+        "Trials that train nothing",
+        ("trials", "side", "seconds per trial", "whole process, s"),
+        rows,
+    )
     fewest = next(iter(found.values()))
     print(f"stock / ours: {compare(fewest, 'stock', 'ours', 'seconds_per_trial').describe()}")
     for side, what in (("command", "its first trial trains"), ("bare", "ready")):

@@ -17,7 +17,16 @@ from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import Any
 
-from pairs import Figures, Round, make_parser, median_figure, print_table, run_side, take_turns, write_json
+from pairs import (
+    Figures,
+    Round,
+    make_parser,
+    median_figure,
+    print_table,
+    run_side,
+    take_turns,
+    write_json,
+)
 
 WARM_UP_STEPS = 5
 # Long enough for the slowest start.
@@ -56,7 +65,10 @@ def train(space: str, seconds: float, ready: Any, counts: Any) -> None:
 def run_packed(kind: str, num: int, space: str, seconds: float) -> Figures:
     """K trainings at once in this process or below it."""
     context = get_context("spawn")
-    ready, counts = (threading.Barrier(num) if kind == "streams" else context.Barrier(num)), context.Queue()
+    ready, counts = (
+        (threading.Barrier(num) if kind == "streams" else context.Barrier(num)),
+        context.Queue(),
+    )
     make: Any = threading.Thread if kind == "streams" else context.Process
     workers = [make(target=train, args=(space, seconds, ready, counts)) for _ in range(num)]
     for worker in workers:
@@ -85,11 +97,15 @@ def main() -> None:
         print(f"left out, more than {limit} cores: {', '.join(map(str, sorted(left_out)))}")
     sides = [f"{kind}-{num}" for num in numbers for kind in ("processes", "streams")]
     options = ("--space", arguments.space, "--seconds", arguments.seconds)
-    rounds: list[Round] = take_turns(sides, arguments.rounds, lambda side: run_side(__file__, side, options))
+    rounds: list[Round] = take_turns(
+        sides, arguments.rounds, lambda side: run_side(__file__, side, options)
+    )
     single = median_figure(rounds, sides[0], "epochs_per_second")
     speeds = {side: median_figure(rounds, side, "epochs_per_second") for side in sides}
     rows = [(side, speed, f"{speed / single:.2f}") for side, speed in speeds.items()]
-    print_table(f"{arguments.space}: trainings at once", ("", "epochs/s in all", "of one process"), rows)
+    print_table(
+        f"{arguments.space}: trainings at once", ("", "epochs/s in all", "of one process"), rows
+    )
     write_json(arguments.json, {"space": arguments.space, "rounds": rounds})
 
 

@@ -55,7 +55,9 @@ def make_parser(docstring: str | None, **rounds: int) -> argparse.ArgumentParser
     return parser
 
 
-def run_side(script: str, side: str, options: Iterable[object] = (), package: Path | None = None) -> Figures:
+def run_side(
+    script: str, side: str, options: Iterable[object] = (), package: Path | None = None
+) -> Figures:
     """One side in a fresh process: its figures, and `wall`, the seconds of the whole process.
 
     Args:
@@ -123,4 +125,6 @@ def describe_machine() -> dict[str, Any]:
 def write_json(path: Path | None, facts: Mapping[str, Any]) -> None:
     """The facts with the machine's description, where a file is asked for."""
     if path is not None:
-        path.write_text(json.dumps(describe_machine() | dict(facts), indent=2, default=asdict) + "\n")
+        path.write_text(
+            json.dumps(describe_machine() | dict(facts), indent=2, default=asdict) + "\n"
+        )

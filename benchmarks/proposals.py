@@ -75,7 +75,9 @@ class Table:
         """The same table with some of its configurations."""
         index = list(chosen)
         params = [self.params[i] for i in index]
-        return Table(params, self.scores[index], self.places[index], self.alive[index], self.is_choice)
+        return Table(
+            params, self.scores[index], self.places[index], self.alive[index], self.is_choice
+        )
 
     def measure_distances(self, place: Array, alive: Mask) -> Array:
         """From a point to every configuration: Euclidean in the unit cube, 1 along a choice that differs. A knob that
@@ -122,7 +124,9 @@ class Outcome:
     def select(self, seeds: NDArray[np.int64]) -> Outcome:
         """The same searches of some of the seeds, or of a resample of them."""
         curves = {name: curve[seeds] for name, curve in self.curves.items()}
-        return Outcome(curves, {name: gaps[seeds] for name, gaps in self.gaps.items()}, self.ceiling)
+        return Outcome(
+            curves, {name: gaps[seeds] for name, gaps in self.gaps.items()}, self.ceiling
+        )
 
 
 def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
@@ -162,11 +166,15 @@ def read_table(space: SearchSpace, path: Path) -> Table:
         if row["job"] == f"restart/{epochs}" or is_first_epochs:
             found[row["config"]] = row
     if 0 not in found:
-        raise SystemExit(f"{path}: the baseline, configuration 0, must be trained, got no such row.")
+        raise SystemExit(
+            f"{path}: the baseline, configuration 0, must be trained, got no such row."
+        )
     rows = [row for _, row in sorted(found.items())]
     params = [{name: row["params"][name] for name in space.distributions} for row in rows]
     accs = [row["val_acc"] for row in rows]
-    return make_table(space, params, [acc[epochs - 1] if len(acc) >= epochs else CHANCE_ACCURACY for acc in accs])
+    return make_table(
+        space, params, [acc[epochs - 1] if len(acc) >= epochs else CHANCE_ACCURACY for acc in accs]
+    )
 
 
 def choose_sampler(space: SearchSpace, name: str) -> SearchSpace:
@@ -198,7 +206,9 @@ class Simulator:
         curves, gaps = {}, {}
         for name in self._spaces:
             searches = [self.search(name, table, SEED_STEP * seed) for seed in range(num_seeds)]
-            curves[name] = np.maximum.accumulate(table.scores[np.array([taken for taken, _ in searches])], axis=1)
+            curves[name] = np.maximum.accumulate(
+                table.scores[np.array([taken for taken, _ in searches])], axis=1
+            )
             gaps[name] = np.array([gaps for _, gaps in searches])
         return Outcome(curves, gaps, float(table.scores.max()))
 
@@ -253,17 +263,23 @@ def compute_figures(outcome: Outcome, asks: Sequence[int]) -> Figures:
             figures["regret", name, n] = 100 * (outcome.ceiling - mean[n - 1])
             figures["minus random", name, n] = 100 * (mean[n - 1] - means["random"][n - 1])
         half = asks[-1] // 2
-        figures["log asks of random", name, half] = math.log(count_asks(means["random"], mean[half - 1]))
+        figures["log asks of random", name, half] = math.log(
+            count_asks(means["random"], mean[half - 1])
+        )
     return figures
 
 
-def resample_seeds(outcomes: list[Outcome], asks: Sequence[int], num_resamples: int) -> list[list[Figures]]:
+def resample_seeds(
+    outcomes: list[Outcome], asks: Sequence[int], num_resamples: int
+) -> list[list[Figures]]:
     """Per resample of the seeds, the figures of each outcome; the resample is the same for all of them and pairs the
     samplers by seed."""
     random = np.random.default_rng(0)
     num_seeds = len(outcomes[0].curves["random"])
     drawn = [random.integers(0, num_seeds, num_seeds) for _ in range(num_resamples)]
-    return [[compute_figures(outcome.select(seeds), asks) for outcome in outcomes] for seeds in drawn]
+    return [
+        [compute_figures(outcome.select(seeds), asks) for outcome in outcomes] for seeds in drawn
+    ]
 
 
 def draw_subtables(table: Table, num_tables: int) -> list[Table]:
@@ -271,10 +287,15 @@ def draw_subtables(table: Table, num_tables: int) -> list[Table]:
     random = np.random.default_rng(1)
     others = np.arange(1, len(table.scores))
     size = round(SHARE * len(table.scores)) - 1
-    return [table.select([0, *np.sort(random.choice(others, size, replace=False))]) for _ in range(num_tables)]
+    return [
+        table.select([0, *np.sort(random.choice(others, size, replace=False))])
+        for _ in range(num_tables)
+    ]
 
 
-def compute_table_variance(outcomes: list[Outcome], asks: Sequence[int], num_resamples: int = 200) -> Figures:
+def compute_table_variance(
+    outcomes: list[Outcome], asks: Sequence[int], num_resamples: int = 200
+) -> Figures:
     """The variance that each figure has by the table's being a sample, from the outcomes on subtables.
 
     A subtable's figure also varies by its seeds' luck on it. Resampling the seeds adds that luck once more, so the
@@ -288,7 +309,9 @@ def compute_table_variance(outcomes: list[Outcome], asks: Sequence[int], num_res
     variances: Figures = {}
     for key in own[0]:
         variance = statistics.variance(figures[key] for figures in own)
-        resampled = statistics.mean(statistics.variance(figures[key] for figures in each) for each in resamples)
+        resampled = statistics.mean(
+            statistics.variance(figures[key] for figures in each) for each in resamples
+        )
         luck = (resampled - variance) * num_seeds / (num_seeds - 1)
         error = variance * math.sqrt(2 / (len(outcomes) - 1))
         variances[key] = (max(0.0, variance - luck) + error) * SHARE / (1 - SHARE)
@@ -304,7 +327,9 @@ class Estimate:
     both: tuple[float, float]
 
 
-def estimate(outcome: Outcome, asks: Sequence[int], table_variance: Figures) -> dict[tuple[str, str, int], Estimate]:
+def estimate(
+    outcome: Outcome, asks: Sequence[int], table_variance: Figures
+) -> dict[tuple[str, str, int], Estimate]:
     """All figures with both intervals."""
     resamples = [figures for [figures] in resample_seeds([outcome], asks, NUM_RESAMPLES)]
     found = {}
@@ -324,24 +349,31 @@ def show_best(found: dict[tuple[str, str, int], Estimate], epochs: int) -> None:
     )
     for quantity, name, n in sorted(found, key=lambda key: key[2]):
         if quantity == "best":
-            best, regret, minus = (found[part, name, n] for part in ("best", "regret", "minus random"))
+            best, regret, minus = (
+                found[part, name, n] for part in ("best", "regret", "minus random")
+            )
             line = f"| {n} | {epochs * n} | {name} | {best.value:.2f} | {best.seeds[0]:.2f} to {best.seeds[1]:.2f} "
             line += f"| {regret.value:.2f} | {max(0, regret.both[0]):.2f} to {regret.both[1]:.2f} "
             if name == "random":
                 print(line + "| | | |")
             else:
-                intervals = (f"{low:+.2f} to {high:+.2f}" for low, high in (minus.seeds, minus.both))
+                intervals = (
+                    f"{low:+.2f} to {high:+.2f}" for low, high in (minus.seeds, minus.both)
+                )
                 print(f"{line}| {minus.value:+.2f} | {' | '.join(intervals)} |")
 
 
 def show_speed(found: dict[tuple[str, str, int], Estimate]) -> None:
     """One table: asks that random search needs for what each sampler has at half of the asks."""
-    print("\n| sampler | asks | random search needs | factor | 95 %, seeds | 95 %, seeds and table |")
+    print(
+        "\n| sampler | asks | random search needs | factor | 95 %, seeds | 95 %, seeds and table |"
+    )
     print("|---|---|---|---|---|---|")
     for (quantity, name, n), each in found.items():
         if quantity == "log asks of random" and name != "random":
             intervals = (
-                f"{math.exp(low) / n:.2f} to {math.exp(high) / n:.2f}" for low, high in (each.seeds, each.both)
+                f"{math.exp(low) / n:.2f} to {math.exp(high) / n:.2f}"
+                for low, high in (each.seeds, each.both)
             )
             needs = math.exp(each.value)
             print(f"| {name} | {n} | {needs:.1f} | {needs / n:.2f} | {' | '.join(intervals)} |")
@@ -367,7 +399,12 @@ def draw(outcome: Outcome, num_asks: int, path: Path) -> None:
     random, asks = np.random.default_rng(0), np.arange(1, num_asks + 1)
     for name, curve in outcome.curves.items():
         seen = 100 * curve[:, :num_asks]
-        means = np.array([seen[random.integers(0, len(seen), len(seen))].mean(axis=0) for _ in range(NUM_RESAMPLES)])
+        means = np.array(
+            [
+                seen[random.integers(0, len(seen), len(seen))].mean(axis=0)
+                for _ in range(NUM_RESAMPLES)
+            ]
+        )
         low, high = np.percentile(means, [2.5, 97.5], axis=0)
         (line,) = ax.plot(asks, seen.mean(axis=0), label=name)
         ax.fill_between(asks, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -384,7 +421,9 @@ def show(arguments: argparse.Namespace) -> None:
     table = read_table(space, arguments.table)
     samplers, num_asks = dict.fromkeys([*arguments.samplers.split(","), "random"]), arguments.asks
     if round(SHARE * len(table.scores)) < num_asks:
-        raise SystemExit(f"--asks: at most {SHARE:.0%} of the table's {len(table.scores)} must hold, got {num_asks}.")
+        raise SystemExit(
+            f"--asks: at most {SHARE:.0%} of the table's {len(table.scores)} must hold, got {num_asks}."
+        )
     asks, epochs = [num_asks * part // 4 for part in (1, 2, 3, 4)], space.budget.rungs[-1]
     simulator = Simulator(space, samplers, num_asks)
     outcome = simulator.run(table, arguments.seeds)
@@ -405,7 +444,9 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--space", default="s8")
     parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
     parser.add_argument("--samplers", default="tpe,tpe/6,random,qmc")

@@ -48,20 +48,26 @@ def make_result(epoch: int, val_acc: float) -> EpochResult:
 def make_driver(record: Record, num_trials: int) -> SearchDriver:
     space = load_space("s10", "full")
     budget = space.budget.model_copy(update={"trials": num_trials, "max_time_seconds": None})
-    return SearchDriver(record, dataclasses.replace(space, budget=budget), lambda state, event: None)
+    return SearchDriver(
+        record, dataclasses.replace(space, budget=budget), lambda state, event: None
+    )
 
 
 def write_search(storage: Path, name: str, num_trials: int) -> Path:
     """A search of s10's full tier whose trials report what a dice says; no trial is trained."""
     space = load_space("s10", "full")
     info = DataInfo(name="cifar10", digest="d", split_hash="s")
-    header = make_header("search", name, space, 0, info, resolve_numerics("cpu"), "benchmarks/recovery.py")
+    header = make_header(
+        "search", name, space, 0, info, resolve_numerics("cpu"), "benchmarks/recovery.py"
+    )
     dice = random.Random(0)
     with Record.create(search_folder(storage, name), header) as record:
         driver = make_driver(record, num_trials)
         while (trial := driver.ask()) is not None:
             epoch = 1
-            while driver.report(trial.number, make_result(epoch, min(0.95, 0.3 + epoch / 50 + dice.random() / 10))):
+            while driver.report(
+                trial.number, make_result(epoch, min(0.95, 0.3 + epoch / 50 + dice.random() / 10))
+            ):
                 epoch += 1
         if num_trials > 1:
             driver.finish()
@@ -87,13 +93,17 @@ def main() -> None:
         start = time.perf_counter()
         folder = write_search(storage, "long", arguments.trials)
         figures = {"record_seconds": time.perf_counter() - start}
-        figures["epochs"] = float(sum(trial.epochs_done for trial in read_state(folder).trials.values()))
+        figures["epochs"] = float(
+            sum(trial.epochs_done for trial in read_state(folder).trials.values())
+        )
         for what in ("mlflow_seconds", "mlflow_again_seconds"):
             start = time.perf_counter()
             sync_search(f"sqlite:///{storage}/mlflow.db", storage, read_state(folder))
             figures[what] = time.perf_counter() - start
         short = write_search(storage, "short", 1)
-        figures["resume_seconds"] = time_first_ask(folder, arguments.trials + 1) - time_first_ask(short, 2)
+        figures["resume_seconds"] = time_first_ask(folder, arguments.trials + 1) - time_first_ask(
+            short, 2
+        )
     for what, value in figures.items():
         print(f"{what}: {value:.2f}")
     if arguments.json:

@@ -58,7 +58,9 @@ def collect_rows(queue: Queue, steps: Iterable[Step]) -> None:
         config = None if step.seed is None else find_config(queue, step)
         if config is not None and (step.space, step.part, config.fingerprint) not in known:
             opening = queue.find_opening(config)
-            rows += [] if opening is None else [make_row(step.space, step.part, opening, queue.storage)]
+            rows += (
+                [] if opening is None else [make_row(step.space, step.part, opening, queue.storage)]
+            )
     if len(rows) > num_known:
         write_table(queue.table, rows)
         if not queue.is_synthetic:
@@ -95,7 +97,9 @@ class Runner:
         if self.stopped:
             return 130
         say(f"$ python -m tune_cifar {shlex.join(words)}")
-        process = subprocess.Popen([sys.executable, "-m", "tune_cifar", *words], start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tune_cifar", *words], start_new_session=True
+        )
         num_told = 0
         while process.poll() is None:
             self._watch_time()
@@ -113,7 +117,10 @@ def say_plan(queue: Queue, steps: Iterable[Step]) -> None:
         parts = []
         for part, of_part in itertools.groupby(of_space, lambda step: step.part):
             stages = Counter(find_stage(queue, step) for step in of_part)
-            counts = [f"{count} {stage}" if part in ("baseline", "best") else stage for stage, count in stages.items()]
+            counts = [
+                f"{count} {stage}" if part in ("baseline", "best") else stage
+                for stage, count in stages.items()
+            ]
             parts.append(f"{part} {', '.join(counts)}")
         say(f"  {space}: {'; '.join(parts)}")
 
@@ -129,7 +136,9 @@ def run(queue: Queue, steps: Sequence[Step], max_seconds: float) -> int:
             continue
         if stage == "failed":
             way_out = f"See `failures --search {name}`, then `searches delete {name}`."
-            raise RecordError(f"{name}: a training must go on or have ended well, got a failed one. {way_out}")
+            raise RecordError(
+                f"{name}: a training must go on or have ended well, got a failed one. {way_out}"
+            )
         hours = estimate_hours(queue, [other for other in steps if other.space == step.space])
         left = "" if hours is None else f"; the row of {step.space} takes about {hours:.1f} h more"
         say(f"\nstep {number} of {len(steps)}: {name}{left}")
@@ -137,9 +146,14 @@ def run(queue: Queue, steps: Sequence[Step], max_seconds: float) -> int:
             status = runner.run(words)
             collect_rows(queue, steps)
             if runner.stopped or status != 0:
-                why = runner.stopped or ("interrupted" if status == 130 else f"{name} failed, for what is said above")
+                why = runner.stopped or (
+                    "interrupted" if status == 130 else f"{name} failed, for what is said above"
+                )
                 given = shlex.join(word for word in sys.argv[1:] if word != "run")
-                say(f"\n{why}; go on with:\n  make rows" + (f" ARGS={shlex.quote(given)}" if given else ""))
+                say(
+                    f"\n{why}; go on with:\n  make rows"
+                    + (f" ARGS={shlex.quote(given)}" if given else "")
+                )
                 return {"time is up": 0, "interrupted": 130}.get(why, 1)
     say(f"\nnothing is left to do; every tested training stands in {queue.table}")
     return 0
@@ -152,25 +166,48 @@ def make_queue(arguments: argparse.Namespace) -> Queue:
         ConfigError: without a seed, and for what is for the stand-in alone.
     """
     pins = dict(parse_setting(setting) for setting in arguments.set)
-    queue = Queue(find_storage(None), arguments.seeds, arguments.data, arguments.tier, pins, arguments.accept_changes)
+    queue = Queue(
+        find_storage(None),
+        arguments.seeds,
+        arguments.data,
+        arguments.tier,
+        pins,
+        arguments.accept_changes,
+    )
     if queue.seeds < 1:
         raise ConfigError(f"--seeds: a number >= 1 must be given, got {queue.seeds}.")
-    if not queue.is_synthetic and (not {*arguments.space} <= SYSTEMS.keys() or pins or queue.tier != "full"):
+    if not queue.is_synthetic and (
+        not {*arguments.space} <= SYSTEMS.keys() or pins or queue.tier != "full"
+    ):
         got = f"--space {' '.join(arguments.space) or 'all'}, --tier {queue.tier} and {len(pins)} --set"
-        raise ConfigError(f"rows: {', '.join(SYSTEMS)} in tier full must be trained as they are, got {got}.")
+        raise ConfigError(
+            f"rows: {', '.join(SYSTEMS)} in tier full must be trained as they are, got {got}."
+        )
     return queue
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["run", "show"])
-    parser.add_argument("--space", action="append", default=[], help="only this one; may be given again")
+    parser.add_argument(
+        "--space", action="append", default=[], help="only this one; may be given again"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="from 1")
-    parser.add_argument("--max-time", metavar="30m", help="of this launch; what runs is ended in order then")
+    parser.add_argument(
+        "--max-time", metavar="30m", help="of this launch; what runs is ended in order then"
+    )
     parser.add_argument("--data", help="CIFAR-10's folder, or shapes")
-    parser.add_argument("--accept-changes", action="store_true", help="go on with a search although code has changed")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with a search although code has changed",
+    )
     parser.add_argument("--tier", default="full", help="on the stand-in")
-    parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="on the stand-in")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KNOB=VALUE", help="on the stand-in"
+    )
     parser.add_argument("--write", action="store_true", help="show: put the table into README")
     return parser.parse_args()
 

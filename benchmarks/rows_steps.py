@@ -84,7 +84,9 @@ class Queue:
 
     def find_opening(self, config: TrainConfig) -> TestEvaluation | None:
         """The newest opening of the test set for a training."""
-        found = find_openings(self.ledger, config.fingerprint, "shapes" if self.is_synthetic else "cifar10")
+        found = find_openings(
+            self.ledger, config.fingerprint, "shapes" if self.is_synthetic else "cifar10"
+        )
         return found[-1] if found else None
 
 
@@ -99,7 +101,9 @@ def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:
     wanted = {**final.candidates[-1].config, "seed": step.seed, **queue.pins}
     usual = load_space(step.space, queue.tier).baseline.model_dump(mode="json")
     dead = inactive_knobs(TrainConfig(**wanted))  # --set refuses them
-    return {name: value for name, value in wanted.items() if value != usual[name] and name not in dead}
+    return {
+        name: value for name, value in wanted.items() if value != usual[name] and name not in dead
+    }
 
 
 def find_config(queue: Queue, step: Step) -> TrainConfig | None:
@@ -146,7 +150,13 @@ def find_commands(queue: Queue, step: Step) -> Iterator[list[str]]:
         yield ["confirm", "--search", search, *(going_on if state else new), *data]
     else:
         if state is None or not state.is_finished:
-            words = ["--space", step.space, "--tier", queue.tier, *_make_pins(find_settings(queue, step) or {})]
+            words = [
+                "--space",
+                step.space,
+                "--tier",
+                queue.tier,
+                *_make_pins(find_settings(queue, step) or {}),
+            ]
             words += ["--name", name, "--cpus-per-trial", str(_choose_threads(state)), *data]
             yield ["train", *words, *(["--resume"] if state else [])]
         state = queue.read(step)
@@ -155,7 +165,10 @@ def find_commands(queue: Queue, step: Step) -> Iterator[list[str]]:
 
 
 def _make_pins(settings: dict[str, Any]) -> list[str]:
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in settings.items()
+    }
     return [word for name, text in texts.items() for word in ("--set", f"{name}={text}")]
 
 
@@ -175,7 +188,9 @@ def estimate_hours(queue: Queue, steps: Iterable[Step]) -> float | None:
         state = queue.read(step)
         trials = list(state.trials.values()) if state else []
         if step.seed is not None:
-            seconds += [result.epoch_seconds for trial in trials for _, result in trial.trained_epochs]
+            seconds += [
+                result.epoch_seconds for trial in trials for _, result in trial.trained_epochs
+            ]
         if find_stage(queue, step) not in OVER:
             space = load_space(step.space, queue.tier, queue.pins)
             num_epochs: float = space.baseline.epochs

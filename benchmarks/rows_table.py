@@ -21,11 +21,20 @@ COLUMNS = (
 )
 # What was wrong with the published number, and the goal for a search's best on the test set.
 SYSTEMS = {
-    "s6": ("the best epoch was picked on the test images; flip and warp on the wrong axes", "85 % in 40 epochs"),
+    "s6": (
+        "the best epoch was picked on the test images; flip and warp on the wrong axes",
+        "85 % in 40 epochs",
+    ),
     "s7": ("measured on the training images", "87 % in 60 epochs"),
     "s8": ("the best epoch was picked on the test images", "87 % in 40 epochs"),
-    "s10": ("padded by 2 instead of 4; holes filled in the wrong value range", "94.5 % in 24 epochs"),
-    "s10_postact": ("softmax into NLL; test images augmented; schedule stepped per epoch", "94.5 % in 24 epochs"),
+    "s10": (
+        "padded by 2 instead of 4; holes filled in the wrong value range",
+        "94.5 % in 24 epochs",
+    ),
+    "s10_postact": (
+        "softmax into NLL; test images augmented; schedule stepped per epoch",
+        "94.5 % in 24 epochs",
+    ),
 }
 
 Row = dict[str, str]
@@ -44,7 +53,9 @@ def load_table(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         rows = list(reader)
     if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise RecordError(f"{path}: the columns must be {', '.join(COLUMNS)}, got {reader.fieldnames}. Mend it.")
+        raise RecordError(
+            f"{path}: the columns must be {', '.join(COLUMNS)}, got {reader.fieldnames}. Mend it."
+        )
     return rows
 
 
@@ -58,8 +69,16 @@ def make_row(space: str, part: str, opening: TestEvaluation, storage: Path) -> R
     config, numerics = trial.config, trial.driver.numerics
     minutes = sum(result.epoch_seconds for _, result in trial.trained_epochs) / 60
     row = {"space": space, "part": part, "seed": config.seed, "test_acc": opening.test_acc}
-    row |= {"epochs": config.epochs, "train_images": config.train_size, "batch_size": config.batch_size}
-    row |= {"minutes": round(minutes, 1), "hardware": numerics.device_name, "precision": numerics.precision}
+    row |= {
+        "epochs": config.epochs,
+        "train_images": config.train_size,
+        "batch_size": config.batch_size,
+    }
+    row |= {
+        "minutes": round(minutes, 1),
+        "hardware": numerics.device_name,
+        "precision": numerics.precision,
+    }
     row |= {"date": opening.date, "run_id": opening.run_id, "fingerprint": opening.fingerprint}
     return {name: str(value) for name, value in row.items()}
 
@@ -83,7 +102,9 @@ def write_readme(path: Path, rows: Sequence[Row]) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ConfigError(f"{path}: {BEGIN} and then {END} must stand there once, got another order. Mend it.")
+        raise ConfigError(
+            f"{path}: {BEGIN} and then {END} must stand there once, got another order. Mend it."
+        )
     _replace(path, f"{before}{BEGIN}\n{render_table(rows)}\n{END}{after}")
 
 
@@ -106,10 +127,13 @@ def render_table(rows: Sequence[Row], spaces: Iterable[str] = tuple(SYSTEMS)) ->
     for space in spaces:
         wrong, goal = SYSTEMS.get(space, ("", ""))
         baseline, best = (
-            [row for row in rows if (row["space"], row["part"]) == (space, part)] for part in ("baseline", "best")
+            [row for row in rows if (row["space"], row["part"]) == (space, part)]
+            for part in ("baseline", "best")
         )
         found = describe_cell(best)
-        if best and {row["fingerprint"] for row in best} <= {row["fingerprint"] for row in baseline}:
+        if best and {row["fingerprint"] for row in best} <= {
+            row["fingerprint"] for row in baseline
+        }:
             found = "the baseline: none that was found was better"
         cells = [space, load_header(space).describe_published(), wrong, goal and f"at least {goal}"]
         cells += [describe_cell(baseline), found]

@@ -30,8 +30,17 @@ def compose(config: TrainConfig | None) -> Any:
     ops: list[Any] = []
     if config is not None:
         side, border = 32 + 2 * config.crop_pad, {"border_mode": cv2.BORDER_REFLECT_101}
-        s, t, r, size = config.scale_limit, config.shift_limit, config.rotate_limit, config.cutout_size
-        hole = {"num_holes_range": (1, 1), "hole_height_range": (size, size), "hole_width_range": (size, size)}
+        s, t, r, size = (
+            config.scale_limit,
+            config.shift_limit,
+            config.rotate_limit,
+            config.cutout_size,
+        )
+        hole = {
+            "num_holes_range": (1, 1),
+            "hole_height_range": (size, size),
+            "hole_width_range": (size, size),
+        }
         if config.crop_pad:
             ops += [A.PadIfNeeded(side, side, **border), A.RandomCrop(32, 32)]
         if config.hflip_p:
@@ -86,7 +95,11 @@ def build_source_model(config: TrainConfig) -> nn.Module:
 
 
 def train_batch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, smoothing: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    smoothing: float,
 ) -> None:
     """One optimizer step as every tutorial writes it."""
     optimizer.zero_grad()

@@ -20,7 +20,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pairs import Figures, Round, compare, make_parser, median_figure, print_table, run_side, take_turns, write_json
+from pairs import (
+    Figures,
+    Round,
+    compare,
+    make_parser,
+    median_figure,
+    print_table,
+    run_side,
+    take_turns,
+    write_json,
+)
 
 SPACES = ("s10", "s8", "s6", "s7")
 WARM_UP_STEPS = 3
@@ -102,7 +112,9 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--spaces", nargs="+", default=SPACES)
     parser.add_argument("--seconds", type=float, default=10.0, help="of training steps, each time")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout in the source's place")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another checkout in the source's place"
+    )
     arguments = parser.parse_args()
     if arguments.side:
         run = run_source if arguments.side == "source" else run_ours
@@ -114,9 +126,17 @@ def main() -> None:
     for space, rounds in found.items():
         speeds = [median_figure(rounds, side, "images_per_second") for side in ("ours", other)]
         ratio = compare(rounds, "ours", other, "images_per_second").describe()
-        quick = median_figure(rounds, "ours", "evaluation") / median_figure(rounds, "ours", "forward")
+        quick = median_figure(rounds, "ours", "evaluation") / median_figure(
+            rounds, "ours", "forward"
+        )
         rows.append((space, *speeds, ratio, quick))
-    columns = ("space", "ours, images/s", f"{other}, images/s", f"ours / {other}", "evaluation / forward")
+    columns = (
+        "space",
+        "ours, images/s",
+        f"{other}, images/s",
+        f"ours / {other}",
+        "evaluation / forward",
+    )
     print_table("One training step, one thread", columns, rows)
     write_json(arguments.json, {"rounds": found})
 
@@ -127,7 +147,9 @@ def run_space(space: str, arguments: argparse.Namespace) -> list[Round]:
     options = ("--spaces", space, "--seconds", arguments.seconds)
     checkouts = {"there": arguments.against}
     sides = ("ours", "there" if arguments.against else "source")
-    return take_turns(sides, arguments.rounds, lambda side: run_side(__file__, side, options, checkouts.get(side)))
+    return take_turns(
+        sides, arguments.rounds, lambda side: run_side(__file__, side, options, checkouts.get(side))
+    )
 
 
 if __name__ == "__main__":

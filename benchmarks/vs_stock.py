@@ -34,9 +34,13 @@ def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
 
     sizes = {"epochs": epochs, "train_size": train_size, "val_size": VAL_SIZE}
     space = load_space("s7", "cpu", sizes)
-    budget = space.budget.model_copy(update={"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None})
+    budget = space.budget.model_copy(
+        update={"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
+    )
     space = dataclasses.replace(space, budget=budget, points=())
-    random = budget.model_copy(update={"sampler": budget.sampler.model_copy(update={"kind": "random", "startup": 0})})
+    random = budget.model_copy(
+        update={"sampler": budget.sampler.model_copy(update={"kind": "random", "startup": 0})}
+    )
     sampler = Sampler(dataclasses.replace(space, budget=random), CONFIG_SEED)
     points = [sampler.ask(number)[0] for number in range(num_trials)]
     return dataclasses.replace(space, points=tuple(points[1:]))
@@ -57,12 +61,17 @@ def run_ours(arguments: argparse.Namespace) -> Figures:
 
     with tempfile.TemporaryDirectory() as folder:
         request = SearchRequest(find_data(None), Path(folder), "vs_stock", name="ours")
-        plan = prepare_search(make_space(arguments.trials, arguments.epochs, arguments.train_size), request)
+        plan = prepare_search(
+            make_space(arguments.trials, arguments.epochs, arguments.train_size), request
+        )
         state, faults = run_search(plan, note)
         assert not faults, faults
         scores = [trial.score for trial in state.trials.values()]
     assert state.counts["complete"] + state.counts["diverged"] == arguments.trials, state.counts
-    return {"span": times[-1] - times[0], "mean_val_acc": statistics.mean(score or 0.0 for score in scores)}
+    return {
+        "span": times[-1] - times[0],
+        "mean_val_acc": statistics.mean(score or 0.0 for score in scores),
+    }
 
 
 def run_stock(arguments: argparse.Namespace) -> Figures:
@@ -74,7 +83,9 @@ def run_stock(arguments: argparse.Namespace) -> Figures:
     configs = [space.baseline, *(space.config(point) for point in space.points)]
     dumps = [config.model_dump(mode="json") for config in configs]
     with tempfile.TemporaryDirectory() as folder:
-        callback = MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="stock")
+        callback = MLflowLoggerCallback(
+            tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="stock"
+        )
         results = tune.Tuner(
             tune.with_resources(train_stock, {"cpu": 1}),
             param_space={"config": tune.grid_search(dumps)},
@@ -118,8 +129,12 @@ def train_stock(parameters: dict[str, Any]) -> None:
             train_batch(model, optimizer, images, labels, config.label_smoothing)
         model.eval()
         with torch.no_grad():
-            num_correct = sum((model(images).argmax(1) == labels).sum().item() for images, labels in val)
-        tune.report({"val_acc": num_correct / config.val_size, "epoch": epoch + 1, "started": started})
+            num_correct = sum(
+                (model(images).argmax(1) == labels).sum().item() for images, labels in val
+            )
+        tune.report(
+            {"val_acc": num_correct / config.val_size, "epoch": epoch + 1, "started": started}
+        )
 
 
 def main() -> None:
@@ -134,8 +149,12 @@ def main() -> None:
         print(json.dumps(figures | {"images_per_second": num_images / figures["span"]}))
         return
     shape = {name: getattr(arguments, name) for name in ("trials", "epochs", "train_size")}
-    options = [word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)]
-    pairs = take_turns(("stock", "ours"), arguments.pairs, lambda side: run_side(__file__, side, options))
+    options = [
+        word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    pairs = take_turns(
+        ("stock", "ours"), arguments.pairs, lambda side: run_side(__file__, side, options)
+    )
     ratios = {"whole": compare(pairs, "stock", "ours", "wall")}
     ratios["without_start_up"] = compare(pairs, "stock", "ours", "span")
     for name, ratio in ratios.items():

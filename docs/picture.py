@@ -16,13 +16,18 @@ from tune_cifar.report.tables import make_rung_scores, make_rungs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name")
     parser.add_argument("--storage", help="the run store")
     arguments = parser.parse_args()
     state = read_state(search_folder(find_storage(arguments.storage), arguments.name))
     title = f"{state.header.name}: {state.header.space}, tier {state.header.tier}, {state.header.data.name}"
-    save(draw_asha(make_rung_scores(state), make_rungs(state), title), Path(__file__).with_name("asha.png"))
+    save(
+        draw_asha(make_rung_scores(state), make_rungs(state), title),
+        Path(__file__).with_name("asha.png"),
+    )
 
 
 if __name__ == "__main__":

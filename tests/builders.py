@@ -103,7 +103,14 @@ FEW = {"batch_size": 8, "train_size": 30, "val_size": 10}
 
 
 CONFIG = TrainConfig(
-    model="s7", optimizer="sgd", schedule="onecycle", max_lr=0.1, batch_size=64, epochs=3, train_size=500, val_size=100
+    model="s7",
+    optimizer="sgd",
+    schedule="onecycle",
+    max_lr=0.1,
+    batch_size=64,
+    epochs=3,
+    train_size=500,
+    val_size=100,
 )
 NUMERICS = Numerics(
     device="cpu",
@@ -169,10 +176,15 @@ def make_start(number: int, recipe: TrainConfig = CONFIG, **changes: Any) -> Tri
     return TrialStarted(**{**values, **changes})
 
 
-def make_trial(number: int, accs: list[float | None], status: str | None, config: TrainConfig = CONFIG) -> list[Event]:
+def make_trial(
+    number: int, accs: list[float | None], status: str | None, config: TrainConfig = CONFIG
+) -> list[Event]:
     """All events of a trial that reports these validation accuracies; no end when status is None."""
     events: list[Event] = [make_start(number, config)]
-    events += [EpochReported(trial=number, result=make_result(epoch, acc)) for epoch, acc in enumerate(accs, 1)]
+    events += [
+        EpochReported(trial=number, result=make_result(epoch, acc))
+        for epoch, acc in enumerate(accs, 1)
+    ]
     if status is not None:
         score = {"complete": accs[-1] if accs else None, "diverged": 0.1}.get(status)
         ending: Any = {"trial": number, "status": status, "score": score, "reason": f"it {status}"}
@@ -182,7 +194,9 @@ def make_trial(number: int, accs: list[float | None], status: str | None, config
     return events
 
 
-def make_cycles(number: int, courses: dict[int, list[float]], status: Any, **ending: Any) -> list[Event]:
+def make_cycles(
+    number: int, courses: dict[int, list[float]], status: Any, **ending: Any
+) -> list[Event]:
     """All events of a trial of CONFIG that trains in cycles: the accuracies of each by its length; no end when status
     is None."""
     events: list[Event] = [make_start(number)]
@@ -190,8 +204,16 @@ def make_cycles(number: int, courses: dict[int, list[float]], status: Any, **end
         results = [make_result(epoch, acc) for epoch, acc in enumerate(accs, 1)]
         events += [EpochReported(trial=number, result=result, cycle=cycle) for result in results]
     if status is not None:
-        score = {"complete": list(courses.values())[-1][-1] if courses else None, "diverged": 0.1}.get(status)
-        values = {"cycle": list(courses)[-1] if courses else None, "score": score, "reason": f"it {status}", **ending}
+        score = {
+            "complete": list(courses.values())[-1][-1] if courses else None,
+            "diverged": 0.1,
+        }.get(status)
+        values = {
+            "cycle": list(courses)[-1] if courses else None,
+            "score": score,
+            "reason": f"it {status}",
+            **ending,
+        }
         events.append(TrialEnded(trial=number, status=status, **values))
     return events
 
@@ -219,12 +241,19 @@ EVENTS = [
 
 def make_resume(trials: int = 9) -> SearchResumed:
     return SearchResumed(
-        time="2026-02-01T12:00:00+00:00", trials=trials, changes=[], numerics=NUMERICS, environment={}, command="again"
+        time="2026-02-01T12:00:00+00:00",
+        trials=trials,
+        changes=[],
+        numerics=NUMERICS,
+        environment={},
+        command="again",
     )
 
 
 ROOT = Path(__file__).parent.parent
-TINY = [f"--set={setting}" for setting in ("train_size=20", "val_size=10", "batch_size=10", "epochs=3")]
+TINY = [
+    f"--set={setting}" for setting in ("train_size=20", "val_size=10", "batch_size=10", "epochs=3")
+]
 
 
 def invoke(*words: str) -> Result:
@@ -247,7 +276,9 @@ def run_in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess
     """Run a command as a user does."""
     command = [sys.executable, "-m", "tune_cifar", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=environment, **options
+    )
 
 
 def list_commands() -> dict[str, click.Command]:
@@ -271,7 +302,18 @@ COMMANDS = list_commands()
 def make_train_words(workplace: Path, name: str, *more: str) -> list[str]:
     """A training on the stand-in whose MLflow store cannot be reached."""
     dead = f"sqlite:///{workplace}/no/such/folder/mlflow.db"
-    words = ["train", "--space", "smoke", "--tier", "cpu", "--data", "shapes", "--precision", "fp32", *TINY]
+    words = [
+        "train",
+        "--space",
+        "smoke",
+        "--tier",
+        "cpu",
+        "--data",
+        "shapes",
+        "--precision",
+        "fp32",
+        *TINY,
+    ]
     return [*words, "--name", name, "--tracking-uri", dead, *more]
 
 
@@ -288,7 +330,10 @@ def run_search(
 ) -> SearchState:
     """A search of smoke in cycles of 1 and 3 epochs, one trial at a time, with made-up accuracies."""
     space = load_space("smoke", "cpu")
-    space = replace(space, budget=space.budget.model_copy(update={"trials": num_trials, "max_time_seconds": None}))
+    space = replace(
+        space,
+        budget=space.budget.model_copy(update={"trials": num_trials, "max_time_seconds": None}),
+    )
     header = recorded.make_header("search", "x", space, 3, CIFAR10, NUMERICS, "test")
     driver = SearchDriver(Record.create(search_folder(storage, "x"), header), space, ignore_event)
     while (trial := driver.ask()) is not None:
@@ -319,7 +364,12 @@ def train_here(config: TrainConfig, data: TrainVal, numerics: Numerics) -> list[
 
 SMALL: dict[str, Any] = {"train_size": 20, "val_size": 20, "epochs": 3, "batch_size": 10}
 # Diverges at the end of the second epoch (6 steps each), from each of six seeds.
-EXPLODING: dict[str, Any] = {"schedule": "constant", "max_lr": 2.0, "weight_decay": 1.0, "train_size": 60}
+EXPLODING: dict[str, Any] = {
+    "schedule": "constant",
+    "max_lr": 2.0,
+    "weight_decay": 1.0,
+    "train_size": 60,
+}
 
 
 def open_small(
@@ -339,7 +389,9 @@ def ignore_event(state: SearchState, event: Event) -> None:
     """A listener."""
 
 
-def train_small(storage: Path, numerics: Numerics, name: str = "small", **changes: Any) -> SearchState:
+def train_small(
+    storage: Path, numerics: Numerics, name: str = "small", **changes: Any
+) -> SearchState:
     """A whole small training; what stands on disk afterwards."""
     record, data = open_small(storage, numerics, name, **changes)
     with record:
@@ -375,14 +427,20 @@ def make_logits(predicted: list[int], confidences: list[float]) -> Tensor:
     return probabilities.log().float()
 
 
-def evaluate_answers(predicted: list[int], labels: list[int], confidence: float | list[float] = 0.9) -> Evaluation:
+def evaluate_answers(
+    predicted: list[int], labels: list[int], confidence: float | list[float] = 0.9
+) -> Evaluation:
     confidences = confidence if isinstance(confidence, list) else [confidence] * len(labels)
-    return evaluate_logits(make_logits(predicted, confidences), torch.tensor(labels), NAMES, "validation")
+    return evaluate_logits(
+        make_logits(predicted, confidences), torch.tensor(labels), NAMES, "validation"
+    )
 
 
 def make_pictures(num_images: int) -> Any:
     """Each image in a grey of its own."""
-    return np.broadcast_to(np.arange(num_images, dtype=np.uint8)[:, None, None, None], (num_images, 32, 32, 3))
+    return np.broadcast_to(
+        np.arange(num_images, dtype=np.uint8)[:, None, None, None], (num_images, 32, 32, 3)
+    )
 
 
 WEIGHTS_FILE = "trials/0001/weights.safetensors"
@@ -391,7 +449,11 @@ WEIGHTS_FILE = "trials/0001/weights.safetensors"
 def make_events(reason: str = "all trials") -> list[Event]:
     """A search with a trial of every ending; trial 1 is the best and keeps its weights."""
     second = make_trial(1, [0.4, 0.6, 0.8], None)
-    second.append(TrialEnded(trial=1, status="complete", score=0.8, reason="all epochs", weights_file=WEIGHTS_FILE))
+    second.append(
+        TrialEnded(
+            trial=1, status="complete", score=0.8, reason="all epochs", weights_file=WEIGHTS_FILE
+        )
+    )
     return [
         *make_trial(0, [0.3, 0.5, 0.7], "complete"),
         *second,
@@ -404,7 +466,12 @@ def make_events(reason: str = "all trials") -> list[Event]:
 
 def make_tracking_resume() -> SearchResumed:
     """An hour after make_header."""
-    changes: Any = {"trials": 5, "changes": [], "numerics": NUMERICS, "environment": {"git_commit": "def"}}
+    changes: Any = {
+        "trials": 5,
+        "changes": [],
+        "numerics": NUMERICS,
+        "environment": {"git_commit": "def"},
+    }
     return SearchResumed(time="2026-01-31T13:00:00+00:00", command="tune_cifar search", **changes)
 
 
@@ -447,7 +514,9 @@ def drive(storage: Path, uri: str | None = None, **header: Any) -> Iterator[Driv
         driver.uploader._thread.join(600)
 
 
-def ship(storage: Path, uri: str, events: list[Event], timeout: float = 600.0, **header: Any) -> list[str]:
+def ship(
+    storage: Path, uri: str, events: list[Event], timeout: float = 600.0, **header: Any
+) -> list[str]:
     """Record the events and hand them to an uploader, as the driver does; returns its faults."""
     with drive(storage, uri, **header) as driver:
         driver.tell(*events)
@@ -492,25 +561,29 @@ TRIALS = [
 ]
 
 
-def write_search(storage: Path, name: str, day: int, events: list[Event], **changes: Any) -> SearchState:
+def write_search(
+    storage: Path, name: str, day: int, events: list[Event], **changes: Any
+) -> SearchState:
     """A search of January."""
-    return write_record(storage, make_header(name, created=f"2026-01-{day:02d}T12:00:00+00:00", **changes), events)
+    return write_record(
+        storage, make_header(name, created=f"2026-01-{day:02d}T12:00:00+00:00", **changes), events
+    )
 
 
-TRACEBACK_MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 MiB left.\nSee the docs."
-TRACEBACK_STEP = (
-    '  File "/x/.venv/lib/tune_cifar/train/trainer.py", line 131, in _train_step\n    logits = self.model(images)\n'
+TRACEBACK_MESSAGE = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 MiB left.\nSee the docs."
 )
-TRACEBACK_BELOW = (
-    '  File "/x/tune_cifar/.venv/lib/python3/site-packages/torch/nn.py", line 9, in forward\n    return f(x)\n'
-)
+TRACEBACK_STEP = '  File "/x/.venv/lib/tune_cifar/train/trainer.py", line 131, in _train_step\n    logits = self.model(images)\n'
+TRACEBACK_BELOW = '  File "/x/tune_cifar/.venv/lib/python3/site-packages/torch/nn.py", line 9, in forward\n    return f(x)\n'
 OUT_OF_MEMORY = (
     f"Traceback (most recent call last):\n{TRACEBACK_STEP}{TRACEBACK_BELOW}"
     f"torch.OutOfMemoryError: {TRACEBACK_MESSAGE}\n"
 )
 
 
-def make_failed(number: int, text: str | None, storage: Path, before: list[Event] | None = None) -> list[Event]:
+def make_failed(
+    number: int, text: str | None, storage: Path, before: list[Event] | None = None
+) -> list[Event]:
     """A failed trial with its error file (without one: text is None)."""
     path = storage / "searches" / "s7-1" / "trials" / f"{number:04d}" / "error.txt"
     if text is not None:
@@ -570,11 +643,17 @@ def make_cycles_driver(storage: Path, numerics: Numerics, name: str = "c") -> Se
     space = make_space(rungs=(1, 2, 3), fidelity="cycles", reduction_factor=2)
     info = make_info({"name": "shapes", "digest": "d", "split_hash": "s"})
     header = recorded.make_header("search", name, space, 0, info, numerics, "test")
-    return SearchDriver(Record.create(search_folder(storage, name), header), space, lambda state, event: None)
+    return SearchDriver(
+        Record.create(search_folder(storage, name), header), space, lambda state, event: None
+    )
 
 
 def make_tiny_driver(
-    storage: Path, numerics: Numerics, rungs: tuple[int, ...], fidelity: str = "cycles", **knobs: Any
+    storage: Path,
+    numerics: Numerics,
+    rungs: tuple[int, ...],
+    fidelity: str = "cycles",
+    **knobs: Any,
 ) -> SearchDriver:
     """A driver of one trial, the baseline, that really trains in cycles: 2 steps an epoch."""
     tiny = {"train_size": 10, "val_size": 10, "batch_size": 5, "epochs": rungs[-1]}
@@ -584,10 +663,14 @@ def make_tiny_driver(
     space = dataclasses.replace(space, budget=space.budget.model_copy(update=budget))
     data = load_train_val(SHAPES, space.baseline.train_size, space.baseline.val_size)
     header = recorded.make_header("search", "c", space, 0, data.info, numerics, "test")
-    return SearchDriver(Record.create(search_folder(storage, "c"), header), space, lambda state, event: None)
+    return SearchDriver(
+        Record.create(search_folder(storage, "c"), header), space, lambda state, event: None
+    )
 
 
-def run_trials(driver: SearchDriver, numerics: Numerics, num_steps: int = 1000, is_last_heard: bool = True) -> None:
+def run_trials(
+    driver: SearchDriver, numerics: Numerics, num_steps: int = 1000, is_last_heard: bool = True
+) -> None:
     """Run the driver's trials in this process, by the very adapters that Ray would call.
 
     Args:
@@ -611,11 +694,15 @@ def run_cli(folder: Path, *words: str, **options: Any) -> subprocess.CompletedPr
     """A command in a process of its own, in an empty folder."""
     command = [sys.executable, "-m", "tune_cifar", *words]
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(folder / "runs")}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600, **options
+    )
 
 
 SEARCH = ("search", "--space", "smoke", "--data", "shapes", "--tier", "cpu")
-SETTINGS = tuple(word for name, value in SMALL_SEARCH.items() for word in ("--set", f"{name}={value}"))
+SETTINGS = tuple(
+    word for name, value in SMALL_SEARCH.items() for word in ("--set", f"{name}={value}")
+)
 
 
 @dataclass
@@ -630,7 +717,11 @@ class Past:
 
 
 def make_state(epoch: int) -> dict[str, Any]:
-    return {"epoch": epoch, "model": {"weight": torch.arange(6.0).reshape(2, 3)}, "results": [{"lr": 0.1}]}
+    return {
+        "epoch": epoch,
+        "model": {"weight": torch.arange(6.0).reshape(2, 3)},
+        "results": [{"lr": 0.1}],
+    }
 
 
 class Hostile:

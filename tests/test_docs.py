@@ -17,7 +17,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
 import knobs
 
-from tests.builders import COMMANDS, ROOT, SHAPES, invoke, make_header, make_trial, run_in_a_process, write_record
+from tests.builders import (
+    COMMANDS,
+    ROOT,
+    SHAPES,
+    invoke,
+    make_header,
+    make_trial,
+    run_in_a_process,
+    write_record,
+)
 from tune_cifar.data.files import FILES, TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
 from tune_cifar.record.journal import read_state
@@ -27,10 +36,24 @@ from tune_cifar.schema import KNOBS, EpochResult, Numerics, TrainConfig
 from tune_cifar.space.select import load_space
 from tune_cifar.tracking.runs import EPOCH_METRICS
 
-README, GLOSSARY, TROUBLE = ROOT / "README.md", ROOT / "docs" / "metrics.md", ROOT / "docs" / "troubleshooting.md"
+README, GLOSSARY, TROUBLE = (
+    ROOT / "README.md",
+    ROOT / "docs" / "metrics.md",
+    ROOT / "docs" / "troubleshooting.md",
+)
 # What is told of today; the findings, notes and the changelog tell of their day.
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "search_spaces" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "analysis" / "FINDINGS.md", ROOT / "benchmarks" / "NOTES.md"]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "search_spaces" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ALL_PAGES = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "analysis" / "FINDINGS.md",
+    ROOT / "benchmarks" / "NOTES.md",
+]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAM = "python -m tune_cifar "
 Words = list[str]
@@ -101,19 +124,32 @@ def test_knobs_are_shown_as_a_table_and_as_json() -> None:
 def list_explained() -> list[str]:
     """The names in the glossary's tables, each as a pattern: CLASS, N and the like stand for anything."""
     cells = re.findall(r"^\| ([^|]*`[^|]*) \|", read(GLOSSARY), re.MULTILINE)
-    return [re.sub("[A-Z]+", ".+", re.escape(name)) for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return [
+        re.sub("[A-Z]+", ".+", re.escape(name))
+        for cell in cells
+        for name in re.findall(r"`([^`]+)`", cell)
+    ]
 
 
 def find_unexplained(names: set[str]) -> list[str]:
-    return sorted(name for name in names if not any(re.fullmatch(pattern, name) for pattern in list_explained()))
+    return sorted(
+        name
+        for name in names
+        if not any(re.fullmatch(pattern, name) for pattern in list_explained())
+    )
 
 
 def test_every_column_and_every_epochs_figure_stands_in_the_glossary() -> None:
-    assert find_unexplained({*EpochResult.model_fields, *EPOCH_METRICS, *TRIAL_COLUMNS} - set(KNOBS)) == []
+    assert (
+        find_unexplained({*EpochResult.model_fields, *EPOCH_METRICS, *TRIAL_COLUMNS} - set(KNOBS))
+        == []
+    )
 
 
 @pytest.mark.slow
-def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, fp32: Numerics) -> None:
+def test_every_name_that_reaches_mlflow_stands_in_the_glossary(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     """As a real MLflow has them: of a search with every kind of trial, of both evaluations, of an LR range test."""
     import torch
     from mlflow import MlflowClient
@@ -128,11 +164,19 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     start, *rest = make_events()
-    assert ship(tmp_path, uri, [start, TrialRetried(trial=0, fault="worker died", text="..."), *rest]) == []
+    assert (
+        ship(tmp_path, uri, [start, TrialRetried(trial=0, fault="worker died", text="..."), *rest])
+        == []
+    )
     state = read_state(search_folder(tmp_path, "s7-1"))
     for part in ("validation", "test"):
-        evaluation = evaluate_logits(torch.eye(10), torch.arange(10), [f"class{n}" for n in range(10)], part)
-        assert upload_evaluation(uri, tmp_path, state, state.trials[0], evaluation.to_dict(), []) is None
+        evaluation = evaluate_logits(
+            torch.eye(10), torch.arange(10), [f"class{n}" for n in range(10)], part
+        )
+        assert (
+            upload_evaluation(uri, tmp_path, state, state.trials[0], evaluation.to_dict(), [])
+            is None
+        )
     lrs = make_lrs(1e-3, 1.0, 30)
     losses = (*([2.3] * 10), *(2.3 - n / 10 for n in range(10)), *(1.4 + n / 2 for n in range(10)))
     info = load_train_val(SHAPES, 10, 10).info
@@ -145,9 +189,22 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = [run.data for run in client.search_runs(experiments)]
     assert len(runs) == 7
-    metrics, params = ({name for run in runs for name in getattr(run, kind)} for kind in ("metrics", "params"))
-    tags = {name for run in runs for name in run.tags} - {"mlflow.runName", "mlflow.user"}  # MLflow's own
-    assert {"val_acc", "score", "best_val_acc", "val_ece", "test_acc_class3", "loss_seed_1", "lr_valley"} <= metrics
+    metrics, params = (
+        {name for run in runs for name in getattr(run, kind)} for kind in ("metrics", "params")
+    )
+    tags = {name for run in runs for name in run.tags} - {
+        "mlflow.runName",
+        "mlflow.user",
+    }  # MLflow's own
+    assert {
+        "val_acc",
+        "score",
+        "best_val_acc",
+        "val_ece",
+        "test_acc_class3",
+        "loss_seed_1",
+        "lr_valley",
+    } <= metrics
     assert {"retries", "weights", "verdict", "best_run_id"} <= tags
     assert find_unexplained(metrics | tags) == []
     assert params <= set(KNOBS)
@@ -159,11 +216,17 @@ def test_every_name_that_reaches_mlflow_stands_in_the_glossary(tmp_path: Path, f
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_parse(page: Path) -> None:
     lines = list(list_lines(page))
-    lines += [(shlex.split(span.removeprefix(PROGRAM)), "") for span in list_spans(page) if span.startswith(PROGRAM)]
+    lines += [
+        (shlex.split(span.removeprefix(PROGRAM)), "")
+        for span in list_spans(page)
+        if span.startswith(PROGRAM)
+    ]
     for words, comment in lines:
         name = find_command(words)
         assert name, words
-        COMMANDS[name].make_context(name, words[len(name.split()) :])  # raises for an unknown option
+        COMMANDS[name].make_context(
+            name, words[len(name.split()) :]
+        )  # raises for an unknown option
         assert set(re.findall(r"--[a-z][a-z-]+", comment)) <= list_options(name), (words, comment)
 
 
@@ -174,7 +237,9 @@ def test_the_options_in_a_pages_text_are_there(page: Path) -> None:
     for span in list_spans(page):
         words = span.removeprefix(PROGRAM).split()
         name = find_command(words)
-        options = {word.partition("=")[0] for word in words if re.fullmatch(r"--[a-z][a-z-]+(=.*)?", word)}
+        options = {
+            word.partition("=")[0] for word in words if re.fullmatch(r"--[a-z][a-z-]+(=.*)?", word)
+        }
         if name or words[0] in options:
             unknown += [span] if options - (list_options(name) if name else known) else []
     assert unknown == []
@@ -201,7 +266,9 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", read(page))):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if "://" not in link and (not target.exists() or (anchor and anchor not in list_anchors(target))):
+        if "://" not in link and (
+            not target.exists() or (anchor and anchor not in list_anchors(target))
+        ):
             broken.append(link)
     assert broken == []
 
@@ -212,7 +279,9 @@ def test_the_readmes_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatc
     (code,) = list_blocks(read(README), "python")
     assert 'load_space("s7", tier="cpu")' in code
     sizes = {"train_size": 20, "val_size": 10, "batch_size": 10, "epochs": 1, "pct_start": 0.6}
-    small = code.replace('load_space("s7", tier="cpu")', f'load_space("s7", tier="cpu", pinned={sizes})')
+    small = code.replace(
+        'load_space("s7", tier="cpu")', f'load_space("s7", tier="cpu", pinned={sizes})'
+    )
     found: dict[str, Any] = {}
     exec(compile(small, str(README), "exec"), found)
     assert found["result"].epoch == 1 and list(found["trials"].columns) == list(TRIAL_COLUMNS)
@@ -239,7 +308,9 @@ WITH_RAY = ("search", "confirm")
 
 def has(words: Words, command: str) -> bool:
     """Whether these words are of a command, named with or without options of it."""
-    return find_command(words) == find_command(command.split()) and set(command.split()) <= set(words)
+    return find_command(words) == find_command(command.split()) and set(command.split()) <= set(
+        words
+    )
 
 
 def make_small(words: Words, best: str) -> Words:
@@ -282,7 +353,9 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
             best = state.best.run_id if state is not None and state.best is not None else ""
     assert set(done) == set(COMMANDS) - {"ui", "data fetch"}
     assert best and not search_folder(workplace / "runs", NAME).exists()
-    assert {f"{best.replace(':', '-')}.onnx", "preview-smoke.png"} <= {path.name for path in workplace.iterdir()}
+    assert {f"{best.replace(':', '-')}.onnx", "preview-smoke.png"} <= {
+        path.name for path in workplace.iterdir()
+    }
 
 
 # Troubles
@@ -290,7 +363,9 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
 
 def write_s7(path: str, old: str, new: str) -> None:
     """The space s7 under another name, with one change."""
-    text = read(ROOT / "search_spaces" / "s7.yaml").replace("space: s7\n", f"space: {Path(path).stem}\n")
+    text = read(ROOT / "search_spaces" / "s7.yaml").replace(
+        "space: s7\n", f"space: {Path(path).stem}\n"
+    )
     assert old in text
     Path(path).write_text(text.replace(old, new, 1))
 
@@ -319,7 +394,9 @@ def write_unfinished() -> None:
 # How the place looks in which a section's commands are typed: an empty one, else.
 SETTINGS: dict[str, Callable[[], None]] = {
     "A file of CIFAR-10 is damaged": write_zeros,
-    "A knob has no effect": lambda: write_s7("mine.yaml", "\nsearch:", "  momentum: 0.9\n\nsearch:"),
+    "A knob has no effect": lambda: write_s7(
+        "mine.yaml", "\nsearch:", "  momentum: 0.9\n\nsearch:"
+    ),
     "The first rung lies within the warm-up": lambda: write_s7(
         "warm.yaml", "rungs: [7, 20, 60]", "rungs: [7, 20, 60]\n    fidelity: epochs"
     ),
@@ -359,11 +436,17 @@ def test_the_commands_of_a_trouble_answer_as_it_says(
 @functools.cache
 def list_texts() -> list[list[str]]:
     """The texts in the package's code, each as the parts between its values; short ones left out."""
-    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tune_cifar").rglob("*.py"))
+    trees = (
+        ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tune_cifar").rglob("*.py")
+    )
     texts = []
     for node in (node for tree in trees for node in ast.walk(tree)):
         parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-        words = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        words = [
+            part.value
+            for part in parts
+            if isinstance(part, ast.Constant) and isinstance(part.value, str)
+        ]
         if len("".join(words)) >= 12:
             texts.append([word.strip() for word in words])
     return texts
@@ -382,4 +465,6 @@ def follow_one_another(parts: list[str], line: str) -> bool:
 def test_a_troubles_sentences_are_the_programs() -> None:
     lines = "".join(list_blocks(read(TROUBLE), "text")).splitlines()
     assert len(lines) > 15
-    assert [line for line in lines if not any(follow_one_another(parts, line) for parts in list_texts())] == []
+    assert [
+        line for line in lines if not any(follow_one_another(parts, line) for parts in list_texts())
+    ] == []

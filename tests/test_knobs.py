@@ -74,7 +74,9 @@ def train_and_observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]
     order = torch.arange(config.train_size)
     for step, settings in zip(range(6), schedule_steps(config), strict=False):
         start = step * config.batch_size % max(1, config.train_size - config.batch_size)
-        losses.append(trainer._train_step(order[start : start + config.batch_size], settings)[0].item())
+        losses.append(
+            trainer._train_step(order[start : start + config.batch_size], settings)[0].item()
+        )
         group = {k: v for k, v in trainer._step.optimizer.param_groups[0].items() if k != "params"}
         groups.append(repr(sorted(group.items())))
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
@@ -109,12 +111,21 @@ def test_a_changed_knob_changes_something_in_a_captured_step_too(
     captured = fp32.model_copy(update={"execution": "captured"})
 
     def train(config: TrainConfig) -> list[Any]:
-        trainer = Trainer(config, load_train_val(SHAPES, config.train_size, config.val_size), captured)
-        results = [(result.step, result.train_loss, result.val_loss, result.lr) for result in trainer]
-        return [*results, sum(weights.detach().double().sum().item() for weights in trainer.model.parameters())]
+        trainer = Trainer(
+            config, load_train_val(SHAPES, config.train_size, config.val_size), captured
+        )
+        results = [
+            (result.step, result.train_loss, result.val_loss, result.lr) for result in trainer
+        ]
+        return [
+            *results,
+            sum(weights.detach().double().sum().item() for weights in trainer.model.parameters()),
+        ]
 
     value, context = CHANGES[knob]
-    assert train(make_config(**FEW, **context)) != train(make_config(**{**FEW, **context, knob: value}))
+    assert train(make_config(**FEW, **context)) != train(
+        make_config(**{**FEW, **context, knob: value})
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,9 @@ def test_a_changed_knob_changes_something_in_a_captured_step_too(
         ("cutout_size", 4, {"cutout_p": 0.0}),
     ],
 )
-def test_a_dead_knob_changes_nothing(knob: str, value: Any, context: dict[str, Any], fp32: Numerics) -> None:
+def test_a_dead_knob_changes_nothing(
+    knob: str, value: Any, context: dict[str, Any], fp32: Numerics
+) -> None:
     before = make_config(**FEW, **context)
     after = make_config(**{**FEW, **context, knob: value})
     assert before.fingerprint == after.fingerprint

@@ -97,7 +97,8 @@ def test_imports_go_down_only() -> None:
 def test_no_two_modules_import_each_other() -> None:
     trees = dict(list_modules())
     arrows = {
-        name: {imported[len("tune_cifar.") :].replace(".", "/") for imported in list_imports(tree)} & trees.keys()
+        name: {imported[len("tune_cifar.") :].replace(".", "/") for imported in list_imports(tree)}
+        & trees.keys()
         for name, tree in trees.items()
     }
     assert [(a, b) for a in arrows for b in arrows[a] if a < b and a in arrows[b]] == []
@@ -133,7 +134,9 @@ def test_only_one_module_can_open_the_test_set() -> None:
 
 def test_only_optim_names_torchs_optimizers() -> None:
     importers = {
-        name for name, tree in list_modules() if any(found.startswith("torch.optim") for found in list_imports(tree))
+        name
+        for name, tree in list_modules()
+        if any(found.startswith("torch.optim") for found in list_imports(tree))
     }
     assert importers == {"train/optim"}
 

@@ -33,7 +33,9 @@ def list_code(notebook: Any) -> list[Any]:
 
 
 def parse_code(cell: Any) -> ast.Module:
-    return ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith("%")))
+    return ast.parse(
+        "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+    )
 
 
 def find_parameters(notebook: Any) -> Any:
@@ -60,7 +62,10 @@ def test_the_parameters_are_the_first_code_and_nothing_but_plain_values(name: st
     notebook = read_notebook(name)
     first = find_parameters(notebook)
     assert first is list_code(notebook)[0]
-    values = {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in parse_code(first).body}
+    values = {
+        ast.unparse(node.targets[0]): ast.literal_eval(node.value)
+        for node in parse_code(first).body
+    }
     assert values["storage"] == "sample"
     named = values.get("searches") or [values["search"]]
     assert set(named) <= {folder.name for folder in SAMPLES}
@@ -69,7 +74,9 @@ def test_the_parameters_are_the_first_code_and_nothing_but_plain_values(name: st
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_no_number_of_a_search_stands_in_the_prose(name: str) -> None:
     """It would be wrong for another search: accuracies come from calls. (70 % explains what a confidence means.)"""
-    prose = "\n".join(cell.source for cell in read_notebook(name).cells if cell.cell_type == "markdown")
+    prose = "\n".join(
+        cell.source for cell in read_notebook(name).cells if cell.cell_type == "markdown"
+    )
     assert set(re.findall(r"[\d.]+ ?%", prose)) <= {"70 %"}
 
 
@@ -90,11 +97,15 @@ def test_the_sample_is_of_finished_searches_on_cifar10_with_a_best_trial(folder:
 
 def copy_analysis(folder: Path) -> Path:
     """As a fresh clone has it."""
-    shutil.copytree(ANALYSIS, folder / "analysis", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(
+        ANALYSIS, folder / "analysis", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+    )
     return folder / "analysis"
 
 
-def run_notebook(notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: Any) -> Any:
+def run_notebook(
+    notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: Any
+) -> Any:
     """The notebook, executed in its own folder with these parameters in the place of those that are there."""
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(variable, str(folder.parent / "jupyter"))
@@ -109,7 +120,9 @@ def read_outputs(notebook: Any, kind: str) -> list[str]:
     """All outputs of a MIME type; what was printed counts as text/plain."""
     outputs = [output for cell in list_code(notebook) for output in cell.outputs]
     shown = [output.data[kind] for output in outputs if "data" in output and kind in output.data]
-    return shown + [output.text for output in outputs if output.output_type == "stream" and kind == "text/plain"]
+    return shown + [
+        output.text for output in outputs if output.output_type == "stream" and kind == "text/plain"
+    ]
 
 
 def check_is_clean(notebook: Any) -> None:
@@ -128,7 +141,9 @@ def check_is_clean(notebook: Any) -> None:
 def test_the_search_notebook_tells_of_any_recorded_search(
     search: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notebook = run_notebook(read_notebook(SEARCH), copy_analysis(tmp_path), monkeypatch, search=search)
+    notebook = run_notebook(
+        read_notebook(SEARCH), copy_analysis(tmp_path), monkeypatch, search=search
+    )
     check_is_clean(notebook)
     assert len(read_outputs(notebook, PNG)) == 7
     state = read_state(ANALYSIS / "sample" / "searches" / search)
@@ -139,7 +154,9 @@ def test_the_search_notebook_tells_of_any_recorded_search(
 
 
 @pytest.mark.slow
-def test_the_table_of_trials_is_the_same_from_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_trials_is_the_same_from_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = copy_analysis(tmp_path)
     storage, uri = folder / "sample", make_tracking_uri(tmp_path, None)
     sync_search(uri, storage, read_state(search_folder(storage, SAMPLES[0].name)))
@@ -150,12 +167,16 @@ def test_the_table_of_trials_is_the_same_from_mlflow(tmp_path: Path, monkeypatch
     notebook.cells = [*notebook.cells[: place + 1], again]
     run_notebook(notebook, folder, monkeypatch, search=SAMPLES[0].name, tracking_uri=uri)
     check_is_clean(notebook)
-    shipped, recorded = (re.sub(r"T_[0-9a-f]{5}", "", cell.outputs[0].data["text/html"]) for cell in (table, again))
+    shipped, recorded = (
+        re.sub(r"T_[0-9a-f]{5}", "", cell.outputs[0].data["text/html"]) for cell in (table, again)
+    )
     assert shipped == recorded and "sampler" in recorded
 
 
 @pytest.mark.slow
-def test_the_comparison_notebook_has_a_picture_for_each_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_notebook_has_a_picture_for_each_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notebook = run_notebook(read_notebook(COMPARE), copy_analysis(tmp_path), monkeypatch)
     check_is_clean(notebook)
     assert len(read_outputs(notebook, PNG)) == 2

@@ -36,7 +36,9 @@ def recorded(workplace: Path) -> Path:
         archive.extractall(workplace, filter="data")
     database = sqlite3.connect(workplace / "runs" / "mlflow.db")
     for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-        database.execute(f"UPDATE {table} SET {column} = replace({column}, '/recorded/', '{workplace}/')")
+        database.execute(
+            f"UPDATE {table} SET {column} = replace({column}, '/recorded/', '{workplace}/')"
+        )
     database.commit()
     database.close()
     return workplace / "runs"
@@ -73,7 +75,9 @@ def test_mlflows_store_opens_and_has_everything_already(recorded: Path) -> None:
     assert list(shipped["score"].fillna(-1)) == list(ours["score"].fillna(-1))
     answer = invoke("sync", "--search", "done")
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout.startswith("done: 0 trials shipped, 4 already there, 0 runs closed"), answer.stdout
+    assert answer.stdout.startswith("done: 0 trials shipped, 4 already there, 0 runs closed"), (
+        answer.stdout
+    )
 
 
 @pytest.mark.slow

@@ -101,10 +101,19 @@ def make_config(base: str = "onecycle", **changes: Any) -> TrainConfig:
         ("onecycle_fixed_momentum", {"decoupled_weight_decay"} | CYCLED | STEP_ONLY),
         ("step", {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY),
         ("cosine", {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY),
-        ("constant_adamw", {"weight_decay", "nesterov", "warm_restarts"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY),
+        (
+            "constant_adamw",
+            {"weight_decay", "nesterov", "warm_restarts"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY,
+        ),
         ("no_warp_probability", {"momentum", "decoupled_weight_decay"} | STEP_ONLY | WARP),
-        ("no_warp_limits", {"momentum", "decoupled_weight_decay", "shift_scale_rotate_p"} | STEP_ONLY),
-        ("no_cutout_probability", {"momentum", "decoupled_weight_decay", "cutout_size"} | STEP_ONLY),
+        (
+            "no_warp_limits",
+            {"momentum", "decoupled_weight_decay", "shift_scale_rotate_p"} | STEP_ONLY,
+        ),
+        (
+            "no_cutout_probability",
+            {"momentum", "decoupled_weight_decay", "cutout_size"} | STEP_ONLY,
+        ),
         ("no_cutout_size", {"momentum", "decoupled_weight_decay", "cutout_p"} | STEP_ONLY),
     ],
 )
@@ -120,10 +129,16 @@ def test_dead_knob_comes_with_its_reason() -> None:
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", KNOBS)
-def test_fingerprint_changes_with_a_living_knob_and_ignores_a_dead_one(base: str, name: str) -> None:
+def test_fingerprint_changes_with_a_living_knob_and_ignores_a_dead_one(
+    base: str, name: str
+) -> None:
     before, after = make_config(base), make_config(base, **{name: OTHER[name]})
     if before == after:
-        assert name in ("optimizer", "schedule", "cycle_momentum")  # the base has the other value already
+        assert name in (
+            "optimizer",
+            "schedule",
+            "cycle_momentum",
+        )  # the base has the other value already
     elif name in inactive_knobs(before) and name in inactive_knobs(after):
         assert after.fingerprint == before.fingerprint
     else:
@@ -161,14 +176,26 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
         ({"max_lr": True}, "max_lr: input should be a valid number, got True."),
         ({"epochs": 2.0}, "epochs: input should be a valid integer, got 2.0."),
         ({"nesterov": 1}, "nesterov: input should be a valid boolean, got 1."),
-        ({"milestone_fractions": 0.5}, "milestone_fractions: input should be a valid tuple, got 0.5."),
-        ({"milestone_fractions": ["a"]}, "milestone_fractions.0: input should be a valid number, got 'a'."),
+        (
+            {"milestone_fractions": 0.5},
+            "milestone_fractions: input should be a valid tuple, got 0.5.",
+        ),
+        (
+            {"milestone_fractions": ["a"]},
+            "milestone_fractions.0: input should be a valid number, got 'a'.",
+        ),
         (
             {"milestone_fractions": [0.5, 0.5]},
             "milestone_fractions increasing within (0, 1) must hold, got (0.5, 0.5).",
         ),
-        ({"milestone_fractions": [0, 0.5]}, "milestone_fractions increasing within (0, 1) must hold, got (0.0, 0.5)."),
-        ({"milestone_fractions": [0.5, 1]}, "milestone_fractions increasing within (0, 1) must hold, got (0.5, 1.0)."),
+        (
+            {"milestone_fractions": [0, 0.5]},
+            "milestone_fractions increasing within (0, 1) must hold, got (0.0, 0.5).",
+        ),
+        (
+            {"milestone_fractions": [0.5, 1]},
+            "milestone_fractions increasing within (0, 1) must hold, got (0.5, 1.0).",
+        ),
         ({"max_rl": 0.1}, "max_rl is not a known name. Did you mean max_lr?"),
         ({"zzz": 0.1}, "zzz is not a known name."),
         (
@@ -195,7 +222,9 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
         ),
     ],
 )
-def test_broken_rule_is_one_sentence_with_rule_and_value(changes: dict[str, Any], sentence: str) -> None:
+def test_broken_rule_is_one_sentence_with_rule_and_value(
+    changes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         make_config(**changes)
     assert str(caught.value) == f"configuration: {sentence}"
@@ -276,7 +305,9 @@ class Outer(Frozen):
 def test_literal_below_the_top_level_is_described_without_a_hint() -> None:
     with pytest.raises(ValidationError) as caught:
         Outer.model_validate({"inner": {"kind": "x"}})
-    assert describe_validation_error(caught.value, Outer) == "inner.kind must be 'a' or 'b', got 'x'."
+    assert (
+        describe_validation_error(caught.value, Outer) == "inner.kind must be 'a' or 'b', got 'x'."
+    )
 
 
 def test_epoch_result_refuses_what_json_cannot_hold() -> None:
@@ -291,7 +322,12 @@ def test_epoch_result_refuses_what_json_cannot_hold() -> None:
     [
         ({"cutout_p": 0.0, "cutout_size": 0}, [{"cutout_size": 8}, {"cutout_p": 0.5}]),
         (
-            {"shift_scale_rotate_p": 0.0, "shift_limit": 0.0, "scale_limit": 0.0, "rotate_limit": 0.0},
+            {
+                "shift_scale_rotate_p": 0.0,
+                "shift_limit": 0.0,
+                "scale_limit": 0.0,
+                "rotate_limit": 0.0,
+            },
             [{"rotate_limit": 30.0}, {"shift_scale_rotate_p": 0.5}],
         ),
     ],
@@ -299,19 +335,41 @@ def test_epoch_result_refuses_what_json_cannot_hold() -> None:
 def test_fingerprint_is_the_same_however_an_operation_is_switched_off(
     knobs: dict[str, Any], off: list[dict[str, Any]]
 ) -> None:
-    values = {"model": "s7", "optimizer": "sgd", "schedule": "onecycle", "max_lr": 0.1, "batch_size": 8, "epochs": 1}
-    fingerprints = {TrainConfig(**{**values, **knobs, **change}).fingerprint for change in ({}, *off)}
+    values = {
+        "model": "s7",
+        "optimizer": "sgd",
+        "schedule": "onecycle",
+        "max_lr": 0.1,
+        "batch_size": 8,
+        "epochs": 1,
+    }
+    fingerprints = {
+        TrainConfig(**{**values, **knobs, **change}).fingerprint for change in ({}, *off)
+    }
     assert len(fingerprints) == 1
 
 
 def test_config_refuses_nesterov_without_momentum() -> None:
-    values = {"model": "s7", "optimizer": "sgd", "schedule": "constant", "max_lr": 0.1, "batch_size": 8, "epochs": 1}
+    values = {
+        "model": "s7",
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "max_lr": 0.1,
+        "batch_size": 8,
+        "epochs": 1,
+    }
     with pytest.raises(ConfigError, match="momentum > 0 must hold with nesterov, got 0"):
         TrainConfig(**values, nesterov=True, momentum=0.0)
 
 
 def test_config_names_the_misspelt_knob_before_the_missing_one() -> None:
-    values = {"model": "s7", "optimizer": "sgd", "schedule": "constant", "batch_size": 8, "epochs": 1}
+    values = {
+        "model": "s7",
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "batch_size": 8,
+        "epochs": 1,
+    }
     with pytest.raises(ConfigError, match=r"max_l is not a known name\. Did you mean max_lr\?"):
         TrainConfig(**values, max_l=0.1)
 
@@ -329,7 +387,9 @@ def test_a_recipe_over_fewer_epochs_keeps_the_restarts_that_lie_within() -> None
 
 @pytest.mark.parametrize("restarts", [(0,), (3, 3), (5, 2), (9,), (12,), (-1, 4)])
 def test_warm_restarts_lie_in_order_before_the_last_epoch(restarts: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="warm_restarts increasing from 1 to below epochs must hold, got"):
+    with pytest.raises(
+        ConfigError, match="warm_restarts increasing from 1 to below epochs must hold, got"
+    ):
         make_config("onecycle", epochs=9, warm_restarts=restarts)
 
 
@@ -341,6 +401,15 @@ def test_warm_restarts_are_a_list_of_whole_numbers(restarts: Any) -> None:
 
 def test_warm_restarts_belong_to_the_fingerprint_where_there_are_any() -> None:
     config = make_config("onecycle", epochs=9, warm_restarts=(2, 5))
-    assert len({config.fingerprint, config.shorten(8).fingerprint, make_config("onecycle", epochs=9).fingerprint}) == 3
+    assert (
+        len(
+            {
+                config.fingerprint,
+                config.shorten(8).fingerprint,
+                make_config("onecycle", epochs=9).fingerprint,
+            }
+        )
+        == 3
+    )
     constant = make_config("constant_adamw", epochs=9)
     assert "warm_restarts" in inactive_knobs(constant.model_copy(update={"warm_restarts": (2,)}))

@@ -12,7 +12,15 @@ import itertools
 import json
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from tune_cifar.errors import ConfigError
@@ -70,7 +78,9 @@ class TrainConfig(Frozen):
     """SGD's momentum, or Adam's beta1, unless OneCycle cycles it (then base_momentum and max_momentum count)."""
     weight_decay: float = knob(0.0, "weight decay (coupled)", "optim", log=True, ge=0.0, le=1.0)
     """L2 added to the gradient (SGD, Adam)."""
-    decoupled_weight_decay: float = knob(0.0, "weight decay (decoupled)", "optim", log=True, ge=0.0, le=1.0)
+    decoupled_weight_decay: float = knob(
+        0.0, "weight decay (decoupled)", "optim", log=True, ge=0.0, le=1.0
+    )
     """Shrinkage of the weights by lr x this value a step, apart from the gradient (AdamW)."""
 
     schedule: Literal["onecycle", "cosine", "step", "constant"] = knob(..., "schedule", "optim")
@@ -87,24 +97,34 @@ class TrainConfig(Frozen):
     """OneCycle moves momentum (beta1) against the LR, between max_momentum and base_momentum."""
     base_momentum: float = knob(0.85, "lowest momentum", "optim", ge=0.0, lt=1.0)
     max_momentum: float = knob(0.95, "highest momentum", "optim", ge=0.0, lt=1.0)
-    milestone_fractions: tuple[float, ...] = knob((0.5, 0.75), "step milestones", "optim", unit="of training")
+    milestone_fractions: tuple[float, ...] = knob(
+        (0.5, 0.75), "step milestones", "optim", unit="of training"
+    )
     """Fractions of all steps after which the step schedule multiplies the LR by gamma; increasing, in (0, 1)."""
     gamma: float = knob(0.1, "step factor", "optim", log=True, gt=0.0, le=1.0)
     warm_restarts: tuple[int, ...] = knob((), "warm restarts", "engine", unit="epochs")
     """Epochs after which the whole schedule begins anew, as long as to the next one; weights and the optimizer's state
     stay (Loshchilov & Hutter 2017). Increasing, before the last epoch."""
 
-    batch_size: int = knob(..., "batch size", "engine", unit="images", log=True, ge=2, le=NUM_TRAIN_IMAGES)
+    batch_size: int = knob(
+        ..., "batch size", "engine", unit="images", log=True, ge=2, le=NUM_TRAIN_IMAGES
+    )
     epochs: int = knob(..., "epochs", "engine", ge=1, le=MAX_EPOCHS)
     label_smoothing: float = knob(0.0, "label smoothing", "engine", ge=0.0, le=0.9)
-    train_size: int = knob(45_000, "training images", "data", unit="images", ge=NUM_CLASSES, le=NUM_TRAIN_IMAGES)
+    train_size: int = knob(
+        45_000, "training images", "data", unit="images", ge=NUM_CLASSES, le=NUM_TRAIN_IMAGES
+    )
     """A stratified prefix of the 45,000 training images; 50,000 means all of them and no validation."""
-    val_size: int = knob(NUM_VAL_IMAGES, "validation images", "data", unit="images", ge=0, le=NUM_VAL_IMAGES)
+    val_size: int = knob(
+        NUM_VAL_IMAGES, "validation images", "data", unit="images", ge=0, le=NUM_VAL_IMAGES
+    )
     """A stratified prefix of the 5,000 validation images; 0 only together with train_size 50,000."""
     seed: int = knob(0, "seed", "engine", ge=0, le=2**31 - 1)
     """Parent of every random stream of the training: initial weights, order, augmentation, dropout."""
 
-    augment_backend: Literal["batched", "albumentations"] = knob("batched", "augmentation backend", "augment")
+    augment_backend: Literal["batched", "albumentations"] = knob(
+        "batched", "augmentation backend", "augment"
+    )
     """Which interpreter applies the policy: whole batches on the device, or albumentations image by image."""
     crop_pad: int = knob(0, "crop padding", "augment", unit="px", ge=0, le=16)
     """Pad by reflection (101) on each side, then crop 32x32 at random; 0 is off."""
@@ -123,7 +143,9 @@ class TrainConfig(Frozen):
         try:
             super().__init__(**values)
         except ValidationError as exc:
-            raise ConfigError(f"configuration: {describe_validation_error(exc, TrainConfig)}") from exc
+            raise ConfigError(
+                f"configuration: {describe_validation_error(exc, TrainConfig)}"
+            ) from exc
 
     @field_validator("warm_restarts", mode="before")
     @classmethod
@@ -133,7 +155,11 @@ class TrainConfig(Frozen):
     @field_validator("milestone_fractions", mode="before")
     @classmethod
     def _read_milestones(cls, value: Any) -> Any:
-        return tuple(float(v) if isinstance(v, int) else v for v in value) if isinstance(value, list | tuple) else value
+        return (
+            tuple(float(v) if isinstance(v, int) else v for v in value)
+            if isinstance(value, list | tuple)
+            else value
+        )
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
@@ -166,7 +192,9 @@ class TrainConfig(Frozen):
             )
         fractions = (0.0, *self.milestone_fractions, 1.0)
         if any(a >= b for a, b in itertools.pairwise(fractions)):
-            raise ValueError(f"milestone_fractions increasing within (0, 1) must hold, got {self.milestone_fractions}")
+            raise ValueError(
+                f"milestone_fractions increasing within (0, 1) must hold, got {self.milestone_fractions}"
+            )
         return self
 
     @property
@@ -182,13 +210,19 @@ class TrainConfig(Frozen):
     @property
     def cycle_epochs(self) -> tuple[int, ...]:
         """Lengths in epochs of the schedule's cycles, one after another."""
-        return tuple(end - start for start, end in itertools.pairwise((0, *self.warm_restarts, self.epochs)))
+        return tuple(
+            end - start for start, end in itertools.pairwise((0, *self.warm_restarts, self.epochs))
+        )
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the training: SHA-256 of all living knobs in canonical JSON."""
         silent = {*inactive_knobs(self), *_knobs_of_inactive_ops(self)}
-        living = {name: value for name, value in self.model_dump(mode="json").items() if name not in silent}
+        living = {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if name not in silent
+        }
         return hashlib.sha256(json.dumps(living, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -205,21 +239,49 @@ def inactive_knobs(config: TrainConfig) -> dict[str, str]:
 
     onecycle = config.schedule == "onecycle"
     cycles = onecycle and config.cycle_momentum
-    mark("nesterov", config.optimizer != "sgd", f"optimizer {config.optimizer} has no Nesterov momentum")
+    mark(
+        "nesterov",
+        config.optimizer != "sgd",
+        f"optimizer {config.optimizer} has no Nesterov momentum",
+    )
     mark("weight_decay", config.optimizer == "adamw", "adamw takes decoupled_weight_decay")
-    mark("decoupled_weight_decay", config.optimizer != "adamw", f"{config.optimizer} takes weight_decay")
+    mark(
+        "decoupled_weight_decay",
+        config.optimizer != "adamw",
+        f"{config.optimizer} takes weight_decay",
+    )
     mark("momentum", cycles, "OneCycle cycles momentum between base_momentum and max_momentum")
-    mark("base_momentum max_momentum", not cycles, "momentum is cycled only by schedule onecycle with cycle_momentum")
+    mark(
+        "base_momentum max_momentum",
+        not cycles,
+        "momentum is cycled only by schedule onecycle with cycle_momentum",
+    )
     mark(
         "pct_start div_factor final_div_factor anneal_strategy cycle_momentum",
         not onecycle,
         f"schedule {config.schedule} is not onecycle",
     )
-    mark("milestone_fractions gamma", config.schedule != "step", f"schedule {config.schedule} is not step")
-    mark("warm_restarts", config.schedule == "constant", "schedule constant has nothing to begin anew")
-    mark("shift_limit scale_limit rotate_limit", config.shift_scale_rotate_p == 0, "shift_scale_rotate_p is 0")
+    mark(
+        "milestone_fractions gamma",
+        config.schedule != "step",
+        f"schedule {config.schedule} is not step",
+    )
+    mark(
+        "warm_restarts",
+        config.schedule == "constant",
+        "schedule constant has nothing to begin anew",
+    )
+    mark(
+        "shift_limit scale_limit rotate_limit",
+        config.shift_scale_rotate_p == 0,
+        "shift_scale_rotate_p is 0",
+    )
     limits = (config.shift_limit, config.scale_limit, config.rotate_limit)
-    mark("shift_scale_rotate_p", not any(limits), "shift_limit, scale_limit and rotate_limit are all 0")
+    mark(
+        "shift_scale_rotate_p",
+        not any(limits),
+        "shift_limit, scale_limit and rotate_limit are all 0",
+    )
     mark("cutout_size", config.cutout_p == 0, "cutout_p is 0")
     mark("cutout_p", config.cutout_size == 0, "cutout_size is 0")
     return dead
@@ -230,7 +292,9 @@ def _knobs_of_inactive_ops(config: TrainConfig) -> list[str]:
     names = [] if config.warm_restarts else ["warm_restarts"]
     if config.cutout_p == 0 or config.cutout_size == 0:
         names += ["cutout_p", "cutout_size"]
-    if config.shift_scale_rotate_p == 0 or not any((config.shift_limit, config.scale_limit, config.rotate_limit)):
+    if config.shift_scale_rotate_p == 0 or not any(
+        (config.shift_limit, config.scale_limit, config.rotate_limit)
+    ):
         names += ["shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"]
     return names
 
@@ -245,7 +309,9 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
     """The first problem of a pydantic error as `rule must hold, got value. Hint`; an unknown name before a missing
     one, since it is often the missing one misspelt."""
     problems = error.errors(include_url=False)
-    return describe_problem(min(problems, key=lambda problem: problem["type"] != "extra_forbidden"), model)
+    return describe_problem(
+        min(problems, key=lambda problem: problem["type"] != "extra_forbidden"), model
+    )
 
 
 def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:
@@ -259,13 +325,21 @@ def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{where} must be given."
     if kind == "value_error":
         return f"{context['error']}."
-    signs = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">="), "less_than": ("lt", "<")}
+    signs = {
+        "greater_than": ("gt", ">"),
+        "greater_than_equal": ("ge", ">="),
+        "less_than": ("lt", "<"),
+    }
     signs["less_than_equal"] = ("le", "<=")
     if kind in signs:
         key, sign = signs[kind]
         return f"{where} {sign} {context[key]:g} must hold, got {got!r}."
     if kind == "literal_error":
-        options = tuple(get_args(model.model_fields[where].annotation)) if where in model.model_fields else ()
+        options = (
+            tuple(get_args(model.model_fields[where].annotation))
+            if where in model.model_fields
+            else ()
+        )
         hint = nearest_name(str(got), [str(o) for o in options])
         return f"{where} must be {context['expected']}, got {got!r}.{hint}"
     return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {got!r}."

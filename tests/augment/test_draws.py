@@ -16,7 +16,15 @@ from tune_cifar.augment.batched import (
     ShiftScaleRotateDraws,
     draw_policy,
 )
-from tune_cifar.augment.policies import Crop, Cutout, Gray, HFlip, Normalize, Policy, ShiftScaleRotate
+from tune_cifar.augment.policies import (
+    Crop,
+    Cutout,
+    Gray,
+    HFlip,
+    Normalize,
+    Policy,
+    ShiftScaleRotate,
+)
 
 NUM_IMAGES = 20_000
 WARP = ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=30.0, p=0.6)
@@ -59,9 +67,12 @@ def test_probability_one_selects_every_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "num_values"), [(0, "top", 9), (0, "left", 9), (3, "top", 25), (3, "left", 25)]
+    ("place", "name", "num_values"),
+    [(0, "top", 9), (0, "left", 9), (3, "top", 25), (3, "left", 25)],
 )
-def test_whole_number_draws_hit_every_place_equally_often(place: int, name: str, num_values: int) -> None:
+def test_whole_number_draws_hit_every_place_equally_often(
+    place: int, name: str, num_values: int
+) -> None:
     values = getattr(draw()[place], name)
     counts = values.bincount(minlength=num_values)
     assert len(counts) == num_values and values.min() == 0
@@ -70,7 +81,8 @@ def test_whole_number_draws_hit_every_place_equally_often(place: int, name: str,
 
 
 @pytest.mark.parametrize(
-    ("name", "low", "high"), [("angle", -30, 30), ("scale", 0.8, 1.2), ("shift_x", -0.1, 0.1), ("shift_y", -0.1, 0.1)]
+    ("name", "low", "high"),
+    [("angle", -30, 30), ("scale", 0.8, 1.2), ("shift_x", -0.1, 0.1), ("shift_y", -0.1, 0.1)],
 )
 def test_real_draws_are_uniform_between_their_limits(name: str, low: float, high: float) -> None:
     values = getattr(draw()[2], name).double().sort().values

@@ -95,7 +95,17 @@ def check_warp(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "op",
-    [Crop(1), Crop(4), Crop(16), HFlip(0.5), HFlip(1.0), Cutout(1, 1.0), Cutout(8, 0.5), Cutout(32, 0.5), Gray(0.5)],
+    [
+        Crop(1),
+        Crop(4),
+        Crop(16),
+        HFlip(0.5),
+        HFlip(1.0),
+        Cutout(1, 1.0),
+        Cutout(8, 0.5),
+        Cutout(32, 0.5),
+        Gray(0.5),
+    ],
     ids=str,
 )
 def test_batched_equals_reference_on_uint8_for_the_same_draws(op: PixelOp) -> None:
@@ -119,7 +129,9 @@ def test_batched_warp_equals_reference_within_rounding_for_the_same_draws(op: Pi
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("policy", [(Normalize(),), S10], ids=["normalize", "s10"])
-def test_batched_equals_reference_after_normalize(policy: Policy, memory_format: torch.memory_format) -> None:
+def test_batched_equals_reference_after_normalize(
+    policy: Policy, memory_format: torch.memory_format
+) -> None:
     ours = apply_policy(policy, noise_images(), draw(policy), memory_format)
     theirs = apply_policy_reference(policy, noise_images(), draw(policy), memory_format)
     for images in (ours, theirs):
@@ -158,9 +170,13 @@ def test_changing_some_images_equals_changing_all_and_choosing(place: int, chang
 
 def test_crop_means_pad_if_needed_and_crop() -> None:
     image = noise_images()[0]
-    padded = A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101, p=1.0)(image=to_hwc(image))["image"]
+    padded = A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101, p=1.0)(image=to_hwc(image))[
+        "image"
+    ]
     for top, left in [(0, 0), (0, 8), (8, 0), (3, 6), (4, 4)]:
-        theirs = A.Crop(x_min=left, y_min=top, x_max=left + 32, y_max=top + 32, p=1.0)(image=padded)["image"]
+        theirs = A.Crop(x_min=left, y_min=top, x_max=left + 32, y_max=top + 32, p=1.0)(
+            image=padded
+        )["image"]
         draws = CropDraws(torch.tensor([top]), torch.tensor([left]))
         assert torch.equal(apply_one(Crop(4), image, draws), to_chw(theirs))
 
@@ -173,7 +189,14 @@ def test_flip_means_horizontal_flip() -> None:
 
 @pytest.mark.parametrize(
     ("angle", "scale", "x", "y"),
-    [(20.0, 1.0, 0, 0), (-35.0, 1.0, 0, 0), (0.0, 1.23, 0, 0), (0.0, 1.0, 3, -2), (20.0, 0.9, -3, 5), (180.0, 1, 0, 0)],
+    [
+        (20.0, 1.0, 0, 0),
+        (-35.0, 1.0, 0, 0),
+        (0.0, 1.23, 0, 0),
+        (0.0, 1.0, 3, -2),
+        (20.0, 0.9, -3, 5),
+        (180.0, 1, 0, 0),
+    ],
 )
 def test_warp_means_affine_with_the_same_signs(angle: float, scale: float, x: int, y: int) -> None:
     affine = A.Affine(
@@ -185,14 +208,18 @@ def test_warp_means_affine_with_the_same_signs(angle: float, scale: float, x: in
     )
     draws = ShiftScaleRotateDraws(YES, number(angle), number(scale), number(x / 32), number(y / 32))
     ours = torch.stack([apply_one(S7_WARP, image, draws) for image in noise_images()[:20]])
-    theirs = torch.stack([to_chw(affine(image=to_hwc(image))["image"]) for image in noise_images()[:20]])
+    theirs = torch.stack(
+        [to_chw(affine(image=to_hwc(image))["image"]) for image in noise_images()[:20]]
+    )
     check_warp(ours, theirs)
 
 
 def test_warp_shifts_by_fractions_of_a_pixel_where_albumentations_cuts_them_off() -> None:
     image = noise_images()[0]
     affine = functools.partial(A.Affine, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
-    percent = affine(translate_percent={"x": (0.1, 0.1), "y": (0.0, 0.0)})(image=to_hwc(image))["image"]
+    percent = affine(translate_percent={"x": (0.1, 0.1), "y": (0.0, 0.0)})(image=to_hwc(image))[
+        "image"
+    ]
     whole = affine(translate_px={"x": (3, 3), "y": (0, 0)})(image=to_hwc(image))["image"]
     assert np.array_equal(percent, whole)
     matrix = np.array([[1.0, 0.0, 3.2], [0.0, 1.0, 0.0]])
@@ -228,7 +255,9 @@ def test_normalize_means_normalize() -> None:
 # What the words say, on pictures whose answer is known.
 
 
-@pytest.mark.parametrize("apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"])
+@pytest.mark.parametrize(
+    "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
+)
 def test_flip_swaps_left_and_right_and_leaves_top_and_channels(apply: Any) -> None:
     picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     picture[0, 0, :5, :10] = 200
@@ -237,23 +266,33 @@ def test_flip_swaps_left_and_right_and_leaves_top_and_channels(apply: Any) -> No
     assert torch.equal(apply((HFlip(1.0), Normalize()), picture, (HFlipDraws(YES),)), expected)
 
 
-@pytest.mark.parametrize("apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"])
+@pytest.mark.parametrize(
+    "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
+)
 def test_crop_borders_mirror_without_repeating_the_edge(apply: Any) -> None:
     ramp = torch.arange(32, dtype=torch.uint8).expand(1, 3, 32, 32).contiguous()
-    columns = apply((Crop(4), Normalize()), ramp, (CropDraws(torch.tensor([4]), torch.tensor([0])),))[0, 0, 0]
+    columns = apply(
+        (Crop(4), Normalize()), ramp, (CropDraws(torch.tensor([4]), torch.tensor([0])),)
+    )[0, 0, 0]
     assert columns.tolist() == [4, 3, 2, 1, *range(28)]
-    rows = apply((Crop(4), Normalize()), ramp.mT, (CropDraws(torch.tensor([8]), torch.tensor([4])),))[0, 0, :, 0]
+    rows = apply(
+        (Crop(4), Normalize()), ramp.mT, (CropDraws(torch.tensor([8]), torch.tensor([4])),)
+    )[0, 0, :, 0]
     assert rows.tolist() == [*range(4, 32), 30, 29, 28, 27]
 
 
-@pytest.mark.parametrize("apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"])
+@pytest.mark.parametrize(
+    "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
+)
 def test_warp_turns_counter_clockwise_and_shifts_right_and_down(apply: Any) -> None:
     picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     picture[..., 4:8, 20:22] = 255
     quarter = ShiftScaleRotateDraws(YES, number(90.0), number(1.0), number(0.0), number(0.0))
     assert torch.equal(apply((S7_WARP, Normalize()), picture, (quarter,)), picture.rot90(1, (2, 3)))
     shift = ShiftScaleRotateDraws(YES, number(0.0), number(1.0), number(1 / 32), number(3 / 32))
-    assert torch.equal(apply((S7_WARP, Normalize()), picture, (shift,)), picture.roll((3, 1), (2, 3)))
+    assert torch.equal(
+        apply((S7_WARP, Normalize()), picture, (shift,)), picture.roll((3, 1), (2, 3))
+    )
 
 
 def test_warp_that_moves_nothing_returns_the_image() -> None:
@@ -278,7 +317,9 @@ def test_hole_is_zero_after_normalize() -> None:
 
 
 def test_normalize_follows_its_definition() -> None:
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD)
+    )
     expected = (noise_images().double() / 255 - mean) / std
     assert (apply_normalize(noise_images()) - expected).abs().max() < 1e-6
 
@@ -286,7 +327,9 @@ def test_normalize_follows_its_definition() -> None:
 # Purity and refusals.
 
 
-@pytest.mark.parametrize("apply", [apply_policy, apply_policy_reference], ids=["batched", "reference"])
+@pytest.mark.parametrize(
+    "apply", [apply_policy, apply_policy_reference], ids=["batched", "reference"]
+)
 def test_apply_policy_is_pure(apply: Any) -> None:
     images, draws = noise_images().clone(), draw(EVERYTHING)
     copies = [column.clone() for op_draws in draws for column in op_draws]
@@ -301,7 +344,9 @@ def test_result_does_not_depend_on_the_other_images_of_the_batch() -> None:
     draws = draw(EVERYTHING)
     parts = []
     for rows in (slice(0, 1), slice(1, 65), slice(65, 200)):
-        part: Any = tuple(type(op_draws)(*(column[rows] for column in op_draws)) for op_draws in draws)
+        part: Any = tuple(
+            type(op_draws)(*(column[rows] for column in op_draws)) for op_draws in draws
+        )
         parts.append(apply_policy(EVERYTHING, noise_images()[rows], part))
     assert torch.equal(torch.cat(parts), apply_policy(EVERYTHING, noise_images(), draws))
 
@@ -309,12 +354,17 @@ def test_result_does_not_depend_on_the_other_images_of_the_batch() -> None:
 def test_result_does_not_depend_on_the_memory_format_of_the_images() -> None:
     draws = draw(EVERYTHING)
     other = noise_images().contiguous(memory_format=torch.channels_last)
-    assert torch.equal(apply_policy(EVERYTHING, other, draws), apply_policy(EVERYTHING, noise_images(), draws))
+    assert torch.equal(
+        apply_policy(EVERYTHING, other, draws), apply_policy(EVERYTHING, noise_images(), draws)
+    )
 
 
 def test_images_that_are_not_uint8_are_refused() -> None:
     normalized = apply_normalize(noise_images())
-    for call in (lambda: apply_normalize(normalized), lambda: apply_policy(S10, normalized, draw(S10))):
+    for call in (
+        lambda: apply_normalize(normalized),
+        lambda: apply_policy(S10, normalized, draw(S10)),
+    ):
         with pytest.raises(TypeError, match="uint8 must be given, got torch"):
             call()
 
@@ -357,5 +407,7 @@ def test_cuda_never_makes_the_host_wait() -> None:
         result = apply_policy(EVERYTHING, images, draws, torch.channels_last)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert result.device.type == "cuda" and all(column.is_cuda for op_draws in draws for column in op_draws)
+    assert result.device.type == "cuda" and all(
+        column.is_cuda for op_draws in draws for column in op_draws
+    )
     assert result.isfinite().all()

@@ -38,7 +38,12 @@ ALL_KNOBS: dict[str, Any] = {
 
 
 def make_config(**knobs: Any) -> TrainConfig:
-    required: dict[str, Any] = {"model": "s7", "optimizer": "sgd", "schedule": "constant", "max_lr": 0.01}
+    required: dict[str, Any] = {
+        "model": "s7",
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "max_lr": 0.01,
+    }
     return TrainConfig(**required, batch_size=128, epochs=1, **knobs)
 
 
@@ -69,9 +74,13 @@ def test_policy_holds_every_knob_in_the_one_order() -> None:
         ({"gray_p": 0.0}, Gray),
     ],
 )
-def test_policy_drops_exactly_the_operation_whose_strength_is_zero(knobs: dict[str, Any], op: type) -> None:
+def test_policy_drops_exactly_the_operation_whose_strength_is_zero(
+    knobs: dict[str, Any], op: type
+) -> None:
     complete = make_policy(make_config(**ALL_KNOBS))
-    assert make_policy(make_config(**ALL_KNOBS | knobs)) == tuple(o for o in complete if not isinstance(o, op))
+    assert make_policy(make_config(**ALL_KNOBS | knobs)) == tuple(
+        o for o in complete if not isinstance(o, op)
+    )
 
 
 @pytest.mark.parametrize("knob", ["shift_limit", "scale_limit", "rotate_limit"])
@@ -82,7 +91,9 @@ def test_warp_stays_when_only_one_of_its_limits_is_left(knob: str) -> None:
 
 
 def test_each_living_knob_changes_the_policy_and_each_dead_one_does_not() -> None:
-    other = {"cutout_size": 8, "crop_pad": 2} | {name: 0.125 for name in ALL_KNOBS if name.endswith(("_p", "_limit"))}
+    other = {"cutout_size": 8, "crop_pad": 2} | {
+        name: 0.125 for name in ALL_KNOBS if name.endswith(("_p", "_limit"))
+    }
     for name, value in other.items():
         living = make_config(**ALL_KNOBS)
         assert make_policy(make_config(**ALL_KNOBS | {name: value})) != make_policy(living), name
@@ -98,11 +109,16 @@ def test_backend_does_not_change_the_policy() -> None:
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_constants_are_the_pixel_statistics_of_the_50000_training_images(cifar10: DataSource) -> None:
+def test_constants_are_the_pixel_statistics_of_the_50000_training_images(
+    cifar10: DataSource,
+) -> None:
     images_NCHW = load_train_val(cifar10, NUM_TRAIN_IMAGES, 0).train.images_NCHW
     level = torch.arange(256, dtype=torch.float64) / 255
     for channel, (mean, std) in enumerate(zip(CIFAR_MEAN, CIFAR_STD, strict=True)):
-        share = images_NCHW[:, channel].flatten().bincount(minlength=256).double() / images_NCHW[:, channel].numel()
+        share = (
+            images_NCHW[:, channel].flatten().bincount(minlength=256).double()
+            / images_NCHW[:, channel].numel()
+        )
         measured_mean = (share * level).sum()
         measured_std = (share * (level - measured_mean) ** 2).sum().sqrt()
         assert abs(measured_mean - mean) <= 5e-5 and abs(measured_std - std) <= 5e-5
@@ -110,10 +126,14 @@ def test_constants_are_the_pixel_statistics_of_the_50000_training_images(cifar10
 
 def test_mean_color_is_the_nearest_pixel_to_the_mean() -> None:
     assert MEAN_COLOR == (125, 123, 114)
-    assert all(abs(pixel - 255 * mean) <= 0.5 for pixel, mean in zip(MEAN_COLOR, CIFAR_MEAN, strict=True))
+    assert all(
+        abs(pixel - 255 * mean) <= 0.5 for pixel, mean in zip(MEAN_COLOR, CIFAR_MEAN, strict=True)
+    )
 
 
-@pytest.mark.parametrize("policy", [(), (HFlip(0.5),), (Normalize(), HFlip(0.5)), (Normalize(), Normalize())])
+@pytest.mark.parametrize(
+    "policy", [(), (HFlip(0.5),), (Normalize(), HFlip(0.5)), (Normalize(), Normalize())]
+)
 def test_split_policy_refuses_a_policy_whose_normalize_is_not_once_at_the_end(policy: Any) -> None:
     with pytest.raises(ValueError, match="Normalize once, at the end, must hold"):
         split_policy(policy)

@@ -19,7 +19,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import rows
-from rows_steps import TOP, Queue, Step, estimate_hours, find_commands, find_config, find_settings, find_stage
+from rows_steps import (
+    TOP,
+    Queue,
+    Step,
+    estimate_hours,
+    find_commands,
+    find_config,
+    find_settings,
+    find_stage,
+)
 from rows_table import BEGIN, COLUMNS, END, describe_cell, load_table, render_table, write_readme
 
 from tests.builders import NUMERICS, make_trial, write_record
@@ -39,7 +48,13 @@ BASELINE = Step("s8", "baseline", 1)
 BEST = Step("s8", "best", 1)
 SEARCH = Step("s8", "search")
 CONFIRM = Step("s8", "confirm")
-ONECYCLE = {"schedule": "onecycle", "max_lr": 0.0123, "dropout": 1e-05, "cutout_p": 0.0, "crop_pad": 4}
+ONECYCLE = {
+    "schedule": "onecycle",
+    "max_lr": 0.0123,
+    "dropout": 1e-05,
+    "cutout_p": 0.0,
+    "crop_pad": 4,
+}
 ENDED = SearchEnded(reason="trained", wall_seconds=1.0)
 
 
@@ -64,18 +79,30 @@ def write(
 ) -> SearchState:
     """A step's record with these events."""
     kind: Any = "train" if step.seed is not None else step.part
-    data = DataInfo(name="shapes" if queue.is_synthetic else "cifar10", digest="d1", split_hash="h1")
+    data = DataInfo(
+        name="shapes" if queue.is_synthetic else "cifar10", digest="d1", split_hash="h1"
+    )
     header = make_header(kind, name or queue.name(step), space, 0, data, NUMERICS, "a test")
-    return write_record(queue.storage, header.model_copy(update={"confirmation": confirmation}), events)
+    return write_record(
+        queue.storage, header.model_copy(update={"confirmation": confirmation}), events
+    )
 
 
-def train(queue: Queue, step: Step, status: str | None = "complete", name: str | None = None) -> TrainConfig:
+def train(
+    queue: Queue, step: Step, status: str | None = "complete", name: str | None = None
+) -> TrainConfig:
     """A training's record: two epochs and this end, or one epoch and an interruption."""
     config = find_config(queue, step)
     assert config is not None
     events = make_trial(0, [None, None] if status else [None], status, config)
     end = SearchEnded(reason="trained" if status else INTERRUPTED, wall_seconds=1.0)
-    write(queue, step, load_space(step.space, "full", find_settings(queue, step)), [*events, end], name=name)
+    write(
+        queue,
+        step,
+        load_space(step.space, "full", find_settings(queue, step)),
+        [*events, end],
+        name=name,
+    )
     return config
 
 
@@ -91,12 +118,17 @@ def open_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) -
         writer.writerow([*identity, 10000, test_acc, 0.5, "a test"])
 
 
-def search_and_confirm(queue: Queue, accs: dict[str, float], name: str = "s8") -> tuple[SearchState, SearchState]:
+def search_and_confirm(
+    queue: Queue, accs: dict[str, float], name: str = "s8"
+) -> tuple[SearchState, SearchState]:
     """A finished search of a baseline and a trial under OneCycle, and its confirmation with these last accuracies."""
     space = load_space(name, "full", queue.pins)
     found = TrainConfig(**{**space.baseline.model_dump(), **ONECYCLE})
     before = [0.2] * (space.baseline.epochs - 1)
-    trials = [make_trial(i, [*before, 0.5], "complete", config) for i, config in enumerate((space.baseline, found))]
+    trials = [
+        make_trial(i, [*before, 0.5], "complete", config)
+        for i, config in enumerate((space.baseline, found))
+    ]
     search = write(queue, Step(name, "search"), space, [*trials[0], *trials[1], ENDED])
     confirmed, settled = make_confirmation(search, TOP, queue.seeds, {})
     events: list[Event] = []
@@ -111,7 +143,14 @@ def search_and_confirm(queue: Queue, accs: dict[str, float], name: str = "s8") -
 def test_the_queue_takes_the_spaces_in_order_and_trains_the_baseline_before_it_searches() -> None:
     steps = Queue(Path("runs"), seeds=2).list_steps(rows.SPACES)
     assert [step.space for step in steps[::6]] == ["s8", "s7", "s6", "s10", "s10_postact"]
-    assert steps[:6] == [BASELINE, Step("s8", "baseline", 2), SEARCH, CONFIRM, BEST, Step("s8", "best", 2)]
+    assert steps[:6] == [
+        BASELINE,
+        Step("s8", "baseline", 2),
+        SEARCH,
+        CONFIRM,
+        BEST,
+        Step("s8", "best", 2),
+    ]
     assert len(steps) == 30
 
 
@@ -122,14 +161,19 @@ def test_stages_follow_ledger_and_records(queue: Queue) -> None:
     assert find_stage(queue, BASELINE) == "unfinished"  # trained, and the test set not opened
     open_test(queue, config, 0.8, "rows-s8-baseline-1:0")
     assert find_stage(queue, BASELINE) == "done"
-    seeds = {status: Step("s8", "baseline", seed) for seed, status in enumerate(("diverged", "failed"), 2)}
+    seeds = {
+        status: Step("s8", "baseline", seed)
+        for seed, status in enumerate(("diverged", "failed"), 2)
+    }
     for status, step in seeds.items():
         train(queue, step, status)
         assert find_stage(queue, step) == status
     assert [find_stage(queue, step) for step in (SEARCH, CONFIRM, BEST)] == ["not begun"] * 3
 
 
-def test_the_plan_tells_the_stages_of_a_row(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_tells_the_stages_of_a_row(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(queue, BASELINE, None)
     write(queue, SEARCH, load_space("s8", "full", PINS), [])
     rows.say_plan(queue, queue.list_steps(["s8", "s7"]))
@@ -142,15 +186,23 @@ def test_the_plan_tells_the_stages_of_a_row(queue: Queue, capsys: pytest.Capture
 
 def test_a_record_of_another_recipe_is_not_taken_for_the_step(queue: Queue) -> None:
     train(queue, BASELINE, None)
-    with pytest.raises(RecordError, match=r"^rows-s8-baseline-1: the recipe must be that of s8 now, .*, got .*delete"):
+    with pytest.raises(
+        RecordError,
+        match=r"^rows-s8-baseline-1: the recipe must be that of s8 now, .*, got .*delete",
+    ):
         find_stage(dataclasses.replace(queue, pins={"epochs": 3}), BASELINE)
 
 
 def test_a_failed_training_ends_the_queue_with_the_way_out(queue: Queue) -> None:
     train(queue, BASELINE, "failed")
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
-        with pytest.raises(RecordError, match=r"got a failed one. See `failures --search rows-s8-baseline-1`"):
+        with pytest.raises(
+            RecordError, match=r"got a failed one. See `failures --search rows-s8-baseline-1`"
+        ):
             rows.run(queue, [BASELINE], 1.0)
     finally:
         for number, handler in before.items():
@@ -159,12 +211,31 @@ def test_a_failed_training_ends_the_queue_with_the_way_out(queue: Queue) -> None
 
 def test_commands_of_a_new_row_are_the_public_ones(queue: Queue) -> None:
     (words,) = find_commands(queue, SEARCH)
-    assert words == ["search", "--name", "rows-s8", "--space", "s8", "--tier", "full", "--set", "epochs=2"]
+    assert words == [
+        "search",
+        "--name",
+        "rows-s8",
+        "--space",
+        "s8",
+        "--tier",
+        "full",
+        "--set",
+        "epochs=2",
+    ]
     (words,) = find_commands(queue, CONFIRM)
     assert words == ["confirm", "--search", "rows-s8", "--top", "3", "--seeds", "2"]
     commands = find_commands(queue, BASELINE)
     words = next(commands)
-    settings = ["--set", "train_size=50000", "--set", "val_size=0", "--set", "seed=1", "--set", "epochs=2"]
+    settings = [
+        "--set",
+        "train_size=50000",
+        "--set",
+        "val_size=0",
+        "--set",
+        "seed=1",
+        "--set",
+        "epochs=2",
+    ]
     assert words[:-1] == [
         *("train", "--space", "s8", "--tier", "full", *settings),
         *("--name", "rows-s8-baseline-1", "--cpus-per-trial"),
@@ -180,7 +251,15 @@ def test_what_was_begun_is_gone_on_with(queue: Queue) -> None:
     assert words[-3:] == ["--cpus-per-trial", "1", "--resume"]  # the recorded threads
     queue = dataclasses.replace(queue, data="/cifar", accept_changes=True)
     (words,) = find_commands(queue, SEARCH)
-    assert words == ["search", "--name", "rows-s8", "--resume", "--accept-changes", "--data", "/cifar"]
+    assert words == [
+        "search",
+        "--name",
+        "rows-s8",
+        "--resume",
+        "--accept-changes",
+        "--data",
+        "/cifar",
+    ]
 
 
 def test_a_diverged_training_is_not_tested(queue: Queue) -> None:
@@ -195,9 +274,15 @@ def test_the_best_is_trained_as_the_final_confirmation_would(queue: Queue) -> No
     wanted = TrainConfig(**{**final.candidates[1].config, "seed": 1})
     assert (wanted.train_size, wanted.schedule) == (50_000, "onecycle")
     words = next(find_commands(queue, BEST))
-    settings = dict(parse_setting(setting) for option, setting in itertools.pairwise(words) if option == "--set")
+    settings = dict(
+        parse_setting(setting) for option, setting in itertools.pairwise(words) if option == "--set"
+    )
     assert load_space("s8", "full", settings).baseline.fingerprint == wanted.fingerprint
-    assert "rows-s8-best-1" in words and settings["schedule"] == "onecycle" and "cutout_size" not in settings
+    assert (
+        "rows-s8-best-1" in words
+        and settings["schedule"] == "onecycle"
+        and "cutout_size" not in settings
+    )
 
 
 def test_a_baseline_that_nothing_beat_is_not_trained_again(queue: Queue) -> None:
@@ -209,7 +294,9 @@ def test_a_baseline_that_nothing_beat_is_not_trained_again(queue: Queue) -> None
         ("baseline", "rows-s8-baseline-1:0"),
         ("best", "rows-s8-baseline-1:0"),
     ]
-    assert "| the baseline: none that was found was better |" in render_table(load_table(queue.table))
+    assert "| the baseline: none that was found was better |" in render_table(
+        load_table(queue.table)
+    )
 
 
 def test_an_opening_becomes_a_line_once_and_readme_follows(queue: Queue) -> None:
@@ -224,8 +311,19 @@ def test_an_opening_becomes_a_line_once_and_readme_follows(queue: Queue) -> None
     rows.collect_rows(queue, steps)
     first, second = load_table(queue.table)
     numbers = ("2", "0.8125", "2", "50000", "128", "0.1")
-    origin = ("a processor", "fp32", "2026-11-22T01:02:03Z", "rows-s8-baseline-2:0", config.fingerprint)
-    assert tuple(first) == COLUMNS and tuple(first.values()) == ("s8", "baseline", *numbers, *origin)
+    origin = (
+        "a processor",
+        "fp32",
+        "2026-11-22T01:02:03Z",
+        "rows-s8-baseline-2:0",
+        config.fingerprint,
+    )
+    assert tuple(first) == COLUMNS and tuple(first.values()) == (
+        "s8",
+        "baseline",
+        *numbers,
+        *origin,
+    )
     assert (second["seed"], second["run_id"]) == ("1", "by-hand:0")
     written, text = readme.read_text(), queue.table.read_text()
     assert written == f"before\n{BEGIN}\n{render_table([first, second])}\n{END}\nafter\n"
@@ -234,7 +332,13 @@ def test_an_opening_becomes_a_line_once_and_readme_follows(queue: Queue) -> None
 
 
 def make_row(test_acc: str, **changes: str) -> dict[str, str]:
-    row = {"test_acc": test_acc, "epochs": "40", "minutes": "103.4", "hardware": "AMD EPYC", "precision": "bf16"}
+    row = {
+        "test_acc": test_acc,
+        "epochs": "40",
+        "minutes": "103.4",
+        "hardware": "AMD EPYC",
+        "precision": "bf16",
+    }
     return row | changes
 
 
@@ -242,7 +346,9 @@ def test_a_cell_says_n_and_what_it_was_measured_with() -> None:
     assert describe_cell([]) == "not yet measured"
     measured = [make_row("0.87"), make_row("0.873", minutes="102")]
     assert describe_cell(measured[:1]) == "87.00 % (n = 1; 40 epochs; AMD EPYC, bf16; 103 min each)"
-    assert describe_cell(measured) == "87.15 ± 0.21 % (n = 2; 40 epochs; AMD EPYC, bf16; 103 min each)"
+    assert (
+        describe_cell(measured) == "87.15 ± 0.21 % (n = 2; 40 epochs; AMD EPYC, bf16; 103 min each)"
+    )
     mixed = describe_cell([*measured, make_row("0.87", hardware="NVIDIA H200", minutes="2")])
     assert "n = 3; 40 epochs; AMD EPYC, bf16 and NVIDIA H200, bf16; 69 min each" in mixed
 
@@ -278,9 +384,20 @@ def test_the_stand_in_has_names_a_ledger_and_a_table_of_its_own(queue: Queue) ->
     assert readme.read_text() == before and not queue.table.exists()
 
 
-@pytest.mark.parametrize("given", [{"set": ["epochs=1"]}, {"tier": "cpu"}, {"space": ["smoke"]}, {"seeds": 0}])
-def test_what_would_make_another_row_is_refused_on_cifar10(queue: Queue, given: dict[str, Any]) -> None:
-    usual = {"data": None, "space": [], "seeds": 5, "tier": "full", "set": [], "accept_changes": False}
+@pytest.mark.parametrize(
+    "given", [{"set": ["epochs=1"]}, {"tier": "cpu"}, {"space": ["smoke"]}, {"seeds": 0}]
+)
+def test_what_would_make_another_row_is_refused_on_cifar10(
+    queue: Queue, given: dict[str, Any]
+) -> None:
+    usual = {
+        "data": None,
+        "space": [],
+        "seeds": 5,
+        "tier": "full",
+        "set": [],
+        "accept_changes": False,
+    }
     with pytest.raises(ConfigError, match="must be"):
         rows.make_queue(argparse.Namespace(**{**usual, **given}))
     assert rows.make_queue(argparse.Namespace(**{**usual, "space": ["s8"]})).seeds == 5
@@ -303,7 +420,15 @@ def test_the_queue_is_stopped_gone_on_with_and_trains_nothing_twice(workplace: P
     pins = {"epochs": 3, "train_size": 400, "val_size": 100}
     queue = Queue(workplace / "runs", seeds=1, data="shapes", pins=pins)
     search_and_confirm(queue, {"baseline": 0.6, "found": 0.5}, "smoke")
-    words = ["--data", "shapes", "--space", "smoke", "--seeds", "1", *(f"--set={k}={v}" for k, v in pins.items())]
+    words = [
+        "--data",
+        "shapes",
+        "--space",
+        "smoke",
+        "--seeds",
+        "1",
+        *(f"--set={k}={v}" for k, v in pins.items()),
+    ]
     command = [sys.executable, str(ROOT / "benchmarks" / "rows.py"), "run", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -311,7 +436,12 @@ def test_the_queue_is_stopped_gone_on_with_and_trains_nothing_twice(workplace: P
         """To its end, or with Ctrl-C after this line: exit status and everything said."""
         said = []
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, process_group=0
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            process_group=0,
         )
         with process:
             assert process.stdout is not None
@@ -325,8 +455,13 @@ def test_the_queue_is_stopped_gone_on_with_and_trains_nothing_twice(workplace: P
                 process.terminate()
 
     status, answer = launch("run shapes-rows-smoke-baseline-1")
-    assert status == 130 and "interrupted; go on with:\n  make rows ARGS='--data shapes --space smoke" in answer, answer
-    assert find_stage(queue, Step("smoke", "baseline", 1)) == "unfinished" and not queue.table.exists()
+    assert (
+        status == 130
+        and "interrupted; go on with:\n  make rows ARGS='--data shapes --space smoke" in answer
+    ), answer
+    assert (
+        find_stage(queue, Step("smoke", "baseline", 1)) == "unfinished" and not queue.table.exists()
+    )
     status, answer = launch()
     assert status == 0 and "nothing is left to do" in answer, answer
     commands = [line.split()[4] for line in answer.splitlines() if line.startswith("$ ")]

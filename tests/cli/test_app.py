@@ -31,7 +31,14 @@ from tests.builders import (
 from tune_cifar.cli.app import run
 from tune_cifar.cli.terminal import name_options
 from tune_cifar.data.files import FILES, DataSource
-from tune_cifar.errors import ConfigError, DataError, RecordError, SpaceError, TrackingError, TuneCifarError
+from tune_cifar.errors import (
+    ConfigError,
+    DataError,
+    RecordError,
+    SpaceError,
+    TrackingError,
+    TuneCifarError,
+)
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
 
@@ -39,15 +46,31 @@ EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
 
 
 def test_the_commands_are_those_of_the_readme() -> None:
-    assert set(COMMANDS) >= {"search", "train", "lr-range", "confirm", "reproduce", "judge", "export"}
+    assert set(COMMANDS) >= {
+        "search",
+        "train",
+        "lr-range",
+        "confirm",
+        "reproduce",
+        "judge",
+        "export",
+    }
     assert set(COMMANDS) >= {"leaderboard", "ui", "models", "preview", "plan", "report"}
-    assert set(COMMANDS) >= {"spaces list", "spaces show", "spaces check", "data fetch", "data verify"}
+    assert set(COMMANDS) >= {
+        "spaces list",
+        "spaces show",
+        "spaces check",
+        "data fetch",
+        "data verify",
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example_that_parses(name: str) -> None:
     answer = invoke(*name.split(), "--help")
-    assert answer.exit_code == 0 and f"Example: python -m tune_cifar {name}" in " ".join(answer.stdout.split())
+    assert answer.exit_code == 0 and f"Example: python -m tune_cifar {name}" in " ".join(
+        answer.stdout.split()
+    )
     (example,) = EXAMPLE.findall(COMMANDS[name].help or "")
     words = shlex.split(example)[len(name.split()) :]
     COMMANDS[name].make_context(name, words)  # raises for an unknown option or a missing argument
@@ -55,7 +78,11 @@ def test_every_command_has_help_with_an_example_that_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_every_command_says_what_it_is(name: str) -> None:
-    silent = [parameter.name for parameter in COMMANDS[name].params if not getattr(parameter, "help", None)]
+    silent = [
+        parameter.name
+        for parameter in COMMANDS[name].params
+        if not getattr(parameter, "help", None)
+    ]
     assert silent == []
 
 
@@ -67,48 +94,132 @@ def test_no_command_shows_the_help_and_a_wrong_one_is_wrong_usage() -> None:
 
 
 MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
-    ("train --space smok", SpaceError, "a known name or a path must be given, got 'smok'. Did you mean smoke?"),
-    ("search --space s77", SpaceError, "a known name or a path must be given, got 's77'. Did you mean s7?"),
-    ("search --space s7 --max-time 8x", ConfigError, "a time such as 90s, 8m or 1h30m must be given, got '8x'."),
-    ("search --space s7 --trials 0", ConfigError, "--trials: a number >= 1 must be given, got '0'."),
-    ("plan --space s77", SpaceError, "a known name or a path must be given, got 's77'. Did you mean s7?"),
-    ("plan --space s7 --trials +5", ConfigError, "--trials: a number >= 1 must be given, got '+5'."),
-    ("plan --space s7 --device cpu --gpus-per-trial 1", ConfigError, "--gpus-per-trial: 0 must hold on a CPU, got 1."),
+    (
+        "train --space smok",
+        SpaceError,
+        "a known name or a path must be given, got 'smok'. Did you mean smoke?",
+    ),
+    (
+        "search --space s77",
+        SpaceError,
+        "a known name or a path must be given, got 's77'. Did you mean s7?",
+    ),
+    (
+        "search --space s7 --max-time 8x",
+        ConfigError,
+        "a time such as 90s, 8m or 1h30m must be given, got '8x'.",
+    ),
+    (
+        "search --space s7 --trials 0",
+        ConfigError,
+        "--trials: a number >= 1 must be given, got '0'.",
+    ),
+    (
+        "plan --space s77",
+        SpaceError,
+        "a known name or a path must be given, got 's77'. Did you mean s7?",
+    ),
+    (
+        "plan --space s7 --trials +5",
+        ConfigError,
+        "--trials: a number >= 1 must be given, got '+5'.",
+    ),
+    (
+        "plan --space s7 --device cpu --gpus-per-trial 1",
+        ConfigError,
+        "--gpus-per-trial: 0 must hold on a CPU, got 1.",
+    ),
     ("spaces show s11", SpaceError, "a known name or a path must be given, got 's11'."),
-    ("spaces check no/such.yaml", SpaceError, "no/such.yaml: a space file must exist there, got none."),
-    ("train --space s7 --set maxlr=1", ConfigError, "--set: 'maxlr' is not a known knob. Did you mean max_lr?"),
-    ("train --space s7 --set max_lr", ConfigError, "--set: NAME=VALUE must be given, got 'max_lr'."),
+    (
+        "spaces check no/such.yaml",
+        SpaceError,
+        "no/such.yaml: a space file must exist there, got none.",
+    ),
+    (
+        "train --space s7 --set maxlr=1",
+        ConfigError,
+        "--set: 'maxlr' is not a known knob. Did you mean max_lr?",
+    ),
+    (
+        "train --space s7 --set max_lr",
+        ConfigError,
+        "--set: NAME=VALUE must be given, got 'max_lr'.",
+    ),
     ("train --space s7 --set max_lr=-1", ConfigError, "--set: max_lr > 0 must hold, got -1"),
     ("train --space s7 --set epochs=many", ConfigError, "--set: epochs"),
-    ("train --space s7 --tier ful", SpaceError, "tier: full or cpu must be given, got 'ful'. Did you mean full?"),
-    ("train --space s7 --device tpu", ConfigError, "--device: auto, cpu or cuda must be given, got 'tpu'."),
-    ("train --space s7 --precision fp8", ConfigError, "--precision: auto, fp32 or bf16 must be given, got 'fp8'."),
+    (
+        "train --space s7 --tier ful",
+        SpaceError,
+        "tier: full or cpu must be given, got 'ful'. Did you mean full?",
+    ),
+    (
+        "train --space s7 --device tpu",
+        ConfigError,
+        "--device: auto, cpu or cuda must be given, got 'tpu'.",
+    ),
+    (
+        "train --space s7 --precision fp8",
+        ConfigError,
+        "--precision: auto, fp32 or bf16 must be given, got 'fp8'.",
+    ),
     ("train --space s7 --resume", ConfigError, "--resume: needs --name, got none."),
     ("train --space s7 --name ../x", RecordError, "a search's name: it must be 1 to 64 of"),
-    ("lr-range --space s7 --set max_lr=1", ConfigError, "--set: max_lr must be left to the sweep, got 1."),
-    ("lr-range --space s7 --set schedule=step", ConfigError, "--set: schedule must be left to the sweep, got step."),
-    ("lr-range --space s7 --set pct_start=0.2", ConfigError, "--set: pct_start must have an effect, got a dead knob"),
+    (
+        "lr-range --space s7 --set max_lr=1",
+        ConfigError,
+        "--set: max_lr must be left to the sweep, got 1.",
+    ),
+    (
+        "lr-range --space s7 --set schedule=step",
+        ConfigError,
+        "--set: schedule must be left to the sweep, got step.",
+    ),
+    (
+        "lr-range --space s7 --set pct_start=0.2",
+        ConfigError,
+        "--set: pct_start must have an effect, got a dead knob",
+    ),
     ("lr-range --space s7 --low 0", ConfigError, "--low > 0 must hold, got 0.0."),
     ("lr-range --space s7 --high 1e3", ConfigError, "--high <= 100 must hold, got 1000.0."),
-    ("lr-range --space s7 --low 2", ConfigError, "--low: at most a tenth of --high must hold, got 2 and 10."),
+    (
+        "lr-range --space s7 --low 2",
+        ConfigError,
+        "--low: at most a tenth of --high must hold, got 2 and 10.",
+    ),
     (
         "lr-range --space s7 --steps 30",
         ConfigError,
         "--steps: at least 35 must hold from 1e-06 to 10 (5 a decade), got",
     ),
     ("lr-range --space s7 --seeds 0", ConfigError, "--seeds: a number >= 1 must be given, got 0."),
-    ("lr-range --space s7 --out /proc/x", ConfigError, "/proc/x: the test's folder must be writable, got"),
-    ("lr-range --space s7 --write --set dropout=0", ConfigError, "--write: the file's own recipe must be swept, got"),
+    (
+        "lr-range --space s7 --out /proc/x",
+        ConfigError,
+        "/proc/x: the test's folder must be writable, got",
+    ),
+    (
+        "lr-range --space s7 --write --set dropout=0",
+        ConfigError,
+        "--write: the file's own recipe must be swept, got",
+    ),
     ("models s9", ConfigError, "model: 's9' is not a known name."),
     ("preview --space s7 --out no/x.png", ConfigError, "--out: the folder must be there, got no."),
     ("leaderboard --search x", RecordError, "a search of the name must be recorded, got 'x'."),
-    ("ui", TrackingError, "mlflow.db: an MLflow database must be there, got none. Run a search first"),
+    (
+        "ui",
+        TrackingError,
+        "mlflow.db: an MLflow database must be there, got none. Run a search first",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("command", "kind", "sentence"), MISTAKES, ids=[command for command, _, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("command", "kind", "sentence"), MISTAKES, ids=[command for command, _, _ in MISTAKES]
+)
 @pytest.mark.usefixtures("workplace")
-def test_a_mistake_is_answered_in_one_sentence(command: str, kind: type[TuneCifarError], sentence: str) -> None:
+def test_a_mistake_is_answered_in_one_sentence(
+    command: str, kind: type[TuneCifarError], sentence: str
+) -> None:
     needs_data = command.split()[0] in ("train", "search", "preview", "lr-range", "plan")
     assert sentence in refuse(kind, *command.split(), *(["--data", "shapes"] if needs_data else []))
 
@@ -120,7 +231,9 @@ def test_missing_data_are_refused_with_every_way_out(
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
     sentence = refuse(DataError, command, "--space", "smoke")
-    assert "data fetch" in sentence and "--data shapes" in sentence and "TUNE_CIFAR_DATA" in sentence
+    assert (
+        "data fetch" in sentence and "--data shapes" in sentence and "TUNE_CIFAR_DATA" in sentence
+    )
 
 
 def test_main_shows_our_errors_as_one_line_and_exits_with_1(
@@ -137,7 +250,9 @@ def test_main_shows_our_errors_as_one_line_and_exits_with_1(
 
 
 def test_a_mistake_in_a_process_is_one_line_on_stderr_without_a_traceback(workplace: Path) -> None:
-    (workplace / "bad.yaml").write_text((ROOT / "search_spaces" / "s7.yaml").read_text() + "colour: red\n")
+    (workplace / "bad.yaml").write_text(
+        (ROOT / "search_spaces" / "s7.yaml").read_text() + "colour: red\n"
+    )
     answer = run_in_a_process("spaces", "check", "bad.yaml")
     assert (answer.returncode, answer.stdout) == (1, "")
     assert re.fullmatch(r"error bad\.yaml:\d+: .*colour.*\n", answer.stderr)
@@ -151,8 +266,14 @@ def test_completion_knows_commands_and_spaces(workplace: Path) -> None:
 
     def complete(line: str) -> list[str]:
         """What the shell offers for the last word of the line, which may be empty."""
-        words = {"_TUNE_CIFAR_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-        answer = subprocess.run([script], capture_output=True, text=True, env=os.environ | words, timeout=60)
+        words = {
+            "_TUNE_CIFAR_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(line.count(" ")),
+        }
+        answer = subprocess.run(
+            [script], capture_output=True, text=True, env=os.environ | words, timeout=60
+        )
         return answer.stdout.split()
 
     assert set(complete("tune_cifar ")) >= {"search", "train", "reproduce", "spaces"}
@@ -171,12 +292,20 @@ def test_spaces_are_listed_shown_and_checked() -> None:
     lines = invoke("spaces", "list").stdout.splitlines()
     assert [line.split()[0] for line in lines[1:] if line[:3].strip()] == names
     shown = json.loads(invoke("spaces", "show", "s10", "--tier", "cpu", "--json").stdout)
-    assert shown["tier"] == "cpu" and shown["baseline"]["model"] == "s10" and "max_lr" in shown["search"]
+    assert (
+        shown["tier"] == "cpu"
+        and shown["baseline"]["model"] == "s10"
+        and "max_lr" in shown["search"]
+    )
     text = invoke("spaces", "show", "s10", "--tier", "cpu").stdout
     assert "corrects: " in text and "budget: " in text and "max_lr" in text
     for name in names:
         answer = invoke("spaces", "check", name)
-        assert answer.exit_code == 0 and "sound (" in answer.stdout and "knobs in tier cpu" in answer.stdout
+        assert (
+            answer.exit_code == 0
+            and "sound (" in answer.stdout
+            and "knobs in tier cpu" in answer.stdout
+        )
 
 
 def test_models_as_json_has_exactly_the_promised_keys() -> None:
@@ -189,7 +318,10 @@ def test_models_as_json_has_exactly_the_promised_keys() -> None:
 def test_models_prints_a_row_per_layer_and_the_sums() -> None:
     lines = invoke("models", "s7").stdout.splitlines()
     layers = json.loads(invoke("models", "s7", "--json").stdout)["layers"]
-    assert [line.split()[0] for line in lines[1:] if line.strip()] == [*(row["name"] for row in layers), "s7"]
+    assert [line.split()[0] for line in lines[1:] if line.strip()] == [
+        *(row["name"] for row in layers),
+        "s7",
+    ]
     assert "86,816" in lines[-1] and lines[-1].split()[-1] == "83"
 
 
@@ -204,21 +336,41 @@ def test_preview_writes_a_png_and_says_where(workplace: Path) -> None:
 
 def test_leaderboard_of_an_empty_store_says_how_to_begin(workplace: Path) -> None:
     answer = invoke("leaderboard")
-    assert answer.stdout == "No trial is recorded yet. Start with: python -m tune_cifar search --space smoke\n"
+    assert (
+        answer.stdout
+        == "No trial is recorded yet. Start with: python -m tune_cifar search --space smoke\n"
+    )
     assert json.loads(invoke("leaderboard", "--json").stdout) == []
 
 
 def test_leaderboard_shows_the_best_first_as_table_json_and_csv(workplace: Path) -> None:
     write_record(workplace / "runs", make_header(), EVENTS)
     text = invoke("leaderboard", "--search", "s7-1", "--top", "2").stdout
-    assert "3 epochs of 500 images, 100 to validate" in text and "... and 4 more (--top, --csv)" in text
+    assert (
+        "3 epochs of 500 images, 100 to validate" in text
+        and "... and 4 more (--top, --csv)" in text
+    )
     rows = [line.split()[0] for line in text.splitlines() if line.startswith(" s7-1:")]
     assert rows == ["s7-1:4", "s7-1:0"]
     trials = json.loads(invoke("leaderboard", "--json").stdout)
-    assert {row["run_id"]: row["status"] for row in trials}["s7-1:2"] == "diverged" and len(trials) == 6
-    wanted = {"search", "trial", "run_id", "status", "epochs_done", "val_acc", "fingerprint", "max_lr", "dropout"}
+    assert {row["run_id"]: row["status"] for row in trials}["s7-1:2"] == "diverged" and len(
+        trials
+    ) == 6
+    wanted = {
+        "search",
+        "trial",
+        "run_id",
+        "status",
+        "epochs_done",
+        "val_acc",
+        "fingerprint",
+        "max_lr",
+        "dropout",
+    }
     assert wanted <= set(trials[0])
-    assert invoke("leaderboard", "--csv").stdout.splitlines()[0].split(",")[:2] == list(trials[0])[:2]
+    assert (
+        invoke("leaderboard", "--csv").stdout.splitlines()[0].split(",")[:2] == list(trials[0])[:2]
+    )
 
 
 def test_leaderboard_keeps_the_stand_in_apart_and_names_it(workplace: Path) -> None:
@@ -226,7 +378,9 @@ def test_leaderboard_keeps_the_stand_in_apart_and_names_it(workplace: Path) -> N
     info = make_header().data.model_copy(update={"name": "shapes"})
     write_record(workplace / "runs", make_header("s7-2", data=info), EVENTS)
     titles = [line for line in invoke("leaderboard").stdout.splitlines() if "to validate" in line]
-    assert len(titles) == 2 and titles[1].startswith("NOT CIFAR-10 (shapes), 3 epochs of 500 images")
+    assert len(titles) == 2 and titles[1].startswith(
+        "NOT CIFAR-10 (shapes), 3 epochs of 500 images"
+    )
 
 
 @pytest.mark.slow
@@ -235,10 +389,14 @@ def test_data_verify_proves_every_file(cifar10: DataSource) -> None:
     answer = invoke("data", "verify", "--data", str(cifar10.folder), "--json")
     checks = json.loads(answer.stdout)
     assert answer.exit_code == 0 and [check["name"] for check in checks] == list(FILES)
-    assert all(check["problem"] is None and check["found_md5"] == check["expected_md5"] for check in checks)
+    assert all(
+        check["problem"] is None and check["found_md5"] == check["expected_md5"] for check in checks
+    )
 
 
-def test_data_verify_exits_with_1_for_a_wrong_file_and_shows_brackets_as_they_are(workplace: Path) -> None:
+def test_data_verify_exits_with_1_for_a_wrong_file_and_shows_brackets_as_they_are(
+    workplace: Path,
+) -> None:
     folder = workplace / "[/data]" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name in FILES:
@@ -280,14 +438,20 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_plan_tells_rungs_epochs_time_disk_and_the_search_and_leaves_nothing_behind(workplace: Path) -> None:
+def test_plan_tells_rungs_epochs_time_disk_and_the_search_and_leaves_nothing_behind(
+    workplace: Path,
+) -> None:
     answer = invoke(*PLAN, "--trials", "9", "--max-concurrent", "1")
     assert answer.exit_code == 0, answer.output
     assert "NOT CIFAR-10" in answer.stdout and not list(workplace.iterdir())
     lines = [line.strip() for line in answer.stdout.splitlines()]
-    (title,) = [line for line in lines if line.startswith("smoke (cpu): 9 trials, rungs at 1, 3 epochs")]
+    (title,) = [
+        line for line in lines if line.startswith("smoke (cpu): 9 trials, rungs at 1, 3 epochs")
+    ]
     assert "reduction factor 2" in title and "at most 10 min" in title
-    assert [line.split()[:2] for line in lines if re.match(r"\d epochs? +\d+\.\d of 9\.0", line)] == [
+    assert [
+        line.split()[:2] for line in lines if re.match(r"\d epochs? +\d+\.\d of 9\.0", line)
+    ] == [
         ["1", "epoch"],
         ["3", "epochs"],
     ]
@@ -311,17 +475,39 @@ def test_plan_as_json_has_exactly_the_promised_keys() -> None:
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
     assert set(found) == {
-        *("space", "tier", "data", "device", "precision", "cpus_per_trial", "gpus_per_trial", "max_concurrent"),
-        *("budget", "epoch_seconds", "memory_mb", "rungs", "trials", "trial_epochs", "wall_seconds", "disk_bytes"),
+        *(
+            "space",
+            "tier",
+            "data",
+            "device",
+            "precision",
+            "cpus_per_trial",
+            "gpus_per_trial",
+            "max_concurrent",
+        ),
+        *(
+            "budget",
+            "epoch_seconds",
+            "memory_mb",
+            "rungs",
+            "trials",
+            "trial_epochs",
+            "wall_seconds",
+            "disk_bytes",
+        ),
         "command",
     }
-    assert [rung["epochs"] for rung in found["rungs"]] == [1, 3] and found["rungs"][0]["trials"] == 4.0
+    assert [rung["epochs"] for rung in found["rungs"]] == [1, 3] and found["rungs"][0][
+        "trials"
+    ] == 4.0
     assert set(found["trial_epochs"]) == set(found["wall_seconds"]) == {"mean", "low", "high"}
     assert found["trials"]["complete"] == found["rungs"][1]["trials"]
     assert found["disk_bytes"]["total"] == sum(
         found["disk_bytes"][part] for part in ("checkpoints", "weights", "records")
     )
-    assert (found["data"], found["gpus_per_trial"]) == ("shapes", 0.0) and "--json" not in found["command"]
+    assert (found["data"], found["gpus_per_trial"]) == ("shapes", 0.0) and "--json" not in found[
+        "command"
+    ]
 
 
 # Training
@@ -347,27 +533,39 @@ def test_train_tells_its_epochs_survives_a_dead_tracking_store_and_names_a_next_
     lines = answer.stdout.splitlines()
     assert "NOT CIFAR-10" in answer.stdout
     assert f"run t:0, fingerprint {state.trials[0].fingerprint}" in lines
-    assert len([line for line in lines if re.match(r"epoch \d: train_loss .* \(shapes\)$", line)]) == 3
+    assert (
+        len([line for line in lines if re.match(r"epoch \d: train_loss .* \(shapes\)$", line)]) == 3
+    )
     (fault,) = [
-        line for line in lines if line.startswith("MLflow must take all runs, got 2 left over: TrackingError: ")
+        line
+        for line in lines
+        if line.startswith("MLflow must take all runs, got 2 left over: TrackingError: ")
     ]
-    assert "got: unable to open database file. The record is whole. Complete MLflow from it: " in fault
+    assert (
+        "got: unable to open database file. The record is whole. Complete MLflow from it: " in fault
+    )
     assert lines[-2] == f"t:0: complete, val_acc {100 * (state.trials[0].val_acc or 0):.2f} %"
     again = paste(lines[-1])
     assert again.exit_code == 0 and "identical over 3 epochs" in again.stdout
 
 
 def test_train_of_a_diverging_configuration_says_so(workplace: Path) -> None:
-    explode = [f"--set={setting}" for setting in ("schedule=constant", "max_lr=2.0", "weight_decay=1.0", "epochs=30")]
+    explode = [
+        f"--set={setting}"
+        for setting in ("schedule=constant", "max_lr=2.0", "weight_decay=1.0", "epochs=30")
+    ]
     answer = invoke(*make_train_words(workplace, "t", "--set=train_size=60", *explode))
     assert answer.exit_code == 0, answer.output
     assert re.search(
-        r"t:0: diverged, .* \(training: the loss must be finite, got nan or inf at epoch 2, ", answer.stdout
+        r"t:0: diverged, .* \(training: the loss must be finite, got nan or inf at epoch 2, ",
+        answer.stdout,
     )
 
 
 @pytest.mark.slow
-def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on_to_the_same_curve(workplace: Path) -> None:
+def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on_to_the_same_curve(
+    workplace: Path,
+) -> None:
     """A real SIGINT, sent when the second epoch is recorded."""
     folder = search_folder(workplace / "runs", "t")
     over = threading.Event()
@@ -395,11 +593,19 @@ def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on_to_the_same_curve
     assert paste("python -m tune_cifar reproduce t:0 --data shapes").exit_code == 0
 
 
-def test_the_command_that_goes_on_names_the_training_when_the_user_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_that_goes_on_names_the_training_when_the_user_did_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from tune_cifar.cli.train import _describe_resume
 
-    for typed, more in {"": "--name t --resume", "--name t": "--resume", "--name=t --resume": ""}.items():
-        monkeypatch.setattr(sys, "argv", ["tune_cifar", "train", "--space", "smoke", *typed.split()])
+    for typed, more in {
+        "": "--name t --resume",
+        "--name t": "--resume",
+        "--name=t --resume": "",
+    }.items():
+        monkeypatch.setattr(
+            sys, "argv", ["tune_cifar", "train", "--space", "smoke", *typed.split()]
+        )
         words = " ".join(f"train --space smoke {typed} {more}".split())
         assert _describe_resume("t") == f"python -m tune_cifar {words}"
 
@@ -411,11 +617,18 @@ def test_ui_answers_on_loopback_and_ends_with_ctrl_c(workplace: Path) -> None:
 
     words = make_train_words(workplace, "t")[:-2]  # with the default store
     answer = run_in_a_process(*words)
-    assert answer.returncode == 0 and "MLflow must" not in answer.stdout, answer.stdout + answer.stderr
+    assert answer.returncode == 0 and "MLflow must" not in answer.stdout, (
+        answer.stdout + answer.stderr
+    )
     command = [sys.executable, "-m", "tune_cifar", "ui"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
@@ -443,7 +656,10 @@ def test_ui_answers_on_loopback_and_ends_with_ctrl_c(workplace: Path) -> None:
         ("No GPU here. Use `device='cpu'`.", "No GPU here. Use --device cpu."),
         ("Or give `accept_changes=True`.", "Or give --accept-changes."),
         ("`settings`: no value", "--set: no value"),
-        ("`val_acc` is no option, `leaderboard` neither", "`val_acc` is no option, `leaderboard` neither"),
+        (
+            "`val_acc` is no option, `leaderboard` neither",
+            "`val_acc` is no option, `leaderboard` neither",
+        ),
     ],
 )
 def test_the_command_line_names_the_option_of_a_parameter(sentence: str, shown: str) -> None:

@@ -53,10 +53,15 @@ def make_console(width: int = 100, **options: Any) -> tuple[Console, StringIO]:
 
 
 def make_view(
-    console: Console, max_seconds: float | None = None, num_trials: int = 6, rungs: tuple[int, ...] = (3,)
+    console: Console,
+    max_seconds: float | None = None,
+    num_trials: int = 6,
+    rungs: tuple[int, ...] = (3,),
 ) -> SearchView:
     """Of trials of 3 epochs at 2 s an epoch until known better, two at once."""
-    return SearchView(console, make_budget(rungs, trials=num_trials, max_time_seconds=max_seconds), 2, 2.0)
+    return SearchView(
+        console, make_budget(rungs, trials=num_trials, max_time_seconds=max_seconds), 2, 2.0
+    )
 
 
 def tell(view: SearchView, events: list[Event], **header: Any) -> SearchState:
@@ -78,7 +83,9 @@ def summarise(
     """The end of a search without a terminal, `kw` being the header's changes."""
     console, text = make_console()
     state = make_state([*events, SearchEnded(reason=reason, wall_seconds=61.2)], **kw)
-    print_search_summary(console, state, faults or [], dropped or [], " --data shapes", " --storage '/my runs'")
+    print_search_summary(
+        console, state, faults or [], dropped or [], " --data shapes", " --storage '/my runs'"
+    )
     return text.getvalue()
 
 
@@ -93,7 +100,9 @@ def test_search_prints_one_plain_line_per_event_without_a_terminal() -> None:
     assert lines[1] == "[0:00:00] trial 0 epoch 1/3: val_acc 30.00 %"
     best = "best so far 70.00 % (trial 0), about 0:00:18 to go"
     assert lines[4] == f"[0:00:00] trial 0 complete (it complete); {best}"
-    assert lines[-1].startswith("[0:00:00] trial 1 stopped (it stopped); best so far 70.00 % (trial 0), about ")
+    assert lines[-1].startswith(
+        "[0:00:00] trial 1 stopped (it stopped); best so far 70.00 % (trial 0), about "
+    )
 
 
 def test_a_failure_whose_reason_holds_brackets_is_shown_as_it_is() -> None:
@@ -113,23 +122,37 @@ def test_time_left_before_the_first_epoch_is_the_estimate() -> None:
 def test_time_left_follows_the_price_of_real_epochs() -> None:
     view = make_view(make_console()[0])
     tell(view, [make_start(0), EpochReported(trial=0, result=make_result(1, epoch_seconds=10.0))])
-    assert view.eta_seconds() == 90.0  # one worker has 2 + 3 + 3 epochs before it, the other 3 + 3 + 3
+    assert (
+        view.eta_seconds() == 90.0
+    )  # one worker has 2 + 3 + 3 epochs before it, the other 3 + 3 + 3
 
 
 def test_time_left_is_what_the_simulation_says_of_the_present_state() -> None:
     view = make_view(make_console()[0], num_trials=100, rungs=(1, 3))
-    assert view.eta_seconds() == pytest.approx(forecast_search(view._budget, 2, 2.0).seconds.mean, rel=0.1)
-    state = tell(view, [*make_cycles(0, {1: [0.5], 3: [0.1, 0.2, 0.3]}, "complete"), *make_cycles(1, {1: [0.4]}, None)])
+    assert view.eta_seconds() == pytest.approx(
+        forecast_search(view._budget, 2, 2.0).seconds.mean, rel=0.1
+    )
+    state = tell(
+        view,
+        [
+            *make_cycles(0, {1: [0.5], 3: [0.1, 0.2, 0.3]}, "complete"),
+            *make_cycles(1, {1: [0.4]}, None),
+        ],
+    )
     more = forecast_search(view._budget, 2, 2.0, state, start_seconds=0.0).seconds.mean
     assert view.eta_seconds() == pytest.approx(more, rel=0.1)
 
 
 @pytest.mark.parametrize("accs", [[0.1], [0.1, 0.2, 0.3]])
 @pytest.mark.parametrize("num_trials", [1, 2, 4])
-def test_time_left_is_zero_when_all_trials_have_ended(num_trials: int, accs: list[float | None]) -> None:
+def test_time_left_is_zero_when_all_trials_have_ended(
+    num_trials: int, accs: list[float | None]
+) -> None:
     view = make_view(make_console()[0], num_trials=num_trials)
     status = "complete" if len(accs) == 3 else "stopped"
-    tell(view, [event for number in range(num_trials) for event in make_trial(number, accs, status)])
+    tell(
+        view, [event for number in range(num_trials) for event in make_trial(number, accs, status)]
+    )
     assert view.eta_seconds() == 0
 
 
@@ -147,7 +170,9 @@ def test_time_left_never_exceeds_what_the_limit_leaves(
     events: list[Event] = []
     for number, length in enumerate(lengths):
         events.append(make_start(number))
-        results = [make_result(epoch, epoch_seconds=epoch_seconds) for epoch in range(1, length + 1)]
+        results = [
+            make_result(epoch, epoch_seconds=epoch_seconds) for epoch in range(1, length + 1)
+        ]
         events += [EpochReported(trial=number, result=result) for result in results]
         if not running:
             events.append(TrialEnded(trial=number, status="stopped", reason="rung"))
@@ -174,18 +199,28 @@ def render(events: list[Event], width: int = 120, **header: Any) -> str:
 def test_live_table_says_that_it_waits_before_the_first_trial_and_before_the_first_epoch() -> None:
     assert render([]).strip() == "waiting for the first worker ..."
     text = render([make_start(0), make_start(1)])
-    assert "2/6 trials: 2 running" in text and "the workers are starting" in text and "to go" not in text
+    assert (
+        "2/6 trials: 2 running" in text
+        and "the workers are starting" in text
+        and "to go" not in text
+    )
 
 
 def test_live_table_shows_trials_best_gain_and_time() -> None:
-    trials = [make_trial(0, [0.3, 0.5, 0.7], "complete"), make_trial(1, [0.4, 0.6, 0.75], "complete")]
+    trials = [
+        make_trial(0, [0.3, 0.5, 0.7], "complete"),
+        make_trial(1, [0.4, 0.6, 0.75], "complete"),
+    ]
     config = CONFIG.model_copy(update={"max_lr": 0.0123456})
     lines = render([*trials[0], *trials[1], *make_trial(2, [0.35], None, config)]).splitlines()
     assert lines[0].split() == ["trial", "status", "epoch", "val_acc", "max_lr"]
     assert lines[1].split() == ["2", "running", "1/3", "35.00", "%", "0.0123"]
     assert lines[2].split() == ["1", "complete", "3/3", "75.00", "%", "0.1"]
     assert lines[3].split() == ["0", "(baseline)", "complete", "3/3", "70.00", "%", "0.1"]
-    assert lines[4] == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), +5.00 points over the baseline"
+    assert (
+        lines[4]
+        == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), +5.00 points over the baseline"
+    )
     assert re.fullmatch(r"0:00:0\d gone, about 0:00:1\d to go", lines[5]) and len(lines) == 6
 
 
@@ -198,7 +233,11 @@ def test_live_table_counts_the_epochs_of_the_cycle_that_a_trial_is_in() -> None:
     ]
     budget = {"trials": 6, "rungs": [1, 2, 3], "fidelity": "cycles"}
     rows = [line.split() for line in render(events, budget=budget).splitlines()]
-    assert [row[:3] for row in rows[1:4]] == [["3", "running", "0/1"], ["1", "running", "1/2"], ["2", "stopped", "1/1"]]
+    assert [row[:3] for row in rows[1:4]] == [
+        ["3", "running", "0/1"],
+        ["1", "running", "1/2"],
+        ["2", "stopped", "1/1"],
+    ]
     assert rows[4][:4] == ["0", "(baseline)", "complete", "3/3"]
 
 
@@ -210,16 +249,27 @@ def test_search_prints_the_epochs_of_a_cycle_beside_its_length() -> None:
     assert epochs == ["1/1", "1/2", "2/2", "1/3", "2/3", "3/3"]
 
 
-@pytest.mark.parametrize(("courses", "left"), [({1: [0.5]}, 5), ({1: [0.5], 2: [0.2]}, 4), (COURSES, 0)])
-def test_time_left_counts_every_cycle_that_is_still_to_come(courses: dict[int, list[float]], left: int) -> None:
+@pytest.mark.parametrize(
+    ("courses", "left"), [({1: [0.5]}, 5), ({1: [0.5], 2: [0.2]}, 4), (COURSES, 0)]
+)
+def test_time_left_counts_every_cycle_that_is_still_to_come(
+    courses: dict[int, list[float]], left: int
+) -> None:
     view = make_view(make_console()[0], num_trials=1, rungs=(1, 2, 3))
     tell(view, make_cycles(0, courses, None))
     assert view.eta_seconds() == 2.0 * left
 
 
 def test_live_table_stays_small_and_shows_what_runs_first() -> None:
-    events = [event for number in range(40) for event in make_trial(number, [0.1], "stopped" if number else None)]
-    lines = render(events, distributions=dict.fromkeys(("max_lr", "dropout", "gamma", "hflip_p", "gray_p"), "{}"))
+    events = [
+        event
+        for number in range(40)
+        for event in make_trial(number, [0.1], "stopped" if number else None)
+    ]
+    lines = render(
+        events,
+        distributions=dict.fromkeys(("max_lr", "dropout", "gamma", "hflip_p", "gray_p"), "{}"),
+    )
     rows = lines.splitlines()
     assert rows[1].split()[:3] == ["0", "(baseline)", "running"] and rows[2].split()[0] == "39"
     assert len(rows) == 1 + 14 + 2 and "gray_p" not in rows[0]
@@ -235,28 +285,40 @@ def test_live_display_is_not_disturbed_by_trials_that_start_while_it_draws() -> 
 
 
 def test_summary_tells_counts_best_knobs_and_the_gain_beside_its_noise() -> None:
-    text = summarise([*make_trial(0, [0.3, 0.5, 0.6], "complete"), *make_trial(1, [0.4, 0.6, 0.8], "complete")])
+    text = summarise(
+        [*make_trial(0, [0.3, 0.5, 0.6], "complete"), *make_trial(1, [0.4, 0.6, 0.8], "complete")]
+    )
     assert "s7-1 ended after 0:01:01 (all trials): 2 trials, 2 complete" in text
     assert "best: trial 1, val_acc 80.00 % after 3 epochs" in text
     assert re.search(r"max_lr +0\.1 +0\.1 *\n", text)
     # sqrt(2 x 0.8 x 0.2 / 100) = 5.66 points
     gain = "gain over the baseline (60.00 %): +20.00 points, beyond twice the 5.66 points that 100 validation images"
-    assert gain in text and "one seed, best of 2: an upper guess until it is confirmed over seeds" in text
+    assert (
+        gain in text
+        and "one seed, best of 2: an upper guess until it is confirmed over seeds" in text
+    )
     assert "NOT CIFAR-10" not in text and "pinned" not in text and "failed" not in text
 
 
 def test_summary_says_when_the_gain_is_within_the_noise_and_when_there_is_none() -> None:
     one = make_trial(0, [0.3, 0.5, 0.6], "complete")
-    assert "+3.00 points, within twice the 6.83 points" in summarise([*one, *make_trial(1, [0, 0, 0.63], "complete")])
+    assert "+3.00 points, within twice the 6.83 points" in summarise(
+        [*one, *make_trial(1, [0, 0, 0.63], "complete")]
+    )
     text = summarise([*one, *make_trial(1, [0.1, 0.1, 0.5], "complete")])
     assert "No trial beat the baseline (60.00 %): there is no gain." in text
-    text = summarise([*make_trial(0, [0.3], "stopped"), *make_trial(1, [0.1, 0.1, 0.5], "complete")])
+    text = summarise(
+        [*make_trial(0, [0.3], "stopped"), *make_trial(1, [0.1, 0.1, 0.5], "complete")]
+    )
     assert "The baseline did not finish: no gain can be told." in text
 
 
 def test_summary_of_a_search_without_a_complete_trial_says_so() -> None:
     text = summarise([*make_trial(0, [0.3], "stopped")], reason=TIME_LIMIT)
-    assert "No trial reached its last epoch: there is no score to compare. Give it more --max-time." in text
+    assert (
+        "No trial reached its last epoch: there is no score to compare. Give it more --max-time."
+        in text
+    )
     assert "reproduce --best" not in text
     text = summarise([*make_trial(0, [0.3], None)], reason=INTERRUPTED)
     assert "there is no score to compare.\n" in text and "--resume" in text
@@ -288,9 +350,13 @@ def test_summary_tells_what_was_paid_beside_what_was_predicted() -> None:
     events = [*make_trial(0, [0.3, 0.5, 0.6], "complete"), *make_trial(1, [0.4], "stopped")]
     text = summarise(events, predicted_epochs=5.2)
     assert "trial-epochs: 4 paid, 5 predicted (error +30 %)\n" in text
-    assert "trial-epochs: 4 paid, 4 predicted (error -5 %)\n" in summarise(events, predicted_epochs=3.8)
+    assert "trial-epochs: 4 paid, 4 predicted (error -5 %)\n" in summarise(
+        events, predicted_epochs=3.8
+    )
     assert "trial-epochs" not in summarise(events), "an older record has no prediction"
-    assert "trial-epochs" not in summarise([make_start(0)], predicted_epochs=5.0), "nothing was paid"
+    assert "trial-epochs" not in summarise([make_start(0)], predicted_epochs=5.0), (
+        "nothing was paid"
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,10 +373,19 @@ def test_a_resumed_search_tells_of_its_prediction_only_if_it_was_the_predicted_o
     trials: int, limit: float | None, reason: str, is_told: bool
 ) -> None:
     budget = {"trials": 4, "rungs": [1, 2, 3], "max_time_seconds": limit}
-    first = [*make_trial(0, [0.3, 0.5, 0.6], "complete"), SearchEnded(reason="interrupted", wall_seconds=1.0)]
-    again = [make_resume(trials), *make_trial(1, [0.4], "stopped"), SearchEnded(reason=reason, wall_seconds=1.0)]
+    first = [
+        *make_trial(0, [0.3, 0.5, 0.6], "complete"),
+        SearchEnded(reason="interrupted", wall_seconds=1.0),
+    ]
+    again = [
+        make_resume(trials),
+        *make_trial(1, [0.4], "stopped"),
+        SearchEnded(reason=reason, wall_seconds=1.0),
+    ]
     console, text = make_console()
-    print_search_summary(console, make_state([*first, *again], budget=budget, predicted_epochs=4.0), [], [])
+    print_search_summary(
+        console, make_state([*first, *again], budget=budget, predicted_epochs=4.0), [], []
+    )
     assert ("trial-epochs: 4 paid, 4 predicted (error +0 %)" in text.getvalue()) is is_told
 
 
@@ -332,15 +407,25 @@ def test_summarys_next_commands_name_the_stand_in_although_the_user_did_not() ->
     console, text = make_console()
     end = SearchEnded(reason="all trials", wall_seconds=61.2)
     print_search_summary(
-        console, make_state([*make_trial(0, [0.3, 0.5, 0.6], "complete"), end], data=SHAPES_INFO), [], []
+        console,
+        make_state([*make_trial(0, [0.3, 0.5, 0.6], "complete"), end], data=SHAPES_INFO),
+        [],
+        [],
     )
-    assert "  python -m tune_cifar reproduce --best --search s7-1 --data shapes\n" in text.getvalue()
+    assert (
+        "  python -m tune_cifar reproduce --best --search s7-1 --data shapes\n" in text.getvalue()
+    )
 
 
 def test_summary_breaks_prose_between_words_on_a_terminal_only() -> None:
     console, text = make_console(width=40, force_terminal=True, no_color=True)
-    events = [*make_trial(0, [0.3, 0.5, 0.6], "complete"), *make_trial(1, [0.4, 0.6, 0.8], "complete")]
-    print_search_summary(console, make_state([*events, SearchEnded(reason="r", wall_seconds=1.0)]), [], [])
+    events = [
+        *make_trial(0, [0.3, 0.5, 0.6], "complete"),
+        *make_trial(1, [0.4, 0.6, 0.8], "complete"),
+    ]
+    print_search_summary(
+        console, make_state([*events, SearchEnded(reason="r", wall_seconds=1.0)]), [], []
+    )
     prose = strip_codes(text.getvalue()).split("next:")[0].splitlines()
     assert max(map(len, prose)) <= 40
     words = " ".join(line.strip() for line in prose)
@@ -351,14 +436,18 @@ def test_summary_breaks_prose_between_words_on_a_terminal_only() -> None:
 def test_banner_of_the_stand_in_is_a_box_with_the_way_to_the_real_data(width: int) -> None:
     console, text = make_console(width)
     print_synthetic_banner(console, "shapes")
-    assert "NOT CIFAR-10" in text.getvalue() and "python -m tune_cifar data fetch" in text.getvalue()
+    assert (
+        "NOT CIFAR-10" in text.getvalue() and "python -m tune_cifar data fetch" in text.getvalue()
+    )
     assert text.getvalue().count("\n") >= 7 and "[bold]" not in text.getvalue()
     console, text = make_console(width)
     print_synthetic_banner(console, "cifar10")
     assert text.getvalue() == ""
 
 
-def test_training_prints_one_line_per_epoch_with_the_time_that_is_left(shapes: TrainVal, fp32: Numerics) -> None:
+def test_training_prints_one_line_per_epoch_with_the_time_that_is_left(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
     console, text = make_console()
     with TrainingView(console, shapes.info) as view:
         view.watch(Trainer(make_config(epochs=4), shapes, fp32))
@@ -369,7 +458,9 @@ def test_training_prints_one_line_per_epoch_with_the_time_that_is_left(shapes: T
     )
 
 
-def test_training_shows_a_bar_over_the_trainers_steps_on_a_terminal(shapes: TrainVal, fp32: Numerics) -> None:
+def test_training_shows_a_bar_over_the_trainers_steps_on_a_terminal(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
     console, text = make_console(force_terminal=True, no_color=True)
     trainer = Trainer(make_config(), shapes, fp32)
     with TrainingView(console, shapes.info) as view:
@@ -380,7 +471,9 @@ def test_training_shows_a_bar_over_the_trainers_steps_on_a_terminal(shapes: Trai
     assert "epoch 2/2" in shown and "4/8 steps" in shown
 
 
-def test_an_lr_range_test_shows_a_line_per_sweep_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_lr_range_test_shows_a_line_per_sweep_with_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     console, text = make_console()
     clock = iter([0.0, 0.0, 10.0, 16.0])
     monkeypatch.setattr("tune_cifar.cli.live.time.monotonic", lambda: next(clock))
@@ -411,4 +504,8 @@ def test_an_lr_range_test_shows_a_bar_over_the_steps_of_all_seeds_on_a_terminal(
 def test_formats_are_for_people() -> None:
     assert (format_seconds(0.4), format_seconds(3725.6)) == ("0:00:00", "1:02:06")
     assert (format_percent(None), format_percent(0.12345)) == ("-", "12.35 %")
-    assert (format_value(0.000123456), format_value(128), format_value("sgd")) == ("0.000123", "128", "sgd")
+    assert (format_value(0.000123456), format_value(128), format_value("sgd")) == (
+        "0.000123",
+        "128",
+        "sgd",
+    )

@@ -65,19 +65,42 @@ def list_names(storage: Path) -> set[str]:
 
 
 def test_the_list_shows_how_far_each_search_came_and_how_to_go_on(storage: Path) -> None:
-    with Record.create(search_folder(storage, "live"), make_header("live", created="2026-01-05T09:30:00+00:00")):
+    with Record.create(
+        search_folder(storage, "live"), make_header("live", created="2026-01-05T09:30:00+00:00")
+    ):
         answer = invoke("searches", "list", "--storage", str(storage))
     assert answer.exit_code == 0, answer.output
     header, *rows, error, hint = answer.stdout.splitlines()
-    assert header.split() == ["search", "kind", "space", "data", "created", "(UTC)", "state", "trials", "best", "size"]
+    assert header.split() == [
+        "search",
+        "kind",
+        "space",
+        "data",
+        "created",
+        "(UTC)",
+        "state",
+        "trials",
+        "best",
+        "size",
+    ]
     assert [row.split()[0] for row in rows] == ["live", "torn", "killed", "stopped", "whole"]
     assert "2026-01-05 09:30  running" in rows[0] and "none" in rows[0]
     assert "damaged" in rows[1] and "driver died" in rows[2] and "interrupted" in rows[3]
-    assert "1 running, 3 complete, 1 stopped, 1 diverged, 1 failed" in rows[2] and "80.00 % (:1)" in rows[2]
-    assert "s7 (full)" in rows[4] and "finished (all trials)" in rows[4] and rows[4].rstrip().endswith(" kB")
+    assert (
+        "1 running, 3 complete, 1 stopped, 1 diverged, 1 failed" in rows[2]
+        and "80.00 % (:1)" in rows[2]
+    )
+    assert (
+        "s7 (full)" in rows[4]
+        and "finished (all trials)" in rows[4]
+        and rows[4].rstrip().endswith(" kB")
+    )
     assert "shapes" in rows[3] and "cifar10" in rows[4]
     assert error.startswith(f"{storage}/searches/torn/record.jsonl:") and "fits its CRC" in error
-    assert hint == f"killed goes on with: python -m tune_cifar search --name killed --resume --storage {storage}"
+    assert (
+        hint
+        == f"killed goes on with: python -m tune_cifar search --name killed --resume --storage {storage}"
+    )
 
 
 def test_a_search_on_the_stand_in_goes_on_with_the_stand_in(tmp_path: Path) -> None:
@@ -90,7 +113,11 @@ def test_the_list_with_json_is_one_document_in_the_same_order(storage: Path) -> 
     rows = json.loads(invoke("searches", "list", "--json", "--storage", str(storage)).stdout)
     assert [row["name"] for row in rows] == ["torn", "killed", "stopped", "whole"]
     assert rows[0]["error"] is not None and rows[1]["error"] is None
-    assert (rows[3]["stage"], rows[3]["best_val_acc"], rows[3]["counts"]["complete"]) == ("finished", 0.7, 1)
+    assert (rows[3]["stage"], rows[3]["best_val_acc"], rows[3]["counts"]["complete"]) == (
+        "finished",
+        0.7,
+        1,
+    )
 
 
 def test_an_empty_run_store_is_said_to_be_empty(tmp_path: Path) -> None:
@@ -110,7 +137,9 @@ def test_looking_at_searches_imports_nothing_heavy(storage: Path, command: str) 
         "assert not heavy, heavy\n"
     )
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(storage)}
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert answer.returncode == 0, answer.stderr[-2000:]
 
 
@@ -121,11 +150,18 @@ def test_a_deleted_search_is_gone_and_the_others_stay(storage: Path) -> None:
     (storage / "searches" / "whole" / "trials" / "0000").mkdir(parents=True)
     (storage / "searches" / "whole" / "trials" / "0000" / "weights").write_bytes(bytes(2_000_000))
     views = ["reports/whole.html", "reports/whole-2.html"]
-    views += ["judge/whole-0/a.png", "judge/whole-0-test/a.png", "judge/whole-2-0/a.png", "judge/whole-1/a.png"]
+    views += [
+        "judge/whole-0/a.png",
+        "judge/whole-0-test/a.png",
+        "judge/whole-2-0/a.png",
+        "judge/whole-1/a.png",
+    ]
     for view in views:
         (storage / view).parent.mkdir(parents=True, exist_ok=True)
         (storage / view).touch()
-    answer = invoke("searches", "delete", "whole", "--yes", "--keep-mlflow", "--storage", str(storage))
+    answer = invoke(
+        "searches", "delete", "whole", "--yes", "--keep-mlflow", "--storage", str(storage)
+    )
     assert answer.exit_code == 0, answer.output
     assert answer.stdout == "whole is deleted: 1 trial, 2.0 MB, MLflow as it was\n"
     assert list_names(storage) == {"stopped", "killed", "torn"}
@@ -146,7 +182,9 @@ def test_nothing_is_deleted_unless_the_answer_is_yes(storage: Path) -> None:
     assert answer.exit_code == 0 and "killed" not in list_names(storage)
 
 
-def test_a_live_search_is_not_deleted_and_its_owner_is_named(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_search_is_not_deleted_and_its_owner_is_named(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tune_cifar.record.journal.LOCK_SECONDS", 0.1)
     words = ("searches", "delete", "stopped", "--yes", "--keep-mlflow", "--storage", str(storage))
     with Record.open(search_folder(storage, "stopped")):
@@ -188,7 +226,15 @@ def test_a_damaged_search_is_deleted_only_without_its_runs(storage: Path) -> Non
 def test_a_name_that_could_lead_elsewhere_is_refused(storage: Path, name: str) -> None:
     (storage / "away").mkdir()
     sentence = refuse(
-        RecordError, "searches", "delete", "--yes", "--keep-mlflow", "--storage", str(storage), "--", name
+        RecordError,
+        "searches",
+        "delete",
+        "--yes",
+        "--keep-mlflow",
+        "--storage",
+        str(storage),
+        "--",
+        name,
     )
     assert sentence.startswith("a search's name: it must be 1 to 64 of A-Z a-z 0-9 . _ - ")
     assert (storage / "away").is_dir() and len(list_names(storage)) == 4
@@ -196,7 +242,10 @@ def test_a_name_that_could_lead_elsewhere_is_refused(storage: Path, name: str) -
 
 def test_an_unknown_search_is_refused_with_the_nearest_name(storage: Path) -> None:
     sentence = refuse(RecordError, "searches", "delete", "wole", "--yes", "--storage", str(storage))
-    assert sentence == f"{storage}: a search of the name must be there, got 'wole'. Did you mean whole?"
+    assert (
+        sentence
+        == f"{storage}: a search of the name must be there, got 'wole'. Did you mean whole?"
+    )
 
 
 def test_no_link_is_followed(storage: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -206,7 +255,10 @@ def test_no_link_is_followed(storage: Path, tmp_path_factory: pytest.TempPathFac
     folder.symlink_to(elsewhere)
     words = ("--yes", "--keep-mlflow", "--storage", str(storage))
     sentence = refuse(RecordError, "searches", "delete", "linked", *words)
-    assert sentence == f"{folder}: a folder in the run store itself must be there, got a link or a file."
+    assert (
+        sentence
+        == f"{folder}: a folder in the run store itself must be there, got a link or a file."
+    )
     folder.unlink()
     (storage / "searches" / "whole" / "trials").symlink_to(away)
     (storage / "searches" / "whole" / "file").symlink_to(elsewhere / "record.jsonl")
@@ -216,7 +268,16 @@ def test_no_link_is_followed(storage: Path, tmp_path_factory: pytest.TempPathFac
     other = away / "other"
     other.mkdir()
     (other / "searches").symlink_to(storage / "searches")
-    refuse(RecordError, "searches", "delete", "killed", "--yes", "--keep-mlflow", "--storage", str(other))
+    refuse(
+        RecordError,
+        "searches",
+        "delete",
+        "killed",
+        "--yes",
+        "--keep-mlflow",
+        "--storage",
+        str(other),
+    )
     assert "killed" in list_names(storage)
 
 
@@ -226,7 +287,9 @@ def test_without_a_database_there_are_no_runs_to_delete_and_none_is_made(storage
     assert "whole" not in list_names(storage) and not (storage / "mlflow.db").exists()
 
 
-def test_when_mlflow_cannot_be_reached_the_folder_goes_only_when_its_runs_may_stay(storage: Path) -> None:
+def test_when_mlflow_cannot_be_reached_the_folder_goes_only_when_its_runs_may_stay(
+    storage: Path,
+) -> None:
     (storage / "mlflow.db").write_text("this is no database, whatever its name says\n" * 40)
     words = ("searches", "delete", "whole", "--yes", "--storage", str(storage))
     sentence = refuse(TrackingError, *words)
@@ -244,8 +307,16 @@ def failed(tmp_path: Path) -> SearchState:
     """Two trials out of memory, one with another fault."""
 
     def make_events() -> list[Any]:
-        events = [make_failed(1, OUT_OF_MEMORY.replace("20", "99"), tmp_path), make_failed(2, OUT_OF_MEMORY, tmp_path)]
-        return [*make_trial(0, [0.3], None), *events[0], *events[1], *make_failed(3, "KeyError: [red]", tmp_path)]
+        events = [
+            make_failed(1, OUT_OF_MEMORY.replace("20", "99"), tmp_path),
+            make_failed(2, OUT_OF_MEMORY, tmp_path),
+        ]
+        return [
+            *make_trial(0, [0.3], None),
+            *events[0],
+            *events[1],
+            *make_failed(3, "KeyError: [red]", tmp_path),
+        ]
 
     return write_failures(tmp_path, make_events)
 
@@ -256,13 +327,18 @@ def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_r
     answer = invoke("failures", "--search", "s7-1", "--storage", str(tmp_path))
     assert answer.exit_code == 0, answer.output
     lines = answer.stdout.splitlines()
-    assert lines[0] == "2 x torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
+    assert (
+        lines[0]
+        == "2 x torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
+    )
     assert lines[1:3] == ["  in: train/trainer.py:131 in _train_step", "  failed: 1, 2"]
     command = f"python -m tune_cifar reproduce s7-1:1 --storage {tmp_path}"
     assert lines[3] == f"  replay: {command}"
     assert OUT_OF_MEMORY.replace("20", "99") in answer.stdout
     assert "1 x KeyError: [red]" in lines
-    groups = json.loads(invoke("failures", "--search", "s7-1", "--json", "--storage", str(tmp_path)).stdout)
+    groups = json.loads(
+        invoke("failures", "--search", "s7-1", "--json", "--storage", str(tmp_path)).stdout
+    )
     assert [(group["count"], group["failed"], group["run_id"]) for group in groups] == [
         (2, [1, 2], "s7-1:1"),
         (1, [3], "s7-1:3"),
@@ -272,16 +348,31 @@ def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_r
 
 def test_a_search_on_the_stand_in_is_replayed_on_the_stand_in(tmp_path: Path) -> None:
     write_search(tmp_path, "s7-1", 1, make_trial(0, [], "failed"), data=SHAPES_INFO)
-    (group,) = json.loads(invoke("failures", "--search", "s7-1", "--json", "--storage", str(tmp_path)).stdout)
-    assert group["command"] == f"python -m tune_cifar reproduce s7-1:0 --data shapes --storage {tmp_path}"
+    (group,) = json.loads(
+        invoke("failures", "--search", "s7-1", "--json", "--storage", str(tmp_path)).stdout
+    )
+    assert (
+        group["command"]
+        == f"python -m tune_cifar reproduce s7-1:0 --data shapes --storage {tmp_path}"
+    )
     assert group["traceback"] == "it failed", "its error file is gone: the recorded reason"
 
 
 def test_a_search_without_failures_says_so(storage: Path) -> None:
     answer = invoke("failures", "--search", "whole", "--storage", str(storage))
-    assert (answer.exit_code, answer.stdout) == (0, "whole: no trial failed, and none was retried (1 trial).\n")
-    assert json.loads(invoke("failures", "--search", "whole", "--json", "--storage", str(storage)).stdout) == []
-    assert "Did you mean whole?" in refuse(RecordError, "failures", "--search", "wole", "--storage", str(storage))
+    assert (answer.exit_code, answer.stdout) == (
+        0,
+        "whole: no trial failed, and none was retried (1 trial).\n",
+    )
+    assert (
+        json.loads(
+            invoke("failures", "--search", "whole", "--json", "--storage", str(storage)).stdout
+        )
+        == []
+    )
+    assert "Did you mean whole?" in refuse(
+        RecordError, "failures", "--search", "wole", "--storage", str(storage)
+    )
 
 
 # sync
@@ -290,9 +381,13 @@ def test_a_search_without_failures_says_so(storage: Path) -> None:
 def test_a_damaged_record_is_told_and_an_empty_store_is_nothing_to_sync(storage: Path) -> None:
     answer = invoke("sync", "--search", "torn", "--storage", str(storage))
     assert answer.exit_code == 1 and answer.stdout == "" and "fits its CRC" in answer.stderr
-    (only,) = json.loads(invoke("sync", "--search", "torn", "--json", "--storage", str(storage)).stdout)
+    (only,) = json.loads(
+        invoke("sync", "--search", "torn", "--json", "--storage", str(storage)).stdout
+    )
     assert only["search"] == "torn" and "fits its CRC" in only["error"]
-    assert "Did you mean whole?" in refuse(RecordError, "sync", "--search", "wole", "--storage", str(storage))
+    assert "Did you mean whole?" in refuse(
+        RecordError, "sync", "--search", "wole", "--storage", str(storage)
+    )
     answer = invoke("sync", "--storage", str(storage / "nowhere"))
     assert answer.exit_code == 0 and answer.stdout.startswith("No search is recorded yet.")
 
@@ -313,21 +408,33 @@ def list_runs(uri: str) -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
-    return list(client.search_runs([found.experiment_id for found in client.search_experiments()], max_results=1000))
+    return list(
+        client.search_runs(
+            [found.experiment_id for found in client.search_experiments()], max_results=1000
+        )
+    )
 
 
 @pytest.mark.slow
-def test_sync_ships_what_is_missing_once_and_a_deleted_search_takes_its_runs_along(storage: Path) -> None:
+def test_sync_ships_what_is_missing_once_and_a_deleted_search_takes_its_runs_along(
+    storage: Path,
+) -> None:
     words = ("sync", "--storage", str(storage))
     answer = invoke(*words)
-    assert answer.exit_code == 1 and len(answer.stderr.splitlines()) == 1, "torn is told, the others go on"
+    assert answer.exit_code == 1 and len(answer.stderr.splitlines()) == 1, (
+        "torn is told, the others go on"
+    )
     lines = answer.stdout.splitlines()
     assert lines[0].startswith("killed: 7 trials shipped, 0 already there, ")
     assert lines[1].startswith("stopped: 1 trial shipped, 0 already there, ")
     assert lines[2].startswith("whole: 1 trial shipped, 0 already there, ")
     uri = f"sqlite:///{storage}/mlflow.db"
     runs = list_runs(uri)
-    assert len(runs) == 3 + 9 and {run.info.status for run in runs} == {"FINISHED", "KILLED", "FAILED"}
+    assert len(runs) == 3 + 9 and {run.info.status for run in runs} == {
+        "FINISHED",
+        "KILLED",
+        "FAILED",
+    }
     again = json.loads(invoke(*words, "--json").stdout)
     assert [entry["search"] for entry in again] == ["torn", "killed", "stopped", "whole"]
     report = {"search": "killed", "shipped": 0, "already": 7, "closed": 0, "live": False}
@@ -343,7 +450,9 @@ def test_a_live_search_is_left_to_its_driver(storage: Path) -> None:
     with Record.open(search_folder(storage, "stopped")):
         answer = invoke("sync", "--search", "stopped", "--storage", str(storage))
     assert answer.exit_code == 0
-    assert answer.stdout.rstrip().endswith(" 0 runs closed; it is running: the rest is left to its driver")
+    assert answer.stdout.rstrip().endswith(
+        " 0 runs closed; it is running: the rest is left to its driver"
+    )
     assert "RUNNING" in {run.info.status for run in list_runs(f"sqlite:///{storage}/mlflow.db")}
 
 
@@ -355,7 +464,10 @@ def test_a_server_that_is_away_is_one_sentence_and_nothing_is_deleted(storage: P
     words = ("--storage", str(storage), "--tracking-uri", uri)
     answer = invoke("sync", "--search", "whole", *words)
     assert answer.exit_code == 1 and len(answer.stderr.splitlines()) == 1 and answer.stdout == ""
-    assert answer.stderr.startswith("whole: MLflow must take all runs, got ") and "secret" not in answer.output
+    assert (
+        answer.stderr.startswith("whole: MLflow must take all runs, got ")
+        and "secret" not in answer.output
+    )
     sentence = refuse(TrackingError, "searches", "delete", "whole", "--yes", *words)
     assert "secret" not in sentence and sentence.endswith("--keep-mlflow deletes its folder alone.")
     assert "whole" in list_names(storage)

@@ -103,14 +103,20 @@ def test_the_option_wins_over_the_environment_which_wins_over_the_folder_and_the
     assert find_data(None) == SHAPES
 
 
-@pytest.mark.parametrize("spelling", ["there", "there/", "there/cifar-10-batches-py", "./there/cifar-10-batches-py/"])
-def test_the_folder_and_the_one_that_holds_it_are_the_same_source(nowhere: Path, spelling: str) -> None:
+@pytest.mark.parametrize(
+    "spelling", ["there", "there/", "there/cifar-10-batches-py", "./there/cifar-10-batches-py/"]
+)
+def test_the_folder_and_the_one_that_holds_it_are_the_same_source(
+    nowhere: Path, spelling: str
+) -> None:
     make_files(nowhere / "there")
     assert find_data(spelling) == DataSource("cifar10", nowhere / "there")
 
 
 @pytest.mark.parametrize("given_by", ["--data", "TUNE_CIFAR_DATA"])
-@pytest.mark.parametrize(("place", "found"), [("empty", "which has none"), ("absent", "which is no folder")])
+@pytest.mark.parametrize(
+    ("place", "found"), [("empty", "which has none"), ("absent", "which is no folder")]
+)
 def test_a_given_folder_without_data_is_an_error_although_another_place_has_it(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch, given_by: str, place: str, found: str
 ) -> None:
@@ -121,7 +127,9 @@ def test_a_given_folder_without_data_is_an_error_although_another_place_has_it(
         find_data(place if given_by == "--data" else None)
     message = str(caught.value)
     assert_is_a_sentence(message)
-    assert message.startswith(f"{given_by}: a folder with cifar-10-batches-py in it must be given, got '{place}'")
+    assert message.startswith(
+        f"{given_by}: a folder with cifar-10-batches-py in it must be given, got '{place}'"
+    )
     assert found in message
     assert f"python -m tune_cifar data fetch {nowhere / place}" in message
 
@@ -141,7 +149,12 @@ def test_data_found_nowhere_names_the_places_and_the_ways_out(nowhere: Path) -> 
     with pytest.raises(DataError) as caught:
         find_data(None)
     assert_is_a_sentence(str(caught.value))
-    for part in (str(nowhere / "data"), str(user_cache_path("tune_cifar")), "data fetch", "TUNE_CIFAR_DATA"):
+    for part in (
+        str(nowhere / "data"),
+        str(user_cache_path("tune_cifar")),
+        "data fetch",
+        "TUNE_CIFAR_DATA",
+    ):
         assert part in str(caught.value)
 
 
@@ -151,7 +164,9 @@ def test_a_missing_training_file_is_named_when_looking(nowhere: Path, missing: s
     with pytest.raises(DataError) as caught:
         find_data(None)
     assert_is_a_sentence(str(caught.value))
-    assert str(caught.value).startswith(f"{nowhere / 'data' / BATCHES_FOLDER / missing}: the file must exist")
+    assert str(caught.value).startswith(
+        f"{nowhere / 'data' / BATCHES_FOLDER / missing}: the file must exist"
+    )
 
 
 def test_data_without_the_test_file_is_found(nowhere: Path) -> None:
@@ -168,7 +183,9 @@ def test_a_source_without_its_folder_is_refused_and_never_taken_for_the_stand_in
 
 
 def test_verifying_tells_every_file_that_is_missing_truncated_or_altered(tmp_path: Path) -> None:
-    source = DataSource("cifar10", make_files(tmp_path, ("data_batch_1", "data_batch_2", "batches.meta")))
+    source = DataSource(
+        "cifar10", make_files(tmp_path, ("data_batch_1", "data_batch_2", "batches.meta"))
+    )
     with (tmp_path / BATCHES_FOLDER / "data_batch_2").open("r+b") as file:
         file.truncate(12)
     (tmp_path / BATCHES_FOLDER / "data_batch_3").mkdir()
@@ -176,7 +193,10 @@ def test_verifying_tells_every_file_that_is_missing_truncated_or_altered(tmp_pat
     assert tuple(checks) == tuple(FILES)
     zeros = hashlib.md5(bytes(158)).hexdigest()
     assert checks["batches.meta"].found_md5 == zeros
-    assert checks["batches.meta"].problem == f"the file must have MD5 {FILES['batches.meta'][0]}, found {zeros}"
+    assert (
+        checks["batches.meta"].problem
+        == f"the file must have MD5 {FILES['batches.meta'][0]}, found {zeros}"
+    )
     assert checks["data_batch_2"].problem == "the file must have 31,035,320 bytes, found 12"
     assert checks["data_batch_2"].num_bytes == 12
     assert checks["data_batch_4"].problem == "the file must exist, found none"
@@ -197,15 +217,23 @@ def test_loading_refuses_a_file_of_the_wrong_size_or_content_in_one_sentence(
 ) -> None:
     source = DataSource("cifar10", make_files(tmp_path / "with space"))
     path = tmp_path / "with space" / BATCHES_FOLDER / name
-    hint = f"Run `python -m tune_cifar data fetch '{tmp_path / 'with space'}'`, or use --data shapes."
+    hint = (
+        f"Run `python -m tune_cifar data fetch '{tmp_path / 'with space'}'`, or use --data shapes."
+    )
     with pytest.raises(DataError) as altered:
         load(source)
     zeros = hashlib.md5(bytes(FILES[name][1])).hexdigest()
-    assert str(altered.value) == f"{path}: the file must have MD5 {FILES[name][0]}, found {zeros}. {hint}"
+    assert (
+        str(altered.value)
+        == f"{path}: the file must have MD5 {FILES[name][0]}, found {zeros}. {hint}"
+    )
     os.truncate(path, 1000)
     with pytest.raises(DataError) as truncated:
         load(source)
-    assert str(truncated.value) == f"{path}: the file must have {FILES[name][1]:,} bytes, found 1,000. {hint}"
+    assert (
+        str(truncated.value)
+        == f"{path}: the file must have {FILES[name][1]:,} bytes, found 1,000. {hint}"
+    )
     path.unlink()
     with pytest.raises(DataError) as missing:
         load(source)
@@ -215,7 +243,9 @@ def test_loading_refuses_a_file_of_the_wrong_size_or_content_in_one_sentence(
 # Reading pickles
 
 
-def test_a_hostile_pickle_of_the_right_name_and_size_is_refused_by_its_md5_and_never_unpickled(tmp_path: Path) -> None:
+def test_a_hostile_pickle_of_the_right_name_and_size_is_refused_by_its_md5_and_never_unpickled(
+    tmp_path: Path,
+) -> None:
     source, marker = DataSource("cifar10", make_files(tmp_path / "data")), tmp_path / "marker"
     content = pickle.dumps(RunsCommand(marker), protocol=2)
     with (tmp_path / "data" / BATCHES_FOLDER / "data_batch_1").open("r+b") as file:
@@ -230,14 +260,24 @@ def test_a_hostile_pickle_of_the_right_name_and_size_is_refused_by_its_md5_and_n
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_the_unpickler_runs_no_command(tmp_path: Path, protocol: int) -> None:
     content = pickle.dumps(RunsCommand(tmp_path / "marker"), protocol=protocol)
-    with pytest.raises(DataError, match=r"must hold arrays and nothing else, found: (posix|nt)\.system"):
+    with pytest.raises(
+        DataError, match=r"must hold arrays and nothing else, found: (posix|nt)\.system"
+    ):
         read_batch(content, BATCH)
     assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize(
     "thing",
-    [builtins.eval, builtins.getattr, np.load, np.ndarray.tofile, np.testing.assert_equal, Path, torch.load],
+    [
+        builtins.eval,
+        builtins.getattr,
+        np.load,
+        np.ndarray.tofile,
+        np.testing.assert_equal,
+        Path,
+        torch.load,
+    ],
     ids=lambda thing: thing.__qualname__,
 )
 def test_the_unpickler_admits_no_other_name_not_even_of_numpy(thing: object) -> None:
@@ -252,18 +292,24 @@ def test_the_unpickler_admits_no_dotted_name_below_an_allowed_one() -> None:
         read_batch(hostile, BATCH)
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"\x80\x02}q\x01(U", b"N."], ids=["empty", "junk", "torn", "none"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"\x80\x02}q\x01(U", b"N."], ids=["empty", "junk", "torn", "none"]
+)
 def test_a_broken_pickle_is_refused_in_one_sentence(content: bytes) -> None:
     with pytest.raises(DataError, match=r"^data_batch_1: the (file|pickle) must [^\n]*\.$"):
         read_batch(content, BATCH)
 
 
-@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"], ids=["old", "new"])
+@pytest.mark.parametrize(
+    "module", [b"numpy.core.multiarray", b"numpy._core.multiarray"], ids=["old", "new"]
+)
 def test_arrays_pickled_by_old_and_new_numpy_are_read(module: bytes) -> None:
     images = np.random.default_rng(0).integers(0, 256, (10_000, 3_072), dtype=np.uint8)
     content = pickle.dumps({b"data": images, b"labels": ROUND_ROBIN[:10_000].tolist()}, protocol=3)
     assert b"cnumpy._core.multiarray\n" in content
-    read, labels = read_batch(content.replace(b"cnumpy._core.multiarray\n", b"c" + module + b"\n"), BATCH)
+    read, labels = read_batch(
+        content.replace(b"cnumpy._core.multiarray\n", b"c" + module + b"\n"), BATCH
+    )
     assert np.array_equal(read, images.reshape(10_000, 3, 32, 32))
     assert np.array_equal(labels, ROUND_ROBIN[:10_000])
 
@@ -281,15 +327,21 @@ def test_arrays_pickled_by_old_and_new_numpy_are_read(module: bytes) -> None:
     ids=["type", "images", "labels", "label 10", "label -1", "no array"],
 )
 def test_a_pickle_of_something_else_than_a_batch_is_refused(batch: dict[bytes, Any]) -> None:
-    with pytest.raises(DataError, match="must hold 10,000 images labelled 0-9, found something else"):
+    with pytest.raises(
+        DataError, match="must hold 10,000 images labelled 0-9, found something else"
+    ):
         read_batch(pickle.dumps(batch, protocol=3), BATCH)
 
 
 # Splitting
 
 
-@given(seed=st.integers(0, 2**32 - 1), num_train=st.integers(1, 45_000), num_val=st.integers(1, 5_000))
-def test_every_prefix_is_stratified_for_labels_in_any_order(seed: int, num_train: int, num_val: int) -> None:
+@given(
+    seed=st.integers(0, 2**32 - 1), num_train=st.integers(1, 45_000), num_val=st.integers(1, 5_000)
+)
+def test_every_prefix_is_stratified_for_labels_in_any_order(
+    seed: int, num_train: int, num_val: int
+) -> None:
     labels = np.random.default_rng(seed).permutation(ROUND_ROBIN)
     order = make_split_order(labels)
     for prefix in (order[:num_train], order[45_000 : 45_000 + num_val]):
@@ -314,7 +366,9 @@ def test_the_split_is_the_same_for_ever() -> None:
 def test_labels_that_are_not_5000_of_each_class_are_refused() -> None:
     labels = ROUND_ROBIN.copy()
     labels[0] = 1
-    with pytest.raises(DataError, match=r"5,000 training images a class must hold, got \[4999, 5001, "):
+    with pytest.raises(
+        DataError, match=r"5,000 training images a class must hold, got \[4999, 5001, "
+    ):
         make_split_order(labels)
 
 
@@ -326,7 +380,10 @@ def test_loaded_images_and_labels_have_their_documented_types() -> None:
     assert loaded.val is not None
     for split, size in ((loaded.train, 1_234), (loaded.val, 321)):
         assert len(split) == size
-        assert (split.images_NCHW.shape, split.images_NCHW.dtype) == ((size, *files.IMAGE_SHAPE), torch.uint8)
+        assert (split.images_NCHW.shape, split.images_NCHW.dtype) == (
+            (size, *files.IMAGE_SHAPE),
+            torch.uint8,
+        )
         assert (split.labels_N.shape, split.labels_N.dtype) == ((size,), torch.int64)
         assert split.labels_N.tolist() == [i % 10 for i in range(size)]
     assert loaded.info.name == "shapes"
@@ -357,20 +414,30 @@ def test_training_validation_and_test_images_of_the_stand_in_share_no_image() ->
     assert loaded.val is not None
     assert len(test) == 10_000
     assert torch.bincount(test.labels_N).tolist() == [1_000] * 10
-    seen = [{image.numpy().tobytes() for image in s.images_NCHW} for s in (loaded.train, loaded.val, test)]
+    seen = [
+        {image.numpy().tobytes() for image in s.images_NCHW}
+        for s in (loaded.train, loaded.val, test)
+    ]
     assert [len(images) for images in seen] == [5_000, 5_000, 10_000]
     assert len(seen[0] | seen[1] | seen[2]) == 20_000
 
 
 @pytest.mark.parametrize("train_size", [-1, 0, 9, 45_001, 49_999, 50_001])
 def test_a_number_of_training_images_out_of_range_is_refused(train_size: int) -> None:
-    with pytest.raises(DataError, match=f"^data: train_size in 10-45,000 or 50,000 must hold, got {train_size:,}\\.$"):
+    with pytest.raises(
+        DataError,
+        match=f"^data: train_size in 10-45,000 or 50,000 must hold, got {train_size:,}\\.$",
+    ):
         load_train_val(SHAPES, train_size, 0)
 
 
 @pytest.mark.parametrize(("train_size", "val_size"), [(100, -1), (100, 5_001), (50_000, 1)])
-def test_a_number_of_validation_images_out_of_range_is_refused(train_size: int, val_size: int) -> None:
-    with pytest.raises(DataError, match=f"^data: val_size .* must hold, got {val_size:,} with {train_size:,}\\.$"):
+def test_a_number_of_validation_images_out_of_range_is_refused(
+    train_size: int, val_size: int
+) -> None:
+    with pytest.raises(
+        DataError, match=f"^data: val_size .* must hold, got {val_size:,} with {train_size:,}\\.$"
+    ):
         load_train_val(SHAPES, train_size, val_size)
 
 
@@ -394,7 +461,9 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}")
+        monkeypatch.setattr(
+            CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}"
+        )
         yield lambda content: (tmp_path / "served" / CIFAR10.filename).write_bytes(content)
         server.shutdown()
         thread.join()
@@ -414,17 +483,26 @@ def test_fetching_without_network_fails_soon_and_tells_the_way_out(
     assert time.monotonic() - start < 60
     message = str(caught.value)
     assert_is_a_sentence(message)
-    assert message.startswith(f"data fetch: http://127.0.0.1:{port}/cifar-10-python.tar.gz must be reachable, got: ")
-    assert f"Put cifar-10-python.tar.gz (MD5 {CIFAR10.tgz_md5}) into {tmp_path / 'new'} by hand" in message
+    assert message.startswith(
+        f"data fetch: http://127.0.0.1:{port}/cifar-10-python.tar.gz must be reachable, got: "
+    )
+    assert (
+        f"Put cifar-10-python.tar.gz (MD5 {CIFAR10.tgz_md5}) into {tmp_path / 'new'} by hand"
+        in message
+    )
     assert socket.getdefaulttimeout() is None
 
 
-def test_fetching_from_a_silent_server_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetching_from_a_silent_server_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(files, "FETCH_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/{CIFAR10.filename}")
+        monkeypatch.setattr(
+            CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/{CIFAR10.filename}"
+        )
         with pytest.raises(DataError, match=r"must be reachable, got: timed out\. Put"):
             fetch_data(tmp_path)
 
@@ -445,7 +523,9 @@ def test_fetching_something_else_than_the_archive_is_refused_and_not_kept(
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_fetching_into_a_place_that_is_a_file_is_refused(tmp_path: Path, serve: Callable[..., None]) -> None:
+def test_fetching_into_a_place_that_is_a_file_is_refused(
+    tmp_path: Path, serve: Callable[..., None]
+) -> None:
     serve(b"")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file must be writable and have 350 MiB to spare"):
@@ -458,7 +538,9 @@ def test_fetching_into_a_place_that_is_a_file_is_refused(tmp_path: Path, serve: 
 def test_the_expected_md5s_are_torchvisions() -> None:
     from torchvision.datasets import CIFAR10
 
-    listed = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+    listed = dict(
+        [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    )
     assert {name: md5 for name, (md5, _) in FILES.items()} == listed
     assert CIFAR10.base_folder == BATCHES_FOLDER
 
@@ -476,17 +558,29 @@ def test_all_real_files_are_as_published(cifar10: DataSource) -> None:
 @pytest.mark.real_data
 def test_the_real_split_is_the_recorded_one(cifar10: DataSource) -> None:
     info = load_train_val(cifar10, 45_000, 5_000).info
-    assert (info.name, info.digest, info.split_hash) == ("cifar10", GOLDEN_DIGEST, GOLDEN_SPLIT_HASH)
+    assert (info.name, info.digest, info.split_hash) == (
+        "cifar10",
+        GOLDEN_DIGEST,
+        GOLDEN_SPLIT_HASH,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_real_splits_have_their_sizes_their_classes_and_no_image_in_common(cifar10: DataSource) -> None:
+def test_real_splits_have_their_sizes_their_classes_and_no_image_in_common(
+    cifar10: DataSource,
+) -> None:
     loaded, test = load_train_val(cifar10, 45_000, 5_000), load_test(cifar10)
     assert loaded.val is not None
     splits = (loaded.train, loaded.val, test)
-    assert [torch.bincount(split.labels_N).tolist() for split in splits] == [[4_500] * 10, [500] * 10, [1_000] * 10]
-    seen = [{hashlib.sha1(image.numpy()).digest() for image in split.images_NCHW} for split in splits]
+    assert [torch.bincount(split.labels_N).tolist() for split in splits] == [
+        [4_500] * 10,
+        [500] * 10,
+        [1_000] * 10,
+    ]
+    seen = [
+        {hashlib.sha1(image.numpy()).digest() for image in split.images_NCHW} for split in splits
+    ]
     assert [len(images) for images in seen] == [45_000, 5_000, 10_000]
     assert len(seen[0] | seen[1] | seen[2]) == 60_000
 
@@ -496,7 +590,10 @@ def test_real_splits_have_their_sizes_their_classes_and_no_image_in_common(cifar
 def test_real_pixels_and_labels_are_those_that_torchvision_reads(cifar10: DataSource) -> None:
     from torchvision.datasets import CIFAR10
 
-    for is_train, split in ((True, load_train_val(cifar10, 50_000, 0).train), (False, load_test(cifar10))):
+    for is_train, split in (
+        (True, load_train_val(cifar10, 50_000, 0).train),
+        (False, load_test(cifar10)),
+    ):
         theirs = CIFAR10(str(cifar10.folder), train=is_train)
         labels = np.array(theirs.targets)
         order = make_split_order(labels) if is_train else np.arange(10_000)
@@ -507,13 +604,17 @@ def test_real_pixels_and_labels_are_those_that_torchvision_reads(cifar10: DataSo
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_the_normalising_constants_are_those_of_the_50000_training_images(cifar10: DataSource) -> None:
+def test_the_normalising_constants_are_those_of_the_50000_training_images(
+    cifar10: DataSource,
+) -> None:
     from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
 
     images = load_train_val(cifar10, 50_000, 0).train.images_NCHW.numpy()
     values = np.arange(256) / 255
     for channel in range(3):
-        shares = np.bincount(images[:, channel].reshape(-1), minlength=256) / images[:, channel].size
+        shares = (
+            np.bincount(images[:, channel].reshape(-1), minlength=256) / images[:, channel].size
+        )
         mean = (shares * values).sum()
         std = np.sqrt((shares * (values - mean) ** 2).sum())
         assert CIFAR_MEAN[channel] == pytest.approx(mean, abs=5e-5)
@@ -522,7 +623,9 @@ def test_the_normalising_constants_are_those_of_the_50000_training_images(cifar1
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_training_data_load_with_the_test_file_removed_or_full_of_rubbish(cifar10: DataSource, tmp_path: Path) -> None:
+def test_training_data_load_with_the_test_file_removed_or_full_of_rubbish(
+    cifar10: DataSource, tmp_path: Path
+) -> None:
     missing = link_files(cifar10, tmp_path / "links", TEST_FILE)
     source = find_data(str(tmp_path / "links"))
     assert load_train_val(source, 45_000, 5_000).info.split_hash == GOLDEN_SPLIT_HASH
@@ -535,7 +638,9 @@ def test_training_data_load_with_the_test_file_removed_or_full_of_rubbish(cifar1
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_loading_opens_the_training_files_or_the_test_file_and_never_both(cifar10: DataSource) -> None:
+def test_loading_opens_the_training_files_or_the_test_file_and_never_both(
+    cifar10: DataSource,
+) -> None:
     opened: list[str] = []
     is_watching = True
 
@@ -564,7 +669,8 @@ def test_one_altered_pixel_is_refused(cifar10: DataSource, tmp_path: Path) -> No
     content[20_000_000] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        DataError, match="data_batch_5: the file must have MD5 482c414d41f54cd18b22e5b47cb7c3cb, found "
+        DataError,
+        match="data_batch_5: the file must have MD5 482c414d41f54cd18b22e5b47cb7c3cb, found ",
     ):
         load_train_val(find_data(str(tmp_path)), 100, 100)
 
@@ -584,7 +690,11 @@ def test_fetching_unpacks_verifies_and_cleans_up(
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
     serve(content)
     source = fetch_data(tmp_path / "fetched" / BATCHES_FOLDER)
-    assert source == DataSource("cifar10", tmp_path / "fetched") == find_data(str(tmp_path / "fetched"))
+    assert (
+        source
+        == DataSource("cifar10", tmp_path / "fetched")
+        == find_data(str(tmp_path / "fetched"))
+    )
     assert sorted(path.name for path in (tmp_path / "fetched").iterdir()) == [BATCHES_FOLDER]
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/nothing.tar.gz")
     assert fetch_data(tmp_path / "fetched") == source  # genuine already: no network needed

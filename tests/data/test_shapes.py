@@ -29,7 +29,9 @@ def render(label: int, degrees: float = 0.0, flip: bool = False) -> npt.NDArray[
     right, down = np.meshgrid(-grid if flip else grid, grid)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     u, v = (cos * right + sin * down)[None], (cos * down - sin * right)[None]
-    mask: npt.NDArray[np.bool_] = shapes.apply_form(label, u, v, np.array([1 / 24]), np.array([0.5]))[0] > 0.5
+    mask: npt.NDArray[np.bool_] = (
+        shapes.apply_form(label, u, v, np.array([1 / 24]), np.array([0.5]))[0] > 0.5
+    )
     return mask
 
 
@@ -69,7 +71,9 @@ def test_validation_images_are_the_first_generated_ones_and_training_follows() -
 def test_every_class_is_told_from_every_other_when_turned_or_mirrored() -> None:
     # 1 would be the same form. Ring and frame overlap by 0.66, the most of all pairs.
     for label in range(NUM_CLASSES):
-        turned = [render(label, degrees, flip) for degrees in range(-45, 46, 15) for flip in (False, True)]
+        turned = [
+            render(label, degrees, flip) for degrees in range(-45, 46, 15) for flip in (False, True)
+        ]
         for other in range(label + 1, NUM_CLASSES):
             overlap = max(measure_overlap(mask, render(other)) for mask in turned)
             assert overlap < 0.7, (shapes.SHAPE_NAMES[label], shapes.SHAPE_NAMES[other], overlap)
@@ -85,11 +89,17 @@ def test_forms_stay_within_the_image_at_their_middle_place(chunk: npt.NDArray[np
 
 @pytest.mark.slow
 def test_colours_alone_do_not_tell_the_classes() -> None:
-    images = np.concatenate([shapes.draw_shapes(number) for number in range(3)]).astype(np.float64) / 255
+    images = (
+        np.concatenate([shapes.draw_shapes(number) for number in range(3)]).astype(np.float64) / 255
+    )
     labels = shapes.make_shapes_labels(len(images))
     flat = images.reshape(len(images), 3, -1)
-    histograms = np.stack([np.histogram(channel, 16, (0, 1))[0] / 1024 for channel in flat.reshape(-1, 1024)])
-    features = np.concatenate([flat.mean(2), flat.std(2), histograms.reshape(len(images), -1), np.ones((3_000, 1))], 1)
+    histograms = np.stack(
+        [np.histogram(channel, 16, (0, 1))[0] / 1024 for channel in flat.reshape(-1, 1024)]
+    )
+    features = np.concatenate(
+        [flat.mean(2), flat.std(2), histograms.reshape(len(images), -1), np.ones((3_000, 1))], 1
+    )
     features = np.concatenate([features, features**2], axis=1)
     weights = np.linalg.lstsq(features[:2_000], np.eye(NUM_CLASSES)[labels[:2_000]], rcond=1e-8)[0]
     accuracy = ((features[2_000:] @ weights).argmax(1) == labels[2_000:]).mean()
@@ -102,7 +112,9 @@ def test_forms_stand_out_in_gray_too(chunk: npt.NDArray[np.uint8]) -> None:
     assert spread.min() > 50
 
 
-def test_form_and_ground_are_both_dark_and_light_in_every_class(chunk: npt.NDArray[np.uint8]) -> None:
+def test_form_and_ground_are_both_dark_and_light_in_every_class(
+    chunk: npt.NDArray[np.uint8],
+) -> None:
     corner = chunk[:, :, :3, :3].mean(axis=(1, 2, 3)) > 127
     for label in range(NUM_CLASSES):
         assert 0.2 < corner[label::NUM_CLASSES].mean() < 0.8

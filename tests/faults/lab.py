@@ -60,7 +60,11 @@ class Lab:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A command in a process group of its own, as a terminal starts one."""
-        environment = os.environ | {"TUNE_CIFAR_RUNS": str(self.storage), "PYTHONUNBUFFERED": "1"} | self.variables
+        environment = (
+            os.environ
+            | {"TUNE_CIFAR_RUNS": str(self.storage), "PYTHONUNBUFFERED": "1"}
+            | self.variables
+        )
         return subprocess.Popen(
             [sys.executable, "-m", "tune_cifar", *words],
             cwd=self.folder,
@@ -81,7 +85,11 @@ class Lab:
 
     def search(self) -> subprocess.Popen[str]:
         """Start the search, or go on with it."""
-        how = ("--resume", "--name", NAME) if self.record.exists() else ("--space", "faulty", "--name", NAME)
+        how = (
+            ("--resume", "--name", NAME)
+            if self.record.exists()
+            else ("--space", "faulty", "--name", NAME)
+        )
         return self.start("search", *how, "--data", "shapes", *self.options)
 
     def finish(self) -> str:
@@ -92,19 +100,27 @@ class Lab:
         assert self.state.is_finished, text
         return text
 
-    def wait_for(self, process: subprocess.Popen[str], holds: Callable[[SearchState], bool]) -> None:
+    def wait_for(
+        self, process: subprocess.Popen[str], holds: Callable[[SearchState], bool]
+    ) -> None:
         """Until the record says so."""
         end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end:
             if self.record.exists() and self.record.stat().st_size and holds(self.state):
                 return
-            assert process.poll() is None, f"the search ended too early:\n{process.communicate()[0]}"
+            assert process.poll() is None, (
+                f"the search ended too early:\n{process.communicate()[0]}"
+            )
             time.sleep(0.05)
         raise AssertionError("the record never said so")
 
     def list_events(self) -> list[Event]:
         lines = self.record.read_bytes().splitlines()
-        return [event for number, line in enumerate(lines, 1) if (event := decode_event(number, line)) is not None]
+        return [
+            event
+            for number, line in enumerate(lines, 1)
+            if (event := decode_event(number, line)) is not None
+        ]
 
     def list_processes(self) -> list[psutil.Process]:
         """Everything that still runs with this lab's run store in its environment."""
@@ -119,7 +135,9 @@ class Lab:
 
     def list_workers(self) -> list[psutil.Process]:
         """The processes that train."""
-        return [process for process in self.list_processes() if "ray::" in " ".join(process.cmdline())]
+        return [
+            process for process in self.list_processes() if "ray::" in " ".join(process.cmdline())
+        ]
 
     def list_runs(self) -> list[Any]:
         """All MLflow runs of the run store's database."""
@@ -168,7 +186,11 @@ def check_decisions(lab: Lab) -> None:
     rungs, factor = state.header.budget["rungs"][:-1], state.header.budget["reduction_factor"]
     must_stop = set()
     for event in lab.list_events():
-        if isinstance(event, EpochReported) and event.result.epoch in rungs and event.score is not None:
+        if (
+            isinstance(event, EpochReported)
+            and event.result.epoch in rungs
+            and event.score is not None
+        ):
             arrived = scores.setdefault(event.result.epoch, {})
             arrived[event.trial] = event.score
             is_baseline = state.trials[event.trial].origin == "baseline"
@@ -206,16 +228,34 @@ def count_epochs(state: SearchState) -> int:
 @contextmanager
 def serve_mlflow(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A real MLflow server on loopback that keeps its runs in the folder."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     command += [
         "--backend-store-uri",
         f"sqlite:///{folder}/mlflow.db",
         "--artifacts-destination",
         str(folder / "files"),
     ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     server = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         yield server

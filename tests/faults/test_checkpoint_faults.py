@@ -38,7 +38,9 @@ def train(
     folder = storage / "trials" / "0000"
     begun_at: list[int] = []
     data = load_train_val(SHAPES, CONFIG.train_size, CONFIG.val_size)
-    results = train_trial(CONFIG, data, numerics, folder, lambda trainer: begun_at.append(trainer.epoch), 0.0)
+    results = train_trial(
+        CONFIG, data, numerics, folder, lambda trainer: begun_at.append(trainer.epoch), 0.0
+    )
     return curve(list(itertools.islice(results, num_epochs))), begun_at, folder
 
 
@@ -79,7 +81,12 @@ def take_over(path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [empty, flip_bit, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (truncate, take_over))]
+    "damage",
+    [
+        empty,
+        flip_bit,
+        *(pytest.param(harm, marks=pytest.mark.slow) for harm in (truncate, take_over)),
+    ],
 )
 def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_curve(
     tmp_path: Path,
@@ -92,7 +99,11 @@ def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_befo
     damage(checkpoints / "checkpoint-0002.pt", 0)
     state, notes = CheckpointFolder(checkpoints).load_newest()
     assert state is not None and state["epoch"] == 1
-    assert len(notes) == 1 and notes[0].startswith(f"{checkpoints}/checkpoint-0002.pt: ") and notes[0].endswith(".")
+    assert (
+        len(notes) == 1
+        and notes[0].startswith(f"{checkpoints}/checkpoint-0002.pt: ")
+        and notes[0].endswith(".")
+    )
     results, begun_at, folder = train(tmp_path / "s", fp32)
     assert (begun_at, results) == ([1], whole)
     assert CheckpointFolder(checkpoints).find_newest() == (3, []) and not (folder / "ran").exists()
@@ -106,7 +117,9 @@ def test_a_training_whose_checkpoints_are_all_damaged_says_so_and_starts_over_to
     empty(checkpoints / "checkpoint-0002.pt", 1)
     epoch, notes = CheckpointFolder(checkpoints).find_newest()
     assert epoch is None
-    assert [note.split(": ")[0] for note in notes] == [f"{checkpoints}/checkpoint-000{n}.pt" for n in (2, 1)]
+    assert [note.split(": ")[0] for note in notes] == [
+        f"{checkpoints}/checkpoint-000{n}.pt" for n in (2, 1)
+    ]
     results, begun_at, _ = train(tmp_path / "s", fp32, num_epochs=1)
     assert (begun_at, results) == ([0], whole[:1])
     results, begun_at, _ = train(tmp_path / "s", fp32)  # its own first checkpoint was kept
@@ -133,7 +146,9 @@ def test_one_bit_flipped_anywhere_in_the_newest_checkpoint_makes_the_one_before_
 # A full disk
 
 
-def test_a_checkpoint_that_does_not_fit_the_disk_is_told_in_a_sentence_and_the_old_ones_stay(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_the_disk_is_told_in_a_sentence_and_the_old_ones_stay(
+    tmp_path: Path,
+) -> None:
     folder = CheckpointFolder(tmp_path, every_seconds=0)
     for epoch in (1, 2):
         newest = folder.save(make_state(epoch))
@@ -142,7 +157,10 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_told_in_a_sentence_and_the_o
     assert str(caught.value) == (
         f"{tmp_path}/checkpoint-0003.pt: the file must reach the disk, got 'File too large'. Make room."
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001.pt", "checkpoint-0002.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-0001.pt",
+        "checkpoint-0002.pt",
+    ]
     assert folder.find_newest() == (2, [])
     folder.save(make_state(3))
     assert folder.find_newest() == (3, [])
@@ -159,7 +177,10 @@ def test_after_a_checkpoint_that_did_not_fit_the_next_try_waits_its_time(tmp_pat
 
 def test_weights_that_do_not_fit_the_disk_leave_the_old_ones(tmp_path: Path) -> None:
     save_weights(tmp_path / "w.safetensors", {"weight": torch.zeros(9)})
-    with limit_file_size(100), pytest.raises(CheckpointError, match=r"w\.safetensors: the file must reach the disk"):
+    with (
+        limit_file_size(100),
+        pytest.raises(CheckpointError, match=r"w\.safetensors: the file must reach the disk"),
+    ):
         save_weights(tmp_path / "w.safetensors", {"weight": torch.ones(9)})
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
     assert torch.equal(load_weights(tmp_path / "w.safetensors")["weight"], torch.zeros(9))
@@ -175,7 +196,10 @@ def test_on_a_small_disk_the_last_checkpoints_that_fitted_stay_whole(tmp_path: P
         with pytest.raises(CheckpointError, match="got 'No space left on device'"):
             folder.save(state | {"epoch": 4})
         assert folder.find_newest() == (3, [])
-        assert sorted(path.name for path in folder.folder.iterdir()) == ["checkpoint-0002.pt", "checkpoint-0003.pt"]
+        assert sorted(path.name for path in folder.folder.iterdir()) == [
+            "checkpoint-0002.pt",
+            "checkpoint-0003.pt",
+        ]
         (disk / "ballast").unlink()
         folder.save(state | {"epoch": 4})
         assert folder.find_newest() == (4, [])
@@ -207,7 +231,9 @@ def test_a_training_that_is_stopped_ends_after_its_epoch_with_a_checkpoint_howev
     first = next(results)
     stop_file(tmp_path).touch()
     assert list(results) == [] and CheckpointFolder(folder / CHECKPOINTS).find_newest() == (1, [])
-    again = list(train_trial(CONFIG, data, fp32, folder))  # the file still lies there: one epoch more
+    again = list(
+        train_trial(CONFIG, data, fp32, folder)
+    )  # the file still lies there: one epoch more
     assert curve([first]) == whole[:1] and curve(again) == whole[:2]
 
 
@@ -229,7 +255,9 @@ def test_a_process_killed_in_the_middle_of_a_checkpoint_write_leaves_every_check
     dice = random.Random(seed)
     told, tell = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which this child does not touch
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of a fork beside threads, which this child does not touch
         child = os.fork()
     if child == 0:
         try:

@@ -21,7 +21,14 @@ import pytest
 from tests.builders import TINY, RunsCommand, invoke, make_files, refuse
 from tune_cifar.data import files
 from tune_cifar.data import load as data
-from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, TRAIN_FILES, find_data, verify_data
+from tune_cifar.data.files import (
+    BATCHES_FOLDER,
+    FILES,
+    TEST_FILE,
+    TRAIN_FILES,
+    find_data,
+    verify_data,
+)
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DataError
 from tune_cifar.record.journal import read_state
@@ -46,7 +53,11 @@ def table(batch: Path) -> dict[str, tuple[str, int]]:
 
 @pytest.fixture
 def folder(
-    tmp_path: Path, workplace: Path, batch: Path, table: dict[str, tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    workplace: Path,
+    batch: Path,
+    table: dict[str, tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Path]:
     """A folder with all seven files, genuine by the table. Replace a file, never write into it: all are one."""
     monkeypatch.setattr(files, "FILES", table)
@@ -67,7 +78,18 @@ def replace(folder: Path, name: str, content: bytes) -> Path:
 def train(folder: Path, name: str = "t") -> list[str]:
     """The words of a training of three epochs of two steps, without a tracking store."""
     dead = f"sqlite:///{folder}/no/such/folder/mlflow.db"
-    words = ["train", "--space", "smoke", "--tier", "cpu", "--precision", "fp32", *TINY, "--name", name]
+    words = [
+        "train",
+        "--space",
+        "smoke",
+        "--tier",
+        "cpu",
+        "--precision",
+        "fp32",
+        *TINY,
+        "--name",
+        name,
+    ]
     return [*words, "--data", str(folder), "--tracking-uri", dead]
 
 
@@ -76,7 +98,9 @@ def hint(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_training_works_with_the_test_file_removed_and_verify_tells_that_it_is(folder: Path, workplace: Path) -> None:
+def test_a_training_works_with_the_test_file_removed_and_verify_tells_that_it_is(
+    folder: Path, workplace: Path
+) -> None:
     (folder / BATCHES_FOLDER / TEST_FILE).unlink()
     answer = invoke(*train(folder))
     assert answer.exit_code == 0, answer.output
@@ -93,23 +117,33 @@ def test_a_training_refuses_a_damaged_training_file_before_it_has_made_a_record(
 ) -> None:
     content, (md5, size) = batch.read_bytes(), table["data_batch_3"]
     flipped = content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
-    damaged = {"truncated": content[:-1], "emptied": b"", "grown": content + b"x"}.get(fault, flipped)
+    damaged = {"truncated": content[:-1], "emptied": b"", "grown": content + b"x"}.get(
+        fault, flipped
+    )
     path = replace(folder, "data_batch_3", damaged)
     problem = f"the file must have {size:,} bytes, found {len(damaged):,}"
     if fault == "one bit flipped":
         problem = f"the file must have MD5 {md5}, found {hashlib.md5(damaged).hexdigest()}"
     assert refuse(DataError, *train(folder)) == f"{path}: {problem}. {hint(folder)}"
     assert not (workplace / "runs").exists()
-    assert [check.name for check in verify_data(find_data(str(folder))) if check.problem] == ["data_batch_3"]
+    assert [check.name for check in verify_data(find_data(str(folder))) if check.problem] == [
+        "data_batch_3"
+    ]
 
 
 @pytest.mark.parametrize("name", TRAIN_FILES)
 def test_a_training_refuses_a_missing_training_file_by_its_name(folder: Path, name: str) -> None:
     path = folder / BATCHES_FOLDER / name
     path.unlink()
-    assert refuse(DataError, *train(folder)) == f"{path}: the file must exist, found none. {hint(folder)}"
+    assert (
+        refuse(DataError, *train(folder))
+        == f"{path}: the file must exist, found none. {hint(folder)}"
+    )
     path.mkdir()
-    assert refuse(DataError, *train(folder)) == f"{path}: the file must exist, found none. {hint(folder)}"
+    assert (
+        refuse(DataError, *train(folder))
+        == f"{path}: the file must exist, found none. {hint(folder)}"
+    )
 
 
 def test_a_hostile_file_runs_nothing_although_its_md5_is_the_published_one(
@@ -126,7 +160,9 @@ def test_a_hostile_file_runs_nothing_although_its_md5_is_the_published_one(
     assert (tmp_path / "ran").exists()  # it would have run
 
 
-def test_a_hostile_file_is_refused_by_its_md5_before_it_is_unpickled(folder: Path, tmp_path: Path) -> None:
+def test_a_hostile_file_is_refused_by_its_md5_before_it_is_unpickled(
+    folder: Path, tmp_path: Path
+) -> None:
     content = pickle.dumps(RunsCommand(tmp_path / "ran"), protocol=2)
     path = replace(folder, "data_batch_1", content.ljust(files.FILES["data_batch_1"][1], b"."))
     assert refuse(DataError, *train(folder)).startswith(f"{path}: the file must have MD5 ")
@@ -143,7 +179,9 @@ def test_fetching_without_network_is_refused_in_one_sentence_and_leaves_nothing(
         port = closed_later.getsockname()[1]
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/cifar.tar.gz")
     sentence = refuse(DataError, "data", "fetch", "here")
-    assert sentence.startswith(f"data fetch: http://127.0.0.1:{port}/cifar.tar.gz must be reachable, got: ")
+    assert sentence.startswith(
+        f"data fetch: http://127.0.0.1:{port}/cifar.tar.gz must be reachable, got: "
+    )
     assert sentence.endswith("by hand and run this again, or use --data shapes.")
     assert [path.name for path in (workplace / "here").rglob("*")] == []
 
@@ -186,10 +224,16 @@ def test_data_in_a_folder_without_the_right_to_read_are_refused_with_the_systems
     sentence = str(caught.value)
     if inner:
         path = locked / BATCHES_FOLDER / "data_batch_1"
-        assert sentence == f"{path}: the file must be readable, found: Permission denied. {hint(locked)}"
+        assert (
+            sentence
+            == f"{path}: the file must be readable, found: Permission denied. {hint(locked)}"
+        )
     else:
         rule = f"--data: a folder with {BATCHES_FOLDER} in it must be given"
-        assert sentence == f"{rule}, got '{locked}', which cannot be read (Permission denied). {hint(locked)}"
+        assert (
+            sentence
+            == f"{rule}, got '{locked}', which cannot be read (Permission denied). {hint(locked)}"
+        )
 
 
 def test_a_file_without_the_right_to_read_is_refused_with_the_systems_words(locked: Path) -> None:
@@ -199,10 +243,15 @@ def test_a_file_without_the_right_to_read_is_refused_with_the_systems_words(lock
         source = find_data(str(locked))
         with pytest.raises(DataError) as caught:
             load_train_val(source, 100, 100)
-    assert str(caught.value) == f"{path}: the file must be readable, found: Permission denied. {hint(locked)}"
+    assert (
+        str(caught.value)
+        == f"{path}: the file must be readable, found: Permission denied. {hint(locked)}"
+    )
 
 
-def test_data_are_looked_for_past_a_home_that_cannot_be_read(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_are_looked_for_past_a_home_that_cannot_be_read(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for home in ("/dev/null/x", "/no/such/home", "/" + "x" * 5000):
@@ -223,7 +272,11 @@ def test_data_are_looked_for_past_a_home_that_cannot_be_read(workplace: Path, mo
     ],
     ids=["a long name", "a long path", "an unknown home", "below a device", "proc", "two lines"],
 )
-def test_a_strange_place_is_refused_in_one_sentence(workplace: Path, option: str, found: str) -> None:
+def test_a_strange_place_is_refused_in_one_sentence(
+    workplace: Path, option: str, found: str
+) -> None:
     with pytest.raises(DataError) as caught:
         find_data(option)
-    assert f"got {option!r}, {found}" in str(caught.value) and str(caught.value).endswith("or use --data shapes.")
+    assert f"got {option!r}, {found}" in str(caught.value) and str(caught.value).endswith(
+        "or use --data shapes."
+    )

@@ -54,13 +54,17 @@ def test_a_search_whose_driver_is_killed_at_random_moments_loses_nothing(
     text = lab.finish()
     assert "0 lost" in text or "ended after" in text
     check_whole(lab)
-    first = {number: trial for number, trial in lab.state.trials.items() if number in reference.trials}
+    first = {
+        number: trial for number, trial in lab.state.trials.items() if number in reference.trials
+    }
     state = lab.state
     state.trials = first
     check_equal(state, reference)
 
 
-def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(tmp_path: Path, reference: SearchState) -> None:
+def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(
+    tmp_path: Path, reference: SearchState
+) -> None:
     lab = Lab(tmp_path)
     process = lab.search()
     lab.wait_for(process, lambda state: count_epochs(state) >= 3)
@@ -163,7 +167,9 @@ def test_a_search_whose_disk_is_full_ends_with_a_sentence_and_goes_on_when_there
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small tmpfs cannot be mounted here: it takes root")
     try:
@@ -178,7 +184,9 @@ def test_a_search_whose_disk_is_full_ends_with_a_sentence_and_goes_on_when_there
                     time.sleep(0.01)
         text, _ = process.communicate()
         assert process.returncode == 1, text
-        assert re.search(r"(must reach the disk|must take it), got 'No space left on device'\. Make room", text), text
+        assert re.search(
+            r"(must reach the disk|must take it), got 'No space left on device'\. Make room", text
+        ), text
         assert "Traceback" not in text
         (disk / "ballast").unlink()
         lab.finish()

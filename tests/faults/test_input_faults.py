@@ -64,7 +64,9 @@ def test_a_name_unfit_for_a_folder_is_refused_in_a_sentence_and_makes_nothing(
     (workplace / "runs").mkdir()
     (workplace / "x").mkdir()
     sentence = refuse(RecordError, *words, NAMES[case])
-    assert re.search(r"(a search's name: it must be 1 to 64 of|a search of the name must be)", sentence)
+    assert re.search(
+        r"(a search's name: it must be 1 to 64 of|a search of the name must be)", sentence
+    )
     assert repr(NAMES[case]) in sentence
     assert sorted(path.name for path in workplace.rglob("*")) == ["runs", "x"]
 
@@ -75,9 +77,18 @@ def test_a_name_unfit_for_a_folder_is_refused_in_a_sentence_and_makes_nothing(
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("max_lr=../../etc/passwd", "--set: max_lr: input should be a valid number, got '../../etc/passwd'."),
-        ("model=../s7", "--set: model must be 's6', 's7', 's8', 's10' or 's10_postact', got '../s7'. Did you mean s7?"),
-        ("model=/dev/null", "--set: model must be 's6', 's7', 's8', 's10' or 's10_postact', got '/dev/null'."),
+        (
+            "max_lr=../../etc/passwd",
+            "--set: max_lr: input should be a valid number, got '../../etc/passwd'.",
+        ),
+        (
+            "model=../s7",
+            "--set: model must be 's6', 's7', 's8', 's10' or 's10_postact', got '../s7'. Did you mean s7?",
+        ),
+        (
+            "model=/dev/null",
+            "--set: model must be 's6', 's7', 's8', 's10' or 's10_postact', got '/dev/null'.",
+        ),
         ("../max_lr=1", "--set: '../max_lr' is not a known knob. Did you mean max_lr?"),
         ("storage=/tmp", "--set: 'storage' is not a known knob."),
         ("=1", "--set: '' is not a known knob."),
@@ -98,7 +109,9 @@ def test_a_setting_is_a_knobs_value_and_never_a_path(
 
 
 @pytest.mark.parametrize("command", [TRAIN, SEARCH], ids=["train", "search"])
-def test_more_cores_than_there_are_is_refused_before_anything_starts(workplace: Path, command: tuple[str, ...]) -> None:
+def test_more_cores_than_there_are_is_refused_before_anything_starts(
+    workplace: Path, command: tuple[str, ...]
+) -> None:
     cores = count_cores()
     wanted = max(64, cores + 1)
     sentence = refuse(ConfigError, *command, "--cpus-per-trial", str(wanted))
@@ -107,14 +120,23 @@ def test_more_cores_than_there_are_is_refused_before_anything_starts(workplace: 
 
 
 @pytest.mark.parametrize("gpus", ["1.5", "0.5", "nan", "inf"])
-def test_a_share_of_a_gpu_that_is_not_there_is_refused_before_the_workers_start(workplace: Path, gpus: str) -> None:
+def test_a_share_of_a_gpu_that_is_not_there_is_refused_before_the_workers_start(
+    workplace: Path, gpus: str
+) -> None:
     sentence = refuse(ConfigError, *SEARCH, "--gpus-per-trial", gpus)
-    assert sentence == f"--gpus-per-trial: 0 must hold on a CPU, got {gpus}. A GPU must be there to be shared."
+    assert (
+        sentence
+        == f"--gpus-per-trial: 0 must hold on a CPU, got {gpus}. A GPU must be there to be shared."
+    )
     assert list(workplace.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [("--gpus-per-trial", "all"), ("--cpus-per-trial", "1.5"), ("--max-concurrent", "x")])
-def test_a_resource_that_is_no_number_is_wrong_usage(workplace: Path, words: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "words", [("--gpus-per-trial", "all"), ("--cpus-per-trial", "1.5"), ("--max-concurrent", "x")]
+)
+def test_a_resource_that_is_no_number_is_wrong_usage(
+    workplace: Path, words: tuple[str, str]
+) -> None:
     answer = invoke(*SEARCH, *words)
     assert answer.exit_code == 2 and words[0] in answer.output
     assert list(workplace.iterdir()) == []
@@ -129,7 +151,9 @@ def test_the_ui_refuses_a_port_in_use(workplace: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         sentence = refuse(TrackingError, "ui", "--port", str(port))
-    assert sentence == f"--port: a free port must be given, got {port}, which is in use. Leave it out."
+    assert (
+        sentence == f"--port: a free port must be given, got {port}, which is in use. Leave it out."
+    )
 
 
 @pytest.mark.parametrize("port", ["0", "-1", "65536", "http"])
@@ -163,7 +187,9 @@ def test_looking_into_a_run_store_that_cannot_be_finds_nothing(workplace: Path, 
     for words in (("leaderboard",), ("searches", "list"), ("sync",)):
         answer = invoke(*words, "--storage", place)
         assert answer.exit_code == 0 and "is recorded yet. Start with: " in answer.stdout
-    assert "an MLflow database must be there, got none" in refuse(TrackingError, "ui", "--storage", place)
+    assert "an MLflow database must be there, got none" in refuse(
+        TrackingError, "ui", "--storage", place
+    )
 
 
 def test_a_run_store_of_an_unknown_users_home_is_a_folder_of_that_name(workplace: Path) -> None:
@@ -171,7 +197,9 @@ def test_a_run_store_of_an_unknown_users_home_is_a_folder_of_that_name(workplace
     assert answer.exit_code == 0 and "No trial is recorded yet" in answer.stdout
 
 
-def test_a_run_store_without_the_right_to_look_is_not_taken_for_a_name_in_use(tmp_path: Path) -> None:
+def test_a_run_store_without_the_right_to_look_is_not_taken_for_a_name_in_use(
+    tmp_path: Path,
+) -> None:
     """What must be written there tells; only looking must not break down."""
     (tmp_path / "locked").mkdir(mode=0o000)
     with as_nobody():
@@ -191,7 +219,9 @@ def test_a_search_refuses_a_temporary_folder_that_is_not_there(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [{"HOME": "/dev/null/x"}, {"TMPDIR": "/no/such/folder"}], ids=["HOME", "TMPDIR"])
+@pytest.mark.parametrize(
+    "variables", [{"HOME": "/dev/null/x"}, {"TMPDIR": "/no/such/folder"}], ids=["HOME", "TMPDIR"]
+)
 def test_a_training_needs_neither_a_home_nor_the_named_temporary_folder(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
@@ -199,7 +229,9 @@ def test_a_training_needs_neither_a_home_nor_the_named_temporary_folder(
         monkeypatch.setenv(name, value)
     words = ("--set", "epochs=2", "--storage", str(workplace / "runs"), "--name", "t")
     answer = run_in_a_process(*TRAIN, *TINY, *words)
-    assert answer.returncode == 0 and "MLflow must" not in answer.stdout, answer.stdout + answer.stderr
+    assert answer.returncode == 0 and "MLflow must" not in answer.stdout, (
+        answer.stdout + answer.stderr
+    )
     assert answer.stderr == ""
     assert read_state(search_folder(workplace / "runs", "t")).trials[0].status == "complete"
 
@@ -217,7 +249,9 @@ def test_a_search_works_whole_without_a_home_when_data_and_run_store_are_given(
         monkeypatch.setenv(name, value)
     words = ("--trials", "2", "--storage", str(workplace / "runs"), "--name", "s")
     answer = run_in_a_process(*SEARCH, *words)
-    assert answer.returncode == 0 and "MLflow must" not in answer.stdout, answer.stdout + answer.stderr
+    assert answer.returncode == 0 and "MLflow must" not in answer.stdout, (
+        answer.stdout + answer.stderr
+    )
     state = read_state(search_folder(workplace / "runs", "s"))
     assert state.is_finished and state.counts["complete"] + state.counts["stopped"] == 2
 
@@ -230,7 +264,9 @@ def test_a_search_in_a_process_without_its_temporary_folder_ends_with_a_sentence
     answer = run_in_a_process(*SEARCH)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     error = [line for line in answer.stderr.splitlines() if line.startswith("error ")]
-    assert len(error) == 1 and error[0].startswith("error /no/such/folder: the temporary folder must be writable, got ")
+    assert len(error) == 1 and error[0].startswith(
+        "error /no/such/folder: the temporary folder must be writable, got "
+    )
     assert list(workplace.iterdir()) == []
 
 
@@ -243,8 +279,14 @@ def test_a_search_in_a_process_without_its_temporary_folder_ends_with_a_sentence
         ("--tracking-uri http://me:hunter2@host:5000", "--tracking-uri 'http://***@host:5000'"),
         ("--tracking-uri=https://hunter2@host/x", "'--tracking-uri=https://***@host/x'"),
         ("--tracking-uri http://me:hunter2@hunter2@host", "--tracking-uri 'http://***@host'"),
-        ("--tracking-uri postgresql://me:hunter2@host/db", "--tracking-uri 'postgresql://***@host/db'"),
-        ("--tracking-uri sqlite:////runs@home/mlflow.db", "--tracking-uri sqlite:////runs@home/mlflow.db"),
+        (
+            "--tracking-uri postgresql://me:hunter2@host/db",
+            "--tracking-uri 'postgresql://***@host/db'",
+        ),
+        (
+            "--tracking-uri sqlite:////runs@home/mlflow.db",
+            "--tracking-uri sqlite:////runs@home/mlflow.db",
+        ),
         ("--data me@home", "--data me@home"),
     ],
 )

@@ -34,7 +34,9 @@ from tune_cifar.record.state import SearchState
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 
-def test_workers_killed_at_random_again_and_again_cost_only_time(tmp_path: Path, reference: SearchState) -> None:
+def test_workers_killed_at_random_again_and_again_cost_only_time(
+    tmp_path: Path, reference: SearchState
+) -> None:
     lab = Lab(tmp_path)
     process = lab.search()
     for wanted in (2, 5, 8):
@@ -108,7 +110,9 @@ def serve_badly(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) ->
 
 
 @pytest.mark.parametrize("fault", ["answers 500", "hangs 30 s"])
-def test_a_search_ends_the_same_beside_a_bad_mlflow_server(tmp_path: Path, reference: SearchState, fault: str) -> None:
+def test_a_search_ends_the_same_beside_a_bad_mlflow_server(
+    tmp_path: Path, reference: SearchState, fault: str
+) -> None:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         if fault == "hangs 30 s":
             time.sleep(30)
@@ -124,10 +128,14 @@ def test_a_search_ends_the_same_beside_a_bad_mlflow_server(tmp_path: Path, refer
     check_whole(lab)
 
 
-def test_a_full_disk_under_the_database_alone_hurts_no_search(tmp_path: Path, reference: SearchState) -> None:
+def test_a_full_disk_under_the_database_alone_hurts_no_search(
+    tmp_path: Path, reference: SearchState
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("a small tmpfs cannot be mounted here: it takes root")
     try:
         lab = Lab(tmp_path / "lab", options=("--tracking-uri", f"sqlite:///{disk}/mlflow.db"))
@@ -155,10 +163,14 @@ def test_a_trial_whose_newest_checkpoint_is_damaged_goes_on_to_the_same_curve(
         content = path.read_bytes()
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
-        if damage == "hostile":  # its checksum fits: what it holds is not even looked at before it is to be used
+        if (
+            damage == "hostile"
+        ):  # its checksum fits: what it holds is not even looked at before it is to be used
             write_payload(path, make_hostile(tmp_path / "ran"))
         else:
-            path.write_bytes({"emptied": b"", "truncated": content[:-100], "one bit flipped": flipped}[damage])
+            path.write_bytes(
+                {"emptied": b"", "truncated": content[:-100], "one bit flipped": flipped}[damage]
+            )
     text = lab.finish()
     if damage != "hostile":
         assert text.count("the checksum must match, got a torn or altered file") == len(paths)
@@ -181,7 +193,9 @@ def test_a_search_in_which_every_trial_diverges_says_so(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     explode = ("schedule=constant", "max_lr=5.0", "weight_decay=1.0", "epochs=30")
     words = [word for setting in explode for word in ("--set", setting)]
-    text = lab.run("search", "--space", "faulty", "--name", "x", "--data", "shapes", "--trials", "3", *words)
+    text = lab.run(
+        "search", "--space", "faulty", "--name", "x", "--data", "shapes", "--trials", "3", *words
+    )
     assert lab.state.counts["diverged"] == 3 and "No trial reached its last epoch" in text
     check_whole(lab)
 
@@ -230,17 +244,25 @@ def test_a_nan_is_a_result_of_its_trial_and_the_search_goes_on(
     assert (first.status, first.epochs_done, first.retries) == ("diverged", num_epochs, [])
     assert f"the loss must be finite, got nan or inf at {where}." in first.reason
     counts = lab.state.counts
-    assert counts["diverged"] == 1 and counts["complete"] + counts["stopped"] == 7 and "diverged" in text
+    assert (
+        counts["diverged"] == 1
+        and counts["complete"] + counts["stopped"] == 7
+        and "diverged" in text
+    )
     check_whole(lab)
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated", "another md5"])
-def test_a_search_on_damaged_data_is_refused_before_its_first_trial(tmp_path: Path, damage: str) -> None:
+def test_a_search_on_damaged_data_is_refused_before_its_first_trial(
+    tmp_path: Path, damage: str
+) -> None:
     lab = Lab(tmp_path)
     batches = tmp_path / "cifar" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     for number in () if damage == "absent" else range(1, 6):
-        (batches / f"data_batch_{number}").write_bytes(bytes(31_035_704 if damage == "another md5" else 100))
+        (batches / f"data_batch_{number}").write_bytes(
+            bytes(31_035_704 if damage == "another md5" else 100)
+        )
     words = ("search", "--space", "smoke", "--name", "x", "--data", str(tmp_path / "cifar"))
     text = lab.run(*words, status=1)
     assert "data fetch" in text and not lab.record.exists()
@@ -286,7 +308,11 @@ torch.nn.Conv2d.forward = fail
         ('torch.OutOfMemoryError("CUDA out of memory.")', 1, "complete"),
         ('torch.OutOfMemoryError("CUDA out of memory.")', 2, "failed"),
         ("MemoryError()", 1, "complete"),
-        ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 10 bytes.")', 1, "complete"),
+        (
+            'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 10 bytes.")',
+            1,
+            "complete",
+        ),
     ],
 )
 def test_a_trial_out_of_memory_is_told_and_tried_again_alone(
@@ -335,7 +361,18 @@ def test_a_second_driver_on_a_live_search_is_refused_with_its_owner(tmp_path: Pa
 
 def test_two_searches_at_once_share_a_new_mlflow_database(tmp_path: Path) -> None:
     labs = [Lab(tmp_path, options=("--trials", "3")) for _ in range(2)]
-    words = ("search", "--space", "faulty", "--data", "shapes", "--trials", "3", "--max-concurrent", "1", "--name")
+    words = (
+        "search",
+        "--space",
+        "faulty",
+        "--data",
+        "shapes",
+        "--trials",
+        "3",
+        "--max-concurrent",
+        "1",
+        "--name",
+    )
     both = [lab.start(*words, name) for lab, name in zip(labs, ("x", "y"), strict=True)]
     texts = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts

@@ -37,7 +37,9 @@ def refuse(folder: Path, content: str | bytes) -> str:
 
 # Anchors and aliases: each level of this file stands for nine times as much as the one before.
 LEVELS = list(zip("abcdefgh", "bcdefghi", strict=True))
-BOMB = 'a: &a ["ha", "ha"]\n' + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in LEVELS)
+BOMB = 'a: &a ["ha", "ha"]\n' + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in LEVELS
+)
 
 
 @pytest.mark.parametrize(
@@ -47,12 +49,17 @@ BOMB = 'a: &a ["ha", "ha"]\n' + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] 
 )
 def test_an_anchor_is_refused_before_any_alias_is_multiplied_out(folder: Path, text: str) -> None:
     line = 1 + text[: text.index("&")].count("\n")
-    assert refuse(folder, text) == f"mini.yaml:{line}: no anchor may be used, got &a. Write the value out."
+    assert (
+        refuse(folder, text)
+        == f"mini.yaml:{line}: no anchor may be used, got &a. Write the value out."
+    )
 
 
 def test_an_alias_without_an_anchor_is_refused_at_its_line(folder: Path) -> None:
     sentence = refuse(folder, MINI.replace("max_lr: 0.01", "max_lr: *lr"))
-    assert sentence == "mini.yaml:12: well-formed YAML must be given, got: found undefined alias 'lr'."
+    assert (
+        sentence == "mini.yaml:12: well-formed YAML must be given, got: found undefined alias 'lr'."
+    )
 
 
 DEEP: dict[str, tuple[str, int]] = {
@@ -90,7 +97,9 @@ def test_a_sparse_file_of_a_terabyte_is_refused_by_its_size(folder: Path) -> Non
             file.truncate(2**40)
         except OSError as exc:
             pytest.skip(f"no such file can be made here: {exc}")
-    with pytest.raises(SpaceError, match=r"^mini\.yaml: at most 256000 bytes must hold, got 1099511627776\.$"):
+    with pytest.raises(
+        SpaceError, match=r"^mini\.yaml: at most 256000 bytes must hold, got 1099511627776\.$"
+    ):
         read_space("mini.yaml")
 
 
@@ -107,21 +116,42 @@ def test_a_tab_for_indentation_is_refused_at_its_line(folder: Path) -> None:
 
 def test_a_repeated_name_is_refused_with_both_lines(folder: Path) -> None:
     sentence = refuse(folder, MINI.replace("  epochs: 4\n", "  epochs: 4\n  max_lr: 0.02\n"))
-    assert sentence == "mini.yaml:15: max_lr must stand once, got it again. It stands in line 12 already."
+    assert (
+        sentence
+        == "mini.yaml:15: max_lr must stand once, got it again. It stands in line 12 already."
+    )
 
 
 def test_a_repeated_section_is_refused_with_both_lines(folder: Path) -> None:
     sentence = refuse(folder, MINI + "space: mini\n")
     line = NUM_LINES + 1
-    assert sentence == f"mini.yaml:{line}: space must stand once, got it again. It stands in line 1 already."
+    assert (
+        sentence
+        == f"mini.yaml:{line}: space must stand once, got it again. It stands in line 1 already."
+    )
 
 
 UNKNOWN = {
     "section": ("corrects:", "corects:", 6, "corects is not a known name. Did you mean corrects?"),
-    "knob": ("  max_lr: 0.01", "  maxlr: 0.01", 12, "maxlr is not a known knob. Did you mean max_lr?"),
+    "knob": (
+        "  max_lr: 0.01",
+        "  maxlr: 0.01",
+        12,
+        "maxlr is not a known knob. Did you mean max_lr?",
+    ),
     "searched knob": ("  max_lr: {low", "  learning: {low", 18, "learning is not a known knob."),
-    "word of a range": ("high: 0.5}", "max: 0.5}", 20, "pct_start must be given by low, high, log, step, got max."),
-    "budget setting": ("    trials: 9", "    trails: 9", 28, "trails is not a known name. Did you mean trials?"),
+    "word of a range": (
+        "high: 0.5}",
+        "max: 0.5}",
+        20,
+        "pct_start must be given by low, high, log, step, got max.",
+    ),
+    "budget setting": (
+        "    trials: 9",
+        "    trails: 9",
+        28,
+        "trails is not a known name. Did you mean trials?",
+    ),
 }
 
 
@@ -133,15 +163,55 @@ def test_an_unknown_name_is_refused_at_its_line_with_the_nearest(folder: Path, c
 
 
 WRONG: dict[str, tuple[str, str, int, str]] = {
-    "text for a number": ("epochs: 4", "epochs: four", 14, "epochs: input should be a valid integer, got 'four'."),
-    "quoted number": ("max_lr: 0.01", "max_lr: '1e-2'", 12, "max_lr: input should be a valid number, got '1e-2'."),
-    "list for a number": ("epochs: 4", "epochs: [4]", 14, "epochs: input should be a valid integer, got (4,)."),
-    "truth for a number": ("epochs: 4", "epochs: true", 14, "epochs: input should be a valid integer, got True."),
+    "text for a number": (
+        "epochs: 4",
+        "epochs: four",
+        14,
+        "epochs: input should be a valid integer, got 'four'.",
+    ),
+    "quoted number": (
+        "max_lr: 0.01",
+        "max_lr: '1e-2'",
+        12,
+        "max_lr: input should be a valid number, got '1e-2'.",
+    ),
+    "list for a number": (
+        "epochs: 4",
+        "epochs: [4]",
+        14,
+        "epochs: input should be a valid integer, got (4,).",
+    ),
+    "truth for a number": (
+        "epochs: 4",
+        "epochs: true",
+        14,
+        "epochs: input should be a valid integer, got True.",
+    ),
     "nothing": ("epochs: 4", "epochs:", 14, "epochs: input should be a valid integer, got None."),
-    "fraction for a count": ("epochs: 4", "epochs: 4.5", 14, "epochs: input should be a valid integer, got 4.5."),
-    "not a number": ("max_lr: 0.01", "max_lr: .nan", 12, "max_lr: input should be a finite number, got nan."),
-    "infinite": ("max_lr: 0.01", "max_lr: 1e999", 12, "max_lr: input should be a finite number, got inf."),
-    "number for a word": ("model: s7", "model: 7", 9, "model must be 's6', 's7', 's8', 's10' or 's10_postact', got 7."),
+    "fraction for a count": (
+        "epochs: 4",
+        "epochs: 4.5",
+        14,
+        "epochs: input should be a valid integer, got 4.5.",
+    ),
+    "not a number": (
+        "max_lr: 0.01",
+        "max_lr: .nan",
+        12,
+        "max_lr: input should be a finite number, got nan.",
+    ),
+    "infinite": (
+        "max_lr: 0.01",
+        "max_lr: 1e999",
+        12,
+        "max_lr: input should be a finite number, got inf.",
+    ),
+    "number for a word": (
+        "model: s7",
+        "model: 7",
+        9,
+        "model must be 's6', 's7', 's8', 's10' or 's10_postact', got 7.",
+    ),
 }
 
 
@@ -152,25 +222,39 @@ def test_a_value_of_the_wrong_type_is_refused_and_never_converted(folder: Path, 
     assert refuse(folder, MINI.replace(old, new, 1)).startswith(f"mini.yaml:{line}: {sentence}")
 
 
-@pytest.mark.parametrize(("written", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("1.e-3", 1e-3), ("5e-1", 0.5)])
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("1.e-3", 1e-3), ("5e-1", 0.5)]
+)
 def test_1e_3_is_the_number_that_it_looks_like(folder: Path, written: str, value: float) -> None:
     (folder / "mini.yaml").write_text(MINI.replace("max_lr: 0.01", f"max_lr: {written}"))
     assert load_space("mini.yaml").baseline.max_lr == value
     assert parse_setting(f"max_lr={written}") == ("max_lr", value)
 
 
-@pytest.mark.parametrize("raw", [b"\xff\xfe\x00", "space: höhe".encode("latin-1"), MINI.encode("utf-16")])
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xfe\x00", "space: höhe".encode("latin-1"), MINI.encode("utf-16")]
+)
 def test_a_file_that_is_not_utf_8_is_refused(folder: Path, raw: bytes) -> None:
-    assert refuse(folder, raw).startswith("mini.yaml: a readable UTF-8 text must be given, got: 'utf-8' codec can't")
+    assert refuse(folder, raw).startswith(
+        "mini.yaml: a readable UTF-8 text must be given, got: 'utf-8' codec can't"
+    )
 
 
 def test_forbidden_characters_are_refused(folder: Path) -> None:
-    assert refuse(folder, MINI.replace("a test", "a \x00 test")).startswith("mini.yaml: readable YAML must be given")
+    assert refuse(folder, MINI.replace("a test", "a \x00 test")).startswith(
+        "mini.yaml: readable YAML must be given"
+    )
 
 
 HOSTILE = {
-    "call": ("!!python/object/apply:os.system ['touch ran']", "several values (python/object/apply:os.system)"),
-    "new": ("!!python/object/new:os.system ['touch ran']", "several values (python/object/new:os.system)"),
+    "call": (
+        "!!python/object/apply:os.system ['touch ran']",
+        "several values (python/object/apply:os.system)",
+    ),
+    "new": (
+        "!!python/object/new:os.system ['touch ran']",
+        "several values (python/object/new:os.system)",
+    ),
     "name": ("!!python/name:os.system ''", "'' (python/name:os.system)"),
     "module": ("!!python/module:os ''", "'' (python/module:os)"),
     "own tag": ("!touch ran", "'ran' (!touch)"),
@@ -185,7 +269,9 @@ def test_a_tag_is_refused_at_its_line_and_nothing_is_built_or_run(folder: Path, 
     assert refuse(folder, MINI.replace("epochs: 4", f"epochs: {text}", 1)) == (
         f"mini.yaml:14: {rule}, got {got}. Quote text."
     )
-    with pytest.raises(ConfigError, match=r"^--set epochs: a number, a word or a list must be given"):
+    with pytest.raises(
+        ConfigError, match=r"^--set epochs: a number, a word or a list must be given"
+    ):
         parse_setting(f"epochs={text}")
     assert [path.name for path in folder.iterdir()] == ["mini.yaml"]
 
@@ -193,14 +279,19 @@ def test_a_tag_is_refused_at_its_line_and_nothing_is_built_or_run(folder: Path, 
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        (MINI.replace("a test", "[" + "x" * 200_000 + "]"), "mini.yaml:2: source: input should be a valid string, got"),
+        (
+            MINI.replace("a test", "[" + "x" * 200_000 + "]"),
+            "mini.yaml:2: source: input should be a valid string, got",
+        ),
         ("x" * 200_000, "mini.yaml:1: names with values must be given, got 'xxx"),
         (MINI + '"' + "x" * 900 + '": 1\n', f"mini.yaml:{NUM_LINES + 1}: xxx"),
         ("- \n" * 20_000, "mini.yaml:1: names with values must be given, got (None,"),
     ],
     ids=["a value", "a document", "a name", "a list"],
 )
-def test_an_enormous_value_is_cut_in_the_sentence_against_it(folder: Path, text: str, start: str) -> None:
+def test_an_enormous_value_is_cut_in_the_sentence_against_it(
+    folder: Path, text: str, start: str
+) -> None:
     sentence = refuse(folder, text)
     assert sentence.startswith(start) and " ... " in sentence
 

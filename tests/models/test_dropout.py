@@ -11,14 +11,22 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.models.dropout import CACHED_ACTIVATIONS, Dropout, ReluDropout, find_scale, set_dropout_generator
+from tune_cifar.models.dropout import (
+    CACHED_ACTIVATIONS,
+    Dropout,
+    ReluDropout,
+    find_scale,
+    set_dropout_generator,
+)
 from tune_cifar.models.layers import conv_bn_relu, stack
 
 SHAPE = (16, 32, 20, 20)
 CHANNELS_LAST = torch.channels_last
 
 
-def make_dropout(p: float, seed: int = 0, whole_channels: bool = False, device: str = "cpu") -> Dropout:
+def make_dropout(
+    p: float, seed: int = 0, whole_channels: bool = False, device: str = "cpu"
+) -> Dropout:
     layer = Dropout(p, whole_channels)
     layer.generator = torch.Generator(device).manual_seed(seed)
     return layer
@@ -34,7 +42,9 @@ def assert_count_is_binomial(count: int, num: int, p: float) -> None:
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([first.flatten().double(), second.flatten().double()]))[0, 1])
+    return float(
+        torch.corrcoef(torch.stack([first.flatten().double(), second.flatten().double()]))[0, 1]
+    )
 
 
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.1, 0.5, 0.9])
@@ -75,7 +85,9 @@ def test_dropout_gradient_is_the_mask_times_the_scale() -> None:
     output = make_dropout(0.3)(images)
     weights = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
     (output * weights).sum().backward()
-    assert torch.allclose(images.grad, weights * output.detach(), rtol=1e-6)  # the input is 1: output = mask x scale
+    assert torch.allclose(
+        images.grad, weights * output.detach(), rtol=1e-6
+    )  # the input is 1: output = mask x scale
 
 
 @pytest.mark.parametrize("whole_channels", [False, True])
@@ -87,7 +99,9 @@ def test_dropout_passes_gradcheck(whole_channels: bool) -> None:
         layer.generator.set_state(state)
         return layer(x)
 
-    images = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.autograd.gradcheck(forward, images.requires_grad_())
 
 
@@ -97,7 +111,10 @@ def test_dropout_of_two_layers_and_two_calls_is_uncorrelated(whole_channels: boo
     first, second = Dropout(0.5, whole_channels), Dropout(0.5, whole_channels)
     first.generator = second.generator = generator
     ones = torch.ones(512, 64, 2, 2) if whole_channels else torch.ones(SHAPE)
-    masks = [layer(ones)[..., :1, :1] if whole_channels else layer(ones) for layer in (first, second, first)]
+    masks = [
+        layer(ones)[..., :1, :1] if whole_channels else layer(ones)
+        for layer in (first, second, first)
+    ]
     bound = 5 / math.sqrt(masks[0].numel())
     pairs = [(masks[0], masks[1]), (masks[0], masks[2]), (masks[1], masks[2])]
     assert all(abs(correlation(*pair)) <= bound for pair in pairs)
@@ -125,10 +142,16 @@ def test_dropout_draws_the_same_mask_again_from_the_same_generator_state() -> No
     assert not torch.equal(expected[0], expected[1])
 
 
-def test_dropout_mask_depends_on_neither_precision_nor_memory_format_nor_threads_nor_the_global_generator() -> None:
+def test_dropout_mask_depends_on_neither_precision_nor_memory_format_nor_threads_nor_the_global_generator() -> (
+    None
+):
     ones, threads = torch.ones(SHAPE), torch.get_num_threads()
     expected = make_dropout(0.2)(ones) != 0
-    variants = (ones.to(memory_format=CHANNELS_LAST), ones.bfloat16(), ones.double().to(memory_format=CHANNELS_LAST))
+    variants = (
+        ones.to(memory_format=CHANNELS_LAST),
+        ones.bfloat16(),
+        ones.double().to(memory_format=CHANNELS_LAST),
+    )
     try:
         for num_threads, variant in enumerate(variants, start=1):
             torch.set_num_threads(num_threads)
@@ -156,7 +179,9 @@ def test_dropout_draws_from_the_global_generator_when_given_none() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("whole_channels", [False, True])
-def test_dropout_keeps_memory_format_and_dtype(memory_format: torch.memory_format, whole_channels: bool) -> None:
+def test_dropout_keeps_memory_format_and_dtype(
+    memory_format: torch.memory_format, whole_channels: bool
+) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         images = torch.ones(SHAPE, dtype=dtype).to(memory_format=memory_format).requires_grad_()
         output = make_dropout(0.2, whole_channels=whole_channels)(images)
@@ -217,8 +242,16 @@ def test_conv_bn_relu_with_dropout_is_conv_bn_relu_then_dropout(
     bit for bit where the scale is a power of two."""
     shape = (67, 24, 16, 16)
     assert math.prod(shape) > CACHED_ACTIVATIONS, "more than one part must be drawn"
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(memory_format=memory_format)
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype).to(memory_format=memory_format)
+    images = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        .to(dtype)
+        .to(memory_format=memory_format)
+    )
+    grad = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        .to(dtype)
+        .to(memory_format=memory_format)
+    )
 
     def run(layers: torch.nn.Sequential) -> list[Tensor]:
         bn = layers.get_submodule("bn")
@@ -234,7 +267,9 @@ def test_conv_bn_relu_with_dropout_is_conv_bn_relu_then_dropout(
 
     fused = conv_bn_relu(torch.nn.Conv2d(24, 24, 1), p)
     fused.conv = torch.nn.Identity()
-    apart = stack(conv=torch.nn.Identity(), bn=torch.nn.BatchNorm2d(24), relu=torch.nn.ReLU(), drop=Dropout(p))
+    apart = stack(
+        conv=torch.nn.Identity(), bn=torch.nn.BatchNorm2d(24), relu=torch.nn.ReLU(), drop=Dropout(p)
+    )
     if dtype == torch.float64:
         fused, apart = fused.double(), apart.double()
     for one, other in zip(run(fused), run(apart), strict=True):
@@ -242,7 +277,11 @@ def test_conv_bn_relu_with_dropout_is_conv_bn_relu_then_dropout(
             assert torch.equal(one, other)
         else:
             eps = torch.finfo(dtype).eps
-            atol = {torch.float64: 1e-11, torch.float32: 2e-3, torch.bfloat16: 1.0}[dtype] if one.dim() == 1 else eps
+            atol = (
+                {torch.float64: 1e-11, torch.float32: 2e-3, torch.bfloat16: 1.0}[dtype]
+                if one.dim() == 1
+                else eps
+            )
             torch.testing.assert_close(one, other, rtol=8 * eps, atol=8 * atol)
 
 
@@ -260,7 +299,9 @@ def test_relu_dropout_lets_nan_through_so_that_divergence_is_seen() -> None:
 def test_a_stream_of_aes_in_counter_mode_is_what_the_dice_are() -> None:
     """NIST SP 800-38A gives AES as it is; a mask that has once been drawn must be drawn for ever."""
     layer = make_dropout(0.5, seed=0)
-    key = int(torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0)))
+    key = int(
+        torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
+    )
     encryptor = Cipher(algorithms.AES(key.to_bytes(16, "little")), modes.CTR(bytes(16))).encryptor()
     num = 2 * CACHED_ACTIVATIONS + 5  # more than one piece of zeros
     lanes = np.frombuffer(encryptor.update(bytes(2 * num)), np.int16)

@@ -28,7 +28,9 @@ FACTS = {
     "s10_postact": (6_575_370, 379.3, 88, 4_480, 3),
 }
 NAMES = tuple(FACTS)
-SLOWLY = [pytest.param(name, marks=pytest.mark.slow if name.startswith("s10") else ()) for name in NAMES]
+SLOWLY = [
+    pytest.param(name, marks=pytest.mark.slow if name.startswith("s10") else ()) for name in NAMES
+]
 
 # Convs in forward order: kernel, channels in, out, groups, stride, padding, dilation, side of the output, parameters.
 S6_CONVS = [
@@ -90,7 +92,13 @@ S10_CONVS = [
     )
 ]
 S10_POSTACT_CONVS = [(*row[:-1], row[-1] + row[2]) for row in S10_CONVS]
-CONVS = {"s6": S6_CONVS, "s7": S7_CONVS, "s8": S8_CONVS, "s10": S10_CONVS, "s10_postact": S10_POSTACT_CONVS}
+CONVS = {
+    "s6": S6_CONVS,
+    "s7": S7_CONVS,
+    "s8": S8_CONVS,
+    "s10": S10_CONVS,
+    "s10_postact": S10_POSTACT_CONVS,
+}
 
 # The layers after each conv (C) in forward order: B BN, R ReLU, D dropout, P pooling, A addition, L linear.
 CBR, CBRD, CRBD = "C B R", "C B RD", "C R B D"
@@ -160,7 +168,9 @@ def test_images_become_ten_logits_and_every_parameter_gets_a_gradient(name: str)
     F.cross_entropy(logits, torch.arange(4)).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     without = [n for n, p in model.named_parameters() if not p.grad.abs().sum() > 0]
-    assert all(n.endswith("bias") for n in without)  # a bias before BN moves nothing, up to rounding
+    assert all(
+        n.endswith("bias") for n in without
+    )  # a bias before BN moves nothing, up to rounding
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -185,7 +195,11 @@ def test_layers_stand_in_the_sources_order(name: str) -> None:
 def test_the_summary_has_the_sources_totals(name: str) -> None:
     summary = describe_model(name)
     params, macs, receptive_field, _, _ = FACTS[name]
-    assert (summary.name, summary.params, summary.receptive_field) == (name, params, receptive_field)
+    assert (summary.name, summary.params, summary.receptive_field) == (
+        name,
+        params,
+        receptive_field,
+    )
     assert round(summary.macs / 1e6, 1) == macs
     assert sum(row.params for row in summary.layers) == summary.params
     assert sum(row.macs for row in summary.layers) == summary.macs
@@ -210,13 +224,19 @@ def test_macs_of_a_conv_are_its_weights_times_its_positions(name: str) -> None:
         ("s10_postact", [3, 5, 10, 14, 18, 28, 48, 64]),
     ],
 )
-def test_receptive_fields_of_the_convs_are_those_computed_by_hand(name: str, expected: list[int]) -> None:
-    assert [row.receptive_field for row in describe_model(name).layers if row.kind == "Conv2d"] == expected
+def test_receptive_fields_of_the_convs_are_those_computed_by_hand(
+    name: str, expected: list[int]
+) -> None:
+    assert [
+        row.receptive_field for row in describe_model(name).layers if row.kind == "Conv2d"
+    ] == expected
 
 
 def make_transparent(model: nn.Module) -> nn.Sequential:
     """The layers before the flattening, made so that a gradient reaches every pixel that a feature may depend on."""
-    features = nn.Sequential(*list(model.children())[: [type(m) for m in model.children()].index(nn.Flatten)])
+    features = nn.Sequential(
+        *list(model.children())[: [type(m) for m in model.children()].index(nn.Flatten)]
+    )
     for module in list(features.modules()):
         for key, child in list(module.named_children()):
             if isinstance(child, nn.MaxPool2d):
@@ -243,13 +263,20 @@ def test_the_receptive_field_is_the_extent_of_the_gradient_in_a_large_image(name
 @pytest.mark.parametrize("name", NAMES)
 def test_the_summary_is_plain_data_and_the_same_for_name_and_configuration(name: str) -> None:
     config = TrainConfig(
-        model=name, optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=8, epochs=1, dropout=0.5
+        model=name,
+        optimizer="sgd",
+        schedule="constant",
+        max_lr=0.1,
+        batch_size=8,
+        epochs=1,
+        dropout=0.5,
     )
     assert describe_model(config) == describe_model(name)
     table = json.loads(json.dumps(describe_model(name).to_dict()))
     assert set(table) == {"name", "params", "macs", "receptive_field", "layers"}
     assert all(
-        set(row) == {"name", "kind", "output_shape", "params", "macs", "receptive_field"} for row in table["layers"]
+        set(row) == {"name", "kind", "output_shape", "params", "macs", "receptive_field"}
+        for row in table["layers"]
     )
     assert table["layers"][-1]["output_shape"] == [10]
 
@@ -260,7 +287,9 @@ def test_describe_model_draws_no_random_number() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("s10_post", r"Did you mean s10_postact\?"), ("vgg", "Choose from s6, s7")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("s10_post", r"Did you mean s10_postact\?"), ("vgg", "Choose from s6, s7")]
+)
 def test_describe_model_names_the_nearest_model_for_an_unknown_one(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model: '{name}' is not a known name\. {hint}"):
         describe_model(name)
@@ -287,14 +316,22 @@ def test_dropout_changes_training_and_never_evaluation(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dropout_layer_draws_from_the_generator_given_in_forward_order(name: str) -> None:
     config = TrainConfig(
-        model=name, optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=8, epochs=1, dropout=0.3
+        model=name,
+        optimizer="sgd",
+        schedule="constant",
+        max_lr=0.1,
+        batch_size=8,
+        epochs=1,
+        dropout=0.3,
     )
     generator = torch.Generator().manual_seed(5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_model(config)
     set_dropout_generator(model, generator)
-    assert all(module.generator is generator for module in model.modules() if isinstance(module, Dropout))
+    assert all(
+        module.generator is generator for module in model.modules() if isinstance(module, Dropout)
+    )
     before = torch.get_rng_state()
     logits = model(make_images())
     assert torch.equal(torch.get_rng_state(), before)
@@ -303,12 +340,16 @@ def test_every_dropout_layer_draws_from_the_generator_given_in_forward_order(nam
 
 
 def test_build_model_draws_the_weights_from_the_global_generator() -> None:
-    config = TrainConfig(model="s7", optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=8, epochs=1)
+    config = TrainConfig(
+        model="s7", optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=8, epochs=1
+    )
     weights = []
     with torch.random.fork_rng():
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            weights.append(torch.cat([p.detach().flatten() for p in build_model(config).parameters()]))
+            weights.append(
+                torch.cat([p.detach().flatten() for p in build_model(config).parameters()])
+            )
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -319,7 +360,9 @@ def test_a_model_with_a_generator_can_be_copied() -> None:
 
 
 @pytest.mark.parametrize("name", ["s10", "s10_postact"])
-def test_the_relu_of_a_residual_block_stands_inside_s10_and_after_the_addition_in_s10_postact(name: str) -> None:
+def test_the_relu_of_a_residual_block_stands_inside_s10_and_after_the_addition_in_s10_postact(
+    name: str,
+) -> None:
     model = make_model(name).eval()
     block = model.get_submodule("residual1")
     x = torch.randn(2, 128, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -337,7 +380,9 @@ def test_bf16_channels_last_training_gives_nearly_the_gradient_of_fp32(name: str
     for bf16 in (False, True):
         model, images = make_model(name), make_images(32)
         if bf16:
-            model, images = (thing.to(memory_format=torch.channels_last) for thing in (model, images))
+            model, images = (
+                thing.to(memory_format=torch.channels_last) for thing in (model, images)
+            )
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(model(images).float(), torch.arange(32) % 10)
         loss.backward()
@@ -375,7 +420,9 @@ def test_the_strided_and_dilated_conv_of_s8_has_the_gradients_of_an_ordinary_con
     memory_format: torch.memory_format, stride: int
 ) -> None:
     options = {"stride": stride, "dilation": stride, "padding": stride, "bias": False}
-    images = torch.randn(3, 5, 11, 14, generator=torch.Generator().manual_seed(0)).to(memory_format=memory_format)
+    images = torch.randn(3, 5, 11, 14, generator=torch.Generator().manual_seed(0)).to(
+        memory_format=memory_format
+    )
     conv = SubsamplingConv2d(5, 4, stride)
     compare_convs(conv, nn.Conv2d(5, 4, 3, **options), images)
     x = images.double().requires_grad_()
@@ -390,16 +437,29 @@ def test_the_strided_depthwise_of_s7_has_the_gradients_of_an_ordinary_conv_in_bf
     """Under autocast, where its backward is its own; to bf16's rounding."""
     conv = StridedDepthwiseConv2d(64, stride=2)
     draws = torch.Generator().manual_seed(0)
-    images = torch.randn(4, 64, 16, 16, generator=draws).bfloat16().to(memory_format=memory_format).requires_grad_()
+    images = (
+        torch.randn(4, 64, 16, 16, generator=draws)
+        .bfloat16()
+        .to(memory_format=memory_format)
+        .requires_grad_()
+    )
     weights = torch.randn(4, 64, 8, 8, generator=draws)
     with torch.autocast("cpu", torch.bfloat16):
         output = conv(images)
     (output * weights).sum().backward()
-    assert output.dtype == images.grad.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
+    assert (
+        output.dtype == images.grad.dtype == torch.bfloat16
+        and conv.weight.grad.dtype == torch.float32
+    )
     assert images.grad.stride() == images.stride()
-    wide, weight = images.detach().float().requires_grad_(), conv.weight.detach().bfloat16().float().requires_grad_()
+    wide, weight = (
+        images.detach().float().requires_grad_(),
+        conv.weight.detach().bfloat16().float().requires_grad_(),
+    )
     exact = F.conv2d(wide, weight, stride=2, padding=1, groups=64)
     (exact * weights.bfloat16()).sum().backward()
     pairs = [(output, exact), (images.grad, wide.grad), (conv.weight.grad, weight.grad)]
     for mine, theirs in pairs:
-        torch.testing.assert_close(mine.float(), theirs, rtol=2**-7, atol=2**-7 * float(theirs.detach().abs().max()))
+        torch.testing.assert_close(
+            mine.float(), theirs, rtol=2**-7, atol=2**-7 * float(theirs.detach().abs().max())
+        )

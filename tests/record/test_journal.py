@@ -77,7 +77,9 @@ def test_reading_gives_the_state_the_writer_had(folder: Path, tmp_path: Path) ->
     with Record.open(written.folder) as record:
         assert record.state == written
     assert written.header == make_header("s7-2")
-    assert [event.trial for event in EVENTS if isinstance(event, TrialStarted)] == list(written.trials)
+    assert [event.trial for event in EVENTS if isinstance(event, TrialStarted)] == list(
+        written.trials
+    )
 
 
 def test_a_searchs_fidelity_is_its_budgets_and_everything_else_is_one_schedule() -> None:
@@ -100,11 +102,24 @@ def test_a_header_has_a_prediction_unless_it_is_from_before_there_were_any(
 
 def test_a_trial_carries_all_that_its_events_told(folder: Path) -> None:
     trial = read_state(folder).trials[3]
-    assert (trial.number, trial.run_id, trial.origin, trial.status) == (3, "s7-1:3", "sampler", "failed")
-    assert (trial.config, trial.params, trial.fingerprint) == (CONFIG, {"max_lr": 0.1}, CONFIG.fingerprint)
+    assert (trial.number, trial.run_id, trial.origin, trial.status) == (
+        3,
+        "s7-1:3",
+        "sampler",
+        "failed",
+    )
+    assert (trial.config, trial.params, trial.fingerprint) == (
+        CONFIG,
+        {"max_lr": 0.1},
+        CONFIG.fingerprint,
+    )
     assert [result.epoch for result in trial.epochs] == [1, 2]
     assert (trial.epochs_done, trial.val_acc, trial.score) == (2, 0.6, None)
-    assert (trial.reason, trial.error_file, trial.weights_file) == ("it failed", "trials/0003/error.txt", None)
+    assert (trial.reason, trial.error_file, trial.weights_file) == (
+        "it failed",
+        "trials/0003/error.txt",
+        None,
+    )
 
 
 def test_ended_seq_is_the_line_of_the_end(folder: Path) -> None:
@@ -112,7 +127,11 @@ def test_ended_seq_is_the_line_of_the_end(folder: Path) -> None:
     for trial in read_state(folder).trials.values():
         if trial.ended_seq is not None:
             line = json.loads(lines[trial.ended_seq - 1])
-            assert (line["kind"], line["body"]["trial"], line["seq"]) == ("end", trial.number, trial.ended_seq)
+            assert (line["kind"], line["body"]["trial"], line["seq"]) == (
+                "end",
+                trial.number,
+                trial.ended_seq,
+            )
 
 
 def test_every_line_is_written_as_documented(folder: Path) -> None:
@@ -141,16 +160,25 @@ def test_a_record_grows_only_at_its_end(folder: Path) -> None:
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | finite | st.text(st.characters(codec="utf-8")),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | finite
+    | st.text(st.characters(codec="utf-8")),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
     ),
     max_leaves=5,
 )
 
 
 @settings(deadline=None, max_examples=30)
-@given(params=st.dictionaries(st.text(st.characters(codec="utf-8")), plain, max_size=4), loss=finite, lr=finite)
+@given(
+    params=st.dictionaries(st.text(st.characters(codec="utf-8")), plain, max_size=4),
+    loss=finite,
+    lr=finite,
+)
 def test_numbers_and_texts_come_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, params: dict[str, Any], loss: float, lr: float
 ) -> None:
@@ -163,7 +191,9 @@ def test_numbers_and_texts_come_back_bit_for_bit(
 
 
 def test_a_tuple_is_a_list_for_the_writer_too(tmp_path: Path) -> None:
-    written = write_record(tmp_path, make_header(), [make_start(0, params={"a": (1, 2), "b": {3: 4}})])
+    written = write_record(
+        tmp_path, make_header(), [make_start(0, params={"a": (1, 2), "b": {3: 4}})]
+    )
     assert written.trials[0].params == {"a": [1, 2], "b": {"3": 4}}
     assert read_state(written.folder) == written
 
@@ -176,12 +206,15 @@ def test_the_state_keeps_no_reference_to_the_callers_objects(tmp_path: Path) -> 
         assert record.state.trials[0].params == {"max_lr": 0.1}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), {1, 2}, Path("a"), "\udcff"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), {1, 2}, Path("a"), "\udcff"]
+)
 def test_an_event_that_is_not_plain_json_leaves_no_trace(folder: Path, value: Any) -> None:
     before = (folder / "record.jsonl").read_bytes()
     with Record.open(folder) as record:
         with pytest.raises(
-            RecordError, match=r"^event 'trial': it must be JSON of finite numbers, got one that is not"
+            RecordError,
+            match=r"^event 'trial': it must be JSON of finite numbers, got one that is not",
         ):
             record.append(make_start(6, params={"a": value}))
         assert (folder / "record.jsonl").read_bytes() == before
@@ -211,7 +244,9 @@ def test_a_torn_last_line_is_cut_and_told_wherever_it_is_torn(folder: Path) -> N
         assert path.read_bytes() == whole[:end]
         with Record.open(folder) as record:
             told, record.state.repaired = record.state.repaired, None
-            assert told == f"{folder}: line {len(EVENTS) + 1} was torn; {end - start} bytes were cut."
+            assert (
+                told == f"{folder}: line {len(EVENTS) + 1} was torn; {end - start} bytes were cut."
+            )
             assert record.state == expected
             assert path.read_bytes() == whole[:start]
             record.append(EpochReported(trial=5, result=make_result(1, 0.35)))
@@ -234,7 +269,9 @@ BAD_LINES = {
     "a key missing": b'{"seq": 15, "crc": "0", "kind": "epoch"}',
     "nested without end": b"[" * 100_000,
     "NaN": make_line(15, "epoch", {"trial": 5}, crc="00000000").replace(b"5}", b"NaN}").strip(),
-    "wrong CRC": make_line(15, "epoch", {"trial": 5, "result": make_result(2).model_dump()}, crc="00000000").strip(),
+    "wrong CRC": make_line(
+        15, "epoch", {"trial": 5, "result": make_result(2).model_dump()}, crc="00000000"
+    ).strip(),
 }
 
 
@@ -265,7 +302,10 @@ def test_a_flipped_bit_is_refused_or_means_the_same(
 ) -> None:
     """1e-05 and 1E-05 differ in a bit and not in meaning; anything that would change the state must be noticed."""
     runs = tmp_path_factory.mktemp("runs")
-    events = [*make_trial(0, [0.1, 0.2, 0.7], "complete"), SearchEnded(reason="all trials", wall_seconds=1e-05)]
+    events = [
+        *make_trial(0, [0.1, 0.2, 0.7], "complete"),
+        SearchEnded(reason="all trials", wall_seconds=1e-05),
+    ]
     written = write_record(runs, make_header(), events)
     path = written.folder / "record.jsonl"
     content = bytearray(path.read_bytes())
@@ -288,15 +328,15 @@ def test_a_lost_doubled_or_swapped_line_is_refused_with_its_number(folder: Path)
     swapped = [*lines[:3], lines[4], lines[3], *lines[5:]]
     for wrong, number, seq in ((lost, 4, 5), (doubled, 5, 4), (swapped, 4, 5)):
         path.write_bytes(b"".join(wrong))
-        with pytest.raises(RecordError, match=rf"record.jsonl:{number}: event: seq must be {number}, got {seq}\."):
+        with pytest.raises(
+            RecordError, match=rf"record.jsonl:{number}: event: seq must be {number}, got {seq}\."
+        ):
             Record.open(folder)
 
 
 def test_an_event_of_a_newer_version_is_refused_and_not_cut(folder: Path) -> None:
     content = append_bytes(folder, make_line(len(EVENTS) + 2, "note", {"text": "hello"}))
-    rule = (
-        rf"record.jsonl:{len(EVENTS) + 2}: event: kind must be one of header, trial, .*got 'note'. A newer tune_cifar"
-    )
+    rule = rf"record.jsonl:{len(EVENTS) + 2}: event: kind must be one of header, trial, .*got 'note'. A newer tune_cifar"
     for read in (Record.open, read_state):
         with pytest.raises(RecordError, match=rule):
             read(folder)
@@ -304,15 +344,22 @@ def test_an_event_of_a_newer_version_is_refused_and_not_cut(folder: Path) -> Non
 
 
 def test_a_field_of_a_newer_version_is_refused_with_its_name(folder: Path) -> None:
-    append_bytes(folder, make_line(len(EVENTS) + 2, "finish", {"reason": "", "wall_seconds": 1.0, "colour": "red"}))
-    with pytest.raises(RecordError, match=r"event 'finish': colour is not a known name\. A newer tune_cifar"):
+    append_bytes(
+        folder,
+        make_line(len(EVENTS) + 2, "finish", {"reason": "", "wall_seconds": 1.0, "colour": "red"}),
+    )
+    with pytest.raises(
+        RecordError, match=r"event 'finish': colour is not a known name\. A newer tune_cifar"
+    ):
         Record.open(folder)
 
 
 def test_a_recorded_configuration_that_breaks_a_rule_is_refused_with_its_line(folder: Path) -> None:
     body = make_start(6, config=CONFIG.model_dump(mode="json") | {"max_lr": -1.0}).model_dump()
     append_bytes(folder, make_line(len(EVENTS) + 2, "trial", body))
-    with pytest.raises(RecordError, match=rf"record.jsonl:{len(EVENTS) + 2}: configuration: max_lr > 0 must hold"):
+    with pytest.raises(
+        RecordError, match=rf"record.jsonl:{len(EVENTS) + 2}: configuration: max_lr > 0 must hold"
+    ):
         Record.open(folder)
 
 
@@ -320,17 +367,21 @@ def test_events_that_contradict_each_other_are_refused_with_the_line(folder: Pat
     body = EpochReported(trial=0, result=make_result(4)).model_dump()
     append_bytes(folder, make_line(len(EVENTS) + 2, "epoch", body))
     with pytest.raises(
-        RecordError, match=rf"record.jsonl:{len(EVENTS) + 2}: s7-1:0: a complete trial must tell no more"
+        RecordError,
+        match=rf"record.jsonl:{len(EVENTS) + 2}: s7-1:0: a complete trial must tell no more",
     ):
         Record.open(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"seq": 1, "crc"', b"\n", b"\0" * 100], ids=["empty", "torn", "blank", "0"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"seq": 1, "crc"', b"\n", b"\0" * 100], ids=["empty", "torn", "blank", "0"]
+)
 def test_a_record_without_a_whole_header_is_refused(folder: Path, content: bytes) -> None:
     (folder / "record.jsonl").write_bytes(content)
     for read in (Record.open, read_state):
         with pytest.raises(
-            RecordError, match=r"record.jsonl: a header must come first, got no whole line. Delete the fo"
+            RecordError,
+            match=r"record.jsonl: a header must come first, got no whole line. Delete the fo",
         ):
             read(folder)
     assert (folder / "record.jsonl").read_bytes() == content
@@ -339,20 +390,25 @@ def test_a_record_without_a_whole_header_is_refused(folder: Path, content: bytes
 def test_a_record_that_starts_with_another_event_is_refused(folder: Path) -> None:
     (folder / "record.jsonl").write_bytes(make_line(1, "trial", make_start(0).model_dump()))
     with pytest.raises(
-        RecordError, match=r"record.jsonl:1: a header of search 's7-1' must come first, got TrialStarted"
+        RecordError,
+        match=r"record.jsonl:1: a header of search 's7-1' must come first, got TrialStarted",
     ):
         read_state(folder)
 
 
 def test_a_renamed_folder_is_refused_since_run_ids_carry_the_name(folder: Path) -> None:
     other = folder.rename(folder.with_name("s7-9"))
-    with pytest.raises(RecordError, match=r"a header of search 's7-9' must come first, got Header\(name='s7-1'"):
+    with pytest.raises(
+        RecordError, match=r"a header of search 's7-9' must come first, got Header\(name='s7-1'"
+    ):
         read_state(other)
 
 
 def test_an_unknown_search_is_refused(folder: Path) -> None:
     for read in (Record.open, read_state):
-        with pytest.raises(RecordError, match=r"s7-2: a search must be there, got 'No such file or directory'"):
+        with pytest.raises(
+            RecordError, match=r"s7-2: a search must be there, got 'No such file or directory'"
+        ):
             read(folder.with_name("s7-2"))
 
 
@@ -376,14 +432,25 @@ BROKEN_RULES: dict[str, tuple[Event, str]] = {
     "epoch twice": (report(5, 1), "s7-1:5: epoch 2 of 3 must come next, got epoch 1"),
     "epoch left out": (report(5, 3), "s7-1:5: epoch 2 of 3 must come next, got epoch 3"),
     "complete too early": (end(5, "complete", 0.35), "s7-1:5: complete must mean 3 epochs, got 1"),
-    "score of a stopped trial": (end(5, "stopped", 0.35), "s7-1:5: a stopped trial's score must be None, got 0.35"),
-    "score of a failed trial": (end(5, "failed", 0.1), "s7-1:5: a failed trial's score must be None, got 0.1"),
-    "score of a diverged trial": (end(5, "diverged"), "s7-1:5: a diverged trial's score must be 0.1, got None"),
+    "score of a stopped trial": (
+        end(5, "stopped", 0.35),
+        "s7-1:5: a stopped trial's score must be None, got 0.35",
+    ),
+    "score of a failed trial": (
+        end(5, "failed", 0.1),
+        "s7-1:5: a failed trial's score must be None, got 0.1",
+    ),
+    "score of a diverged trial": (
+        end(5, "diverged"),
+        "s7-1:5: a diverged trial's score must be 0.1, got None",
+    ),
 }
 
 
 @pytest.mark.parametrize(("event", "rule"), BROKEN_RULES.values(), ids=list(BROKEN_RULES))
-def test_an_event_that_may_not_follow_leaves_no_trace(folder: Path, event: Event, rule: str) -> None:
+def test_an_event_that_may_not_follow_leaves_no_trace(
+    folder: Path, event: Event, rule: str
+) -> None:
     before, state = (folder / "record.jsonl").read_bytes(), read_state(folder)
     with Record.open(folder) as record:
         with pytest.raises(RecordError, match=f"^{rule}"):
@@ -426,7 +493,9 @@ def test_nothing_but_a_resume_follows_the_end_of_a_search(folder: Path) -> None:
     with Record.open(folder) as record:
         record.append(finish)
         for event in (make_start(6), report(5, 2), end(5, "failed"), finish):
-            with pytest.raises(RecordError, match="s7-1: nothing but a resume may follow the end of a search, got"):
+            with pytest.raises(
+                RecordError, match="s7-1: nothing but a resume may follow the end of a search, got"
+            ):
                 record.append(event)
     assert read_state(folder).finished == finish
 
@@ -436,14 +505,20 @@ def test_negative_trial_numbers_are_refused() -> None:
         make_start(-1)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../other/record.jsonl", "trials/../../x", "", ".", "a//b", "a\\b"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../other/record.jsonl", "trials/../../x", "", ".", "a//b", "a\\b"]
+)
 def test_a_file_of_a_trial_lies_inside_the_folder_of_its_search(path: str) -> None:
     for name in ("error_file", "weights_file"):
         with pytest.raises(ValidationError):
-            TrialEnded.model_validate({"trial": 0, "status": "failed", "score": None, "reason": "", name: path})
+            TrialEnded.model_validate(
+                {"trial": 0, "status": "failed", "score": None, "reason": "", name: path}
+            )
 
 
-@pytest.mark.parametrize("text", ["2026-01-31T12:00:00", "2026-01-31T12:00:00+01:00", "yesterday", "2026-01-31"])
+@pytest.mark.parametrize(
+    "text", ["2026-01-31T12:00:00", "2026-01-31T12:00:00+01:00", "yesterday", "2026-01-31"]
+)
 def test_the_time_of_creation_is_utc(text: str) -> None:
     with pytest.raises(ValidationError):
         make_header(created=text)
@@ -466,7 +541,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_search_has_one_driver_and_any_number_of_readers(folder: Path) -> None:
     with Record.open(folder) as record:
-        with pytest.raises(RecordError, match=r"s7-1: one driver alone must hold it, got .*Wait, or stop it\.$"):
+        with pytest.raises(
+            RecordError, match=r"s7-1: one driver alone must hold it, got .*Wait, or stop it\.$"
+        ):
             Record.open(folder)
         record.append(make_start(6))
         assert read_state(folder) == record.state
@@ -475,7 +552,10 @@ def test_a_search_has_one_driver_and_any_number_of_readers(folder: Path) -> None
 
 @pytest.mark.usefixtures("impatient")
 def test_a_new_search_is_held_by_its_creator(tmp_path: Path) -> None:
-    with Record.create(search_folder(tmp_path, "s7-1"), make_header()) as record, pytest.raises(RecordError):
+    with (
+        Record.create(search_folder(tmp_path, "s7-1"), make_header()) as record,
+        pytest.raises(RecordError),
+    ):
         Record.open(record.state.folder)
 
 
@@ -495,7 +575,9 @@ def test_a_search_in_use_is_refused_with_the_name_of_its_owner(folder: Path) -> 
 def test_a_search_whose_folder_takes_no_owner_is_refused(folder: Path) -> None:
     (folder / "owner.json").unlink()
     (folder / "owner.json").mkdir()
-    with pytest.raises(RecordError, match=r"s7-1: its record must be writable, got 'Is a directory'"):
+    with pytest.raises(
+        RecordError, match=r"s7-1: its record must be writable, got 'Is a directory'"
+    ):
         Record.open(folder)
     assert not is_live(folder)
 
@@ -534,7 +616,9 @@ def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_a_name_in_use(tmp_pa
 
 def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(RecordError, match="a new folder must be writable here, got 'Not a directory'"):
+    with pytest.raises(
+        RecordError, match="a new folder must be writable here, got 'Not a directory'"
+    ):
         Record.create(search_folder(tmp_path / "runs", "s7-1"), make_header())
 
 
@@ -561,7 +645,9 @@ else:
 
 def test_of_processes_that_create_one_name_exactly_one_wins(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CREATE, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)]
+    processes = [
+        subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)
+    ]
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == len(processes))
     (tmp_path / "go").touch()
     outcomes = [process.communicate(timeout=600)[0].strip() for process in processes]
@@ -591,7 +677,9 @@ with Record.create(search_folder(Path(sys.argv[1]), "s7-1"), make_header()) as r
 
 
 def test_everything_acknowledged_survives_kill_9(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     for _ in range(50):
         assert process.stdout.readline()
@@ -603,7 +691,9 @@ def test_everything_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         record.append(make_start(found))
 
 
-def test_every_append_is_synced_and_so_is_every_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_append_is_synced_and_so_is_every_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[int] = []
     fsync = os.fsync
 
@@ -666,7 +756,9 @@ def test_ctrl_c_inside_an_append_cannot_spoil_the_record(folder: Path) -> None:
         record.append(SearchEnded(reason="interrupted", wall_seconds=1.0))
 
 
-def test_best_is_the_complete_trial_of_highest_score_and_of_equals_the_first(tmp_path: Path) -> None:
+def test_best_is_the_complete_trial_of_highest_score_and_of_equals_the_first(
+    tmp_path: Path,
+) -> None:
     events = [
         *make_trial(0, [0.3, 0.5, 0.7], "complete"),
         *make_trial(2, [0.3, 0.5, 0.8], "complete"),
@@ -685,7 +777,9 @@ def test_without_a_complete_trial_there_is_no_best_and_no_baseline_score(tmp_pat
     assert state.baseline_score is None
 
 
-def test_a_complete_trial_without_validation_images_has_no_score_and_does_not_compete(tmp_path: Path) -> None:
+def test_a_complete_trial_without_validation_images_has_no_score_and_does_not_compete(
+    tmp_path: Path,
+) -> None:
     config = CONFIG.model_copy(update={"train_size": 50_000, "val_size": 0, "epochs": 1})
     state = write_record(tmp_path, make_header(), make_trial(0, [None], "complete", config))
     assert state.trials[0].status == "complete"
@@ -712,15 +806,29 @@ def test_a_trial_in_cycles_tells_where_it_is_and_everything_it_paid_for(tmp_path
     assert (running.stage, running.config, len(running.epochs)) == (2, CONFIG.shorten(2), 1)
     assert (running.epochs_done, running.val_acc, running.scores) == (2, 0.3, {1: 0.4})
     assert (stopped.config.epochs, stopped.fingerprint) == (1, CONFIG.shorten(1).fingerprint)
-    assert (cut.stage, cut.config, cut.fingerprint, cut.trained_epochs) == (None, CONFIG, CONFIG.fingerprint, [])
+    assert (cut.stage, cut.config, cut.fingerprint, cut.trained_epochs) == (
+        None,
+        CONFIG,
+        CONFIG.fingerprint,
+        [],
+    )
     assert state.arrivals == {1: {0: 0.5, 1: 0.4, 2: 0.3}, 2: {0: 0.6}, 3: {0: 0.7}}
 
 
 def test_a_trial_that_breaks_down_between_two_cycles_did_so_in_the_longer(tmp_path: Path) -> None:
     state = write_record(tmp_path, make_header(), make_cycles(0, {1: [0.5]}, "diverged", cycle=2))
     trial = state.trials[0]
-    assert (trial.stage, trial.config.epochs, trial.epochs, trial.finished_stages[0][0]) == (2, 2, [], 1)
-    assert (trial.val_acc, trial.score, trial.fingerprint) == (0.5, 0.1, CONFIG.shorten(2).fingerprint)
+    assert (trial.stage, trial.config.epochs, trial.epochs, trial.finished_stages[0][0]) == (
+        2,
+        2,
+        [],
+        1,
+    )
+    assert (trial.val_acc, trial.score, trial.fingerprint) == (
+        0.5,
+        0.1,
+        CONFIG.shorten(2).fingerprint,
+    )
     assert read_state(state.folder) == state
 
 
@@ -737,7 +845,11 @@ BROKEN_CYCLES: dict[str, tuple[dict[int, list[float]], Event, str]] = {
         tell_cycle(1, 3),
         r"a cycle must be longer than the whole one before \(2\), at most 3, got 3",
     ),
-    "shorter": ({2: [0.5, 0.5]}, tell_cycle(1, 1), "a cycle must be longer than the whole one before"),
+    "shorter": (
+        {2: [0.5, 0.5]},
+        tell_cycle(1, 1),
+        "a cycle must be longer than the whole one before",
+    ),
     "longer than the trial": ({2: [0.5, 0.5]}, tell_cycle(1, 4), r"a cycle .* at most 3, got 4"),
     "nameless": ({2: [0.5]}, tell_cycle(2, None), WITHOUT),
     "nameless end": (
@@ -758,7 +870,9 @@ BROKEN_CYCLES: dict[str, tuple[dict[int, list[float]], Event, str]] = {
 }
 
 
-@pytest.mark.parametrize(("courses", "event", "rule"), BROKEN_CYCLES.values(), ids=list(BROKEN_CYCLES))
+@pytest.mark.parametrize(
+    ("courses", "event", "rule"), BROKEN_CYCLES.values(), ids=list(BROKEN_CYCLES)
+)
 def test_a_cycle_that_may_not_follow_is_refused_and_leaves_no_trace(
     tmp_path: Path, courses: dict[int, list[float]], event: Event, rule: str
 ) -> None:
@@ -771,22 +885,40 @@ def test_a_cycle_that_may_not_follow_is_refused_and_leaves_no_trace(
 
 def test_a_cycle_does_not_follow_a_schedule_that_is_one(tmp_path: Path) -> None:
     state = write_record(tmp_path, make_header(), make_trial(0, [0.5], None))
-    with Record.open(state.folder) as record, pytest.raises(RecordError, match="longer than the whole one before"):
+    with (
+        Record.open(state.folder) as record,
+        pytest.raises(RecordError, match="longer than the whole one before"),
+    ):
         record.append(tell_cycle(1, 3))
 
 
 def make_confirmation(**changes: Any) -> Confirmation:
     """Two candidates under three seeds."""
     dump = CONFIG.model_dump(mode="json")
-    candidates = [Candidate(run_id="s7-1:0", score=0.7, config=dump), Candidate(run_id="s7-1:4", score=None, config={})]
-    values: dict[str, Any] = {"search": "s7-1", "candidates": candidates, "seeds": [1, 2, 5], "final": False}
+    candidates = [
+        Candidate(run_id="s7-1:0", score=0.7, config=dump),
+        Candidate(run_id="s7-1:4", score=None, config={}),
+    ]
+    values: dict[str, Any] = {
+        "search": "s7-1",
+        "candidates": candidates,
+        "seeds": [1, 2, 5],
+        "final": False,
+    }
     return Confirmation(**{**values, **changes})
 
 
 def test_a_confirmation_names_its_trials_seed_after_seed() -> None:
     confirmation = make_confirmation()
     found = [confirmation.find(number) for number in range(confirmation.num_trials)]
-    order = [("s7-1:0", 1), ("s7-1:4", 1), ("s7-1:0", 2), ("s7-1:4", 2), ("s7-1:0", 5), ("s7-1:4", 5)]
+    order = [
+        ("s7-1:0", 1),
+        ("s7-1:4", 1),
+        ("s7-1:0", 2),
+        ("s7-1:4", 2),
+        ("s7-1:0", 5),
+        ("s7-1:4", 5),
+    ]
     assert [(candidate.run_id, seed) for candidate, seed in found] == order
 
 
@@ -796,9 +928,15 @@ def test_a_confirmation_of_nothing_is_refused(changes: dict[str, Any]) -> None:
         make_confirmation(**changes)
 
 
-def test_a_confirmation_comes_back_with_its_header_and_older_headers_have_none(tmp_path: Path) -> None:
+def test_a_confirmation_comes_back_with_its_header_and_older_headers_have_none(
+    tmp_path: Path,
+) -> None:
     header = make_header("s7-1-confirm", kind="confirm", confirmation=make_confirmation())
-    state = write_record(tmp_path, header, [make_start(0, origin="confirm", params={"candidate": "s7-1:0", "seed": 1})])
+    state = write_record(
+        tmp_path,
+        header,
+        [make_start(0, origin="confirm", params={"candidate": "s7-1:0", "seed": 1})],
+    )
     assert read_state(state.folder).header == header == state.header
     body = make_header("s7-2").model_dump()
     del body["confirmation"]
@@ -819,11 +957,18 @@ def test_arrivals_hold_every_accuracy_in_the_order_it_was_told(tmp_path: Path) -
         make_start(1),
         *(EpochReported(trial=n, result=make_result(1, 0.5 - n / 10)) for n in (1, 0)),
     ]
-    state = write_record(tmp_path, make_header(), [*events, EpochReported(trial=0, result=make_result(2, 0.75))])
-    assert [list(arrivals.items()) for arrivals in state.arrivals.values()] == [[(1, 0.4), (0, 0.5)], [(0, 0.75)]]
+    state = write_record(
+        tmp_path, make_header(), [*events, EpochReported(trial=0, result=make_result(2, 0.75))]
+    )
+    assert [list(arrivals.items()) for arrivals in state.arrivals.values()] == [
+        [(1, 0.4), (0, 0.5)],
+        [(0, 0.75)],
+    ]
 
 
-def test_a_resume_reopens_an_ended_search_and_says_how_many_trials_it_is_to_have(folder: Path) -> None:
+def test_a_resume_reopens_an_ended_search_and_says_how_many_trials_it_is_to_have(
+    folder: Path,
+) -> None:
     with Record.open(folder) as record:
         assert record.state.num_trials == 4
         record.append(SearchEnded(reason="time limit", wall_seconds=1.0))
@@ -859,7 +1004,9 @@ def test_a_retried_trial_goes_on_and_remembers_why(folder: Path) -> None:
     with Record.open(folder) as record:
         record.append(retry)
         record.append(report(5, 2))
-        with pytest.raises(RecordError, match="s7-1:1: a stopped trial must tell no more, got 'retry'"):
+        with pytest.raises(
+            RecordError, match="s7-1:1: a stopped trial must tell no more, got 'retry'"
+        ):
             record.append(TrialRetried(trial=1, fault="worker died", text=""))
     assert read_state(folder).trials[5].retries == [retry]
 
@@ -885,7 +1032,9 @@ def test_good_names_are_folders_of_the_storage(tmp_path: Path, name: str) -> Non
     assert search_folder(tmp_path, name) == tmp_path / "searches" / name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".a", "-a", "a/b", "a\\b", "a b", "a\n", "/a", "é", "x" * 65, "a:1"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".a", "-a", "a/b", "a\\b", "a b", "a\n", "/a", "é", "x" * 65, "a:1"]
+)
 def test_bad_names_are_refused_everywhere(tmp_path: Path, name: str) -> None:
     for refuse in (check_name, lambda bad: search_folder(tmp_path, bad)):
         with pytest.raises(RecordError, match="a search's name: it must be 1 to 64"):
@@ -905,7 +1054,9 @@ def test_no_name_leads_out_of_the_storage(name: str) -> None:
     assert folder.parent == searches_folder(storage)
 
 
-def test_the_storage_is_the_option_then_the_variable_then_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_storage_is_the_option_then_the_variable_then_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNE_CIFAR_RUNS", "from_variable")
     assert find_storage("from_option") == tmp_path.resolve() / "from_option"
@@ -934,7 +1085,14 @@ def test_searches_are_listed_newest_first_and_damaged_ones_last(tmp_path: Path) 
     path.write_bytes(path.read_bytes().replace(b"damaged", b"DAMAGED"))
     (tmp_path / "searches" / "no_search").mkdir()
     (tmp_path / "searches" / "file").write_text("")
-    assert [folder.name for folder in list_searches(tmp_path)] == ["a", "z", "c", "b", "empty", "damaged"]
+    assert [folder.name for folder in list_searches(tmp_path)] == [
+        "a",
+        "z",
+        "c",
+        "b",
+        "empty",
+        "damaged",
+    ]
     assert list_searches(tmp_path / "nowhere") == []
 
 
@@ -946,7 +1104,10 @@ def test_ten_thousand_events_replay_in_two_seconds(tmp_path: Path) -> None:
     for number in range(385):
         events += make_trial(number, [0.1 + epoch / 7 for epoch in range(24)], "complete", config)
     kinds = {Header: "header", TrialStarted: "trial", EpochReported: "epoch", TrialEnded: "end"}
-    lines = [make_line(seq, kinds[type(event)], event.model_dump()) for seq, event in enumerate(events, 1)]
+    lines = [
+        make_line(seq, kinds[type(event)], event.model_dump())
+        for seq, event in enumerate(events, 1)
+    ]
     (folder / "record.jsonl").write_bytes(b"".join(lines))
     start = time.process_time()
     state = read_state(folder)

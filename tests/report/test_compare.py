@@ -10,7 +10,14 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from tests.builders import evaluate_answers, make_header, make_trial, run_search, score_by_lr, write_record
+from tests.builders import (
+    evaluate_answers,
+    make_header,
+    make_trial,
+    run_search,
+    score_by_lr,
+    write_record,
+)
 from tune_cifar.errors import SpaceError
 from tune_cifar.record.events import SearchEnded
 from tune_cifar.record.state import SearchState
@@ -40,7 +47,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
 @pytest.fixture(scope="module")
 def states(searched: SearchState, tmp_path_factory: pytest.TempPathFactory) -> list[SearchState]:
     """Two searches whose trials compare, the better one second, and a third of longer trainings in between."""
-    better = run_search(tmp_path_factory.mktemp("runs"), 8, lambda trial, cycle: score_by_lr(trial, cycle) + 0.1)
+    better = run_search(
+        tmp_path_factory.mktemp("runs"), 8, lambda trial, cycle: score_by_lr(trial, cycle) + 0.1
+    )
     better.header = better.header.model_copy(update={"name": "y"})
     longer = write_record(
         tmp_path_factory.mktemp("runs"),
@@ -59,8 +68,14 @@ def test_facts_tell_what_was_done_in_words(searched: SearchState) -> None:
 
 def test_facts_of_an_unfinished_single_training_have_no_end(tmp_path: Path) -> None:
     header = make_header("t", kind="train", distributions={}, budget={})
-    facts = make_facts(write_record(tmp_path, header, make_trial(0, [0.3], None))).set_index("fact")["value"]
-    assert facts["ended"] == "not ended" and facts["sampler"] == "none, seed 1" and facts["epochs paid"] == "1"
+    facts = make_facts(write_record(tmp_path, header, make_trial(0, [0.3], None))).set_index(
+        "fact"
+    )["value"]
+    assert (
+        facts["ended"] == "not ended"
+        and facts["sampler"] == "none, seed 1"
+        and facts["epochs paid"] == "1"
+    )
 
 
 def test_knobs_stand_with_range_baseline_and_best(searched: SearchState) -> None:
@@ -70,7 +85,9 @@ def test_knobs_stand_with_range_baseline_and_best(searched: SearchState) -> None
     for row in table.to_dict("records"):
         assert row["baseline"] == searched.header.baseline[row["knob"]]
         assert row["best"] == best.params[row["knob"]]
-        assert row["searched"] == describe_distribution(list_distributions(searched.header)[row["knob"]])
+        assert row["searched"] == describe_distribution(
+            list_distributions(searched.header)[row["knob"]]
+        )
 
 
 def test_histories_follow_one_another(states: list[SearchState]) -> None:
@@ -79,7 +96,9 @@ def test_histories_follow_one_another(states: list[SearchState]) -> None:
     pd.testing.assert_frame_equal(table.head(12), make_history(states[0]))
 
 
-def test_searches_that_compare_stand_together_the_better_one_first(states: list[SearchState]) -> None:
+def test_searches_that_compare_stand_together_the_better_one_first(
+    states: list[SearchState],
+) -> None:
     table = make_comparison(states)
     assert list(table["search"]) == ["y", "x", "z"]
     groups = table.set_index("search")["group"]
@@ -88,7 +107,11 @@ def test_searches_that_compare_stand_together_the_better_one_first(states: list[
     row = table.set_index("search").loc["x"]
     best, baseline = states[0].best, states[0].baseline_score
     assert best is not None and best.score is not None and baseline is not None
-    assert (row["best"], row["baseline"], row["gain"]) == (best.score, baseline, best.score - baseline)
+    assert (row["best"], row["baseline"], row["gain"]) == (
+        best.score,
+        baseline,
+        best.score - baseline,
+    )
     assert row["scatter"] == pytest.approx(estimate_scatter(best.score, best.config.val_size))
     assert (row["trials"], row["complete"]) == (12, states[0].counts["complete"])
     published = load_space("smoke", "cpu").header.published
@@ -100,7 +123,11 @@ def test_a_search_on_the_stand_in_says_so_and_one_without_a_complete_trial_has_n
 ) -> None:
     data = make_header().data.model_copy(update={"name": "shapes"})
     header = make_header("s", data=data, space_text=searched.header.space_text, space="smoke")
-    state = write_record(tmp_path, header, [*make_trial(0, [0.3], "stopped"), SearchEnded(reason="x", wall_seconds=1)])
+    state = write_record(
+        tmp_path,
+        header,
+        [*make_trial(0, [0.3], "stopped"), SearchEnded(reason="x", wall_seconds=1)],
+    )
     (row,) = make_comparison([state]).to_dict("records")
     assert row["group"].startswith("NOT CIFAR-10 (shapes), 3 epochs of 500 images")
     assert all(math.isnan(row[name]) for name in ("baseline", "best", "gain", "scatter"))
@@ -112,13 +139,23 @@ def test_the_scatter_of_a_difference_is_root_two_of_one_accuracys() -> None:
 
 def test_sources_stand_beside_the_means_of_their_tested_trainings() -> None:
     tested = pd.DataFrame(
-        [("s8", "baseline", 0.80), ("s8", "baseline", 0.82), ("s8", "best", 0.9), ("s7", "baseline", 0.5)],
+        [
+            ("s8", "baseline", 0.80),
+            ("s8", "baseline", 0.82),
+            ("s8", "best", 0.9),
+            ("s7", "baseline", 0.5),
+        ],
         columns=["space", "part", "test_acc"],
     )
     table = make_sources(["s7", "s8", "s10"], tested).set_index("space")
     assert list(table.index) == ["s7", "s8", "s10"]
-    assert table.loc["s8", "baseline_test"] == pytest.approx(0.81) and table.loc["s8", "baseline_seeds"] == 2
-    assert table.loc["s8", "best_test"] == pytest.approx(0.9) and math.isnan(table.loc["s7", "best_test"])
+    assert (
+        table.loc["s8", "baseline_test"] == pytest.approx(0.81)
+        and table.loc["s8", "baseline_seeds"] == 2
+    )
+    assert table.loc["s8", "best_test"] == pytest.approx(0.9) and math.isnan(
+        table.loc["s7", "best_test"]
+    )
     assert table.loc["s10", "baseline_seeds"] == 0 and table.loc["s10", "published"] == 0.9307
     assert "black" in table.loc["s7", "corrects"] and "by mistake" in table.loc["s7", "measured"]
     with pytest.raises(SpaceError):
@@ -126,11 +163,17 @@ def test_sources_stand_beside_the_means_of_their_tested_trainings() -> None:
 
 
 def test_confusions_come_by_their_frequency_and_mistakes_by_their_confidence() -> None:
-    evaluation = evaluate_answers([0, 2, 2, 5, 5, 1], [0, 0, 0, 3, 5, 1], [0.9, 0.6, 0.7, 0.8, 0.9, 0.9])
+    evaluation = evaluate_answers(
+        [0, 2, 2, 5, 5, 1], [0, 0, 0, 3, 5, 1], [0.9, 0.6, 0.7, 0.8, 0.9, 0.9]
+    )
     pairs = [tuple(row) for row in make_confusions(evaluation).itertuples(index=False)]
     assert pairs == [("airplane", "bird", 2, pytest.approx(2 / 3)), ("cat", "dog", 1, 1.0)]
     mistakes = make_mistakes(evaluation)
-    assert list(mistakes["image"]) == [3, 2, 1] and list(mistakes["taken_for"]) == ["dog", "bird", "bird"]
+    assert list(mistakes["image"]) == [3, 2, 1] and list(mistakes["taken_for"]) == [
+        "dog",
+        "bird",
+        "bird",
+    ]
     assert list(mistakes["confidence"]) == pytest.approx([0.8, 0.7, 0.6], abs=1e-6)
 
 
@@ -158,7 +201,9 @@ def test_the_standing_has_a_panel_for_each_group_and_calls_the_published_figure_
 ) -> None:
     comparison = make_comparison(states)
     figure = draw_standing(comparison, "title")
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(comparison["group"].unique())
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(
+        comparison["group"].unique()
+    )
     places = sum(len(axes.lines[1].get_xdata()) for axes in figure.axes)
     assert places == 3 and "published: does not compare" in list_texts(figure)
     plt.close(figure)
@@ -170,6 +215,13 @@ def test_the_fit_has_a_piece_for_each_cycle_of_the_trial(searched: SearchState) 
     rows = curves[curves["trial"] == best.number]
     figure = draw_fit(rows, "title")
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "3"]
-    drawn = [value for line in figure.axes[1].lines if line.get_linestyle() == "-" for value in line.get_ydata()]
-    assert [value for value in drawn if value not in (0, 1)] == pytest.approx(list(100 * rows["val_acc"]))
+    drawn = [
+        value
+        for line in figure.axes[1].lines
+        if line.get_linestyle() == "-"
+        for value in line.get_ydata()
+    ]
+    assert [value for value in drawn if value not in (0, 1)] == pytest.approx(
+        list(100 * rows["val_acc"])
+    )
     plt.close(figure)

@@ -49,19 +49,37 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     return run_search(tmp_path_factory.mktemp("runs"), 12, diverging=5)
 
 
-def test_a_study_says_of_every_trial_what_the_record_says(searched: SearchState, tmp_path: Path) -> None:
+def test_a_study_says_of_every_trial_what_the_record_says(
+    searched: SearchState, tmp_path: Path
+) -> None:
     study = load_study([searched], "x")
-    assert study.direction == optuna.study.StudyDirection.MAXIMIZE and study.metric_names == ["score"]
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE and study.metric_names == [
+        "score"
+    ]
     assert study.user_attrs["space"] == "smoke" and study.user_attrs["data"] == "cifar10"
     assert len(study.trials) == 12
-    states = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "diverged": TrialState.PRUNED}
+    states = {
+        "complete": TrialState.COMPLETE,
+        "stopped": TrialState.PRUNED,
+        "diverged": TrialState.PRUNED,
+    }
     for number, found in enumerate(study.trials):
         trial = searched.trials[number]
         assert found.state == states[trial.status] and found.params == trial.params
         assert found.distributions == list_distributions(searched.header)
-        assert found.intermediate_values == ({0: 0.1} if trial.status == "diverged" else trial.scores)
-        assert found.value == {"complete": trial.score, "stopped": trial.val_acc, "diverged": 0.1}[trial.status]
-        about = {"run_id": f"x:{number}", "status": trial.status, "origin": trial.origin, "reason": trial.reason}
+        assert found.intermediate_values == (
+            {0: 0.1} if trial.status == "diverged" else trial.scores
+        )
+        assert (
+            found.value
+            == {"complete": trial.score, "stopped": trial.val_acc, "diverged": 0.1}[trial.status]
+        )
+        about = {
+            "run_id": f"x:{number}",
+            "status": trial.status,
+            "origin": trial.origin,
+            "reason": trial.reason,
+        }
         about |= {"epochs_done": trial.epochs_done, "fingerprint": trial.fingerprint}
         assert found.user_attrs == about
         assert trial.started is not None and trial.ended is not None
@@ -72,7 +90,9 @@ def test_a_study_says_of_every_trial_what_the_record_says(searched: SearchState,
     assert {trial.status for trial in searched.trials.values()} == set(states)
 
 
-def test_a_study_is_the_one_that_the_sampler_rebuilds(searched: SearchState, tmp_path: Path) -> None:
+def test_a_study_is_the_one_that_the_sampler_rebuilds(
+    searched: SearchState, tmp_path: Path
+) -> None:
     """Else what the page shows of ranges and importances would not be what the search learnt."""
     study = load_study([searched], "x")
     sampler = Sampler(load_space("smoke", "cpu"), searched.header.seed, searched.trials.values())
@@ -108,15 +128,25 @@ def test_every_ending_and_none_has_its_state(tmp_path: Path) -> None:
         ("PRUNED", 0.1, {0: 0.1}),
     ]
     assert trials[4].datetime_complete is None
-    assert [trial.user_attrs["status"] for trial in trials] == [trial.status for trial in state.trials.values()]
+    assert [trial.user_attrs["status"] for trial in trials] == [
+        trial.status for trial in state.trials.values()
+    ]
 
 
 def test_only_searches_have_studies_and_all_of_them_stand_on_one_page(tmp_path: Path) -> None:
     ranges = {"max_lr": MAX_LR}
     states = [
-        write_record(tmp_path, make_header("a", distributions=ranges), make_trial(0, [0.3, 0.5, 0.7], "complete")),
-        write_record(tmp_path, make_header("b", distributions=ranges), make_cycles(0, {1: [0.5]}, None)),
-        write_record(tmp_path, make_header("t", kind="train", distributions={}), make_trial(0, [0.4], None)),
+        write_record(
+            tmp_path,
+            make_header("a", distributions=ranges),
+            make_trial(0, [0.3, 0.5, 0.7], "complete"),
+        ),
+        write_record(
+            tmp_path, make_header("b", distributions=ranges), make_cycles(0, {1: [0.5]}, None)
+        ),
+        write_record(
+            tmp_path, make_header("t", kind="train", distributions={}), make_trial(0, [0.4], None)
+        ),
         write_record(tmp_path, make_header("new", distributions=ranges), []),
     ]
     assert optuna.get_all_study_names(make_studies(states)) == ["a", "b", "new"]
@@ -132,22 +162,39 @@ def test_a_record_without_times_is_exported_too(tmp_path: Path) -> None:
     state = write_record(tmp_path, header, [start, *rest])
     (trial,) = load_study([state], "s7-1").trials
     created = datetime.fromisoformat(header.created).astimezone().replace(tzinfo=None)
-    assert trial.datetime_start == trial.datetime_complete == created and trial.params == {"max_lr": CONFIG.max_lr}
+    assert trial.datetime_start == trial.datetime_complete == created and trial.params == {
+        "max_lr": CONFIG.max_lr
+    }
 
 
-def test_what_cannot_be_looked_at_is_told_in_a_sentence(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_looked_at_is_told_in_a_sentence(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     none = "--optuna: a search must be recorded, got"
-    assert refuse(RecordError, "ui", "--optuna") == f"{none} none. Run one first, or give --storage."
-    write_record(workplace / "runs", make_header("t", kind="train", distributions={}), make_trial(0, [0.4], None))
-    assert refuse(RecordError, "ui", "--optuna") == f"{none} t (a single training). Run one first, or give --storage."
-    assert "a search of the name must be recorded, got 'u'." in refuse(RecordError, "ui", "--optuna", "--search", "u")
+    assert (
+        refuse(RecordError, "ui", "--optuna") == f"{none} none. Run one first, or give --storage."
+    )
+    write_record(
+        workplace / "runs",
+        make_header("t", kind="train", distributions={}),
+        make_trial(0, [0.4], None),
+    )
+    assert (
+        refuse(RecordError, "ui", "--optuna")
+        == f"{none} t (a single training). Run one first, or give --storage."
+    )
+    assert "a search of the name must be recorded, got 'u'." in refuse(
+        RecordError, "ui", "--optuna", "--search", "u"
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     sentence = "--optuna: optuna-dashboard must be installed, got none. Run `python -m pip install optuna-dashboard`"
     assert refuse(ConfigError, "ui", "--optuna").startswith(sentence)
 
 
 @pytest.mark.parametrize(
-    "words", [("--search", "x"), ("--optuna", "--tracking-uri", "sqlite:///x.db")], ids=lambda words: words[-2]
+    "words",
+    [("--search", "x"), ("--optuna", "--tracking-uri", "sqlite:///x.db")],
+    ids=lambda words: words[-2],
 )
 def test_options_of_the_other_page_are_wrong_usage(workplace: Path, words: tuple[str, ...]) -> None:
     answer = invoke("ui", *words)
@@ -155,17 +202,34 @@ def test_options_of_the_other_page_are_wrong_usage(workplace: Path, words: tuple
 
 
 @pytest.mark.slow
-def test_ui_optuna_shows_the_search_and_ends_with_ctrl_c(searched: SearchState, tmp_path: Path) -> None:
+def test_ui_optuna_shows_the_search_and_ends_with_ctrl_c(
+    searched: SearchState, tmp_path: Path
+) -> None:
     """The whole command in a process of its own; it leaves no file."""
-    command = [sys.executable, "-m", "tune_cifar", "ui", "--optuna", "--storage", str(searched.folder.parent.parent)]
+    command = [
+        sys.executable,
+        "-m",
+        "tune_cifar",
+        "ui",
+        "--optuna",
+        "--storage",
+        str(searched.folder.parent.parent),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(r"optuna-dashboard: (http://127\.0\.0\.1:\d+)  \(Ctrl-C ends it\)\n", line)
+        found = re.fullmatch(
+            r"optuna-dashboard: (http://127\.0\.0\.1:\d+)  \(Ctrl-C ends it\)\n", line
+        )
         assert found is not None, line
         with urlopen(found[1], timeout=120) as page:
             assert page.status == 200 and b"Optuna Dashboard" in page.read()
@@ -175,7 +239,9 @@ def test_ui_optuna_shows_the_search_and_ends_with_ctrl_c(searched: SearchState, 
         with urlopen(f"{found[1]}/api/studies/{study['study_id']}", timeout=120) as answer:
             trials = json.load(answer)["trials"]
         words = {"complete": "Complete", "stopped": "Pruned", "diverged": "Pruned"}
-        assert [trial["state"] for trial in trials] == [words[trial.status] for trial in searched.trials.values()]
+        assert [trial["state"] for trial in trials] == [
+            words[trial.status] for trial in searched.trials.values()
+        ]
         assert psutil.Process(process.pid).children(recursive=True) == []
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         out, err = process.communicate(timeout=120)

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from optuna.distributions import FloatDistribution, distribution_to_json
 
-from tests.builders import EVENTS, invoke, make_header, make_start, refuse, run_search, train_small, write_record
+from tests.builders import (
+    EVENTS,
+    invoke,
+    make_header,
+    make_start,
+    refuse,
+    run_search,
+    train_small,
+    write_record,
+)
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.health import examine_space
@@ -37,18 +46,26 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     return run_search(tmp_path_factory.mktemp("runs"), 30)
 
 
-def test_a_narrower_range_is_proposed_around_the_best_and_the_files_own_values(searched: SearchState) -> None:
+def test_a_narrower_range_is_proposed_around_the_best_and_the_files_own_values(
+    searched: SearchState,
+) -> None:
     sentences, diff = examine(searched)
     (added,) = (line for line in diff.splitlines() if line.startswith("+  max_lr"))
     low, high = (float(text) for text in re.findall(r"(?:low|high): ([^,}]+)", added))
-    assert 3e-3 < low < 0.05 and 0.1 <= high < 1.0, "0.05 is the baseline and the best, 0.1 a point of the file"
+    assert 3e-3 < low < 0.05 and 0.1 <= high < 1.0, (
+        "0.05 is the baseline and the best, 0.1 a point of the file"
+    )
     assert not any(sentence.startswith("max_lr") for sentence in sentences)
 
 
-def test_the_proposal_is_a_space_file_that_differs_in_that_range_alone(searched: SearchState) -> None:
+def test_the_proposal_is_a_space_file_that_differs_in_that_range_alone(
+    searched: SearchState,
+) -> None:
     _, diff = examine(searched)
     before = searched.header.space_text
-    removed, added = ([line[1:] for line in diff.splitlines() if re.match(rf"\{sign} ", line)] for sign in "-+")
+    removed, added = (
+        [line[1:] for line in diff.splitlines() if re.match(rf"\{sign} ", line)] for sign in "-+"
+    )
     after = before
     for old, new in zip(removed, added, strict=True):
         assert after.count(old) == 1
@@ -60,27 +77,42 @@ def test_the_proposal_is_a_space_file_that_differs_in_that_range_alone(searched:
 def test_the_best_trials_at_an_edge_are_told_of_and_that_side_stays(tmp_path: Path) -> None:
     sentences, diff = examine(run_search(tmp_path, 30, at_the_bottom))
     (sentence,) = (found for found in sentences if found.startswith("max_lr"))
-    assert "best trials lie in the lower tenth of its range, at 0.003; the best may lie beyond it." in sentence
+    assert (
+        "best trials lie in the lower tenth of its range, at 0.003; the best may lie beyond it."
+        in sentence
+    )
     assert all("low: 3.0e-3" in line for line in diff.splitlines() if line.startswith("+  max_lr"))
 
 
 def test_at_the_schemas_own_bound_nothing_lies_beyond(tmp_path: Path) -> None:
-    sentences, _ = examine(run_search(tmp_path, 30, lambda trial, cycle: 0.6 - 2 * trial.full_config.dropout))
+    sentences, _ = examine(
+        run_search(tmp_path, 30, lambda trial, cycle: 0.6 - 2 * trial.full_config.dropout)
+    )
     (sentence,) = (found for found in sentences if found.startswith("dropout"))
     assert sentence.endswith("lie in the lower tenth of its range, at 0; nothing lies beyond it.")
 
 
 def test_a_knob_without_effect_is_named_and_not_narrowed(searched: SearchState) -> None:
     importances = make_importances(searched, num_resamples=5)
-    importances.loc[importances["knob"] == "dropout", ["importance", "low", "high"]] = [0.01, 0.0, 0.05]
+    importances.loc[importances["knob"] == "dropout", ["importance", "low", "high"]] = [
+        0.01,
+        0.0,
+        0.05,
+    ]
     found = examine_space(searched, make_slices(searched), importances)
-    assert "dropout: no effect was seen; a pinned value would leave the trials to the other knobs." in found.sentences
+    assert (
+        "dropout: no effect was seen; a pinned value would leave the trials to the other knobs."
+        in found.sentences
+    )
     assert "+  dropout" not in found.diff
 
 
 def test_of_few_trials_nothing_is_said(tmp_path: Path) -> None:
     sentences, diff = examine(run_search(tmp_path, 11))
-    assert sentences == ("11 scored trials are too few to judge the space; 12 are needed.",) and diff == ""
+    assert (
+        sentences == ("11 scored trials are too few to judge the space; 12 are needed.",)
+        and diff == ""
+    )
 
 
 class Page(HTMLParser):
@@ -95,7 +127,9 @@ class Page(HTMLParser):
         found = dict(attrs)
         self.open.append(tag)
         self.ids += [found["id"]] if "id" in found else []
-        self.fetched += [found[name] for name in ("src",) if name in found] + ([tag] if tag == "link" else [])
+        self.fetched += [found[name] for name in ("src",) if name in found] + (
+            [tag] if tag == "link" else []
+        )
 
     def handle_endtag(self, tag: str) -> None:
         while self.open and self.open.pop() != tag:
@@ -107,7 +141,9 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
-def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its_words(searched: SearchState) -> None:
+def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its_words(
+    searched: SearchState,
+) -> None:
     html = make_report(searched)
     page = Page(html)
     assert html.count("<svg") >= 8 and page.fetched == []
@@ -137,10 +173,15 @@ def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its
 
 
 @pytest.mark.slow
-def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup(tmp_path: Path) -> None:
+def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup(
+    tmp_path: Path,
+) -> None:
     state = run_search(tmp_path, 3)
     state.header = state.header.model_copy(
-        update={"data": DataInfo(name="shapes", digest="d", split_hash="h"), "command": "search <b>&"}
+        update={
+            "data": DataInfo(name="shapes", digest="d", split_hash="h"),
+            "command": "search <b>&",
+        }
     )
     html = make_report(state)
     assert "NOT CIFAR-10 (shapes): these accuracies say nothing about CIFAR-10." in html
@@ -148,10 +189,14 @@ def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup
 
 
 @pytest.mark.slow
-def test_the_best_trial_is_judged_where_its_weights_and_the_data_are(tmp_path: Path, fp32: Numerics) -> None:
+def test_the_best_trial_is_judged_where_its_weights_and_the_data_are(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     trained = train_small(tmp_path, fp32)
     distributions = {"max_lr": distribution_to_json(FloatDistribution(1e-3, 0.1, log=True))}
-    trained.header = trained.header.model_copy(update={"kind": "search", "distributions": distributions})
+    trained.header = trained.header.model_copy(
+        update={"kind": "search", "distributions": distributions}
+    )
     path = tmp_path / "x.html"
     assert write_report(trained, path, "shapes") is None
     html = path.read_text(encoding="utf-8")
@@ -182,11 +227,17 @@ def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workpl
 def test_what_has_nothing_to_report_is_refused(workplace: Path) -> None:
     write_record(workplace / "runs", make_header("t", kind="train", distributions={}), EVENTS)
     write_record(workplace / "runs", make_header("early"), [make_start(0)])
-    assert refuse(ConfigError, "report", "--search", "t").startswith("t: a search must be reported on, got a train")
-    assert "a trial must have reached a rung, got none" in refuse(ConfigError, "report", "--search", "early")
+    assert refuse(ConfigError, "report", "--search", "t").startswith(
+        "t: a search must be reported on, got a train"
+    )
+    assert "a trial must have reached a rung, got none" in refuse(
+        ConfigError, "report", "--search", "early"
+    )
 
 
-def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(searched: SearchState, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(
+    searched: SearchState, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"the report must be writable there, got '"):
         write_report(searched, tmp_path / "file" / "x.html", None)

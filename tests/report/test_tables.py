@@ -35,9 +35,13 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     return run_search(tmp_path_factory.mktemp("runs"), 30, diverging=20)
 
 
-def test_the_history_follows_the_ends_and_its_best_is_the_highest_score_so_far(searched: SearchState) -> None:
+def test_the_history_follows_the_ends_and_its_best_is_the_highest_score_so_far(
+    searched: SearchState,
+) -> None:
     history = make_history(searched)
-    assert list(history["trial"]) == list(range(30)) and list(history["order"]) == list(range(1, 31))
+    assert list(history["trial"]) == list(range(30)) and list(history["order"]) == list(
+        range(1, 31)
+    )
     assert history["wall_seconds"].is_monotonic_increasing and (history["wall_seconds"] >= 0).all()
     complete = [trial.score for trial in searched.trials.values() if trial.status == "complete"]
     assert history["best"].iloc[-1] == max(score for score in complete if score is not None)
@@ -47,7 +51,9 @@ def test_the_history_follows_the_ends_and_its_best_is_the_highest_score_so_far(s
 def test_the_curves_count_the_epochs_over_all_cycles_of_a_trial(searched: SearchState) -> None:
     curves = make_curves(searched)
     for number, rows in curves.groupby("trial"):
-        assert list(rows["epochs_paid"]) == list(range(1, searched.trials[int(str(number))].epochs_done + 1))
+        assert list(rows["epochs_paid"]) == list(
+            range(1, searched.trials[int(str(number))].epochs_done + 1)
+        )
     best = searched.best
     assert best is not None
     assert list(curves[curves["trial"] == best.number]["cycle"]) == [1, 3, 3, 3]
@@ -61,7 +67,10 @@ def test_a_rungs_table_says_who_went_on_as_the_driver_decided(searched: SearchSt
         trial = searched.trials[int(str(number))]
         assert goes_on == (trial.status == "complete") or trial.origin == "baseline"
     assert (first["goes_on"] == (first["score"] >= first["cutoff"])).all()
-    assert list(first["order"]) == list(range(1, 30)) and not scores[scores["rung"] == 3]["goes_on"].any()
+    assert (
+        list(first["order"]) == list(range(1, 30))
+        and not scores[scores["rung"] == 3]["goes_on"].any()
+    )
     rungs = make_rungs(searched)
     num_complete = searched.counts["complete"]
     assert rungs[["rung", "num_arrived", "num_went_on"]].to_numpy().tolist() == [
@@ -72,10 +81,17 @@ def test_a_rungs_table_says_who_went_on_as_the_driver_decided(searched: SearchSt
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, 1.0), (-1, -1.0)])
-def test_a_rungs_rank_correlation_is_that_of_the_survivors_scores(sign: int, expected: float, tmp_path: Path) -> None:
-    state = run_search(tmp_path, 12, lambda trial, cycle: 0.5 + (sign if cycle == 3 else 1) * trial.number / 100)
+def test_a_rungs_rank_correlation_is_that_of_the_survivors_scores(
+    sign: int, expected: float, tmp_path: Path
+) -> None:
+    state = run_search(
+        tmp_path, 12, lambda trial, cycle: 0.5 + (sign if cycle == 3 else 1) * trial.number / 100
+    )
     rungs = make_rungs(state).set_index("rung")
-    assert rungs.loc[1, "rank_correlation"] == pytest.approx(expected) and rungs.loc[1, "num_pairs"] == 12
+    assert (
+        rungs.loc[1, "rank_correlation"] == pytest.approx(expected)
+        and rungs.loc[1, "num_pairs"] == 12
+    )
     assert rungs.loc[3, "rank_correlation"] == pytest.approx(1.0)
 
 
@@ -84,7 +100,9 @@ def test_fewer_than_three_survivors_have_no_rank_correlation(tmp_path: Path) -> 
     assert make_rungs(state)["rank_correlation"].isna().all()
 
 
-def test_slices_have_a_row_for_every_trial_and_knob_and_chance_for_a_diverged_one(searched: SearchState) -> None:
+def test_slices_have_a_row_for_every_trial_and_knob_and_chance_for_a_diverged_one(
+    searched: SearchState,
+) -> None:
     slices = make_slices(searched)
     knobs = list(searched.header.distributions)
     assert len(slices) == 30 * len(knobs) and list(slices["knob"].unique()) == knobs
@@ -96,7 +114,9 @@ def test_slices_have_a_row_for_every_trial_and_knob_and_chance_for_a_diverged_on
             assert rates.loc[number, "rung_score"] == trial.scores[1]
 
 
-def test_the_one_knob_that_matters_is_the_most_important_beyond_its_interval(searched: SearchState) -> None:
+def test_the_one_knob_that_matters_is_the_most_important_beyond_its_interval(
+    searched: SearchState,
+) -> None:
     table = make_importances(searched)
     assert table["knob"][0] == "max_lr" and table["importance"].sum() == pytest.approx(1.0)
     assert table["low"][0] > table["high"][1:].median() and (table["low"] <= table["high"]).all()
@@ -114,9 +134,9 @@ def test_too_few_or_equal_trials_have_no_importances(tmp_path: Path) -> None:
 def test_schedules_rise_to_max_lr_and_fall_step_by_step(searched: SearchState) -> None:
     config = searched.trials[0].full_config
     table = make_schedules({"baseline": config})
-    assert len(table) == config.epochs * config.num_steps_per_epoch and table["lr"].max() == pytest.approx(
-        config.max_lr
-    )
+    assert len(table) == config.epochs * config.num_steps_per_epoch and table[
+        "lr"
+    ].max() == pytest.approx(config.max_lr)
     assert table["epoch"].iloc[-1] == pytest.approx(config.epochs - 1 / config.num_steps_per_epoch)
     peak = table["lr"].idxmax()
     assert table["momentum"][peak] == table["momentum"].min() == config.base_momentum
@@ -126,7 +146,9 @@ def test_schedules_rise_to_max_lr_and_fall_step_by_step(searched: SearchState) -
 def test_costs_add_up_to_everything_that_was_paid(searched: SearchState) -> None:
     costs = make_costs([searched])
     paid = [pair for trial in searched.trials.values() for pair in trial.trained_epochs]
-    assert costs["epochs"].sum() == len(paid) and costs["seconds"].sum() == pytest.approx(2.0 * len(paid))
+    assert costs["epochs"].sum() == len(paid) and costs["seconds"].sum() == pytest.approx(
+        2.0 * len(paid)
+    )
     ones = costs[costs["cycle"] == 1].set_index("status")
     assert ones.loc["stopped", "trials"] == searched.counts["stopped"]
 
@@ -149,25 +171,39 @@ def draw_all(state: SearchState) -> dict[str, Figure]:
 
 
 @pytest.mark.slow
-def test_every_figure_shows_its_table_and_can_be_saved_as_svg(searched: SearchState, tmp_path: Path) -> None:
+def test_every_figure_shows_its_table_and_can_be_saved_as_svg(
+    searched: SearchState, tmp_path: Path
+) -> None:
     drawn = draw_all(searched)
     history = make_history(searched)
     best, baseline = drawn["history"].axes[0].lines[0], drawn["history"].axes[0].lines[2]
     assert list(best.get_ydata()) == pytest.approx(list(100 * history["best"].dropna()))
     assert baseline.get_ydata()[0] == pytest.approx(100 * (searched.baseline_score or 0))
-    assert [axes.get_title() for axes in drawn["curves"].axes] == ["trainings of 1 epoch", "trainings of 3 epochs"]
+    assert [axes.get_title() for axes in drawn["curves"].axes] == [
+        "trainings of 1 epoch",
+        "trainings of 3 epochs",
+    ]
     lines = drawn["curves"].axes[1].lines
     assert len(lines) == searched.counts["complete"]
-    assert {to_hex(line.get_color()).upper() for line in lines} == {STATUS_COLOURS["complete"].upper()}
-    dots = sum(len(line.get_xdata()) for line in drawn["asha"].axes[0].lines if line.get_marker() == "o")
+    assert {to_hex(line.get_color()).upper() for line in lines} == {
+        STATUS_COLOURS["complete"].upper()
+    }
+    dots = sum(
+        len(line.get_xdata()) for line in drawn["asha"].axes[0].lines if line.get_marker() == "o"
+    )
     assert dots == len(make_rung_scores(searched))
     labels = [axes.get_xlabel() for axes in drawn["slices"].axes if axes.get_xlabel()]
     assert labels == [label_knob(knob) for knob in searched.header.distributions]
-    assert drawn["slices"].axes[0].get_xscale() == "log" and drawn["slices"].axes[1].get_xscale() == "linear"
+    assert (
+        drawn["slices"].axes[0].get_xscale() == "log"
+        and drawn["slices"].axes[1].get_xscale() == "linear"
+    )
     rows = [line for line in drawn["parallel"].axes[0].lines if len(line.get_xdata()) == 6]
     assert len(rows) == 30 and all(np.nanmax(line.get_ydata()) <= 1 for line in rows)
     widths = [bar.get_width() for bar in drawn["importances"].axes[0].patches]
-    assert widths == pytest.approx(list(make_importances(searched, num_resamples=10)["importance"])[::-1])
+    assert widths == pytest.approx(
+        list(make_importances(searched, num_resamples=10)["importance"])[::-1]
+    )
     assert drawn["schedules"].axes[0].get_yscale() == "log"
     costs = make_costs([searched])
     bars = sum(bar.get_width() for bar in drawn["costs"].axes[0].patches)
@@ -179,11 +215,20 @@ def test_every_figure_shows_its_table_and_can_be_saved_as_svg(searched: SearchSt
 
 
 def test_choices_are_named_on_their_axis_and_keep_off_the_panels_edges() -> None:
-    rows = [("schedule", name, i, "sampler", 0.2 + i / 10) for i, name in enumerate(["step", "cosine", "onecycle"])]
+    rows = [
+        ("schedule", name, i, "sampler", 0.2 + i / 10)
+        for i, name in enumerate(["step", "cosine", "onecycle"])
+    ]
     rows += [("dropout", 0.1 * i, i, "sampler", 0.2 + i / 10) for i in range(3)]
-    slices = pd.DataFrame(rows, columns=["knob", "value", "trial", "origin", "rung_score"]).astype({"value": "object"})
+    slices = pd.DataFrame(rows, columns=["knob", "value", "trial", "origin", "rung_score"]).astype(
+        {"value": "object"}
+    )
     parallel, sliced = figures.draw_parallel(slices, "x"), figures.draw_slices(slices, "x")
-    names = {text.get_text(): text.xy for text in parallel.axes[0].texts if not text.get_text()[0].isdigit()}
+    names = {
+        text.get_text(): text.xy
+        for text in parallel.axes[0].texts
+        if not text.get_text()[0].isdigit()
+    }
     assert names == {"cosine": (0, 0.0), "onecycle": (0, 0.5), "step": (0, 1.0)}
     low, high = sliced.axes[0].get_xlim()
     assert low < -0.4 and high > 2.4

@@ -51,7 +51,15 @@ def test_load_trials_has_one_row_per_trial_in_the_order_of_the_starts(state: Sea
     trials = load_trials([state])
     assert list(trials["trial"]) == [0, 2, 1, 3, 4, 5, 6]
     assert list(trials["run_id"]) == [f"s7-1:{number}" for number in trials["trial"]]
-    assert list(trials["status"]) == ["complete", "stopped", "complete", "diverged", "failed", "complete", "running"]
+    assert list(trials["status"]) == [
+        "complete",
+        "stopped",
+        "complete",
+        "diverged",
+        "failed",
+        "complete",
+        "running",
+    ]
     assert list(trials["epochs_done"]) == [3, 1, 3, 0, 2, 3, 1]
     assert list(trials["train_seconds"]) == [6.0, 2.0, 6.0, 0.0, 4.0, 6.0, 2.0]
     assert list(trials["origin"]) == ["baseline"] + ["sampler"] * 6
@@ -62,17 +70,30 @@ def test_load_trials_has_one_row_per_trial_in_the_order_of_the_starts(state: Sea
 
 
 def test_load_trials_tells_where_each_row_comes_from(state: SearchState, tmp_path: Path) -> None:
-    other = write_search(tmp_path, "t", 2, [make_start(0)], kind="train", tier=None, space="s10", data=SHAPES_INFO)
+    other = write_search(
+        tmp_path, "t", 2, [make_start(0)], kind="train", tier=None, space="s10", data=SHAPES_INFO
+    )
     trials = load_trials([state, other])
     row = trials.iloc[-1]
-    assert (row["search"], row["kind"], row["space"], row["data"]) == ("t", "train", "s10", "shapes")
-    assert (row["data_digest"], row["split_hash"], row["fingerprint"]) == ("d0", "h0", CONFIG.fingerprint)
+    assert (row["search"], row["kind"], row["space"], row["data"]) == (
+        "t",
+        "train",
+        "s10",
+        "shapes",
+    )
+    assert (row["data_digest"], row["split_hash"], row["fingerprint"]) == (
+        "d0",
+        "h0",
+        CONFIG.fingerprint,
+    )
     assert row["tier"] is pd.NA
     assert list(trials["search"].unique()) == ["s7-1", "t"]
 
 
 def test_load_trials_gives_every_knob_back_exactly(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"max_lr": 0.1 + 0.2, "milestone_fractions": (0.25, 0.5), "nesterov": True})
+    config = CONFIG.model_copy(
+        update={"max_lr": 0.1 + 0.2, "milestone_fractions": (0.25, 0.5), "nesterov": True}
+    )
     trials = load_trials([write_search(tmp_path, "s7-1", 1, [make_start(0, config)])])
     row = trials.iloc[0].to_dict()
     assert list(trials.columns[-len(KNOBS) :]) == list(KNOBS)
@@ -82,7 +103,9 @@ def test_load_trials_gives_every_knob_back_exactly(tmp_path: Path) -> None:
 
 def expected_dtype(annotation: Any) -> str:
     """What a column of a schema's field must hold."""
-    return {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}.get(annotation, "string")
+    return {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}.get(
+        annotation, "string"
+    )
 
 
 @pytest.mark.parametrize("has_rows", [True, False])
@@ -94,29 +117,50 @@ def test_columns_have_the_dtypes_of_their_fields(state: SearchState, has_rows: b
     for name, field in EpochResult.model_fields.items():
         assert str(curves[name].dtype) == expected_dtype(field.annotation), name
     dtypes = {name: str(dtype) for name, dtype in trials.dtypes.items()}
-    assert {dtypes[name] for name in ("trial", "epochs_done", "train_size", "epochs", "batch_size")} == {"int64"}
+    assert {
+        dtypes[name] for name in ("trial", "epochs_done", "train_size", "epochs", "batch_size")
+    } == {"int64"}
     assert {dtypes[name] for name in ("val_acc", "score", "train_seconds", "max_lr")} == {"float64"}
-    assert {dtypes[name] for name in ("search", "tier", "status", "run_id", "fingerprint", "model")} == {"string"}
-    assert (dtypes["ended_seq"], dtypes["nesterov"], dtypes["milestone_fractions"]) == ("Int64", "boolean", "string")
+    assert {
+        dtypes[name] for name in ("search", "tier", "status", "run_id", "fingerprint", "model")
+    } == {"string"}
+    assert (dtypes["ended_seq"], dtypes["nesterov"], dtypes["milestone_fractions"]) == (
+        "Int64",
+        "boolean",
+        "string",
+    )
 
 
 def test_load_curves_has_one_row_per_epoch_with_exact_figures(state: SearchState) -> None:
     curves = load_curves([state])
     assert len(curves) == sum(trial.epochs_done for trial in state.trials.values())
-    rows = curves[curves["trial"] == 1].drop(columns=["search", "trial", "run_id", "cycle"]).to_dict(orient="records")
+    rows = (
+        curves[curves["trial"] == 1]
+        .drop(columns=["search", "trial", "run_id", "cycle"])
+        .to_dict(orient="records")
+    )
     assert rows == [result.model_dump() for result in state.trials[1].epochs]
     assert set(curves["search"]) == {"s7-1"}
     assert list(curves["run_id"].unique()) == [f"s7-1:{number}" for number in (0, 2, 1, 4, 5, 6)]
 
 
 def test_epochs_of_a_trial_in_cycles_stand_with_the_length_of_their_cycle(tmp_path: Path) -> None:
-    events = [*make_cycles(0, COURSES, "complete"), *make_cycles(1, {1: [0.4]}, "diverged", cycle=2)]
+    events = [
+        *make_cycles(0, COURSES, "complete"),
+        *make_cycles(1, {1: [0.4]}, "diverged", cycle=2),
+    ]
     events += make_trial(2, [0.3, 0.5, 0.6], "complete")
     budget = {"trials": 3, "rungs": [1, 2, 3], "fidelity": "cycles"}
     state = write_search(tmp_path, "s7-1", 1, events, budget=budget)
     curves = load_curves([state])
-    found = [tuple(row) for row in curves[["trial", "cycle", "epoch", "val_acc"]].itertuples(index=False)]
-    whole = [(0, cycle, epoch, acc) for cycle, accs in COURSES.items() for epoch, acc in enumerate(accs, 1)]
+    found = [
+        tuple(row) for row in curves[["trial", "cycle", "epoch", "val_acc"]].itertuples(index=False)
+    ]
+    whole = [
+        (0, cycle, epoch, acc)
+        for cycle, accs in COURSES.items()
+        for epoch, acc in enumerate(accs, 1)
+    ]
     assert found == [*whole, (1, 1, 1, 0.4), (2, 3, 1, 0.3), (2, 3, 2, 0.5), (2, 3, 3, 0.6)]
     trials = load_trials([state])
     assert list(trials["epochs_done"]) == [6, 1, 3]
@@ -135,7 +179,9 @@ def test_an_epoch_without_validation_is_nan_in_the_curves(tmp_path: Path) -> Non
     assert load_trials([state])[["val_acc", "score"]].isna().all(axis=None)
 
 
-def test_complete_trials_lead_their_group_by_score_and_equals_keep_the_lower_number_first(state: SearchState) -> None:
+def test_complete_trials_lead_their_group_by_score_and_equals_keep_the_lower_number_first(
+    state: SearchState,
+) -> None:
     ((group, rows),) = split_groups(load_trials([state]))
     assert list(rows["trial"]) == [1, 5, 0, 4, 6, 2, 3]
     assert list(rows.index) == list(range(7))
@@ -151,7 +197,9 @@ def test_complete_trials_lead_their_group_by_score_and_equals_keep_the_lower_num
     assert "competes" not in rows.columns
 
 
-def test_trials_of_different_data_split_length_or_size_stand_in_groups_apart(tmp_path: Path) -> None:
+def test_trials_of_different_data_split_length_or_size_stand_in_groups_apart(
+    tmp_path: Path,
+) -> None:
     def write(name: str, data: DataInfo | None = None, **knobs: Any) -> SearchState:
         config = CONFIG.model_copy(update=knobs)
         accs: list[float | None] = [0.5] * config.epochs
@@ -170,7 +218,15 @@ def test_trials_of_different_data_split_length_or_size_stand_in_groups_apart(tmp
     ]
     groups = split_groups(load_trials(states))
     found = [sorted(rows["search"]) for _, rows in groups]
-    assert found == [["long"], ["again", "plain"], ["digest"], ["split"], ["less-val"], ["small"], ["stand-in"]]
+    assert found == [
+        ["long"],
+        ["again", "plain"],
+        ["digest"],
+        ["split"],
+        ["less-val"],
+        ["small"],
+        ["stand-in"],
+    ]
     assert [group["data"] for group, _ in groups] == ["cifar10"] * 6 + ["shapes"]
 
 
@@ -181,7 +237,10 @@ def test_no_trials_make_no_groups_and_no_course() -> None:
 
 
 def test_best_so_far_follows_the_order_of_the_ends(tmp_path: Path) -> None:
-    first, second = make_trial(0, [0.3, 0.5, 0.7], "complete"), make_trial(1, [0.4, 0.6, 0.8], "complete")
+    first, second = (
+        make_trial(0, [0.3, 0.5, 0.7], "complete"),
+        make_trial(1, [0.4, 0.6, 0.8], "complete"),
+    )
     diverged = make_trial(2, [], "diverged")
     overtaken = [diverged[0], first[0], *second, *first[1:], diverged[1]]
     overtaken += [*make_trial(3, [0.4, 0.6, 0.8], "complete"), make_start(4)]
@@ -195,15 +254,32 @@ def test_best_so_far_follows_the_order_of_the_ends(tmp_path: Path) -> None:
     assert list(course["is_best"]) == [True, False, False, False, True]
 
 
-def test_best_so_far_is_absent_before_the_first_complete_trial_and_apart_for_each_search(tmp_path: Path) -> None:
-    late = write_search(tmp_path, "b", 2, [*make_trial(0, [0.9], "stopped"), *make_trial(1, [0, 0, 0.5], "complete")])
+def test_best_so_far_is_absent_before_the_first_complete_trial_and_apart_for_each_search(
+    tmp_path: Path,
+) -> None:
+    late = write_search(
+        tmp_path,
+        "b",
+        2,
+        [*make_trial(0, [0.9], "stopped"), *make_trial(1, [0, 0, 0.5], "complete")],
+    )
     early = write_search(tmp_path, "a", 1, make_trial(0, [0, 0, 0.4], "complete"))
     course = best_so_far(load_trials([late, early]))
     assert list(course["run_id"]) == ["b:0", "b:1", "a:0"]
     assert list(course["best"].fillna(-1)) == [-1, 0.5, 0.4]
     assert list(course["is_best"]) == [False, True, True]
     assert list(course["order"]) == [1, 2, 1]
-    dtypes = ["string", "int64", "string", "string", "int64", "int64", "float64", "float64", "boolean"]
+    dtypes = [
+        "string",
+        "int64",
+        "string",
+        "string",
+        "int64",
+        "int64",
+        "float64",
+        "float64",
+        "boolean",
+    ]
     assert [str(dtype) for dtype in course.dtypes] == dtypes
 
 
@@ -224,7 +300,9 @@ def test_find_best_takes_the_newest_finished_search_on_cifar10(tmp_path: Path) -
         assert find_best(order)[0].header.name == "other"
 
 
-def test_find_best_of_a_named_search_asks_neither_for_its_end_nor_for_cifar10(tmp_path: Path) -> None:
+def test_find_best_of_a_named_search_asks_neither_for_its_end_nor_for_cifar10(
+    tmp_path: Path,
+) -> None:
     states = [write_search(tmp_path, name, 1, TRIALS, data=SHAPES_INFO) for name in ("a", "b")]
     state, trial = find_best(states, search="b")
     assert state.header.name == "b"
@@ -245,25 +323,37 @@ def test_find_best_says_what_there_is_instead(tmp_path: Path) -> None:
     take = "Name one with --search to take it all the same."
     for states, answer in (
         ([stand_in], f"{rule} only on the stand-in (shapes): smoke-1. {take}"),
-        ([stand_in, running], f"{rule} only on the stand-in (shapes): smoke-1; unfinished: s7-2. {take}"),
+        (
+            [stand_in, running],
+            f"{rule} only on the stand-in (shapes): smoke-1; unfinished: s7-2. {take}",
+        ),
         ([running], f"{rule} unfinished: s7-2. {take}"),
         ([interrupted], f"{rule} unfinished: s7-5. {take}"),
         ([single], f"{rule} none."),
         ([other], f"{rule} none. Did you mean s7b?"),
         ([], f"{rule} none."),
-        ([failed], "search s7-3: a complete trial must be there, got 1 failed. Name another search with --search."),
-        ([empty], "search s7-4: a complete trial must be there, got no trial. Name another search with --search."),
+        (
+            [failed],
+            "search s7-3: a complete trial must be there, got 1 failed. Name another search with --search.",
+        ),
+        (
+            [empty],
+            "search s7-4: a complete trial must be there, got no trial. Name another search with --search.",
+        ),
     ):
         with pytest.raises(RecordError) as error:
             find_best(states, space="s7")
         assert str(error.value) == answer
-    with pytest.raises(RecordError, match=r"^searches: a finished search on CIFAR-10 must be recorded, got none\.$"):
+    with pytest.raises(
+        RecordError, match=r"^searches: a finished search on CIFAR-10 must be recorded, got none\.$"
+    ):
         find_best([])
 
 
 def test_find_best_refuses_an_unknown_search_and_a_wrong_space(state: SearchState) -> None:
     with pytest.raises(
-        RecordError, match=r"--search: a recorded search must be named, got 's7-2'. Did you mean s7-1\?"
+        RecordError,
+        match=r"--search: a recorded search must be named, got 's7-2'. Did you mean s7-1\?",
     ):
         find_best([state], search="s7-2")
     with pytest.raises(RecordError, match=r"search s7-1: its space must be s10, got s7\."):
@@ -280,15 +370,21 @@ def test_find_run_finds_search_and_trial(state: SearchState, tmp_path: Path, run
 @pytest.mark.parametrize(
     "run_id", ["", "s7-1", "s7-1:", ":4", "s7-1:x", "s7-1:-1", "../s7-1:4", "s7-1:4\n", "s7-1:1:2"]
 )
-def test_find_run_refuses_what_is_no_run_id(state: SearchState, tmp_path: Path, run_id: str) -> None:
-    with pytest.raises(RecordError, match=r"run id: NAME:TRIAL such as s10-cpu-1:7 must be given, got"):
+def test_find_run_refuses_what_is_no_run_id(
+    state: SearchState, tmp_path: Path, run_id: str
+) -> None:
+    with pytest.raises(
+        RecordError, match=r"run id: NAME:TRIAL such as s10-cpu-1:7 must be given, got"
+    ):
         find_run(tmp_path, run_id)
 
 
 def test_find_run_refuses_unknown_searches_and_trials(state: SearchState, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"must be recorded, got 's7-11'\. Did you mean s7-1\?"):
         find_run(tmp_path, "s7-11:0")
-    with pytest.raises(RecordError, match=r"s7-1: a trial of the search must be named, got 7 of 7\."):
+    with pytest.raises(
+        RecordError, match=r"s7-1: a trial of the search must be named, got 7 of 7\."
+    ):
         find_run(tmp_path, "s7-1:7")
 
 
@@ -307,7 +403,9 @@ def test_load_searches_gives_the_newest_first_of_a_space_or_a_name(tmp_path: Pat
     assert load_searches(tmp_path / "nowhere") == []
 
 
-def test_load_searches_refuses_an_unknown_name_and_a_wrong_space(state: SearchState, tmp_path: Path) -> None:
+def test_load_searches_refuses_an_unknown_name_and_a_wrong_space(
+    state: SearchState, tmp_path: Path
+) -> None:
     for name in ("s7-2", "../s7-1", ""):
         with pytest.raises(RecordError, match="a search of the name must be recorded, got"):
             load_searches(tmp_path, search=name)
@@ -325,7 +423,9 @@ def test_a_damaged_record_is_told_and_hides_no_other(
         assert load_searches(tmp_path) == [state]
     assert "left out: " in caplog.text
     assert "s7-2/record.jsonl:" in caplog.text
-    with pytest.raises(RecordError, match=r"s7-2/record.jsonl:\d+: a line must be JSON that fits its CRC"):
+    with pytest.raises(
+        RecordError, match=r"s7-2/record.jsonl:\d+: a line must be JSON that fits its CRC"
+    ):
         load_searches(tmp_path, search="s7-2")
 
 
@@ -334,7 +434,9 @@ def test_every_search_is_a_row_that_tells_how_it_stands(tmp_path: Path) -> None:
     write_search(tmp_path, "whole", 1, [*trial, *make_trial(1, [0.2], "stopped"), FINISH])
     write_search(tmp_path, "stopped", 2, [*trial, INTERRUPT], data=SHAPES_INFO)
     write_search(tmp_path, "killed", 3, make_trial(0, [0.3], None), kind="train", tier=None)
-    record = Record.create(tmp_path / "searches" / "live", make_header("live", created="2026-01-04T12:00:00+00:00"))
+    record = Record.create(
+        tmp_path / "searches" / "live", make_header("live", created="2026-01-04T12:00:00+00:00")
+    )
     with record:
         rows = list_rows(tmp_path)
     names = [(row.name, row.stage, row.end) for row in rows]
@@ -346,9 +448,18 @@ def test_every_search_is_a_row_that_tells_how_it_stands(tmp_path: Path) -> None:
     ]
     whole, killed = rows[3], rows[1]
     assert (whole.kind, whole.space, whole.tier, whole.data) == ("search", "s7", "full", "cifar10")
-    assert (whole.created, whole.best, whole.best_val_acc) == ("2026-01-01T12:00:00+00:00", "whole:0", 0.7)
+    assert (whole.created, whole.best, whole.best_val_acc) == (
+        "2026-01-01T12:00:00+00:00",
+        "whole:0",
+        0.7,
+    )
     assert whole.counts == {"running": 0, "complete": 1, "stopped": 1, "diverged": 0, "failed": 0}
-    assert (killed.kind, killed.tier, killed.best, killed.best_val_acc) == ("train", None, None, None)
+    assert (killed.kind, killed.tier, killed.best, killed.best_val_acc) == (
+        "train",
+        None,
+        None,
+        None,
+    )
     assert whole.size_bytes == measure_folder(tmp_path / "searches" / "whole") > 1000
 
 
@@ -398,11 +509,15 @@ def misname_in_a_handler() -> None:
 def test_a_traceback_tells_type_message_and_the_last_place_in_the_package() -> None:
     failure = parse_failure(catch(lambda: check_name("../x")))
     assert failure.kind == "RecordError"
-    assert failure.what.startswith("tune_cifar.errors.RecordError: a search's name: it must be 1 to 64 of ")
+    assert failure.what.startswith(
+        "tune_cifar.errors.RecordError: a search's name: it must be 1 to 64 of "
+    )
     file, line, *function = failure.where.replace(":", " ").split()
     assert (file, function) == ("record/state.py", ["in", "require"]) and int(line) > 1
     outside = parse_failure(catch(lambda: int("x")))
-    assert outside == Failure("ValueError", "ValueError: invalid literal for int() with base 10: 'x'", "")
+    assert outside == Failure(
+        "ValueError", "ValueError: invalid literal for int() with base 10: 'x'", ""
+    )
 
 
 def test_of_exceptions_that_led_to_one_another_the_last_is_told() -> None:
@@ -420,7 +535,10 @@ def test_of_exceptions_that_led_to_one_another_the_last_is_told() -> None:
                 "train/trainer.py:131 in _train_step",
             ),
         ),
-        ("worker process died\nActorDiedError(7)\nworker died, 3 times", Failure("", "worker process died", "")),
+        (
+            "worker process died\nActorDiedError(7)\nworker died, 3 times",
+            Failure("", "worker process died", ""),
+        ),
         ("OSError(28, 'No space left')", Failure("OSError", "OSError(28, 'No space left')", "")),
         ("KeyError: 'x'", Failure("KeyError", "KeyError: 'x'", "")),
         ("", Failure("", "no word of what happened", "")),
@@ -430,7 +548,9 @@ def test_words_about_a_fault_are_read(text: str, failure: Failure) -> None:
     assert parse_failure(text) == failure
 
 
-def test_failures_are_grouped_by_what_failed_and_where_and_the_most_frequent_comes_first(tmp_path: Path) -> None:
+def test_failures_are_grouped_by_what_failed_and_where_and_the_most_frequent_comes_first(
+    tmp_path: Path,
+) -> None:
     bigger = OUT_OF_MEMORY.replace("20.00", "1024.50").replace("GPU 0", "GPU 3")
     elsewhere = OUT_OF_MEMORY.replace("in _train_step", "in evaluate")
     other = OUT_OF_MEMORY.replace("torch.OutOfMemoryError", "RuntimeError")
@@ -445,17 +565,28 @@ def test_failures_are_grouped_by_what_failed_and_where_and_the_most_frequent_com
         ]
 
     memory, first, second = group_failures(write_failures(tmp_path, make_events))
-    assert memory.what == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
-    assert (memory.where, memory.count, memory.failed) == ("train/trainer.py:131 in _train_step", 2, (2, 4))
+    assert (
+        memory.what
+        == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
+    )
+    assert (memory.where, memory.count, memory.failed) == (
+        "train/trainer.py:131 in _train_step",
+        2,
+        (2, 4),
+    )
     assert (memory.retried, memory.run_id, memory.traceback) == ((), "s7-1:2", OUT_OF_MEMORY)
     assert (first.where, first.failed) == ("train/trainer.py:131 in evaluate", (1,))
     assert "Tried to allocate 20.00 MiB" in first.what, "where the numbers agree they stand"
     assert second.what.startswith("RuntimeError: ") and second.failed == (3,)
 
 
-def test_faults_that_trials_went_on_after_are_counted_with_those_that_ended_them(tmp_path: Path) -> None:
+def test_faults_that_trials_went_on_after_are_counted_with_those_that_ended_them(
+    tmp_path: Path,
+) -> None:
     def retry(number: int) -> TrialRetried:
-        return TrialRetried(trial=number, fault="worker died", text=f"worker process died\nprocess {number}00")
+        return TrialRetried(
+            trial=number, fault="worker died", text=f"worker process died\nprocess {number}00"
+        )
 
     dead = "worker process died\nprocess 7\nworker died, 3 times"
 
@@ -478,15 +609,24 @@ def test_faults_that_trials_went_on_after_are_counted_with_those_that_ended_them
 
 def test_names_keep_their_digits_and_addresses_do_not(tmp_path: Path) -> None:
     def make_events() -> list[Event]:
-        texts = (f"ValueError: conv1 of float32 at {where} of cuda:0" for where in ("0x7f3a", "0x81bc"))
-        return [event for number, text in enumerate(texts) for event in make_failed(number, text, tmp_path)]
+        texts = (
+            f"ValueError: conv1 of float32 at {where} of cuda:0" for where in ("0x7f3a", "0x81bc")
+        )
+        return [
+            event
+            for number, text in enumerate(texts)
+            for event in make_failed(number, text, tmp_path)
+        ]
 
     (group,) = group_failures(write_failures(tmp_path, make_events))
     assert group.what == "ValueError: conv1 of float32 at # of cuda:#"
 
 
 def test_a_search_without_a_fault_has_no_group(tmp_path: Path) -> None:
-    assert group_failures(write_search(tmp_path, "s7-1", 1, [*make_trial(0, [], "diverged"), FINISH])) == []
+    assert (
+        group_failures(write_search(tmp_path, "s7-1", 1, [*make_trial(0, [], "diverged"), FINISH]))
+        == []
+    )
 
 
 def test_a_running_search_is_read_as_far_as_it_got(tmp_path: Path) -> None:
@@ -499,7 +639,9 @@ def test_a_running_search_is_read_as_far_as_it_got(tmp_path: Path) -> None:
         assert list(load_trials(load_searches(tmp_path))["val_acc"]) == [0.6]
 
 
-def test_finding_runs_and_failures_imports_nothing_heavy(state: SearchState, tmp_path: Path) -> None:
+def test_finding_runs_and_failures_imports_nothing_heavy(
+    state: SearchState, tmp_path: Path
+) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -510,7 +652,9 @@ def test_finding_runs_and_failures_imports_nothing_heavy(state: SearchState, tmp
         "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
     assert answer.returncode == 0, answer.stderr
 
 

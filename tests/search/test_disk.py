@@ -15,7 +15,12 @@ from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import MODELS
 from tune_cifar.schema import Numerics
-from tune_cifar.search.plan import MAX_TEMPORARY_BYTES, check_search_fits, estimate_disk_needs, measure_training
+from tune_cifar.search.plan import (
+    MAX_TEMPORARY_BYTES,
+    check_search_fits,
+    estimate_disk_needs,
+    measure_training,
+)
 from tune_cifar.train.checkpoint import save_checkpoint, save_weights
 from tune_cifar.train.trainer import Trainer
 
@@ -38,7 +43,12 @@ def refuse(storage: Path, num_trials: int = 10) -> str:
 
 @pytest.mark.parametrize(
     ("model", "optimizer"),
-    [("s6", "sgd"), ("s7", "adam"), ("s8", "adamw"), pytest.param("s10", "adam", marks=pytest.mark.slow)],
+    [
+        ("s6", "sgd"),
+        ("s7", "adam"),
+        ("s8", "adamw"),
+        pytest.param("s10", "adam", marks=pytest.mark.slow),
+    ],
 )
 def test_measured_bytes_are_a_close_upper_bound_of_the_files(
     tmp_path: Path, fp32: Numerics, model: str, optimizer: str
@@ -59,7 +69,9 @@ def test_an_epoch_adds_at_most_what_is_counted_for_it(tmp_path: Path, fp32: Nume
     (result, *_) = list(trainer)
     sizes = []
     for num_results in (100, 1000):
-        save_checkpoint(tmp_path / "c", trainer.state_dict() | {"results": [result.model_dump()] * num_results})
+        save_checkpoint(
+            tmp_path / "c", trainer.state_dict() | {"results": [result.model_dump()] * num_results}
+        )
         sizes.append((tmp_path / "c").stat().st_size)
     counted = [measure_training(make_config(epochs=epochs))[1] for epochs in (100, 1000)]
     assert 0 < sizes[1] - sizes[0] <= counted[1] - counted[0]
@@ -73,14 +85,18 @@ def test_measuring_draws_no_random_number() -> None:
 
 
 def test_needs_grow_with_everything_that_is_written() -> None:
-    small = estimate_disk_needs(make_config(), num_epochs=2, num_trials=10, max_concurrent=1, keep_weights=1)
+    small = estimate_disk_needs(
+        make_config(), num_epochs=2, num_trials=10, max_concurrent=1, keep_weights=1
+    )
     weights, checkpoint = measure_training(make_config())
     assert (small.checkpoints, small.weights) == (3 * checkpoint, 3 * weights)
     assert small.total == small.checkpoints + small.weights + small.records
     assert estimate_disk_needs(make_config(), 2, 10, 2, 1).checkpoints == 6 * checkpoint
     assert estimate_disk_needs(make_config(), 2, 10, 1, 5).weights == 7 * weights
     assert estimate_disk_needs(make_config(), 2, 1000, 1, 1).records > 10 * small.records
-    assert estimate_disk_needs(make_config(), 100, 10, 1, 1).records > small.records  # of all cycles
+    assert (
+        estimate_disk_needs(make_config(), 100, 10, 1, 1).records > small.records
+    )  # of all cycles
 
 
 def test_a_search_that_fits_is_let_through_and_leaves_no_trace(tmp_path: Path) -> None:
@@ -89,11 +105,11 @@ def test_a_search_that_fits_is_let_through_and_leaves_no_trace(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_search_larger_than_the_disk_is_refused_with_both_numbers_and_what_to_do(tmp_path: Path) -> None:
+def test_a_search_larger_than_the_disk_is_refused_with_both_numbers_and_what_to_do(
+    tmp_path: Path,
+) -> None:
     sentence = refuse(tmp_path / "runs", num_trials=10**9)
-    numbers = (
-        r"([\d,]+) MB must be free for the search \(checkpoints \d+ MB, weights \d+ MB, record and MLflow [\d,]+ MB\)"
-    )
+    numbers = r"([\d,]+) MB must be free for the search \(checkpoints \d+ MB, weights \d+ MB, record and MLflow [\d,]+ MB\)"
     found = re.fullmatch(
         rf"{re.escape(str(tmp_path))}/runs: {numbers}, got ([\d,]+) MB\. Make room \(`searches delete`\), "
         r"name another folder with --storage, or ask for fewer trials\.",
@@ -123,7 +139,10 @@ def test_a_run_store_on_or_below_a_file_is_refused(tmp_path: Path, below: str) -
 @pytest.mark.parametrize("place", ["/proc/runs", "/proc", "/dev/null/x"])
 def test_a_run_store_where_not_even_root_can_write_is_refused(place: str) -> None:
     sentence = refuse(Path(place))
-    assert sentence.startswith(f"{place}: the run store must be writable, got ") and "--storage" in sentence
+    assert (
+        sentence.startswith(f"{place}: the run store must be writable, got ")
+        and "--storage" in sentence
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into every folder")
@@ -140,7 +159,9 @@ def test_a_folder_that_takes_no_byte_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
-@pytest.mark.parametrize(("place", "words"), [("absent", "No such file or directory"), ("file", "Not a directory")])
+@pytest.mark.parametrize(
+    ("place", "words"), [("absent", "No such file or directory"), ("file", "Not a directory")]
+)
 def test_a_temporary_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str, words: str
 ) -> None:
@@ -156,10 +177,14 @@ def test_a_temporary_folder_too_deep_for_rays_sockets_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/" + "x" * MAX_TEMPORARY_BYTES)
-    assert refuse(tmp_path).startswith(f"TMPDIR: a path of at most {MAX_TEMPORARY_BYTES} bytes must be given (Ray's")
+    assert refuse(tmp_path).startswith(
+        f"TMPDIR: a path of at most {MAX_TEMPORARY_BYTES} bytes must be given (Ray's"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "tmp", "."])
-def test_a_relative_temporary_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_relative_temporary_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     monkeypatch.setenv("TMPDIR", text)
     assert refuse(tmp_path).startswith("TMPDIR: an absolute path must be given, got ")

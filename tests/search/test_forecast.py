@@ -28,7 +28,9 @@ def exactly(value: float) -> Spread:
 
 
 @pytest.mark.parametrize("fidelity", get_args(Fidelity))
-@pytest.mark.parametrize(("num_workers", "seconds"), [(1, 240.0), (2, 120.0), (3, 96.0), (99, 24.0)])
+@pytest.mark.parametrize(
+    ("num_workers", "seconds"), [(1, 240.0), (2, 120.0), (3, 96.0), (99, 24.0)]
+)
 def test_without_a_rung_on_the_way_every_trial_pays_for_all_epochs(
     fidelity: Fidelity, num_workers: int, seconds: float
 ) -> None:
@@ -36,7 +38,9 @@ def test_without_a_rung_on_the_way_every_trial_pays_for_all_epochs(
     assert found == Forecast(exactly(240), exactly(START_SECONDS + seconds), 10, 10, (10,))
 
 
-@pytest.mark.parametrize(("fidelity", "paid"), [("cycles", 1 + 3 + 8), ("cycles/continue", 8), ("epochs", 8)])
+@pytest.mark.parametrize(
+    ("fidelity", "paid"), [("cycles", 1 + 3 + 8), ("cycles/continue", 8), ("epochs", 8)]
+)
 def test_the_baseline_alone_is_never_stopped(fidelity: Fidelity, paid: int) -> None:
     found = forecast_search(make_budget((1, 3, 8), fidelity, trials=1), 2, 0.5)
     assert found == Forecast(exactly(paid), exactly(START_SECONDS + 0.5 * paid), 1, 1, (1, 1, 1))
@@ -57,11 +61,15 @@ def test_as_many_pass_a_first_rung_as_chance_lets_pass(trials: int, factor: int)
     a new best goes on. The baseline is the first."""
     exact = sum(-(-n // factor) / n for n in range(1, trials + 1))
     found = forecast_search(make_budget((1, 4), reduction_factor=factor, trials=trials), 1, 1.0)
-    assert found.reached[0] == trials and found.reached[1] == found.complete == pytest.approx(exact, rel=0.05)
+    assert found.reached[0] == trials and found.reached[1] == found.complete == pytest.approx(
+        exact, rel=0.05
+    )
     assert found.epochs.mean == pytest.approx(trials + 4 * found.complete)
 
 
-def test_trials_are_judged_by_the_rule_that_judges_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_are_judged_by_the_rule_that_judges_real_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whatever the rule says is done; and what it is asked is the place among those that arrived."""
     asked: list[tuple[int, int, int]] = []
 
@@ -84,7 +92,9 @@ def test_the_same_dice_are_thrown_every_time() -> None:
 
 def test_more_trials_cost_more_and_a_larger_factor_less() -> None:
     def expect(trials: int, factor: int) -> float:
-        return forecast_search(make_budget((1, 3, 8), reduction_factor=factor, trials=trials), 2, 1.0).epochs.mean
+        return forecast_search(
+            make_budget((1, 3, 8), reduction_factor=factor, trials=trials), 2, 1.0
+        ).epochs.mean
 
     means = [expect(trials, 3) for trials in (1, 2, 5, 10, 50, 100, 500)]
     assert all(less < more for less, more in itertools.pairwise(means))
@@ -95,7 +105,10 @@ def test_the_range_holds_the_mean_and_most_searches() -> None:
     found = forecast_search(make_budget((3, 8, 24), trials=100), 2, 10.0)
     for spread in (found.epochs, found.seconds):
         assert 0.75 * spread.mean < spread.low < spread.mean < spread.high < 1.25 * spread.mean
-    assert found.started == 100 and found.reached[0] == 100 > found.reached[1] > found.reached[2] == found.complete
+    assert (
+        found.started == 100
+        and found.reached[0] == 100 > found.reached[1] > found.reached[2] == found.complete
+    )
 
 
 def test_the_time_limit_cuts_what_runs_and_only_whole_epochs_count() -> None:
@@ -105,7 +118,9 @@ def test_the_time_limit_cuts_what_runs_and_only_whole_epochs_count() -> None:
     assert found == Forecast(exactly(6), exactly(START_SECONDS + 35.0), 4, 2, (2,))
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(1.0, 0), (START_SECONDS + 9.9, 0), (START_SECONDS + 30.0, 6)])
+@pytest.mark.parametrize(
+    ("seconds", "epochs"), [(1.0, 0), (START_SECONDS + 9.9, 0), (START_SECONDS + 30.0, 6)]
+)
 def test_an_epoch_that_ends_with_the_time_limit_counts(seconds: float, epochs: int) -> None:
     found = forecast_search(make_budget((3,), max_time_seconds=seconds), 2, 10.0)
     assert found.epochs == exactly(epochs) and found.seconds == exactly(seconds)
@@ -119,11 +134,15 @@ def test_a_time_limit_beyond_the_end_changes_nothing() -> None:
 def test_time_bounds_what_is_paid() -> None:
     for seconds in (10.0, 60.0, 300.0):
         found = forecast_search(make_budget((1, 3), trials=200, max_time_seconds=seconds), 2, 2.0)
-        assert found.seconds.high <= seconds and found.epochs.high <= 2 * (seconds - START_SECONDS) / 2.0
+        assert (
+            found.seconds.high <= seconds
+            and found.epochs.high <= 2 * (seconds - START_SECONDS) / 2.0
+        )
 
 
 @pytest.mark.parametrize(
-    ("courses", "left"), [({}, 6), ({1: [0.5]}, 5), ({1: [0.5], 2: [0.4]}, 4), ({**COURSES, 3: [0.1]}, 2)]
+    ("courses", "left"),
+    [({}, 6), ({1: [0.5]}, 5), ({1: [0.5], 2: [0.4]}, 4), ({**COURSES, 3: [0.1]}, 2)],
 )
 def test_a_search_goes_on_from_where_it_stands(courses: dict[int, list[float]], left: int) -> None:
     """Trial 0 alone is left: cycles of 1, 2 and 3 epochs."""
@@ -133,7 +152,9 @@ def test_a_search_goes_on_from_where_it_stands(courses: dict[int, list[float]], 
 
 
 def test_what_has_ended_costs_nothing_more() -> None:
-    state = make_state(*make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [0.1], "stopped"))
+    state = make_state(
+        *make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [0.1], "stopped")
+    )
     found = forecast_search(make_budget((1, 3), "epochs", trials=2), 2, 1.0, state)
     assert found == Forecast(exactly(0), exactly(0), 0, 0, (0, 0))
 
@@ -141,8 +162,14 @@ def test_what_has_ended_costs_nothing_more() -> None:
 @pytest.mark.parametrize("num_stopped", [0, 1, 3, 12])
 def test_scores_that_arrived_are_those_to_be_beaten(num_stopped: int) -> None:
     """Only a new best goes on: of n that came by, the next in one case of n + 1. It is in its first epoch."""
-    events = [event for number in range(1, 1 + num_stopped) for event in make_trial(number, [0.5], "stopped")]
-    state = make_state(*make_trial(0, [0.1, 0.2, 0.3], "complete"), *events, make_start(1 + num_stopped))
+    events = [
+        event
+        for number in range(1, 1 + num_stopped)
+        for event in make_trial(number, [0.5], "stopped")
+    ]
+    state = make_state(
+        *make_trial(0, [0.1, 0.2, 0.3], "complete"), *events, make_start(1 + num_stopped)
+    )
     budget = make_budget((1, 3), "epochs", reduction_factor=100, trials=2 + num_stopped)
     found = forecast_search(budget, 1, 1.0, state)
     assert found.started == found.reached[0] == 1
@@ -151,7 +178,9 @@ def test_scores_that_arrived_are_those_to_be_beaten(num_stopped: int) -> None:
 
 def test_a_long_search_is_simulated_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     draws: list[Any] = []
-    monkeypatch.setattr("tune_cifar.search.forecast._find_spread", lambda values: draws.append(len(values)))
+    monkeypatch.setattr(
+        "tune_cifar.search.forecast._find_spread", lambda values: draws.append(len(values))
+    )
     for trials, effort in ((100, 40_000), (1000, 40_000), (9, 400), (1000, 400)):
         forecast_search(make_budget((1,), trials=trials), 1, 1.0, effort=effort)
     assert draws[::2] == [200, 40, 44, 1]

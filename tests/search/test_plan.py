@@ -10,7 +10,14 @@ import pytest
 from tests.builders import CIFAR10, NUMERICS, SHAPES, make_header, make_trial, write_record
 from tune_cifar.schema import Numerics
 from tune_cifar.search.forecast import START_SECONDS
-from tune_cifar.search.plan import CONTEXT_MB, Cost, Resources, SearchPlan, SearchRequest, measure_cost
+from tune_cifar.search.plan import (
+    CONTEXT_MB,
+    Cost,
+    Resources,
+    SearchPlan,
+    SearchRequest,
+    measure_cost,
+)
 from tune_cifar.space.select import load_space
 
 GB = 1024.0
@@ -19,7 +26,9 @@ GB = 1024.0
 def describe(device: str, cost: Cost, resources: Resources) -> str:
     numerics = NUMERICS.model_copy(update={"device": device})
     request = SearchRequest(SHAPES, Path("runs"), "search")
-    return SearchPlan(load_space("s10"), request, "n", CIFAR10, numerics, resources, cost).describe()
+    return SearchPlan(
+        load_space("s10"), request, "n", CIFAR10, numerics, resources, cost
+    ).describe()
 
 
 @pytest.mark.parametrize(
@@ -39,7 +48,9 @@ def test_a_gpus_share_is_advised_by_memory_and_cores(
 ) -> None:
     monkeypatch.setattr("tune_cifar.search.plan.count_cores", lambda: 16)
     at_once = int(1 / gpus_per_trial)
-    text = describe("cuda", Cost(1.0, memory_gb * GB, 140 * GB), Resources(1, gpus_per_trial, at_once, 1))
+    text = describe(
+        "cuda", Cost(1.0, memory_gb * GB, 140 * GB), Resources(1, gpus_per_trial, at_once, 1)
+    )
     assert f" s; a trial holds {memory_gb:.2g} of 140 GB{advice}: about " in text
 
 
@@ -53,7 +64,11 @@ def test_too_many_trainings_for_the_machines_memory_are_told_of() -> None:
 @pytest.mark.parametrize(
     ("trials", "limit", "expected"),
     [
-        (9, START_SECONDS + 19.0, "the time is enough for about 8 trials."),  # three rounds of two, and two are cut
+        (
+            9,
+            START_SECONDS + 19.0,
+            "the time is enough for about 8 trials.",
+        ),  # three rounds of two, and two are cut
         (2, 1000.0, "the time is enough for about 2 trials."),
         (9, None, "about 9 trial-epochs in 0:00:29."),
     ],
@@ -66,10 +81,20 @@ def test_a_plan_says_how_much_fits_into_the_time_or_how_long_it_takes(
 
 def test_a_plan_of_a_resumed_search_speaks_of_what_is_still_to_come(tmp_path: Path) -> None:
     past = write_record(
-        tmp_path, make_header(), [*make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [], None)]
+        tmp_path,
+        make_header(),
+        [*make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [], None)],
     )
-    assert replace(make_plan(4, 1000.0), past=past).describe().endswith("the time is enough for about 3 more trials.")
-    assert replace(make_plan(4, None), past=past).describe().endswith(": about 3 more trial-epochs in 0:00:14.")
+    assert (
+        replace(make_plan(4, 1000.0), past=past)
+        .describe()
+        .endswith("the time is enough for about 3 more trials.")
+    )
+    assert (
+        replace(make_plan(4, None), past=past)
+        .describe()
+        .endswith(": about 3 more trial-epochs in 0:00:14.")
+    )
 
 
 def make_plan(trials: int, limit: float | None) -> SearchPlan:
@@ -82,13 +107,17 @@ def make_plan(trials: int, limit: float | None) -> SearchPlan:
 
 
 def test_a_cost_is_measured_by_training(fp32: Numerics) -> None:
-    config = load_space("smoke").baseline.model_copy(update={"train_size": 40, "val_size": 20, "batch_size": 10})
+    config = load_space("smoke").baseline.model_copy(
+        update={"train_size": 40, "val_size": 20, "batch_size": 10}
+    )
     cost = measure_cost(config, SHAPES, fp32, num_steps=2)
     assert 0 < cost.epoch_seconds < 60 and 100 < cost.memory_mb < cost.device_mb
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_the_process_holds_there_is_measured(fp32: Numerics) -> None:
-    config = load_space("smoke").baseline.model_copy(update={"train_size": 40, "val_size": 20, "batch_size": 10})
+    config = load_space("smoke").baseline.model_copy(
+        update={"train_size": 40, "val_size": 20, "batch_size": 10}
+    )
     cost = measure_cost(config, SHAPES, fp32.model_copy(update={"device": "cuda"}), num_steps=2)
     assert CONTEXT_MB < cost.memory_mb < CONTEXT_MB + 1000 and cost.device_mb > 1000

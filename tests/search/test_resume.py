@@ -12,14 +12,25 @@ from optuna.distributions import FloatDistribution
 
 from tests.builders import make_cycles_driver, make_space, result_of
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.record.environment import DECIDING_PACKAGES, PACKAGE, describe_environment, digest_code
+from tune_cifar.record.environment import (
+    DECIDING_PACKAGES,
+    PACKAGE,
+    describe_environment,
+    digest_code,
+)
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, Numerics
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import count_trials
-from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space, warm_start
+from tune_cifar.search.resume import (
+    check_accepted,
+    describe_restored,
+    find_changes,
+    restore_space,
+    warm_start,
+)
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
@@ -46,7 +57,9 @@ def run_driver(
 
 
 def test_the_recorded_space_is_the_searched_one(tmp_path: Path, fp32: Numerics) -> None:
-    space = dataclasses.replace(make_space(5), points=({**make_space().baseline_params, "max_lr": 0.3},))
+    space = dataclasses.replace(
+        make_space(5), points=({**make_space().baseline_params, "max_lr": 0.3},)
+    )
     state = run_driver(tmp_path, fp32, [[0.5]], space)
     restored = restore_space(read_state(state.folder).header)
     for name in ("name", "tier", "text", "baseline", "distributions", "points", "budget", "pinned"):
@@ -67,7 +80,9 @@ def test_an_unchanged_machine_has_no_changes(tmp_path: Path, fp32: Numerics) -> 
     check_accepted(changes, accepts=False)
 
 
-def test_what_decides_results_must_be_accepted_and_the_rest_is_told(tmp_path: Path, fp32: Numerics) -> None:
+def test_what_decides_results_must_be_accepted_and_the_rest_is_told(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     state = run_driver(tmp_path, fp32, [])
     other = fp32.model_copy(update={"threads": 2, "versions": {**fp32.versions, "torch": "9.9"}})
     environment = describe_environment() | {"code": "0123", "ray": "9.0", "torch": "9.9"}
@@ -80,14 +95,17 @@ def test_what_decides_results_must_be_accepted_and_the_rest_is_told(tmp_path: Pa
     )
     assert [change.split(":")[0] for change in changes.harmless] == ["ray"]
     with pytest.raises(
-        ConfigError, match=r"--resume: what decides results must be as recorded, got threads: 1 -> 2; .*"
+        ConfigError,
+        match=r"--resume: what decides results must be as recorded, got threads: 1 -> 2; .*",
     ):
         check_accepted(changes, accepts=False)
     check_accepted(changes, accepts=True)
 
 
 @pytest.mark.parametrize("name", DECIDING_PACKAGES)
-def test_a_changed_file_of_each_deciding_package_must_be_accepted(tmp_path: Path, fp32: Numerics, name: str) -> None:
+def test_a_changed_file_of_each_deciding_package_must_be_accepted(
+    tmp_path: Path, fp32: Numerics, name: str
+) -> None:
     copy = tmp_path / "tune_cifar"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     assert digest_code(copy) == digest_code()
@@ -115,7 +133,9 @@ def test_a_changed_space_file_is_told_and_changes_nothing(
 ) -> None:
     state = run_driver(tmp_path, fp32, [])
     (tmp_path / "search_spaces").mkdir()
-    (tmp_path / "search_spaces" / "smoke.yaml").write_text(state.header.space_text + "\n# another text\n")
+    (tmp_path / "search_spaces" / "smoke.yaml").write_text(
+        state.header.space_text + "\n# another text\n"
+    )
     monkeypatch.chdir(tmp_path)
     changes = find_changes(state, DATA, fp32, describe_environment())
     assert changes.deciding == () and changes.harmless == (
@@ -124,7 +144,9 @@ def test_a_changed_space_file_is_told_and_changes_nothing(
     assert restore_space(state.header).text == state.header.space_text
 
 
-def test_what_is_restored_is_told_with_the_epochs_that_trials_go_on_from(tmp_path: Path, fp32: Numerics) -> None:
+def test_what_is_restored_is_told_with_the_epochs_that_trials_go_on_from(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     state = run_driver(tmp_path, fp32, [[0.5, 0.6, 0.7], [0.6], [0.1], [0.7, 0.8], []])
     folder = CheckpointFolder(state.trial_folder(1) / "checkpoints")
     for number, epoch in ((1, 1), (3, 1), (3, 2)):
@@ -147,7 +169,9 @@ def test_a_trial_at_the_end_of_a_cycle_begins_the_next(tmp_path: Path, fp32: Num
         for cycle, epoch in told:
             driver.report(number, cycle, result_of(epoch, 0.5))
         if told:
-            CheckpointFolder(driver.record.state.trial_folder(number) / "checkpoints").save({"epoch": told[-1][1]})
+            CheckpointFolder(driver.record.state.trial_folder(number) / "checkpoints").save(
+                {"epoch": told[-1][1]}
+            )
     driver.record.close()
     (sentence,) = describe_restored(driver.record.state, (1, 2, 3))
     assert sentence == (
@@ -171,12 +195,18 @@ budget:
 """
 
 
-def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     """Its text would be refused today: in the first cycle the shortest warm-up would be 0.4 steps long. So would its
     pins be."""
-    with pytest.raises(SpaceError, match=r"pct_start x steps of the shortest cycle > 1 must hold, got 0\.1 x 4"):
+    with pytest.raises(
+        SpaceError, match=r"pct_start x steps of the shortest cycle > 1 must hold, got 0\.1 x 4"
+    ):
         parse_space(OLD_TEXT, Path("old.yaml"))
-    space = select_tier(parse_space(OLD_TEXT, Path("old.yaml"), is_recorded=True), "cpu", {"val_size": 50})
+    space = select_tier(
+        parse_space(OLD_TEXT, Path("old.yaml"), is_recorded=True), "cpu", {"val_size": 50}
+    )
     assert space.obstacle is not None
     header = make_header("search", "x", space, 0, DATA, fp32, "test")
     budget, baseline = dict(header.budget), dict(header.baseline)
@@ -190,16 +220,24 @@ def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(tmp_path
         for epoch in (1, 2, 3, 4):
             driver.report(0, 4, result_of(epoch, 0.5))
     trial = read_state(record.state.folder).trials[0]
-    assert (trial.status, trial.stage, trial.scores) == ("complete", None, dict.fromkeys((1, 2, 3, 4), 0.5))
+    assert (trial.status, trial.stage, trial.scores) == (
+        "complete",
+        None,
+        dict.fromkeys((1, 2, 3, 4), 0.5),
+    )
 
 
-def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     state = run_driver(tmp_path, fp32, [[0.5] * 3, [0.9] * 3, [0.1], [0.95] * 3])
     best = [state.trials[n] for n in (3, 1)]
     space, notes = warm_start(make_space(), state, 2)
     names = list(space.distributions)
     assert notes == []
-    assert list(space.points[:2]) == [{name: getattr(trial.config, name) for name in names} for trial in best]
+    assert list(space.points[:2]) == [
+        {name: getattr(trial.config, name) for name in names} for trial in best
+    ]
     assert len({str(point) for point in space.points}) == len(space.points)
     narrow = dict(make_space().distributions)
     limit = best[0].config.max_lr * (1 + 1e-9)
@@ -210,14 +248,19 @@ def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(tmp_
 
 
 def test_a_warm_start_needs_a_complete_trial(tmp_path: Path, fp32: Numerics) -> None:
-    with pytest.raises(ConfigError, match="--warm-start: a search with a complete trial must be named, got 'x'"):
+    with pytest.raises(
+        ConfigError, match="--warm-start: a search with a complete trial must be named, got 'x'"
+    ):
         warm_start(make_space(), run_driver(tmp_path, fp32, [[0.5]]), 3)
 
 
 @pytest.mark.parametrize(
-    ("text", "num_started", "expected"), [("40", None, 40), ("40", 12, 40), ("+50", 12, 62), ("12", 12, 12)]
+    ("text", "num_started", "expected"),
+    [("40", None, 40), ("40", 12, 40), ("+50", 12, 62), ("12", 12, 12)],
 )
-def test_trials_are_counted_in_all_or_on_top(text: str, num_started: int | None, expected: int) -> None:
+def test_trials_are_counted_in_all_or_on_top(
+    text: str, num_started: int | None, expected: int
+) -> None:
     assert count_trials(text, num_started) == expected
 
 
@@ -230,6 +273,8 @@ def test_trials_are_counted_in_all_or_on_top(text: str, num_started: int | None,
         ("3", 4, "--trials: at least the 4 trials that there are must hold, got 3"),
     ],
 )
-def test_trials_that_make_no_sense_are_refused(text: str, num_started: int | None, sentence: str) -> None:
+def test_trials_that_make_no_sense_are_refused(
+    text: str, num_started: int | None, sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
         count_trials(text, num_started)

@@ -50,7 +50,9 @@ def driver(tmp_path: Path, fp32: Numerics) -> Any:
     space = make_space()
     info = {"name": "shapes", "digest": "d", "split_hash": "s"}
     header = make_header("search", "x", space, 0, make_info(info), fp32, "test")
-    driver = SearchDriver(Record.create(search_folder(tmp_path, "x"), header), space, lambda state, event: None)
+    driver = SearchDriver(
+        Record.create(search_folder(tmp_path, "x"), header), space, lambda state, event: None
+    )
     yield driver
     driver.record.close()
 
@@ -91,7 +93,9 @@ def test_driver_passes_over_epochs_that_a_resumed_trial_tells_again(driver: Sear
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_driver_keeps_only_the_best_trials_weights(driver: SearchDriver, order: tuple[int, int]) -> None:
+def test_driver_keeps_only_the_best_trials_weights(
+    driver: SearchDriver, order: tuple[int, int]
+) -> None:
     for number in (0, 1):
         driver.ask()
         weights = driver.record.state.trial_folder(number) / "weights.safetensors"
@@ -100,7 +104,9 @@ def test_driver_keeps_only_the_best_trials_weights(driver: SearchDriver, order: 
     for number in order:
         for epoch in (1, 2, 3):
             driver.report(number, 3, result_of(epoch, (0.5, 0.7)[number] + epoch / 100))
-    kept = [n for n in (0, 1) if (driver.record.state.trial_folder(n) / "weights.safetensors").exists()]
+    kept = [
+        n for n in (0, 1) if (driver.record.state.trial_folder(n) / "weights.safetensors").exists()
+    ]
     assert kept == [1]
 
 
@@ -113,7 +119,9 @@ def go_on(driver: SearchDriver, trials: int = 9) -> SearchDriver:
     return SearchDriver(driver.record, space, lambda state, event: None)
 
 
-def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(driver: SearchDriver) -> None:
+def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(
+    driver: SearchDriver,
+) -> None:
     driver.ask(), driver.ask()
     driver.report(0, 3, result_of(1, 0.4))
     driver.interrupt()
@@ -125,7 +133,11 @@ def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(driver: 
     assert driver.is_exhausted and driver.is_cut
     driver.finish()
     state = read_state(driver.record.state.folder)
-    assert state.finished is not None and state.finished.reason == "interrupted" and not state.is_finished
+    assert (
+        state.finished is not None
+        and state.finished.reason == "interrupted"
+        and not state.is_finished
+    )
     assert [trial.status for trial in state.trials.values()] == ["running", "running"]
     assert not stop_file(state.folder).exists()
 
@@ -137,8 +149,13 @@ def test_driver_cuts_running_trials_when_the_time_is_over(driver: SearchDriver) 
     assert driver.is_cut and driver.ask() is None
     driver.finish()
     state = read_state(driver.record.state.folder)
-    assert state.is_finished and state.finished is not None and state.finished.reason == "time limit"
-    assert state.trials[0].status == "stopped" and state.trials[0].reason == "cut after epoch 1: time limit"
+    assert (
+        state.is_finished and state.finished is not None and state.finished.reason == "time limit"
+    )
+    assert (
+        state.trials[0].status == "stopped"
+        and state.trials[0].reason == "cut after epoch 1: time limit"
+    )
 
 
 def test_a_new_driver_asks_for_the_unfinished_first_and_then_for_what_the_old_one_would_have(
@@ -154,7 +171,9 @@ def test_a_new_driver_asks_for_the_unfinished_first_and_then_for_what_the_old_on
             fp32,
             "test",
         )
-        driver = SearchDriver(Record.create(search_folder(tmp_path, name), header), make_space(), lambda s, e: None)
+        driver = SearchDriver(
+            Record.create(search_folder(tmp_path, name), header), make_space(), lambda s, e: None
+        )
         numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
         driver.report(1, 3, result_of(1, 0.5))
         driver.report(1, 3, result_of(2, 0.6))
@@ -209,22 +228,32 @@ def test_a_trial_in_cycles_is_judged_at_the_end_of_each_and_complete_after_the_l
             (3, 3),
         ]
         assert best.config == best.full_config and best.fingerprint == best.full_config.fingerprint
-        assert (stopped.status, stopped.config.epochs, stopped.full_config.epochs) == ("stopped", 1, 3)
+        assert (stopped.status, stopped.config.epochs, stopped.full_config.epochs) == (
+            "stopped",
+            1,
+            3,
+        )
         assert stopped.fingerprint == stopped.full_config.shorten(1).fingerprint != best.fingerprint
         assert state.arrivals == {1: {1: 0.5, 2: 0.4}, 2: {1: 0.6}, 3: {1: 0.7}}
 
 
-def test_a_trial_in_cycles_passes_over_what_a_checkpoint_tells_again(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_trial_in_cycles_passes_over_what_a_checkpoint_tells_again(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     driver = make_cycles_driver(tmp_path, fp32)
     driver.ask()
     told = [(1, 1), (1, 1), (2, 1), (2, 1), (1, 1), (2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
     assert all(driver.report(0, cycle, result_of(epoch, 0.5)) for cycle, epoch in told)
     expected = [(1, 1), (2, 1), (2, 2), (3, 1)]
-    assert [(cycle, epoch.epoch) for cycle, epoch in driver.record.state.trials[0].trained_epochs] == expected
+    assert [
+        (cycle, epoch.epoch) for cycle, epoch in driver.record.state.trials[0].trained_epochs
+    ] == expected
     driver.record.close()
 
 
-@pytest.mark.parametrize(("told", "left"), [([], (1, 2, 3)), ([1], (2, 3)), ([1, 1], (2, 3)), ([1, 1, 2], (3,))])
+@pytest.mark.parametrize(
+    ("told", "left"), [([], (1, 2, 3)), ([1], (2, 3)), ([1, 1], (2, 3)), ([1, 1, 2], (3,))]
+)
 def test_a_new_driver_goes_on_in_the_cycle_that_the_old_one_died_in(
     told: list[int], left: tuple[int, ...], tmp_path: Path, fp32: Numerics
 ) -> None:
@@ -272,8 +301,20 @@ def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_a
         worker = object.__new__(TrialWorker)
         folder = tmp_path / "search" / "trials" / name
         folder.mkdir(parents=True)
-        trial = {"trial": 0, "config": config.model_dump(mode="json"), "cycles": cycles, "folder": str(folder)}
-        worker.setup(trial | {"rungs": (1, 3), "source": ("shapes", None), "numerics": fp32.model_dump(mode="json")})
+        trial = {
+            "trial": 0,
+            "config": config.model_dump(mode="json"),
+            "cycles": cycles,
+            "folder": str(folder),
+        }
+        worker.setup(
+            trial
+            | {
+                "rungs": (1, 3),
+                "source": ("shapes", None),
+                "numerics": fp32.model_dump(mode="json"),
+            }
+        )
         words = []
         while (word := worker.step())["outcome"] == "epochs":
             words.append(word)
@@ -286,7 +327,11 @@ def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_a
         return int(cycle), [getattr(result, name) for name in REPRODUCIBLE_FIELDS]
 
     words = [tell(word) for word in step_all("0000", (1, 3))]
-    assert words == [tell(word) for name, cycle in (("0001", 1), ("0002", 3)) for word in step_all(name, (cycle,))]
+    assert words == [
+        tell(word)
+        for name, cycle in (("0001", 1), ("0002", 3))
+        for word in step_all(name, (cycle,))
+    ]
     assert [(cycle, fields[0]) for cycle, fields in words] == [(1, 1), (3, 1), (3, 2), (3, 3)]
 
 
@@ -295,7 +340,10 @@ def test_a_worker_tells_of_short_epochs_together_up_to_a_rung_and_then_of_the_en
 ) -> None:
     driver = make_tiny_driver(tmp_path, fp32, (2, 5), fidelity="epochs")
     words = hear_words(driver, monkeypatch, fp32, seconds=1000.0)
-    assert [(word["outcome"], word["text"].count("\n")) for word in words] == [("epochs", 1), ("epochs", 2)]
+    assert [(word["outcome"], word["text"].count("\n")) for word in words] == [
+        ("epochs", 1),
+        ("epochs", 2),
+    ]
     together = read_paid(driver)
     alone = make_tiny_driver(tmp_path / "alone", fp32, (2, 5), fidelity="epochs")
     assert len(hear_words(alone, monkeypatch, fp32, seconds=0.0)) == 5
@@ -303,13 +351,21 @@ def test_a_worker_tells_of_short_epochs_together_up_to_a_rung_and_then_of_the_en
 
     broken = make_tiny_driver(tmp_path / "broken", fp32, (5,))
     first, second = hear_words(broken, monkeypatch, fp32, seconds=1000.0, breaks_after=3)
-    assert (first["outcome"], first["text"].count("\n"), second["outcome"]) == ("epochs", 2, "failed")
+    assert (first["outcome"], first["text"].count("\n"), second["outcome"]) == (
+        "epochs",
+        2,
+        "failed",
+    )
     (trial,) = broken.record.state.trials.values()
     assert (trial.status, trial.epochs_done) == ("failed", 3)
 
 
 def hear_words(
-    driver: SearchDriver, monkeypatch: pytest.MonkeyPatch, numerics: Numerics, seconds: float, breaks_after: int = 99
+    driver: SearchDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    numerics: Numerics,
+    seconds: float,
+    breaks_after: int = 99,
 ) -> list[dict[str, Any]]:
     """What the worker of trial 0 says, when it may gather epochs for so long and training breaks after so many."""
     words, on_result = [], _Scheduler._on_result
@@ -337,21 +393,31 @@ def read_paid(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
     """What trial 0 trained, as the record on disk has it: the cycle of every epoch, and the curve."""
     trial = read_state(driver.record.state.folder).trials[0]
     assert trial.status == "complete", trial.reason
-    return [cycle for cycle, _ in trial.trained_epochs], curve([result for _, result in trial.trained_epochs])
+    return [cycle for cycle, _ in trial.trained_epochs], curve(
+        [result for _, result in trial.trained_epochs]
+    )
 
 
 @pytest.mark.usefixtures("epoch_by_epoch")
 @pytest.mark.parametrize(
     "every_seconds",
-    [pytest.param(60.0, id="checkpoints of ends", marks=pytest.mark.slow), pytest.param(0.0, id="of epochs")],
+    [
+        pytest.param(60.0, id="checkpoints of ends", marks=pytest.mark.slow),
+        pytest.param(0.0, id="of epochs"),
+    ],
 )
 @pytest.mark.parametrize("death", ["driver", "driver before the record", "worker"])
 def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
-    death: str, every_seconds: float, tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+    death: str,
+    every_seconds: float,
+    tmp_path: Path,
+    fp32: Numerics,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the middle of a cycle, at its end, and with a result that the driver did not hear of."""
     monkeypatch.setattr(
-        "tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=every_seconds)
+        "tune_cifar.search.worker.train_trial",
+        functools.partial(train_trial, every_seconds=every_seconds),
     )
     whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 2))
     run_trials(whole, fp32)
@@ -374,14 +440,19 @@ def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before it, from the middle of that cycle, is no beginning of the longer one."""
-    monkeypatch.setattr("tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr(
+        "tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0)
+    )
     whole = make_tiny_driver(tmp_path / "whole", fp32, (2, 3))
     run_trials(whole, fp32)
     whole.record.close()
     driver = make_tiny_driver(tmp_path, fp32, (2, 3))
     run_trials(driver, fp32, num_steps=2)
     checkpoints = driver.record.state.trial_folder(0) / CHECKPOINTS
-    assert [path.name for path in sorted(checkpoints.iterdir())] == ["checkpoint-0001.pt", "checkpoint-0002.pt"]
+    assert [path.name for path in sorted(checkpoints.iterdir())] == [
+        "checkpoint-0001.pt",
+        "checkpoint-0002.pt",
+    ]
     (checkpoints / "checkpoint-0002.pt").write_bytes(b"torn")
     driver = go_on(driver, trials=1)
     run_trials(driver, fp32)
@@ -394,16 +465,22 @@ def test_a_trial_in_continued_cycles_goes_on_over_a_restart(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One training: what was before the restart is not trained again."""
-    monkeypatch.setattr("tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr(
+        "tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0)
+    )
     whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 3), "cycles/continue", warm_restarts=[1])
     run_trials(whole, fp32)
     whole.record.close()
     assert read_paid(whole)[0] == [3, 3, 3]
     for num_steps in (1, 2):
-        driver = make_tiny_driver(tmp_path / str(num_steps), fp32, (1, 3), "cycles/continue", warm_restarts=[1])
+        driver = make_tiny_driver(
+            tmp_path / str(num_steps), fp32, (1, 3), "cycles/continue", warm_restarts=[1]
+        )
         run_trials(driver, fp32, num_steps)
         driver = go_on(driver, trials=1)
-        run_trials(driver, fp32, num_steps=3 + num_steps)  # as many are told again from the checkpoint
+        run_trials(
+            driver, fp32, num_steps=3 + num_steps
+        )  # as many are told again from the checkpoint
         driver.record.close()
         assert read_paid(driver) == read_paid(whole)
 
@@ -438,7 +515,12 @@ def test_a_trial_whose_worker_died_too_often_between_two_cycles_failed_in_the_se
     for _ in range(3):
         driver.retry(0, "worker died", "killed")
     trial = driver.record.state.trials[0]
-    assert (trial.status, trial.reason, trial.config.epochs, trial.epochs) == ("failed", "worker died, 3 times", 2, [])
+    assert (trial.status, trial.reason, trial.config.epochs, trial.epochs) == (
+        "failed",
+        "worker died, 3 times",
+        2,
+        [],
+    )
     driver.record.close()
     assert read_state(driver.record.state.folder).trials[0] == trial
 
@@ -452,7 +534,9 @@ def test_what_cannot_be_deleted_of_a_failed_trial_ends_no_search(driver: SearchD
 
 
 @pytest.mark.parametrize("val_acc", [0.1, 0.9])
-def test_a_new_driver_takes_the_decision_that_the_old_one_died_before(driver: SearchDriver, val_acc: float) -> None:
+def test_a_new_driver_takes_the_decision_that_the_old_one_died_before(
+    driver: SearchDriver, val_acc: float
+) -> None:
     """The old driver recorded trial 1's score at rung 1 and died; trial 2's later score must not count for it."""
     for _ in range(3):
         driver.ask()
@@ -482,7 +566,12 @@ def test_a_resumed_search_may_have_more_trials(driver: SearchDriver) -> None:
     assert driver.is_exhausted
     driver.finish()
     event = SearchResumed(
-        time=utc_now(), trials=11, changes=[], numerics=driver.record.state.header.numerics, environment={}, command=""
+        time=utc_now(),
+        trials=11,
+        changes=[],
+        numerics=driver.record.state.header.numerics,
+        environment={},
+        command="",
     )
     driver.record.append(event)
     again = go_on(driver, trials=11)
@@ -499,7 +588,10 @@ def test_a_trial_whose_worker_died_is_taken_up_twice_and_then_failed(driver: Sea
     driver.retry(0, "worker died", "the worker process of the trial died\nkilled by signal 9")
     trial = driver.record.state.trials[0]
     assert trial.status == "failed" and trial.reason == "worker died, 3 times"
-    assert trial.error_file is not None and "signal 9" in (driver.record.state.folder / trial.error_file).read_text()
+    assert (
+        trial.error_file is not None
+        and "signal 9" in (driver.record.state.folder / trial.error_file).read_text()
+    )
     assert driver.ask().number == 2  # type: ignore[union-attr]
 
 
@@ -511,7 +603,9 @@ def test_a_trial_that_ran_out_of_memory_is_taken_up_once_and_alone(driver: Searc
     (checkpoints / "checkpoint-0001.pt").touch()
     driver.retry(1, "out of memory", "CUDA out of memory")
     first_line, damage = driver.record.state.trials[1].retries[0].text.splitlines()
-    assert first_line == "CUDA out of memory" and damage.startswith(f"{checkpoints}/checkpoint-0001.pt: ")
+    assert first_line == "CUDA out of memory" and damage.startswith(
+        f"{checkpoints}/checkpoint-0001.pt: "
+    )
     assert driver.ask() is None and not driver.is_exhausted  # trials 0 and 2 still run
     driver.fail(0, "ValueError: no")
     assert driver.ask() is None
@@ -535,7 +629,12 @@ def test_weights_that_find_no_room_end_the_search_and_leave_their_trial_unfinish
     assert trial is not None
     worker = object.__new__(TrialWorker)
     numerics = driver.record.state.header.numerics.model_dump(mode="json")
-    small = trial.config.model_dump(mode="json") | {"train_size": 40, "val_size": 20, "epochs": 1, "batch_size": 8}
+    small = trial.config.model_dump(mode="json") | {
+        "train_size": 40,
+        "val_size": 20,
+        "epochs": 1,
+        "batch_size": 8,
+    }
     worker.setup(
         {
             "trial": 0,
@@ -552,12 +651,16 @@ def test_weights_that_find_no_room_end_the_search_and_leave_their_trial_unfinish
     assert answer["outcome"] == "disk full"
     assert _Scheduler(driver).on_trial_result(None, None, answer) == TrialScheduler.STOP
     path = tmp_path / "0000" / "weights.safetensors"
-    sentence = f"{path}: the file must reach the disk, got 'File too large'. Make room. Then --resume."
+    sentence = (
+        f"{path}: the file must reach the disk, got 'File too large'. Make room. Then --resume."
+    )
     assert driver.is_cut and str(driver.fault) == sentence
     assert driver.record.state.trials[0].status == "running"
 
 
-def test_whatever_the_run_store_does_not_take_ends_the_search_in_a_sentence(driver: SearchDriver) -> None:
+def test_whatever_the_run_store_does_not_take_ends_the_search_in_a_sentence(
+    driver: SearchDriver,
+) -> None:
     def write() -> None:
         raise OSError(28, "No space left on device", "runs/x/error.txt")
 
@@ -568,7 +671,9 @@ def test_whatever_the_run_store_does_not_take_ends_the_search_in_a_sentence(driv
     )
 
 
-def test_a_record_that_cannot_be_written_ends_the_driver_without_a_second_fault(driver: SearchDriver) -> None:
+def test_a_record_that_cannot_be_written_ends_the_driver_without_a_second_fault(
+    driver: SearchDriver,
+) -> None:
     driver.ask()
     driver.record.close()
     driver.finish()
@@ -579,7 +684,10 @@ def test_a_record_that_cannot_be_written_ends_the_driver_without_a_second_fault(
     ("changes", "sentence"),
     [
         ({"cpus_per_trial": 0}, r"--cpus-per-trial: 1 to \d+ \(the cores here\) must hold, got 0"),
-        ({"cpus_per_trial": 9999}, r"--cpus-per-trial: 1 to \d+ \(the cores here\) must hold, got 9999"),
+        (
+            {"cpus_per_trial": 9999},
+            r"--cpus-per-trial: 1 to \d+ \(the cores here\) must hold, got 9999",
+        ),
         ({"gpus_per_trial": 0.5}, "--gpus-per-trial: 0 must hold on a CPU, got 0.5"),
         ({"max_concurrent": 0}, "--max-concurrent: a number >= 1 must be given, got 0"),
     ],
@@ -595,7 +703,12 @@ def test_resources_that_do_not_fit_are_refused(
     ("gpus", "num_gpus", "fits"), [(0.25, 1, 4), (0.5, 2, 4), (1.0, 2, 2), (2.0, 2, 1), (0.3, 1, 3)]
 )
 def test_trials_are_packed_on_gpus_by_their_fractions(
-    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, gpus: float, num_gpus: int, fits: int
+    tmp_path: Path,
+    fp32: Numerics,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: float,
+    num_gpus: int,
+    fits: int,
 ) -> None:
     monkeypatch.setattr("psutil.Process.cpu_affinity", lambda self: list(range(64)))
     on_gpu = fp32.model_copy(update={"device": "cuda"})
@@ -603,7 +716,9 @@ def test_trials_are_packed_on_gpus_by_their_fractions(
     assert resolve_resources(request, on_gpu, num_gpus).max_concurrent == fits
 
 
-def test_a_gpu_count_that_is_neither_a_fraction_nor_whole_is_refused(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_gpu_count_that_is_neither_a_fraction_nor_whole_is_refused(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     on_gpu = fp32.model_copy(update={"device": "cuda"})
     with pytest.raises(ConfigError, match=r"a whole number must be given, got 1\.5"):
         resolve_resources(SearchRequest(SHAPES, tmp_path, "test", gpus_per_trial=1.5), on_gpu, 2)
@@ -621,7 +736,18 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchStat
     """One finished search of 6 trials on the stand-in: its folder, its record and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
     # One at a time, so that scores reach a rung in one order and the same trials are stopped every time.
-    words = ("--set", "epochs=3", "--trials", "6", "--name", "demo", "--seed", "3", "--max-concurrent", "1")
+    words = (
+        "--set",
+        "epochs=3",
+        "--trials",
+        "6",
+        "--name",
+        "demo",
+        "--seed",
+        "3",
+        "--max-concurrent",
+        "1",
+    )
     answer = run_cli(folder, *SEARCH, *SETTINGS, *words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return folder, read_state(search_folder(folder / "runs", "demo")), answer.stdout + answer.stderr
@@ -641,7 +767,18 @@ def test_a_search_records_every_trial_to_its_end(searched: tuple[Path, SearchSta
 
 @pytest.mark.gpu
 def test_two_trials_at_once_share_a_gpu(tmp_path: Path) -> None:
-    words = ("--set", "epochs=3", "--trials", "2", "--name", "shared", "--device", "cuda", "--gpus-per-trial", "0.5")
+    words = (
+        "--set",
+        "epochs=3",
+        "--trials",
+        "2",
+        "--name",
+        "shared",
+        "--device",
+        "cuda",
+        "--gpus-per-trial",
+        "0.5",
+    )
     answer = run_cli(tmp_path, *SEARCH, *SETTINGS, *words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     state = read_state(search_folder(tmp_path / "runs", "shared"))
@@ -652,7 +789,9 @@ def test_two_trials_at_once_share_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @ONE_PROCESS
-def test_a_search_says_what_it_does_and_what_comes_next(searched: tuple[Path, SearchState, str]) -> None:
+def test_a_search_says_what_it_does_and_what_comes_next(
+    searched: tuple[Path, SearchState, str],
+) -> None:
     _, _, text = searched
     assert "NOT CIFAR-10" in text
     assert "An epoch of the baseline takes about" in text
@@ -664,7 +803,9 @@ def test_a_search_says_what_it_does_and_what_comes_next(searched: tuple[Path, Se
 
 @pytest.mark.slow
 @ONE_PROCESS
-def test_a_search_tells_how_far_off_its_prediction_was(searched: tuple[Path, SearchState, str]) -> None:
+def test_a_search_tells_how_far_off_its_prediction_was(
+    searched: tuple[Path, SearchState, str],
+) -> None:
     """Six trials in cycles of 1 and 3 epochs, the n-th of which goes on with ceil(n / 2) chances in n: two standard
     deviations of this luck are 6.6 epochs of about 17."""
     _, state, text = searched
@@ -678,7 +819,9 @@ def test_a_search_tells_how_far_off_its_prediction_was(searched: tuple[Path, Sea
 
 @pytest.mark.slow
 @ONE_PROCESS
-def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(searched: tuple[Path, SearchState, str]) -> None:
+def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(
+    searched: tuple[Path, SearchState, str],
+) -> None:
     _, state, _ = searched
     assert {trial.config.batch_size for trial in state.trials.values()} == {8}
     assert "batch_size" not in state.header.distributions
@@ -686,7 +829,9 @@ def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(searched: tuple[Path
 
 @pytest.mark.slow
 @ONE_PROCESS
-def test_mlflow_shows_one_parent_and_a_child_per_trial(searched: tuple[Path, SearchState, str]) -> None:
+def test_mlflow_shows_one_parent_and_a_child_per_trial(
+    searched: tuple[Path, SearchState, str],
+) -> None:
     from mlflow import MlflowClient
 
     folder, state, _ = searched
@@ -703,9 +848,13 @@ def test_mlflow_shows_one_parent_and_a_child_per_trial(searched: tuple[Path, Sea
 
 @pytest.mark.slow
 @ONE_PROCESS
-def test_the_best_trial_comes_back_bit_for_bit_in_a_fresh_process(searched: tuple[Path, SearchState, str]) -> None:
+def test_the_best_trial_comes_back_bit_for_bit_in_a_fresh_process(
+    searched: tuple[Path, SearchState, str],
+) -> None:
     folder, state, _ = searched
-    answer = run_cli(folder, "reproduce", "--best", "--search", "demo", "--data", "shapes", "--json")
+    answer = run_cli(
+        folder, "reproduce", "--best", "--search", "demo", "--data", "shapes", "--json"
+    )
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["verdict"] == "identical"
     assert state.best is not None and json.loads(answer.stdout)["run_id"] == state.best.run_id
@@ -727,16 +876,35 @@ def test_a_taken_name_is_refused(searched: tuple[Path, SearchState, str]) -> Non
     folder, _, _ = searched
     answer = run_cli(folder, *SEARCH, "--name", "demo")
     assert answer.returncode == 1
-    assert "demo" in answer.stderr and answer.stderr.count("error") == 1 and "Traceback" not in answer.stderr
+    assert (
+        "demo" in answer.stderr
+        and answer.stderr.count("error") == 1
+        and "Traceback" not in answer.stderr
+    )
 
 
 @pytest.mark.faults  # it takes long, as these do
 @pytest.mark.slow
 def test_ctrl_c_ends_a_search_cleanly_with_a_summary(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tune_cifar", *SEARCH, *SETTINGS, "--set", "epochs=200", "--name", "cut"]
+    command = [
+        sys.executable,
+        "-m",
+        "tune_cifar",
+        *SEARCH,
+        *SETTINGS,
+        "--set",
+        "epochs=200",
+        "--name",
+        "cut",
+    ]
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(tmp_path / "runs")}
     search = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
     )
     record = search_folder(tmp_path / "runs", "cut") / "record.jsonl"
     end = time.monotonic() + 600
@@ -768,7 +936,9 @@ def test_workers_have_the_priority_of_who_started_them() -> None:
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_on(tmp_path: Path) -> None:
+def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_on(
+    tmp_path: Path,
+) -> None:
     runs = tmp_path / "runs"
     # A folder where trial 1's weights must go: writing them fails, whatever the user's rights.
     (runs / "searches").mkdir(parents=True)
@@ -786,7 +956,9 @@ def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_
         "        (state.trial_folder(0) / 'weights.safetensors' / 'x').mkdir(parents=True)\n"
         "run_search(prepare_search(space, request), block)\n"
     )
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    answer = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, cwd=tmp_path
+    )
     assert answer.returncode == 0, answer.stderr[-3000:]
     state = read_state(search_folder(runs, "faulty"))
     assert state.trials[0].status == "failed" and state.trials[0].error_file is not None

@@ -28,7 +28,9 @@ def test_no_score_is_dropped_while_a_worse_one_is_kept(scores: list[float], fact
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=50, unique=True), FACTORS)
-def test_number_kept_of_different_scores_is_a_factor_th_rounded_up(scores: list[float], factor: int) -> None:
+def test_number_kept_of_different_scores_is_a_factor_th_rounded_up(
+    scores: list[float], factor: int
+) -> None:
     assert sum(keep(score, scores, factor) for score in scores) == math.ceil(len(scores) / factor)
 
 
@@ -67,8 +69,12 @@ def test_reduction_factor_one_is_a_fault_of_the_caller() -> None:
         keep(0.5, [0.5], 1)
 
 
-@pytest.mark.parametrize(("fidelity", "cycles"), [("cycles", (1, 3, 8)), ("cycles/continue", (8,)), ("epochs", (8,))])
-def test_trial_trains_from_scratch_once_or_once_for_every_rung(fidelity: Fidelity, cycles: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("fidelity", "cycles"), [("cycles", (1, 3, 8)), ("cycles/continue", (8,)), ("epochs", (8,))]
+)
+def test_trial_trains_from_scratch_once_or_once_for_every_rung(
+    fidelity: Fidelity, cycles: tuple[int, ...]
+) -> None:
     assert list_stages(make_budget((1, 3, 8), fidelity)) == cycles
 
 

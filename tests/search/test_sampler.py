@@ -19,7 +19,11 @@ from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
 
-KINDS = [SamplerBudget(kind="tpe", startup=5), SamplerBudget(kind="random"), SamplerBudget(kind="qmc")]
+KINDS = [
+    SamplerBudget(kind="tpe", startup=5),
+    SamplerBudget(kind="random"),
+    SamplerBudget(kind="qmc"),
+]
 
 
 def make_space(sampler: SamplerBudget, name: str = "s10", points: bool = True) -> SearchSpace:
@@ -30,15 +34,21 @@ def make_space(sampler: SamplerBudget, name: str = "s10", points: bool = True) -
 
 def measure(params: dict[str, Any]) -> float:
     """A smooth accuracy with its optimum away from the baseline of s10, at max_lr 5e-3."""
-    loss: float = 0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2 + 2 * (params["dropout"] - 0.1) ** 2
-    loss += 2 * (params["pct_start"] - 0.25) ** 2 + 0.02 * (math.log10(params["div_factor"]) - 1) ** 2
+    loss: float = (
+        0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2 + 2 * (params["dropout"] - 0.1) ** 2
+    )
+    loss += (
+        2 * (params["pct_start"] - 0.25) ** 2 + 0.02 * (math.log10(params["div_factor"]) - 1) ** 2
+    )
     return 0.8 - loss - 0.01 * (math.log10(params["final_div_factor"]) - 3) ** 2
 
 
 def end_trial(sampler: Sampler, past: Past) -> None:
     """End a trial in a way that depends on its number, and note what a record would."""
     value = measure(past.params)
-    past.status = ("complete", "stopped", "complete", "diverged", "failed", "stopped")[past.number % 6]
+    past.status = ("complete", "stopped", "complete", "diverged", "failed", "stopped")[
+        past.number % 6
+    ]
     rungs = {1: value / 2}
     if past.status == "complete":
         rungs[3] = value
@@ -82,13 +92,17 @@ def test_tpe_would_not_repeat_itself_without_the_history() -> None:
     space = make_space(KINDS[0])
     trials: list[Past] = []
     run_search(Sampler(space, seed=7), trials, 20)
-    blank = Sampler(space, seed=7, history=[Past(trial.number, trial.params) for trial in trials[:-1]])
+    blank = Sampler(
+        space, seed=7, history=[Past(trial.number, trial.params) for trial in trials[:-1]]
+    )
     assert blank.ask(19)[0] != trials[19].params
 
 
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
 @pytest.mark.parametrize("name", ["s6", "s7", "s8", "s10", "s10_postact"])
-def test_every_proposal_is_a_training_within_the_distributions(name: str, budget: SamplerBudget) -> None:
+def test_every_proposal_is_a_training_within_the_distributions(
+    name: str, budget: SamplerBudget
+) -> None:
     space = make_space(budget, name)
     sampler = Sampler(space, seed=1)
     for number in range(20):
@@ -99,7 +113,11 @@ def test_every_proposal_is_a_training_within_the_distributions(name: str, budget
         assert all(getattr(config, knob) == value for knob, value in params.items())
         for knob, found in space.distributions.items():
             low, high = getattr(found, "low", 0), getattr(found, "high", 0)
-            assert params[knob] in found.choices if hasattr(found, "choices") else low <= params[knob] <= high
+            assert (
+                params[knob] in found.choices
+                if hasattr(found, "choices")
+                else low <= params[knob] <= high
+            )
 
 
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
@@ -198,7 +216,12 @@ def test_tpe_keeps_away_where_most_of_a_range_diverges() -> None:
                 if not keep(value, passed, 3):
                     break
             is_complete = len(scores) == 3
-            sampler.tell(number, "complete" if is_complete else "stopped", scores, value if is_complete else None)
+            sampler.tell(
+                number,
+                "complete" if is_complete else "stopped",
+                scores,
+                value if is_complete else None,
+            )
     assert num_diverged < 45, "of 90, half"
 
 
@@ -239,13 +262,21 @@ def test_running_trial_cannot_be_told() -> None:
 
 
 def test_space_whose_knobs_are_all_pinned_is_refused() -> None:
-    pins = {"max_lr": 0.01, "dropout": 0.0, "pct_start": 0.3, "div_factor": 25, "final_div_factor": 10}
+    pins = {
+        "max_lr": 0.01,
+        "dropout": 0.0,
+        "pct_start": 0.3,
+        "div_factor": 25,
+        "final_div_factor": 10,
+    }
     with pytest.raises(ConfigError, match="at least one searched knob must be left"):
         Sampler(load_space("s10", "cpu", pins), seed=0)
 
 
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
-def test_optuna_says_nothing_and_keeps_its_verbosity(budget: SamplerBudget, capfd: pytest.CaptureFixture[str]) -> None:
+def test_optuna_says_nothing_and_keeps_its_verbosity(
+    budget: SamplerBudget, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(logging.INFO)
     try:

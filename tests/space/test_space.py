@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, json_to_distribution
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    json_to_distribution,
+)
 
 from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
@@ -23,7 +28,14 @@ from tune_cifar.space.edit import check_editable, describe_edit, edit_range, wri
 from tune_cifar.space.knobs import describe_effect, list_knobs
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range
 from tune_cifar.space.reader import parse_space
-from tune_cifar.space.rules import COUPLED, DECIDING, STRUCTURAL, find_inactive, find_value_problem, parse_duration
+from tune_cifar.space.rules import (
+    COUPLED,
+    DECIDING,
+    STRUCTURAL,
+    find_inactive,
+    find_value_problem,
+    parse_duration,
+)
 from tune_cifar.space.select import (
     describe_distribution,
     find_space,
@@ -89,7 +101,11 @@ def test_file_becomes_header_baseline_distributions_and_budget() -> None:
 def test_tier_sets_and_restricts() -> None:
     space = select_tier(parse(MINI), "cpu")
     assert list(space.distributions) == ["max_lr", "cutout_size"]
-    assert (space.baseline.epochs, space.baseline.train_size, space.baseline.label_smoothing) == (2, 500, 0.0)
+    assert (space.baseline.epochs, space.baseline.train_size, space.baseline.label_smoothing) == (
+        2,
+        500,
+        0.0,
+    )
     assert space.budget.max_time_seconds == 90.0
     assert space.budget.sampler.kind == "random"
 
@@ -132,7 +148,9 @@ def test_proposal_keeps_milestones_of_the_baseline() -> None:
 
 def test_distributions_survive_a_record() -> None:
     space = load_space("s8")
-    again = {name: json_to_distribution(text) for name, text in space.describe_distributions().items()}
+    again = {
+        name: json_to_distribution(text) for name, text in space.describe_distributions().items()
+    }
     assert again == space.distributions
 
 
@@ -142,14 +160,25 @@ def test_budget_survives_a_record() -> None:
 
 
 def test_distributions_are_described_in_the_words_of_the_file() -> None:
-    described = [describe_distribution(found) for found in select_tier(parse(MINI), "full").distributions.values()]
-    assert described == ["0.0001 to 1, log", "constant, onecycle", "0.1 to 0.5", "4 to 16, step 2", "0.0, 0.0001"]
+    described = [
+        describe_distribution(found)
+        for found in select_tier(parse(MINI), "full").distributions.values()
+    ]
+    assert described == [
+        "0.0001 to 1, log",
+        "constant, onecycle",
+        "0.1 to 0.5",
+        "4 to 16, step 2",
+        "0.0, 0.0001",
+    ]
     assert describe_distribution(IntDistribution(1, 8)) == "1 to 8"
 
 
 @pytest.mark.parametrize(("epochs", "words"), [(1, "1 epoch each"), (2, "2 epochs each")])
 def test_a_budget_of_one_rung_is_described_by_its_epochs(epochs: int, words: str) -> None:
-    budget = select_tier(parse(MINI), "cpu", {"epochs": epochs}).budget.model_copy(update={"rungs": (epochs,)})
+    budget = select_tier(parse(MINI), "cpu", {"epochs": epochs}).budget.model_copy(
+        update={"rungs": (epochs,)}
+    )
     assert budget.describe() == f"8 trials, {words}, sampler random, at most 1.5 min"
 
 
@@ -157,8 +186,14 @@ def test_budget_is_described_in_one_line() -> None:
     file = parse(MINI)
     full, cpu = (select_tier(file, tier).budget.describe() for tier in TIERS)
     cycles = "(a complete cycle from scratch for each)"
-    assert full == f"9 trials, rungs at 2, 4 epochs {cycles}, reduction factor 3, sampler tpe (startup 3)"
-    assert cpu == f"8 trials, rungs at 1, 2 epochs {cycles}, reduction factor 2, sampler random, at most 1.5 min"
+    assert (
+        full
+        == f"9 trials, rungs at 2, 4 epochs {cycles}, reduction factor 3, sampler tpe (startup 3)"
+    )
+    assert (
+        cpu
+        == f"8 trials, rungs at 1, 2 epochs {cycles}, reduction factor 2, sampler random, at most 1.5 min"
+    )
 
 
 def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
@@ -172,17 +207,49 @@ def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
 REFUSALS = {
     "unknown_section": ("points:", "pionts:", "pionts is not a known name. Did you mean points?"),
     "missing_section": ("source: a test\n", "", "source must be given."),
-    "other_name": ("space: mini", "space: maxi", "space = the file's name must hold, got 'maxi' in mini.yaml."),
+    "other_name": (
+        "space: mini",
+        "space: maxi",
+        "space = the file's name must hold, got 'maxi' in mini.yaml.",
+    ),
     "accuracy_in_percent": ("accuracy: 0.5", "accuracy: 50", "accuracy <= 1 must hold, got 50."),
-    "unknown_in_published": ("measured:", "mesured:", "mesured is not a known name. Did you mean measured?"),
-    "not_a_map": ("  - Nothing.", "  Nothing.", "corrects: input should be a list, got 'Nothing.'."),
-    "baseline_unknown": ("  max_lr: 0.01", "  max_rl: 0.01", "max_rl is not a known knob. Did you mean max_lr?"),
+    "unknown_in_published": (
+        "measured:",
+        "mesured:",
+        "mesured is not a known name. Did you mean measured?",
+    ),
+    "not_a_map": (
+        "  - Nothing.",
+        "  Nothing.",
+        "corrects: input should be a list, got 'Nothing.'.",
+    ),
+    "baseline_unknown": (
+        "  max_lr: 0.01",
+        "  max_rl: 0.01",
+        "max_rl is not a known knob. Did you mean max_lr?",
+    ),
     "baseline_range": ("epochs: 4", "epochs: 0", "epochs >= 1 must hold, got 0."),
-    "baseline_text": ("max_lr: 0.01", "max_lr: '0.01'", "max_lr: input should be a valid number, got '0.01'."),
+    "baseline_text": (
+        "max_lr: 0.01",
+        "max_lr: '0.01'",
+        "max_lr: input should be a valid number, got '0.01'.",
+    ),
     "baseline_word": ("model: s7", "model: s77", "model must be .* got 's77'. Did you mean s7?"),
-    "baseline_dead": ("epochs: 4", "epochs: 4\n  gamma: 0.1", "gamma must have an effect, got a dead knob: schedule"),
-    "search_unknown": ("  pct_start:", "  pct_strat:", "pct_strat is not a known knob. Did you mean pct_start?"),
-    "search_structural": ("  pct_start:", "  epochs:", "epochs must not be searched: the rungs say how long a trial"),
+    "baseline_dead": (
+        "epochs: 4",
+        "epochs: 4\n  gamma: 0.1",
+        "gamma must have an effect, got a dead knob: schedule",
+    ),
+    "search_unknown": (
+        "  pct_start:",
+        "  pct_strat:",
+        "pct_strat is not a known knob. Did you mean pct_start?",
+    ),
+    "search_structural": (
+        "  pct_start:",
+        "  epochs:",
+        "epochs must not be searched: the rungs say how long a trial",
+    ),
     "search_dead": (
         "  pct_start:",
         "  momentum: {low: 0.1, high: 0.99}\n  gamma: {low: 0.1, high: 0.5}\n  pct_start:",
@@ -190,7 +257,11 @@ REFUSALS = {
     ),
     "search_empty_entry": ("{low: 0.1, high: 0.5}", "{}", "pct_start.low must be given."),
     "search_high_missing": ("{low: 0.1, high: 0.5}", "{low: 0.1}", "pct_start.high must be given."),
-    "search_not_an_entry": ("{low: 0.1, high: 0.5}", "0.1", "pct_start: input should be names with values, got 0.1."),
+    "search_not_an_entry": (
+        "{low: 0.1, high: 0.5}",
+        "0.1",
+        "pct_start: input should be names with values, got 0.1.",
+    ),
     "log_from_zero": (
         "{low: 1.0e-4, high: 1, log: true}",
         "{low: 0.0, high: 1, log: true}",
@@ -202,40 +273,124 @@ REFUSALS = {
         "cutout_size.low > 0 must hold for log: true, got 0. Use e.g. 1.",
     ),
     "log_word": ("log: true", "log: yes", "max_lr.log must be true or false, got 'yes'."),
-    "low_above_high": ("{low: 0.1, high: 0.5}", "{low: 0.5, high: 0.1}", "pct_start.low < pct_start.high must hold"),
-    "low_equals_high": ("{low: 0.1, high: 0.5}", "{low: 0.5, high: 0.5}", "must hold, got 0.5 and 0.5."),
-    "low_out_of_bounds": ("{low: 0.1, high: 0.5}", "{low: 0.0, high: 0.5}", "pct_start.low > 0 must hold, got 0.0."),
-    "high_out_of_bounds": ("{low: 0.1, high: 0.5}", "{low: 0.1, high: 1}", "pct_start.high < 1 must hold, got 1."),
-    "high_infinite": ("{low: 0.1, high: 0.5}", "{low: 0.1, high: .inf}", "pct_start.high: input should be a finite"),
-    "low_text": ("{low: 0.1, high: 0.5}", "{low: a, high: 0.5}", "pct_start.low: input should be a valid number"),
-    "low_of_an_integer": ("{low: 4,", "{low: 4.0,", "cutout_size.low: input should be a valid integer, got 4.0."),
-    "word_misspelt": ("high: 0.5}", "hihg: 0.5}", "pct_start must be given by low, high, log, step, got hihg. Did"),
-    "low_and_choices": ("[0, 1e-4]}", "[0, 1e-4], low: 0}", "weight_decay must be given by choices, got low."),
+    "low_above_high": (
+        "{low: 0.1, high: 0.5}",
+        "{low: 0.5, high: 0.1}",
+        "pct_start.low < pct_start.high must hold",
+    ),
+    "low_equals_high": (
+        "{low: 0.1, high: 0.5}",
+        "{low: 0.5, high: 0.5}",
+        "must hold, got 0.5 and 0.5.",
+    ),
+    "low_out_of_bounds": (
+        "{low: 0.1, high: 0.5}",
+        "{low: 0.0, high: 0.5}",
+        "pct_start.low > 0 must hold, got 0.0.",
+    ),
+    "high_out_of_bounds": (
+        "{low: 0.1, high: 0.5}",
+        "{low: 0.1, high: 1}",
+        "pct_start.high < 1 must hold, got 1.",
+    ),
+    "high_infinite": (
+        "{low: 0.1, high: 0.5}",
+        "{low: 0.1, high: .inf}",
+        "pct_start.high: input should be a finite",
+    ),
+    "low_text": (
+        "{low: 0.1, high: 0.5}",
+        "{low: a, high: 0.5}",
+        "pct_start.low: input should be a valid number",
+    ),
+    "low_of_an_integer": (
+        "{low: 4,",
+        "{low: 4.0,",
+        "cutout_size.low: input should be a valid integer, got 4.0.",
+    ),
+    "word_misspelt": (
+        "high: 0.5}",
+        "hihg: 0.5}",
+        "pct_start must be given by low, high, log, step, got hihg. Did",
+    ),
+    "low_and_choices": (
+        "[0, 1e-4]}",
+        "[0, 1e-4], low: 0}",
+        "weight_decay must be given by choices, got low.",
+    ),
     "range_of_words": (
         "{choices: [constant, onecycle]}",
         "{low: 0, high: 1}",
         "schedule must be given by choices, got",
     ),
-    "step_zero": ("step: 2}", "step: 0}", "cutout_size.step must be positive and split high - low .* got 0."),
-    "step_tiny": ("high: 0.5}", "high: 0.5, step: 1e-40}", "pct_start.step must be positive and split high - low"),
-    "step_too_long": ("step: 2}", "step: 13}", "cutout_size.step must be positive and split high - low"),
+    "step_zero": (
+        "step: 2}",
+        "step: 0}",
+        "cutout_size.step must be positive and split high - low .* got 0.",
+    ),
+    "step_tiny": (
+        "high: 0.5}",
+        "high: 0.5, step: 1e-40}",
+        "pct_start.step must be positive and split high - low",
+    ),
+    "step_too_long": (
+        "step: 2}",
+        "step: 13}",
+        "cutout_size.step must be positive and split high - low",
+    ),
     "step_uneven": ("step: 2}", "step: 5}", "cutout_size.step must divide high - low = 12, got 5."),
-    "step_real": ("step: 2}", "step: 2.0}", "cutout_size.step must be a number of the knob's kind (int), got 2.0."),
-    "step_truth": ("step: 2}", "step: true}", "cutout_size.step must be a number of the knob's kind (int), got True."),
-    "step_null": ("step: 2}", "step: }", "cutout_size.step must be a number of the knob's kind (int), got None."),
-    "step_and_log": ("log: true}", "log: true, step: 2}", "max_lr.step must not stand beside log: true, got 2."),
+    "step_real": (
+        "step: 2}",
+        "step: 2.0}",
+        "cutout_size.step must be a number of the knob's kind (int), got 2.0.",
+    ),
+    "step_truth": (
+        "step: 2}",
+        "step: true}",
+        "cutout_size.step must be a number of the knob's kind (int), got True.",
+    ),
+    "step_null": (
+        "step: 2}",
+        "step: }",
+        "cutout_size.step must be a number of the knob's kind (int), got None.",
+    ),
+    "step_and_log": (
+        "log: true}",
+        "log: true, step: 2}",
+        "max_lr.step must not stand beside log: true, got 2.",
+    ),
     "choices_scalar": ("[0, 1e-4]", "0", "weight_decay.choices must be a list, got 0."),
-    "choices_single": ("[0, 1e-4]", "[0]", "weight_decay.choices must be two or more different values, got [0.0]."),
-    "choices_twice": ("[0, 1e-4]", "[0, 0.0]", "must be two or more different values, got [0.0, 0.0]."),
+    "choices_single": (
+        "[0, 1e-4]",
+        "[0]",
+        "weight_decay.choices must be two or more different values, got [0.0].",
+    ),
+    "choices_twice": (
+        "[0, 1e-4]",
+        "[0, 0.0]",
+        "must be two or more different values, got [0.0, 0.0].",
+    ),
     "choices_out_of_bounds": ("[0, 1e-4]", "[0, 2]", "weight_decay <= 1 must hold, got 2."),
-    "choices_word": ("onecycle]", "onecylce]", "schedule must be .* got 'onecylce'. Did you mean onecycle?"),
+    "choices_word": (
+        "onecycle]",
+        "onecylce]",
+        "schedule must be .* got 'onecylce'. Did you mean onecycle?",
+    ),
     "baseline_outside": (
         "{low: 0.1, high: 0.5}",
         "{low: 0.4, high: 0.5}",
         "pct_start: the baseline's value must lie within the distribution (0.4 to 0.5), got 0.3. The",
     ),
-    "baseline_between_steps": ("{low: 4, high: 16,", "{low: 5, high: 15,", "got 8. The baseline is trial 0."),
-    "baseline_not_chosen": ("[0, 1e-4]", "[1e-5, 1e-4]", "within the distribution (1e-05, 0.0001), got 0.0."),
+    "baseline_between_steps": (
+        "{low: 4, high: 16,",
+        "{low: 5, high: 15,",
+        "got 8. The baseline is trial 0.",
+    ),
+    "baseline_not_chosen": (
+        "[0, 1e-4]",
+        "[1e-5, 1e-4]",
+        "within the distribution (1e-05, 0.0001), got 0.0.",
+    ),
     "coupled": (
         "  pct_start:",
         "  batch_size: {low: 64, high: 45001}\n  pct_start:",
@@ -246,7 +401,11 @@ REFUSALS = {
         "  {}\n",
         "search: dictionary should have",
     ),
-    "point_unknown": ("- {max_lr: 0.1}", "- {max_rl: 0.1}", "max_rl is not a known knob. Did you mean max_lr?"),
+    "point_unknown": (
+        "- {max_lr: 0.1}",
+        "- {max_rl: 0.1}",
+        "max_rl is not a known knob. Did you mean max_lr?",
+    ),
     "point_unsearched": (
         "- {max_lr: 0.1}",
         "- {dropout: 0.1}",
@@ -258,18 +417,38 @@ REFUSALS = {
         "max_lr must lie within its distribution (0.0001 to 1, log), got",
     ),
     "point_bounds": ("- {max_lr: 0.1}", "- {max_lr: -2}", "max_lr > 0 must hold, got -2."),
-    "point_dead": ("- {max_lr: 0.1}", "- {pct_start: 0.2}", "pct_start must have an effect, got a dead knob: schedule"),
+    "point_dead": (
+        "- {max_lr: 0.1}",
+        "- {pct_start: 0.2}",
+        "pct_start must have an effect, got a dead knob: schedule",
+    ),
     "tier_unknown": ("  cpu:", "  gpu:", "the tiers full and cpu must be given, got full, gpu."),
-    "budget_unknown": ("trials: 9", "trails: 9", "trails is not a known name. Did you mean trials?"),
+    "budget_unknown": (
+        "trials: 9",
+        "trails: 9",
+        "trails is not a known name. Did you mean trials?",
+    ),
     "budget_internal": (
         "max_time: 90s",
         "max_time_seconds: 90",
         "max_time_seconds is not a known name. Did you mean max_t",
     ),
     "trials_zero": ("trials: 9", "trials: 0", "trials >= 1 must hold, got 0."),
-    "rungs_type": ("rungs: [2, 4]", "rungs: [2, 4.0]", "rungs.1: input should be a valid integer, got 4.0."),
-    "rungs_order": ("rungs: [2, 4]", "rungs: [4, 2]", "rungs increasing from 1 or more must hold, got [4, 2]."),
-    "rungs_end": ("rungs: [2, 4]", "rungs: [2, 5]", "last rung = epochs must hold, got 5 and epochs 4."),
+    "rungs_type": (
+        "rungs: [2, 4]",
+        "rungs: [2, 4.0]",
+        "rungs.1: input should be a valid integer, got 4.0.",
+    ),
+    "rungs_order": (
+        "rungs: [2, 4]",
+        "rungs: [4, 2]",
+        "rungs increasing from 1 or more must hold, got [4, 2].",
+    ),
+    "rungs_end": (
+        "rungs: [2, 4]",
+        "rungs: [2, 5]",
+        "last rung = epochs must hold, got 5 and epochs 4.",
+    ),
     "fidelity_unknown": (
         "rungs: [2, 4]",
         "fidelity: cycle\n    rungs: [2, 4]",
@@ -280,28 +459,52 @@ REFUSALS = {
         "rungs: [2, 4]\n    fidelity: epochs",
         "first rung > pct_start x epochs must hold for fidelity: epochs, got 2 and 0.5 x 4. Within the warm-up",
     ),
-    "factor_one": ("reduction_factor: 3", "reduction_factor: 1", "reduction_factor >= 2 must hold, got 1."),
-    "sampler_kind": ("kind: tpe", "kind: tpa", "kind must be 'tpe', 'random' or 'qmc', got 'tpa'. Did you mean tpe?"),
-    "sampler_unknown": ("startup: 3", "start: 3", "start is not a known name. Did you mean startup?"),
+    "factor_one": (
+        "reduction_factor: 3",
+        "reduction_factor: 1",
+        "reduction_factor >= 2 must hold, got 1.",
+    ),
+    "sampler_kind": (
+        "kind: tpe",
+        "kind: tpa",
+        "kind must be 'tpe', 'random' or 'qmc', got 'tpa'. Did you mean tpe?",
+    ),
+    "sampler_unknown": (
+        "startup: 3",
+        "start: 3",
+        "start is not a known name. Did you mean startup?",
+    ),
     "startup_missing": (
         "{kind: tpe, startup: 3}",
         "{kind: tpe}",
         "startup >= 1 for kind tpe .* got kind tpe and startup 0.",
     ),
-    "startup_idle": ("{kind: random}", "{kind: random, startup: 1}", "got kind random and startup 1."),
+    "startup_idle": (
+        "{kind: random}",
+        "{kind: random, startup: 1}",
+        "got kind random and startup 1.",
+    ),
     "startup_long": (
         "startup: 3",
         "startup: 4",
         "startup <= trials / 3 must hold, got startup 4 and trials 9. Otherwise",
     ),
-    "max_time": ("max_time: 90s", "max_time: 90", "max_time: input should be a valid string, got 90."),
+    "max_time": (
+        "max_time: 90s",
+        "max_time: 90",
+        "max_time: input should be a valid string, got 90.",
+    ),
     "max_time_word": (
         "max_time: 90s",
         "max_time: soon",
         "duration: a time such as 90s, 8m or 1h30m must be given, got 's",
     ),
     "set_unknown": ("{epochs: 2", "{epochz: 2", "epochz is not a known knob. Did you mean epochs?"),
-    "set_dead": ("label_smoothing: 0}", "gamma: 0.5}", "gamma must have an effect, got a dead knob: schedule constant"),
+    "set_dead": (
+        "label_smoothing: 0}",
+        "gamma: 0.5}",
+        "gamma must have an effect, got a dead knob: schedule constant",
+    ),
     "set_conflict": (
         "train_size: 500",
         "train_size: 100",
@@ -322,29 +525,73 @@ REFUSALS = {
         "[max_lr, max_lr, cut",
         "max_lr must stand once in a tier, searched or set, got it twice",
     ),
-    "only_unknown": ("only: [max_lr", "only: [max_rl", "max_rl must be a searched knob. Did you mean max_lr?"),
-    "only_empty": ("only: [max_lr, cutout_size]", "only: []", "only: tuple should have at least 1 item"),
+    "only_unknown": (
+        "only: [max_lr",
+        "only: [max_rl",
+        "max_rl must be a searched knob. Did you mean max_lr?",
+    ),
+    "only_empty": (
+        "only: [max_lr, cutout_size]",
+        "only: []",
+        "only: tuple should have at least 1 item",
+    ),
     "only_dead": (
         "only: [max_lr",
         "only: [pct_start",
         "pct_start must have an effect, got a dead knob: schedule constant",
     ),
     "tab": ("  model: s7", "\tmodel: s7", "spaces must be used for indentation, got a tab."),
-    "bracket": ("[constant, onecycle]", "[constant, onecycle", "well-formed YAML must be given, got: while parsing"),
+    "bracket": (
+        "[constant, onecycle]",
+        "[constant, onecycle",
+        "well-formed YAML must be given, got: while parsing",
+    ),
     "twice": (
         "epochs: 4",
         "epochs: 4\n  model: s8",
         "model must stand once, got it again. It stands in line 9 already.",
     ),
-    "anchor": ("max_lr: 0.01", "max_lr: &lr 0.01", "no anchor may be used, got &lr. Write the value out."),
-    "alias": ("max_lr: 0.01", "max_lr: *lr", "well-formed YAML must be given, got: found undefined alias 'lr'."),
-    "tag": ("max_lr: 0.01", "max_lr: !lr 0.01", "text, a number, true or false must be given, got '0.01' (!lr)."),
+    "anchor": (
+        "max_lr: 0.01",
+        "max_lr: &lr 0.01",
+        "no anchor may be used, got &lr. Write the value out.",
+    ),
+    "alias": (
+        "max_lr: 0.01",
+        "max_lr: *lr",
+        "well-formed YAML must be given, got: found undefined alias 'lr'.",
+    ),
+    "tag": (
+        "max_lr: 0.01",
+        "max_lr: !lr 0.01",
+        "text, a number, true or false must be given, got '0.01' (!lr).",
+    ),
     "date": ("source: a test", "source: 2021-01-01", "got '2021-01-01' (timestamp). Quote text."),
-    "key_number": ("epochs: 4", "4: 4", "a plain name must stand before the colon, got another kind of key."),
-    "key_anchor": ("epochs: 4", "&e epochs: 4", "a plain name must stand before the colon, got another kind of key."),
-    "merge": ("epochs: 4", "<<: {a: 4}", "a plain name must stand before the colon, got another kind of key."),
-    "directive": ("space: mini", "%YAML 1.1\n---\nspace: mini", "no line may start with %, got a YAML directive."),
-    "second_document": ("points:", "---\npoints:", "well-formed YAML must be given, got: expected a single document"),
+    "key_number": (
+        "epochs: 4",
+        "4: 4",
+        "a plain name must stand before the colon, got another kind of key.",
+    ),
+    "key_anchor": (
+        "epochs: 4",
+        "&e epochs: 4",
+        "a plain name must stand before the colon, got another kind of key.",
+    ),
+    "merge": (
+        "epochs: 4",
+        "<<: {a: 4}",
+        "a plain name must stand before the colon, got another kind of key.",
+    ),
+    "directive": (
+        "space: mini",
+        "%YAML 1.1\n---\nspace: mini",
+        "no line may start with %, got a YAML directive.",
+    ),
+    "second_document": (
+        "points:",
+        "---\npoints:",
+        "well-formed YAML must be given, got: expected a single document",
+    ),
 }
 # The line told is not that of the first new character: the text that follows, or the place that misses something.
 OTHER_LINE = {
@@ -393,15 +640,23 @@ def test_control_characters_are_refused() -> None:
 
 
 def test_number_of_thousands_of_digits_is_refused() -> None:
-    assert "readable YAML must be given" in refuse(MINI.replace("epochs: 4", f"epochs: {'9' * 5000}", 1))
+    assert "readable YAML must be given" in refuse(
+        MINI.replace("epochs: 4", f"epochs: {'9' * 5000}", 1)
+    )
 
 
 def test_brackets_nested_very_deep_are_refused() -> None:
-    assert refuse("a: " + "[" * 1500) == "mini.yaml:1: at most 10 values inside each other must hold, got more."
+    assert (
+        refuse("a: " + "[" * 1500)
+        == "mini.yaml:1: at most 10 values inside each other must hold, got more."
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, len(MINI)), st.text(st.sampled_from(list("{}[]:,#&*!|>%@\t\n -0a'\"")), max_size=4))
+@given(
+    st.integers(0, len(MINI)),
+    st.text(st.sampled_from(list("{}[]:,#&*!|>%@\t\n -0a'\"")), max_size=4),
+)
 def test_damaged_file_is_read_or_refused_in_one_sentence(position: int, text: str) -> None:
     try:
         parse(MINI[:position] + text + MINI[position:])
@@ -413,7 +668,9 @@ def test_damaged_file_is_read_or_refused_in_one_sentence(position: int, text: st
 def test_file_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mini.yaml"
     path.write_text(MINI + "#" * 256_000)
-    with pytest.raises(SpaceError, match=r"mini\.yaml: at most 256000 bytes must hold, got 256\d\d\d\."):
+    with pytest.raises(
+        SpaceError, match=r"mini\.yaml: at most 256000 bytes must hold, got 256\d\d\d\."
+    ):
         read_space(path)
 
 
@@ -436,7 +693,9 @@ def test_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(SpaceError, match=r"got 's11'\. Did you mean s10\?$"):
         find_space("s11")
-    with pytest.raises(SpaceError, match=r"got 'resnet'\. Known: .*s6, s7, s8, s10, s10_postact, smoke\.$"):
+    with pytest.raises(
+        SpaceError, match=r"got 'resnet'\. Known: .*s6, s7, s8, s10, s10_postact, smoke\.$"
+    ):
         find_space("resnet")
 
 
@@ -463,7 +722,9 @@ def test_error_names_the_file_from_the_working_directory(workplace: Path) -> Non
 
 
 def test_unknown_tier_is_refused() -> None:
-    with pytest.raises(SpaceError, match=r"^tier: full or cpu must be given, got 'ful'\. Did you mean full\?$"):
+    with pytest.raises(
+        SpaceError, match=r"^tier: full or cpu must be given, got 'ful'\. Did you mean full\?$"
+    ):
         load_space("s7", "ful")
 
 
@@ -474,16 +735,24 @@ def test_listing_and_checking_all_spaces_needs_no_optuna() -> None:
         "heavy = {'optuna', 'torch', 'ray', 'mlflow', 'pandas', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=FOLDER.parent, env=os.environ, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=FOLDER.parent, env=os.environ, timeout=60
+    )
 
 
 # --- pins
 
 
 def test_pin_overrides_baseline_tier_and_points_and_is_not_searched() -> None:
-    space = select_tier(parse(MINI), "cpu", {"max_lr": 1, "train_size": 600, "batch_size": 32, "val_size": 100})
+    space = select_tier(
+        parse(MINI), "cpu", {"max_lr": 1, "train_size": 600, "batch_size": 32, "val_size": 100}
+    )
     assert repr(space.baseline.max_lr) == "1.0"
-    assert (space.baseline.train_size, space.baseline.batch_size, space.baseline.val_size) == (600, 32, 100)
+    assert (space.baseline.train_size, space.baseline.batch_size, space.baseline.val_size) == (
+        600,
+        32,
+        100,
+    )
     assert list(space.distributions) == ["cutout_size"]
     assert space.points == ()
     assert space.pinned == {"max_lr": 1.0, "train_size": 600, "batch_size": 32, "val_size": 100}
@@ -497,12 +766,17 @@ def test_pin_may_lie_outside_the_searched_range() -> None:
 def test_pin_drops_the_searched_knobs_that_it_kills() -> None:
     space = select_tier(parse(MINI), "full", {"schedule": "constant", "cutout_p": 0})
     assert list(space.distributions) == ["max_lr", "weight_decay"]
-    assert space.dropped == {"pct_start": "schedule constant is not onecycle", "cutout_size": "cutout_p is 0"}
+    assert space.dropped == {
+        "pct_start": "schedule constant is not onecycle",
+        "cutout_size": "cutout_p is 0",
+    }
     assert all(list(point) == ["max_lr", "weight_decay"] for point in space.points)
 
 
 def test_pin_may_bring_knobs_to_life() -> None:
-    space = select_tier(parse(MINI), "full", {"schedule": "step", "gamma": 0.5, "milestone_fractions": [0.25, 0.5]})
+    space = select_tier(
+        parse(MINI), "full", {"schedule": "step", "gamma": 0.5, "milestone_fractions": [0.25, 0.5]}
+    )
     assert (space.baseline.gamma, space.baseline.milestone_fractions) == (0.5, (0.25, 0.5))
     assert list(space.dropped) == ["pct_start"]
 
@@ -517,8 +791,12 @@ def test_pinned_epochs_become_the_last_rung(epochs: int, rungs: tuple[int, ...])
     assert space.budget.rungs == rungs
 
 
-@pytest.mark.parametrize(("fidelity", "restarts"), [("cycles", ()), ("cycles/continue", (1, 3)), ("epochs", ())])
-def test_continued_cycles_are_warm_restarts_of_every_trial(fidelity: str, restarts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("fidelity", "restarts"), [("cycles", ()), ("cycles/continue", (1, 3)), ("epochs", ())]
+)
+def test_continued_cycles_are_warm_restarts_of_every_trial(
+    fidelity: str, restarts: tuple[int, ...]
+) -> None:
     text = MINI.replace("rungs: [2, 4]", f"rungs: [1, 3, 4]\n    fidelity: {fidelity}")
     text = text.replace("pct_start: {low: 0.1, high: 0.5}", "pct_start: {choices: [0.1, 0.2, 0.3]}")
     text = text.replace("rungs: [1, 3, 4]", "rungs: [2, 3, 4]") if fidelity == "epochs" else text
@@ -539,23 +817,34 @@ def test_cycles_too_short_for_a_warm_up_are_refused_before_a_trial_is() -> None:
         "--set: pct_start x steps of the shortest cycle > 1 must hold, got 0.1 x 9. "
         "Raise pct_start's low, raise the first rung or lower batch_size."
     )
-    load_space("smoke", "cpu", {"train_size": 180, "schedule": "constant"}).check_searchable()  # there is no warm-up
+    load_space(
+        "smoke", "cpu", {"train_size": 180, "schedule": "constant"}
+    ).check_searchable()  # there is no warm-up
 
 
 def test_pinned_warm_restarts_are_refused_where_the_rungs_set_them() -> None:
     text = MINI.replace("rungs: [2, 4]", "rungs: [2, 4]\n    fidelity: cycles/continue")
     pins = {"schedule": "onecycle", "warm_restarts": [1]}
-    with pytest.raises(ConfigError, match="--set: no warm_restarts must stand beside fidelity: cycles/continue"):
+    with pytest.raises(
+        ConfigError, match="--set: no warm_restarts must stand beside fidelity: cycles/continue"
+    ):
         select_tier(parse(text), "full", pins).check_searchable()
     assert select_tier(parse(MINI), "full", pins).baseline.warm_restarts == (1,)
-    assert select_tier(parse(text), "full", pins).baseline.warm_restarts == (1,), "a single training obeys the pin"
+    assert select_tier(parse(text), "full", pins).baseline.warm_restarts == (1,), (
+        "a single training obeys the pin"
+    )
 
 
 def test_a_recorded_text_is_not_asked_again_whether_its_rungs_suit_its_fidelity() -> None:
     text = MINI.replace("rungs: [2, 4]", "rungs: [1, 4]\n    fidelity: epochs")
-    with pytest.raises(SpaceError, match="first rung > pct_start x epochs must hold for fidelity: epochs"):
+    with pytest.raises(
+        SpaceError, match="first rung > pct_start x epochs must hold for fidelity: epochs"
+    ):
         parse(text)
-    assert parse_space(text, Path("mini.yaml"), is_recorded=True).tiers["full"].budget.rungs == (1, 4)
+    assert parse_space(text, Path("mini.yaml"), is_recorded=True).tiers["full"].budget.rungs == (
+        1,
+        4,
+    )
     text = MINI.replace("rungs: [2, 4]", "rungs: [2, 5]")
     with pytest.raises(SpaceError, match="last rung = epochs must hold, got 5 and epochs 4"):
         parse_space(text, Path("mini.yaml"), is_recorded=True)
@@ -591,16 +880,26 @@ def test_impossible_pin_is_refused(pins: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("name", "pins", "sentence"),
     [
-        ("s10", {"train_size": 50_000, "val_size": 0}, "--set: val_size >= 1 must hold in a search, got 0. Trials"),
+        (
+            "s10",
+            {"train_size": 50_000, "val_size": 0},
+            "--set: val_size >= 1 must hold in a search, got 0. Trials",
+        ),
         (
             "s7",
             {"train_size": 200},
             "--set: everywhere in the search, batch_size <= train_size must hold, got batch_size 256",
         ),
-        ("s7", {"base_momentum": 0.95}, "--set: everywhere in the search, base_momentum <= max_momentum must hold"),
+        (
+            "s7",
+            {"base_momentum": 0.95},
+            "--set: everywhere in the search, base_momentum <= max_momentum must hold",
+        ),
     ],
 )
-def test_pins_that_forbid_a_search_still_give_a_training(name: str, pins: dict[str, Any], sentence: str) -> None:
+def test_pins_that_forbid_a_search_still_give_a_training(
+    name: str, pins: dict[str, Any], sentence: str
+) -> None:
     space = load_space(name, "full", pins)
     assert all(getattr(space.baseline, knob) == value for knob, value in pins.items())
     for refused in (space.check_searchable, space.limit):
@@ -658,7 +957,9 @@ def test_unreadable_setting_is_refused(text: str, sentence: str) -> None:
     assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("8m", 480), ("1h30m", 5400), (" 1h1m1s ", 3661)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("8m", 480), ("1h30m", 5400), (" 1h1m1s ", 3661)]
+)
 def test_duration_is_parsed(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
@@ -703,7 +1004,10 @@ def test_deciding_knobs_are_all_whose_value_makes_another_one_dead() -> None:
     for knob, start in itertools.product(KNOBS, (base, bare)):
         if knob != "milestone_fractions":
             choices = values.get(knob, (0, 0.5))
-            found = [set(inactive_knobs(start.model_copy(update={knob: value}))) - {knob} for value in choices]
+            found = [
+                set(inactive_knobs(start.model_copy(update={knob: value}))) - {knob}
+                for value in choices
+            ]
             deciding |= {knob} if any(dead != found[0] for dead in found) else set()
     assert deciding == set(DECIDING)
 
@@ -714,7 +1018,9 @@ def test_coupled_knobs_are_those_that_searching_can_make_invalid() -> None:
         update={"train_size": 128, "batch_size": 128, "base_momentum": 0.5, "max_momentum": 0.5}
     )
     coupled = set()
-    for knob, value in itertools.product(set(KNOBS) - set(STRUCTURAL), (0, 1e-3, 0.5, 0.899, 1, 8, 129, 1000)):
+    for knob, value in itertools.product(
+        set(KNOBS) - set(STRUCTURAL), (0, 1e-3, 0.5, 0.899, 1, 8, 129, 1000)
+    ):
         if find_value_problem(knob, value, knob) is None:
             try:
                 TrainConfig(**{**tight.model_dump(), knob: value})
@@ -730,16 +1036,28 @@ def test_coupled_knobs_are_those_that_searching_can_make_invalid() -> None:
 def test_shipped_baseline_states_exactly_the_knobs_that_can_have_an_effect(name: str) -> None:
     file = read_space(name)
     baseline = TrainConfig(**file.baseline)
-    assert set(file.baseline) == set(KNOBS) - set(find_inactive(baseline, file.search)) - {"warm_restarts"}
+    assert set(file.baseline) == set(KNOBS) - set(find_inactive(baseline, file.search)) - {
+        "warm_restarts"
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "smoke"])
-def test_shipped_cpu_tier_searches_the_few_knobs_that_a_short_budget_can_tell_apart(name: str) -> None:
+def test_shipped_cpu_tier_searches_the_few_knobs_that_a_short_budget_can_tell_apart(
+    name: str,
+) -> None:
     space = load_space(name, "cpu")
     schedule = {"schedule"} if name in ("s6", "s8") else set()
-    assert set(space.distributions) == {"max_lr", "dropout", "pct_start", "div_factor", "final_div_factor"} | schedule
+    assert (
+        set(space.distributions)
+        == {"max_lr", "dropout", "pct_start", "div_factor", "final_div_factor"} | schedule
+    )
     config = space.baseline
-    assert (config.epochs, config.train_size, config.val_size, config.batch_size) == (3, 6000, 1000, 128)
+    assert (config.epochs, config.train_size, config.val_size, config.batch_size) == (
+        3,
+        6000,
+        1000,
+        128,
+    )
     assert space.budget.rungs == (1, 3)
     assert space.budget.max_time_seconds is not None
     assert 300 <= space.budget.max_time_seconds <= 480
@@ -749,7 +1067,11 @@ def test_shipped_cpu_tier_searches_the_few_knobs_that_a_short_budget_can_tell_ap
 def test_shipped_full_tier_compares_complete_cycles_on_all_images(name: str) -> None:
     space = load_space(name, "full")
     assert (space.baseline.train_size, space.baseline.val_size) == (45_000, 5_000)
-    assert (space.budget.fidelity, space.budget.reduction_factor, len(space.budget.rungs)) == ("cycles", 3, 3)
+    assert (space.budget.fidelity, space.budget.reduction_factor, len(space.budget.rungs)) == (
+        "cycles",
+        3,
+        3,
+    )
     assert all(2 < later / earlier < 4 for earlier, later in itertools.pairwise(space.budget.rungs))
     kinds = {
         "max_lr",
@@ -771,10 +1093,34 @@ def test_smoke_space_trains_next_to_nothing(tier: str) -> None:
     assert space.baseline.val_size == 500
 
 
-WARP_S6 = {"shift_scale_rotate_p": 0.5, "shift_limit": 0.0625, "scale_limit": 0.1, "rotate_limit": 45.0, "gray_p": 0.0}
-ADAM = {"optimizer": "adam", "weight_decay": 1e-2, "schedule": "onecycle", "max_lr": 5.21e-4, "pct_start": 0.2}
-ADAM |= {"div_factor": 100.0, "final_div_factor": 100.0, "anneal_strategy": "cos", "base_momentum": 0.85}
-ADAM |= {"max_momentum": 0.95, "batch_size": 512, "epochs": 24, "dropout": 0.0, "crop_pad": 4, "hflip_p": 0.5}
+WARP_S6 = {
+    "shift_scale_rotate_p": 0.5,
+    "shift_limit": 0.0625,
+    "scale_limit": 0.1,
+    "rotate_limit": 45.0,
+    "gray_p": 0.0,
+}
+ADAM = {
+    "optimizer": "adam",
+    "weight_decay": 1e-2,
+    "schedule": "onecycle",
+    "max_lr": 5.21e-4,
+    "pct_start": 0.2,
+}
+ADAM |= {
+    "div_factor": 100.0,
+    "final_div_factor": 100.0,
+    "anneal_strategy": "cos",
+    "base_momentum": 0.85,
+}
+ADAM |= {
+    "max_momentum": 0.95,
+    "batch_size": 512,
+    "epochs": 24,
+    "dropout": 0.0,
+    "crop_pad": 4,
+    "hflip_p": 0.5,
+}
 ADAM |= {"cutout_p": 0.5, "cutout_size": 8, "shift_scale_rotate_p": 0.0, "gray_p": 0.0}
 
 
@@ -785,24 +1131,65 @@ ADAM |= {"cutout_p": 0.5, "cutout_size": 8, "shift_scale_rotate_p": 0.0, "gray_p
             "s6",
             0.7954,
             {"optimizer": "sgd", "momentum": 0.9, "schedule": "step", "max_lr": 0.032, "gamma": 0.1}
-            | {"milestone_fractions": (15 / 40, 30 / 40), "batch_size": 128, "epochs": 40, "dropout": 0.1}
+            | {
+                "milestone_fractions": (15 / 40, 30 / 40),
+                "batch_size": 128,
+                "epochs": 40,
+                "dropout": 0.1,
+            }
             | {"hflip_p": 0.5, "cutout_p": 0.5, "cutout_size": 8, "weight_decay": 0.0}
             | WARP_S6,
         ),
         (
             "s7",
             0.9045,
-            {"optimizer": "sgd", "schedule": "onecycle", "max_lr": 0.015, "pct_start": 0.3, "div_factor": 25.0}
-            | {"final_div_factor": 1e4, "anneal_strategy": "cos", "cycle_momentum": True, "base_momentum": 0.85}
-            | {"max_momentum": 0.95, "batch_size": 128, "epochs": 60, "dropout": 0.01, "weight_decay": 0.0}
+            {
+                "optimizer": "sgd",
+                "schedule": "onecycle",
+                "max_lr": 0.015,
+                "pct_start": 0.3,
+                "div_factor": 25.0,
+            }
+            | {
+                "final_div_factor": 1e4,
+                "anneal_strategy": "cos",
+                "cycle_momentum": True,
+                "base_momentum": 0.85,
+            }
+            | {
+                "max_momentum": 0.95,
+                "batch_size": 128,
+                "epochs": 60,
+                "dropout": 0.01,
+                "weight_decay": 0.0,
+            }
             | {"hflip_p": 0.3, "shift_scale_rotate_p": 0.5, "shift_limit": 0.1, "scale_limit": 0.1}
-            | {"rotate_limit": 30.0, "cutout_p": 0.5, "cutout_size": 16, "gray_p": 0.5, "crop_pad": 0},
+            | {
+                "rotate_limit": 30.0,
+                "cutout_p": 0.5,
+                "cutout_size": 16,
+                "gray_p": 0.5,
+                "crop_pad": 0,
+            },
         ),
         (
             "s8",
             0.8180,
-            {"optimizer": "sgd", "momentum": 0.9, "schedule": "constant", "max_lr": 0.01, "batch_size": 128}
-            | {"epochs": 40, "dropout": 0.0, "hflip_p": 0.5, "cutout_p": 0.5, "cutout_size": 16, "weight_decay": 0.0}
+            {
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "schedule": "constant",
+                "max_lr": 0.01,
+                "batch_size": 128,
+            }
+            | {
+                "epochs": 40,
+                "dropout": 0.0,
+                "hflip_p": 0.5,
+                "cutout_p": 0.5,
+                "cutout_size": 16,
+                "weight_decay": 0.0,
+            }
             | WARP_S6,
         ),
         ("s10", 0.9307, ADAM),
@@ -815,7 +1202,11 @@ def test_shipped_baseline_is_the_table_of_the_source_systems(
     space = load_space(name)
     values = space.baseline.model_dump()
     assert {knob: values[knob] for knob in expected} == expected
-    assert (space.baseline.model, space.baseline.label_smoothing, space.baseline.seed) == (name, 0.0, 0)
+    assert (space.baseline.model, space.baseline.label_smoothing, space.baseline.seed) == (
+        name,
+        0.0,
+        0,
+    )
     assert space.header.published.accuracy == published
     assert space.header.corrects
 
@@ -852,7 +1243,9 @@ def test_a_knob_is_told_with_what_gives_it_an_effect(knob: str, effect: str) -> 
     assert describe_effect(knob) == effect
 
 
-def test_an_effect_that_is_no_list_of_settings_is_not_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_effect_that_is_no_list_of_settings_is_not_told_as_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def find_inactive(config: TrainConfig) -> dict[str, str]:
         return {"momentum": "why"} if (config.optimizer == "sgd") == config.cycle_momentum else {}
 
@@ -863,7 +1256,9 @@ def test_an_effect_that_is_no_list_of_settings_is_not_told_as_one(monkeypatch: p
 
 def test_knobs_are_listed_in_the_schemas_words() -> None:
     found = {knob.name: knob for knob in list_knobs()}
-    assert tuple(found) == KNOBS and "depends on more than one rule" not in {knob.effect for knob in found.values()}
+    assert tuple(found) == KNOBS and "depends on more than one rule" not in {
+        knob.effect for knob in found.values()
+    }
     assert found["max_lr"].row == (
         "max_lr",
         "max LR: Highest learning rate of the schedule: OneCycle's peak, the start of the others.",
@@ -878,7 +1273,10 @@ def test_knobs_are_listed_in_the_schemas_words() -> None:
         "true, false",
         "false",
     )
-    assert rows["optimizer"][1:3] == ("optimizer", "sgd, adam, adamw") and rows["warm_restarts"][3] == "[]"
+    assert (
+        rows["optimizer"][1:3] == ("optimizer", "sgd, adam, adamw")
+        and rows["warm_restarts"][3] == "[]"
+    )
     assert (rows["seed"][-1], rows["gamma"][-1]) == (
         "never: all trials of a search share one training seed",
         "no space yet",
@@ -911,7 +1309,9 @@ def test_an_edited_range_changes_its_own_line_only(mini: Path) -> None:
     mini.write_bytes(text.encode())
     file = read_space(mini)
     edited = edit_range(file, "max_lr", Range(1.25e-5, 0.5, log=True))
-    assert edited == text.replace("{low: 1.0e-4, high: 1, log: true}", "{low: 1.25e-5, high: 0.5, log: true}")
+    assert edited == text.replace(
+        "{low: 1.0e-4, high: 1, log: true}", "{low: 1.25e-5, high: 0.5, log: true}"
+    )
     write_space(file, edited)
     assert mini.read_bytes() == edited.encode()
     assert read_space(mini).search["max_lr"] == Range(1.25e-5, 0.5, log=True)
@@ -936,14 +1336,19 @@ def test_a_range_that_is_not_logarithmic_is_written_without_the_word(mini: Path)
 
 
 def test_an_edit_that_breaks_a_rule_of_the_file_is_refused(mini: Path) -> None:
-    with pytest.raises(SpaceError, match=r"^mini.yaml:\d+: max_lr: the baseline's value must lie within"):
+    with pytest.raises(
+        SpaceError, match=r"^mini.yaml:\d+: max_lr: the baseline's value must lie within"
+    ):
         edit_range(read_space(mini), "max_lr", Range(0.1, 1.0, log=True))
 
 
 @pytest.mark.parametrize(
     ("knob", "sentence"),
     [
-        ("dropout", "dropout must be searched between low and high, got a knob that is not searched."),
+        (
+            "dropout",
+            "dropout must be searched between low and high, got a knob that is not searched.",
+        ),
         ("schedule", "schedule must be searched between low and high, got choices."),
     ],
 )
@@ -953,14 +1358,24 @@ def test_only_a_range_can_be_edited(mini: Path, knob: str, sentence: str) -> Non
 
 
 def test_a_range_over_several_lines_is_refused(mini: Path) -> None:
-    mini.write_text(MINI.replace("{low: 1.0e-4, high: 1, log: true}", "\n    low: 1.0e-4\n    high: 1\n    log: true"))
-    with pytest.raises(SpaceError, match=r"^mini.yaml:\d+: max_lr must be given as max_lr: .* got another form\.$"):
+    mini.write_text(
+        MINI.replace(
+            "{low: 1.0e-4, high: 1, log: true}", "\n    low: 1.0e-4\n    high: 1\n    log: true"
+        )
+    )
+    with pytest.raises(
+        SpaceError, match=r"^mini.yaml:\d+: max_lr must be given as max_lr: .* got another form\.$"
+    ):
         check_editable(read_space(mini), "max_lr")
 
 
-def test_the_packages_own_copy_is_not_edited_but_named(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packages_own_copy_is_not_edited_but_named(
+    mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tune_cifar.space.edit.PACKAGED", mini.parent)
-    with pytest.raises(SpaceError, match=r"got the package's copy\. .*: cp .*mini\.yaml search_spaces/$"):
+    with pytest.raises(
+        SpaceError, match=r"got the package's copy\. .*: cp .*mini\.yaml search_spaces/$"
+    ):
         check_editable(read_space(mini), "max_lr")
 
 
@@ -981,10 +1396,15 @@ def test_a_file_that_changed_meanwhile_or_is_gone_is_not_overwritten(mini: Path)
     file = read_space(mini)
     text = edit_range(file, "max_lr", Range(1e-3, 1.0, log=True))
     mini.write_text(MINI + "# another hand\n")
-    with pytest.raises(SpaceError, match=r"^mini.yaml: the file must be as it was read, got a changed one\."):
+    with pytest.raises(
+        SpaceError, match=r"^mini.yaml: the file must be as it was read, got a changed one\."
+    ):
         write_space(file, text)
     assert mini.read_text() == MINI + "# another hand\n"
     mini.unlink()
-    with pytest.raises(SpaceError, match=r"^mini.yaml: the file must be writable, got 'No such file or directory'\."):
+    with pytest.raises(
+        SpaceError,
+        match=r"^mini.yaml: the file must be writable, got 'No such file or directory'\.",
+    ):
         write_space(file, text)
     assert list(mini.parent.iterdir()) == []

@@ -53,11 +53,30 @@ pytestmark = pytest.mark.slow
 # A page that a loaded machine draws.
 PATIENCE_SECONDS = 120
 # What the knobs are worth, trial by trial, at the first rung and in the end; the sixth is stopped.
-ACCS = [(0.30, 0.52), (0.31, 0.61), (0.33, 0.58), (0.35, 0.64), (0.36, 0.55), (0.12, 0.0), (0.37, 0.57)]
+ACCS = [
+    (0.30, 0.52),
+    (0.31, 0.61),
+    (0.33, 0.58),
+    (0.35, 0.64),
+    (0.36, 0.55),
+    (0.12, 0.0),
+    (0.37, 0.57),
+]
 OPTIONS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1000"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1000",
+    ),
     # Nothing but the page on loopback is asked for.
-    *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *(
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ),
     "--disable-quic",
 )
 NOT_YET = (
@@ -72,10 +91,17 @@ NOT_YET = (
 def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     """A search of s7 with its five searched knobs, in cycles of 1 and 3 epochs; nothing is trained."""
     space = load_space("s7", "cpu")
-    space = replace(space, budget=space.budget.model_copy(update={"trials": len(ACCS), "max_time_seconds": None}))
+    space = replace(
+        space,
+        budget=space.budget.model_copy(update={"trials": len(ACCS), "max_time_seconds": None}),
+    )
     storage = tmp_path_factory.mktemp("runs")
-    header = make_header("search", "seen", space, 3, CIFAR10, NUMERICS, "python -m tune_cifar search --space s7")
-    driver = SearchDriver(Record.create(search_folder(storage, "seen"), header), space, ignore_event)
+    header = make_header(
+        "search", "seen", space, 3, CIFAR10, NUMERICS, "python -m tune_cifar search --space s7"
+    )
+    driver = SearchDriver(
+        Record.create(search_folder(storage, "seen"), header), space, ignore_event
+    )
     while (trial := driver.ask()) is not None:
         first, last = ACCS[trial.number]
         for cycle, epoch, acc in [(1, 1, first), (3, 1, 0.2), (3, 2, 0.4), (3, 3, last)]:
@@ -109,10 +135,16 @@ class Browser:
         waiting = WebDriverWait(self.driver, PATIENCE_SECONDS, 0.2, NOT_YET)
         return waiting.until(lambda _: condition(), f"{what}; the page: {self.driver.current_url}")
 
-    def find(self, css: str, text: str | None = None, within: WebElement | None = None) -> list[WebElement]:
+    def find(
+        self, css: str, text: str | None = None, within: WebElement | None = None
+    ) -> list[WebElement]:
         """The elements that are there now, of those with this text exactly."""
         found = (within or self.driver).find_elements(By.CSS_SELECTOR, css)
-        return found if text is None else [element for element in found if element.text.strip() == text]
+        return (
+            found
+            if text is None
+            else [element for element in found if element.text.strip() == text]
+        )
 
     def click(self, css: str, text: str | None = None) -> None:
         def try_once() -> bool:
@@ -136,11 +168,14 @@ class Browser:
         rows = self.find(".ag-center-cols-container [role=row]")
         places = {int(row.get_attribute("row-index") or -1): row for row in rows}
         return [
-            row.find_element(By.CSS_SELECTOR, f"[col-id='{column}']").text.strip() for _, row in sorted(places.items())
+            row.find_element(By.CSS_SELECTOR, f"[col-id='{column}']").text.strip()
+            for _, row in sorted(places.items())
         ]
 
     def wait_for_runs(self, names: list[str]) -> None:
-        self.wait(lambda: self.list_runs()[: len(names)] == names, f"the table must begin with {names}")
+        self.wait(
+            lambda: self.list_runs()[: len(names)] == names, f"the table must begin with {names}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +191,24 @@ def serve(*words: str) -> Iterator[dict[str, str]]:
     command = [sys.executable, "-m", "tune_cifar", "ui", *words, "--port", str(find_free_port())]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
-        first = re.fullmatch(r"(.*): (http://127\.0\.0\.1:\d+)  \(Ctrl-C ends it\)\n", process.stdout.readline())
+        first = re.fullmatch(
+            r"(.*): (http://127\.0\.0\.1:\d+)  \(Ctrl-C ends it\)\n", process.stdout.readline()
+        )
         assert first is not None
         links = {first[1]: first[2]}
         for _ in range(0 if "--optuna" in words else 2):
-            found = re.fullmatch(rf"  (.*): ({re.escape(first[2])}\S+)\n", process.stdout.readline())
+            found = re.fullmatch(
+                rf"  (.*): ({re.escape(first[2])}\S+)\n", process.stdout.readline()
+            )
             assert found is not None
             links[found[1]] = found[2]
         yield links
@@ -177,11 +221,16 @@ def test_a_search_is_found_sorted_compared_and_looked_into_in_mlflows_page(
     searched: SearchState, browser: Browser, tmp_path: Path
 ) -> None:
     storage, best = searched.folder.parent.parent, searched.best
-    assert best is not None and [trial.status for trial in searched.trials.values()].count("complete") == 6
+    assert (
+        best is not None
+        and [trial.status for trial in searched.trials.values()].count("complete") == 6
+    )
     uri = make_tracking_uri(storage, None)
     sync_search(uri, storage, searched)
     evaluation = evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
-    files = save_evaluation(evaluation, make_pictures(5), "seen:3: 5 validation images", tmp_path / "judge")
+    files = save_evaluation(
+        evaluation, make_pictures(5), "seen:3: 5 validation images", tmp_path / "judge"
+    )
     assert upload_evaluation(uri, storage, searched, best, evaluation.to_dict(), files) is None
     with serve("--storage", str(storage)) as links:
         assert list(links) == ["MLflow UI", "s7: Searches", "s7: Trials, best first (cpu)"]
@@ -199,12 +248,16 @@ def see_the_trials_nested_in_their_search(browser: Browser, link: str) -> None:
     browser.click("[data-component-id='mlflow.assistant.chat_panel.close']")
     trials = [f"{number:03d} seen" for number in reversed(range(len(ACCS)))]
     browser.click(".ag-pinned-left-cols-container [role=row] button")
-    browser.wait(lambda: sorted(browser.list_runs()[1:]) == sorted(trials), "the search must show its trials")
+    browser.wait(
+        lambda: sorted(browser.list_runs()[1:]) == sorted(trials), "the search must show its trials"
+    )
     assert browser.list_runs()[0] == "seen"
     assert browser.read_column("metrics.`best_val_acc`")[0] == "0.64"
     assert browser.read_column("metrics.`gain_over_baseline`")[0] == "0.12"
     browser.click(".ag-pinned-left-cols-container [role=row] button")
-    browser.wait(lambda: browser.list_runs() == ["seen"], "the trials must be folded into the search again")
+    browser.wait(
+        lambda: browser.list_runs() == ["seen"], "the trials must be folded into the search again"
+    )
 
 
 def see_the_best_trial_first(browser: Browser, link: str, searched: SearchState) -> None:
@@ -221,17 +274,24 @@ def see_the_best_trial_first(browser: Browser, link: str, searched: SearchState)
 def see_the_knobs_of_all_trials(browser: Browser, link: str, searched: SearchState) -> None:
     """The view's charts: the searched knobs, and nothing else, in parallel coordinates with val_acc."""
     browser.open(link)
-    browser.wait_for_runs(rank(searched)[:6])  # without a score, after those with one: the stopped trial, the search
+    browser.wait_for_runs(
+        rank(searched)[:6]
+    )  # without a score, after those with one: the stopped trial, the search
     knobs = list(searched.header.distributions)
     first = searched.trials[int(rank(searched)[0].split()[0])]
-    assert [browser.read_column(f"params.`{knob}`")[0] for knob in knobs] == [str(first.params[k]) for k in knobs]
+    assert [browser.read_column(f"params.`{knob}`")[0] for knob in knobs] == [
+        str(first.params[k]) for k in knobs
+    ]
     browser.open(f"{link}&compareRunsMode=CHART")
     card = "[data-testid='experiment-view-compare-runs-card']"
 
     def read_card() -> str:
         return str(browser.find(card)[0].get_property("textContent")) if browser.find(card) else ""
 
-    browser.wait(lambda: all(name in read_card() for name in (*knobs, "val_acc")), f"a chart must show {knobs}")
+    browser.wait(
+        lambda: all(name in read_card() for name in (*knobs, "val_acc")),
+        f"a chart must show {knobs}",
+    )
     assert read_card().startswith("Parallel Coordinates") and "momentum" not in read_card()
 
 
@@ -239,10 +299,16 @@ def see_five_compared(browser: Browser, link: str, searched: SearchState) -> Non
     browser.open(link)
     browser.wait_for_runs(rank(searched)[:6])
     for place in range(5):
-        browser.click(f".ag-pinned-left-cols-container [row-index='{place}'] .ag-selection-checkbox input")
+        browser.click(
+            f".ag-pinned-left-cols-container [row-index='{place}'] .ag-selection-checkbox input"
+        )
     browser.click("[data-testid='runs-compare-button']")
-    browser.wait(lambda: "Comparing 5 Runs" in browser.find("body")[0].text, "five runs must be compared")
-    axes = browser.wait(lambda: [axis.text for axis in browser.find(".parcoords .axis-title")], "axes must be drawn")
+    browser.wait(
+        lambda: "Comparing 5 Runs" in browser.find("body")[0].text, "five runs must be compared"
+    )
+    axes = browser.wait(
+        lambda: [axis.text for axis in browser.find(".parcoords .axis-title")], "axes must be drawn"
+    )
     # MLflow takes the first three knobs that differ, by name, and the first metric.
     assert axes == ["div_factor", "dropout", "final_div_factor", "val_acc"]
     text = browser.find("body")[0].text
@@ -253,7 +319,9 @@ def see_a_trials_curves_and_figures(browser: Browser, link: str, number: int) ->
     browser.open(link)
     browser.click(".ag-pinned-left-cols-container [role=row] a", f"{number:03d} seen")
     command = f"python -m tune_cifar reproduce seen:{number}"
-    browser.wait(lambda: command in browser.find("body")[0].text, "the note must say how it is trained again")
+    browser.wait(
+        lambda: command in browser.find("body")[0].text, "the note must say how it is trained again"
+    )
     browser.click("[role=tab]", "Model metrics")
 
     def count_points() -> int:
@@ -263,12 +331,16 @@ def see_a_trials_curves_and_figures(browser: Browser, link: str, number: int) ->
                 return len(browser.find(".scatterlayer .trace .points path", within=card))
         return 0
 
-    browser.wait(lambda: count_points() == 4, "val_acc must be drawn with a point for each of the 4 epochs")
+    browser.wait(
+        lambda: count_points() == 4, "val_acc must be drawn with a point for each of the 4 epochs"
+    )
     browser.click("[role=tab]", "Artifacts")
     for name in ("judge", "validation", "confusion.png"):
         browser.click("[data-testid='artifact-tree-node']", name)
     picture = browser.wait(
-        lambda: [image for image in browser.find("img") if image.get_property("naturalWidth") == 946],
+        lambda: [
+            image for image in browser.find("img") if image.get_property("naturalWidth") == 946
+        ],
         "the figure must be drawn in its own size",
     )
     assert picture[0].is_displayed()
@@ -280,10 +352,16 @@ def rank(searched: SearchState) -> list[str]:
     return [f"{trial.number:03d} seen" for trial in trials]
 
 
-def test_a_search_is_found_in_optuna_dashboards_page(searched: SearchState, browser: Browser) -> None:
-    with serve("--optuna", "--search", "seen", "--storage", str(searched.folder.parent.parent)) as links:
+def test_a_search_is_found_in_optuna_dashboards_page(
+    searched: SearchState, browser: Browser
+) -> None:
+    with serve(
+        "--optuna", "--search", "seen", "--storage", str(searched.folder.parent.parent)
+    ) as links:
         browser.open(links["optuna-dashboard"])
-        browser.wait(lambda: "seen" in browser.find("body")[0].text, "the search's name must be shown")
+        browser.wait(
+            lambda: "seen" in browser.find("body")[0].text, "the search's name must be shown"
+        )
         browser.open(f"{links['optuna-dashboard']}/dashboard/studies/0")
         browser.wait(lambda: "History" in browser.find("body")[0].text, "the history must be shown")
         points = ".js-plotly-plot .scatterlayer .points path"

@@ -54,7 +54,13 @@ from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, inactive_knobs
 from tune_cifar.tracking import runs as mlruns
 from tune_cifar.tracking.runs import EPOCH_METRICS
 from tune_cifar.tracking.server import list_views, run_ui, stop_ui
-from tune_cifar.tracking.upload import BackgroundUploader, SyncReport, delete_runs, make_tracking_uri, sync_search
+from tune_cifar.tracking.upload import (
+    BackgroundUploader,
+    SyncReport,
+    delete_runs,
+    make_tracking_uri,
+    sync_search,
+)
 from tune_cifar.tracking.views import make_experiment_tags
 
 
@@ -73,9 +79,14 @@ def way_out(storage: Path, uri: str | None = None) -> str:
     return f"The record is whole. Complete MLflow from it: {command}"
 
 
-def test_the_address_is_an_absolute_sqlite_file_in_the_run_store_unless_given(workplace: Path) -> None:
+def test_the_address_is_an_absolute_sqlite_file_in_the_run_store_unless_given(
+    workplace: Path,
+) -> None:
     assert make_tracking_uri(find_storage(None), None) == f"sqlite:///{workplace}/runs/mlflow.db"
-    assert make_tracking_uri(find_storage("elsewhere"), None) == f"sqlite:///{workplace}/elsewhere/mlflow.db"
+    assert (
+        make_tracking_uri(find_storage("elsewhere"), None)
+        == f"sqlite:///{workplace}/elsewhere/mlflow.db"
+    )
     assert make_tracking_uri(find_storage(None), "http://127.0.0.1:1") == "http://127.0.0.1:1"
 
 
@@ -84,7 +95,11 @@ def test_a_database_that_cannot_be_written_is_told_with_the_way_out_and_hurts_no
     workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setattr("tune_cifar.tracking.store.SQLITE_TIMEOUT_SECONDS", 0.05)
-    words = {"folder": "unable to open database file", "text": "file is not a database", "locked": "database is locked"}
+    words = {
+        "folder": "unable to open database file",
+        "text": "file is not a database",
+        "locked": "database is locked",
+    }
     storage = workplace / "my runs"
     path = storage / ("no/such/folder/mlflow.db" if where == "folder" else "mlflow.db")
     storage.mkdir()
@@ -103,7 +118,9 @@ def test_the_way_out_of_the_usual_run_store_is_short(workplace: Path) -> None:
     storage.mkdir()
     (storage / "mlflow.db").write_text("this is no database\n" * 40)
     (fault,) = ship(storage, make_tracking_uri(storage, None), make_events())
-    assert fault.endswith("The record is whole. Complete MLflow from it: python -m tune_cifar sync --search s7-1")
+    assert fault.endswith(
+        "The record is whole. Complete MLflow from it: python -m tune_cifar sync --search s7-1"
+    )
 
 
 def test_a_shipper_that_heard_of_nothing_due_closes_at_once(tmp_path: Path) -> None:
@@ -113,14 +130,18 @@ def test_a_shipper_that_heard_of_nothing_due_closes_at_once(tmp_path: Path) -> N
 
 
 def test_the_ui_of_a_store_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match=r"mlflow\.db: an MLflow database must be there, got none\."):
+    with pytest.raises(
+        TrackingError, match=r"mlflow\.db: an MLflow database must be there, got none\."
+    ):
         run_ui(make_tracking_uri(tmp_path, None), None)
 
 
 @pytest.mark.slow
 def test_a_ui_that_ends_at_once_says_why(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says\n" * 40)
-    with pytest.raises(TrackingError, match=r"must keep running, got exit status 1: .*file is not a database"):
+    with pytest.raises(
+        TrackingError, match=r"must keep running, got exit status 1: .*file is not a database"
+    ):
         run_ui(make_tracking_uri(tmp_path, None), None)
 
 
@@ -128,11 +149,15 @@ def test_a_port_in_use_is_refused_for_the_ui(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(TrackingError, match=f"--port: a free port must be given, got {port}, which is in use"):
+        with pytest.raises(
+            TrackingError, match=f"--port: a free port must be given, got {port}, which is in use"
+        ):
             run_ui(make_tracking_uri(tmp_path, None), port)
 
 
-def test_the_ui_has_the_same_port_each_time_unless_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ui_has_the_same_port_each_time_unless_it_is_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from tune_cifar.tracking.server import _find_port
 
     port = find_free_port()
@@ -188,7 +213,9 @@ class Shipped:
         return {item.path for item in self.client.list_artifacts(run.info.run_id)}
 
     def read_artifact(self, run: Any, name: str) -> str:
-        return Path(self.client.download_artifacts(run.info.run_id, name)).read_text(encoding="utf-8")
+        return Path(self.client.download_artifacts(run.info.run_id, name)).read_text(
+            encoding="utf-8"
+        )
 
     def read_history(self, run: Any, metric: str) -> list[tuple[int, float]]:
         history = self.client.get_metric_history(run.info.run_id, metric)
@@ -210,7 +237,9 @@ def shipped(storage: Path) -> Shipped:
 
 @pytest.mark.slow
 def test_a_search_is_one_parent_run_with_a_child_per_trial(shipped: Shipped) -> None:
-    assert shipped.num_runs == 6 and set(shipped.children) == {f"s7-1:{number}" for number in range(5)}
+    assert shipped.num_runs == 6 and set(shipped.children) == {
+        f"s7-1:{number}" for number in range(5)
+    }
     parents = {run.data.tags["mlflow.parentRunId"] for run in shipped.children.values()}
     assert parents == {shipped.parent.info.run_id}
     assert shipped.parent.info.run_name == "s7-1"
@@ -219,7 +248,10 @@ def test_a_search_is_one_parent_run_with_a_child_per_trial(shipped: Shipped) -> 
 
 @pytest.mark.slow
 def test_statuses_and_tags_say_how_every_run_ended_and_on_what(shipped: Shipped) -> None:
-    statuses = {run_id: (run.info.status, run.data.tags["status"]) for run_id, run in shipped.children.items()}
+    statuses = {
+        run_id: (run.info.status, run.data.tags["status"])
+        for run_id, run in shipped.children.items()
+    }
     assert statuses == {
         "s7-1:0": ("FINISHED", "complete"),
         "s7-1:1": ("FINISHED", "complete"),
@@ -228,18 +260,35 @@ def test_statuses_and_tags_say_how_every_run_ended_and_on_what(shipped: Shipped)
         "s7-1:4": ("FAILED", "failed"),
     }
     tags = shipped.children["s7-1:2"].data.tags
-    wanted = {"search": "s7-1", "origin": "sampler", "reason": "it stopped", "data": "cifar10", "split_hash": "h1"}
+    wanted = {
+        "search": "s7-1",
+        "origin": "sampler",
+        "reason": "it stopped",
+        "data": "cifar10",
+        "split_hash": "h1",
+    }
     wanted |= {"fingerprint": CONFIG.fingerprint, "git_commit": "abc"}
     assert {name: tags[name] for name in wanted} == wanted
     parent = shipped.parent.data.tags
-    wanted = {"search": "s7-1", "kind": "search", "tier": "full", "data": "cifar10", "data_digest": "d1", "seed": "1"}
+    wanted = {
+        "search": "s7-1",
+        "kind": "search",
+        "tier": "full",
+        "data": "cifar10",
+        "data_digest": "d1",
+        "seed": "1",
+    }
     assert {name: parent[name] for name in wanted} == wanted
 
 
 @pytest.mark.slow
 def test_params_are_exactly_the_living_knobs(shipped: Shipped) -> None:
     dead = inactive_knobs(CONFIG)
-    living = {name: str(value) for name, value in CONFIG.model_dump(mode="json").items() if name not in dead}
+    living = {
+        name: str(value)
+        for name, value in CONFIG.model_dump(mode="json").items()
+        if name not in dead
+    }
     assert all(run.data.params == living for run in shipped.children.values())
 
 
@@ -248,7 +297,10 @@ def test_metrics_have_one_point_per_epoch_and_the_epoch_as_their_step(shipped: S
     run = shipped.children["s7-1:1"]
     assert shipped.read_history(run, "val_acc") == [(1, 0.4), (2, 0.6), (3, 0.8)]
     for name in EPOCH_METRICS:
-        wanted = [(epoch, getattr(make_result(epoch, acc), name)) for epoch, acc in enumerate((0.4, 0.6, 0.8), 1)]
+        wanted = [
+            (epoch, getattr(make_result(epoch, acc), name))
+            for epoch, acc in enumerate((0.4, 0.6, 0.8), 1)
+        ]
         assert shipped.read_history(run, name) == wanted
     assert shipped.read_history(run, "score") == [(3, 0.8)]
     assert set(shipped.children["s7-1:2"].data.metrics) == set(EPOCH_METRICS)  # stopped: no score
@@ -261,12 +313,17 @@ def test_times_follow_the_epochs_seconds(shipped: Shipped) -> None:
     points = shipped.client.get_metric_history(run.info.run_id, "val_acc")
     stamps = {point.step: point.timestamp for point in points}
     assert (stamps[2] - stamps[1], stamps[3] - stamps[2]) == (2000, 2000)
-    assert stamps[1] - run.info.start_time == 2000 and 6000 <= run.info.end_time - run.info.start_time < 60_000
+    assert (
+        stamps[1] - run.info.start_time == 2000
+        and 6000 <= run.info.end_time - run.info.start_time < 60_000
+    )
     assert shipped.parent.info.start_time == 1769860800000  # 2026-01-31T12:00:00 UTC, the header's
 
 
 @pytest.mark.slow
-def test_artifacts_hold_config_numerics_environment_and_the_best_weights(shipped: Shipped, storage: Path) -> None:
+def test_artifacts_hold_config_numerics_environment_and_the_best_weights(
+    shipped: Shipped, storage: Path
+) -> None:
     always = {"config.json", "numerics.json", "environment.json"}
     found = {run_id: shipped.list_artifacts(run) for run_id, run in shipped.children.items()}
     assert found == {
@@ -283,13 +340,18 @@ def test_artifacts_hold_config_numerics_environment_and_the_best_weights(shipped
     assert environment == {"git_commit": "abc", "split_hash": "h1"}
     assert shipped.read_artifact(best, "weights.safetensors") == "the best weights"
     assert shipped.read_artifact(shipped.parent, "space.yaml") == make_header().space_text
-    assert (storage / "mlartifacts" / "s7").is_dir(), "artifacts lie in the run store, not where the command ran"
+    assert (storage / "mlartifacts" / "s7").is_dir(), (
+        "artifacts lie in the run store, not where the command ran"
+    )
 
 
 @pytest.mark.slow
 def test_the_parent_ends_with_best_gain_and_reason(shipped: Shipped) -> None:
     assert shipped.parent.info.status == "FINISHED"
-    assert shipped.parent.data.tags["end"] == "all trials" and shipped.parent.data.tags["best_run_id"] == "s7-1:1"
+    assert (
+        shipped.parent.data.tags["end"] == "all trials"
+        and shipped.parent.data.tags["best_run_id"] == "s7-1:1"
+    )
     metrics = shipped.parent.data.metrics
     assert metrics["best_val_acc"] == 0.8 and metrics["gain_over_baseline"] == pytest.approx(0.1)
 
@@ -303,21 +365,43 @@ def test_a_search_on_the_stand_in_is_kept_apart_and_tagged(place: Path) -> None:
     assert shipped.client.get_experiment_by_name("s7") is None
     tags = [run.data.tags["data"] for run in (shipped.parent, *shipped.children.values())]
     assert tags == ["shapes"] * 6
-    assert (shipped.parent.info.status, shipped.parent.data.tags["end"]) == ("KILLED", "interrupted")
-    assert shipped.read_artifact(shipped.children["s7-1:1"], "weights.safetensors") == "the best weights"
+    assert (shipped.parent.info.status, shipped.parent.data.tags["end"]) == (
+        "KILLED",
+        "interrupted",
+    )
+    assert (
+        shipped.read_artifact(shipped.children["s7-1:1"], "weights.safetensors")
+        == "the best weights"
+    )
 
 
 @pytest.mark.slow
-def test_recorded_times_are_the_runs_times_and_an_end_is_never_before_the_last_epoch(place: Path) -> None:
+def test_recorded_times_are_the_runs_times_and_an_end_is_never_before_the_last_epoch(
+    place: Path,
+) -> None:
     times = [("2026-01-31T12:01:00+00:00", "2026-01-31T12:01:30.250000+00:00")]
-    times.append(("2026-01-31T12:02:00+00:00", "2026-01-31T11:02:10+00:00"))  # the clock was set back
+    times.append(
+        ("2026-01-31T12:02:00+00:00", "2026-01-31T11:02:10+00:00")
+    )  # the clock was set back
     events: list[Event] = []
     for number, (start, end) in enumerate(times):
-        events += [make_start(number, time=start), EpochReported(trial=number, result=make_result(1))]
+        events += [
+            make_start(number, time=start),
+            EpochReported(trial=number, result=make_result(1)),
+        ]
         events.append(TrialEnded(trial=number, status="stopped", reason="it stopped", time=end))
-    assert ship(place, make_tracking_uri(place, None), [*events, SearchEnded(reason="x", wall_seconds=9)]) == []
+    assert (
+        ship(
+            place,
+            make_tracking_uri(place, None),
+            [*events, SearchEnded(reason="x", wall_seconds=9)],
+        )
+        == []
+    )
     shipped = Shipped(place, "s7")
-    spans = [(run.info.start_time, run.info.end_time) for _, run in sorted(shipped.children.items())]
+    spans = [
+        (run.info.start_time, run.info.end_time) for _, run in sorted(shipped.children.items())
+    ]
     noon = 1769860800000
     assert spans == [(noon + 60_000, noon + 90_250), (noon + 120_000, noon + 122_000)]
     assert shipped.parent.info.end_time == noon + 9_000
@@ -341,26 +425,40 @@ CYCLES = {"trials": 4, "rungs": [1, 2, 3], "fidelity": "cycles"}
 @pytest.mark.slow
 def test_the_epochs_of_all_cycles_follow_one_another(place: Path) -> None:
     """A metric's step counts what was paid for; params are the whole training's, the config that of the last cycle."""
-    events = [*make_cycles(0, COURSES, "complete"), *make_cycles(1, {1: [0.4], 2: [0.1, 0.3]}, "stopped")]
-    events += [*make_cycles(2, {1: [0.2]}, "diverged", cycle=2), SearchEnded(reason="x", wall_seconds=9.0)]
+    events = [
+        *make_cycles(0, COURSES, "complete"),
+        *make_cycles(1, {1: [0.4], 2: [0.1, 0.3]}, "stopped"),
+    ]
+    events += [
+        *make_cycles(2, {1: [0.2]}, "diverged", cycle=2),
+        SearchEnded(reason="x", wall_seconds=9.0),
+    ]
     assert ship(place, make_tracking_uri(place, None), events, budget=CYCLES) == []
     shipped = Shipped(place, "s7")
     whole, stopped, diverged = (shipped.children[f"s7-1:{number}"] for number in range(3))
-    assert shipped.read_history(whole, "val_acc") == list(enumerate([0.5, 0.2, 0.6, 0.1, 0.3, 0.7], 1))
+    assert shipped.read_history(whole, "val_acc") == list(
+        enumerate([0.5, 0.2, 0.6, 0.1, 0.3, 0.7], 1)
+    )
     assert shipped.read_history(whole, "score") == [(6, 0.7)]
     assert shipped.read_history(stopped, "val_acc") == [(1, 0.4), (2, 0.1), (3, 0.3)]
     assert shipped.read_history(diverged, "val_acc") == [(1, 0.2)]
     assert [run.data.tags["epochs_done"] for run in (whole, stopped, diverged)] == ["6", "3", "1"]
     for run, epochs in ((whole, 3), (stopped, 2), (diverged, 2)):
         assert run.data.tags["fingerprint"] == CONFIG.shorten(epochs).fingerprint
-        assert TrainConfig(**json.loads(shipped.read_artifact(run, "config.json"))) == CONFIG.shorten(epochs)
+        assert TrainConfig(
+            **json.loads(shipped.read_artifact(run, "config.json"))
+        ) == CONFIG.shorten(epochs)
         assert run.data.params["epochs"] == "3"
-    stamps = [point.timestamp for point in shipped.client.get_metric_history(whole.info.run_id, "val_acc")]
+    stamps = [
+        point.timestamp for point in shipped.client.get_metric_history(whole.info.run_id, "val_acc")
+    ]
     assert sorted(stamps) == [whole.info.start_time + 2000 * epoch for epoch in range(1, 7)]
 
 
 @pytest.mark.slow
-def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_is_resumed(place: Path) -> None:
+def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_is_resumed(
+    place: Path,
+) -> None:
     start, *epochs, end = make_cycles(0, COURSES, "complete")
     with drive(place, budget=CYCLES) as driver:
         driver.tell(start, epochs[0])
@@ -382,7 +480,9 @@ def test_a_trial_in_cycles_appears_at_the_end_of_each_and_goes_on_there_when_it_
 @pytest.mark.slow
 def test_a_retried_trial_says_how_often_and_why(place: Path) -> None:
     start, *rest = make_trial(0, [0.3, 0.5, 0.7], "complete")
-    retries = [TrialRetried(trial=0, fault=fault, text="...") for fault in ("worker died", "out of memory")]
+    retries = [
+        TrialRetried(trial=0, fault=fault, text="...") for fault in ("worker died", "out of memory")
+    ]
     write_record(place, make_header(), [start, *retries, *rest])
     sync(place)
     tags = Shipped(place, "s7").children["s7-1:0"].data.tags
@@ -422,7 +522,9 @@ class Breaks:
         self.calls: list[str] = []
         self.number, self.is_late, self.fault = 0, False, BaseException()
         make_client = mlruns.make_client
-        monkeypatch.setattr("tune_cifar.tracking.runs.make_client", lambda uri: Broken(make_client(uri), self))
+        monkeypatch.setattr(
+            "tune_cifar.tracking.runs.make_client", lambda uri: Broken(make_client(uri), self)
+        )
 
     def set(self, number: int, is_late: bool, fault: BaseException) -> None:
         self.calls.clear()
@@ -464,7 +566,9 @@ def test_a_trial_appears_at_a_rung_and_is_completed_at_its_end_with_a_batch_each
         assert look(place)["s7-1"] == ("RUNNING", 0)
         driver.tell(third, end)
         wait_for(lambda: look(place)["000 s7-1"] == ("FINISHED", 3))
-        assert breaks.calls.count("log_batch") == 3, "one for the parent, one for the rung, one for the end"
+        assert breaks.calls.count("log_batch") == 3, (
+            "one for the parent, one for the rung, one for the end"
+        )
         driver.tell(SearchEnded(reason="all trials", wall_seconds=6.0))
         assert driver.uploader.close(600) == []
     assert look(place) == {"s7-1": ("FINISHED", 0), "000 s7-1": ("FINISHED", 3)}
@@ -489,7 +593,9 @@ def test_an_interrupted_search_is_killed_and_its_runs_go_on_when_it_is_resumed(p
     start, first, *rest = make_trial(1, [0.4, 0.6, 0.8], "complete")
     third = make_trial(2, [0.2, 0.3, 0.4], "complete")
     with drive(place, budget={"trials": 3, "rungs": [2, 3]}) as driver:
-        driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"), start, third[0], first, *third[1:3])
+        driver.tell(
+            *make_trial(0, [0.3, 0.5, 0.7], "complete"), start, third[0], first, *third[1:3]
+        )
         driver.tell(SearchEnded(reason="interrupted", wall_seconds=9.0))
         assert driver.uploader.close(600) == []
         killed = {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("KILLED", 1)}
@@ -503,10 +609,20 @@ def test_an_interrupted_search_is_killed_and_its_runs_go_on_when_it_is_resumed(p
     shipped = Shipped(place, "s7")
     statuses = [run.info.status for _, run in sorted(shipped.children.items())]
     assert statuses == ["FINISHED", "FINISHED", "FINISHED", "FAILED"] and shipped.num_runs == 5
-    assert shipped.read_history(shipped.children["s7-1:1"], "val_acc") == [(1, 0.4), (2, 0.6), (3, 0.8)]
+    assert shipped.read_history(shipped.children["s7-1:1"], "val_acc") == [
+        (1, 0.4),
+        (2, 0.6),
+        (3, 0.8),
+    ]
     tags = shipped.parent.data.tags
-    assert (shipped.parent.info.status, tags["end"], tags["resumes"]) == ("FINISHED", "all trials", "1")
-    assert shipped.parent.info.end_time == 1769860800000 + 3_600_000 + 9_000, "counted from the resume"
+    assert (shipped.parent.info.status, tags["end"], tags["resumes"]) == (
+        "FINISHED",
+        "all trials",
+        "1",
+    )
+    assert shipped.parent.info.end_time == 1769860800000 + 3_600_000 + 9_000, (
+        "counted from the resume"
+    )
     assert "resume-1.json" in shipped.list_artifacts(shipped.parent)
     assert shipped.parent.data.metrics["best_val_acc"] == 0.8
     commits = [run.data.tags["git_commit"] for _, run in sorted(shipped.children.items())]
@@ -542,7 +658,9 @@ def test_what_is_heard_while_an_attempt_fails_is_shipped_by_the_next(
 @pytest.mark.slow
 def test_a_resumed_search_first_ships_what_mlflow_lacks(place: Path) -> None:
     events = [*make_trial(0, [0.3, 0.5, 0.7], "complete"), *make_trial(1, [], None)]
-    write_record(place, make_header(), [*events, SearchEnded(reason="interrupted", wall_seconds=9.0)])
+    write_record(
+        place, make_header(), [*events, SearchEnded(reason="interrupted", wall_seconds=9.0)]
+    )
     with closing(Record.open(search_folder(place, "s7-1"))) as record:
         record.append(make_tracking_resume())
         uploader = BackgroundUploader(make_tracking_uri(place, None), place, record.state)
@@ -563,7 +681,9 @@ with drive(Path(sys.argv[1])) as driver:
 
 
 @pytest.mark.slow
-def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_resumed(place: Path) -> None:
+def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_resumed(
+    place: Path,
+) -> None:
     """While it lives they are left alone."""
     root = Path(__file__).parents[2]
     running = {"s7-1": ("RUNNING", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("RUNNING", 1)}
@@ -576,7 +696,11 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_r
     assert live == SyncReport("s7-1", shipped=0, already=2, closed=0), "its own driver ships"
     assert look(place) == running
     assert sync(place) == SyncReport("s7-1", shipped=0, already=2, closed=2)
-    assert look(place) == {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("KILLED", 1)}
+    assert look(place) == {
+        "s7-1": ("KILLED", 0),
+        "000 s7-1": ("FINISHED", 3),
+        "001 s7-1": ("KILLED", 1),
+    }
     assert Shipped(place, "s7").parent.data.tags["end"] == "driver died"
     assert sync(place) == SyncReport("s7-1", shipped=0, already=2, closed=0)
     with closing(Record.open(search_folder(place, "s7-1"))) as record:
@@ -589,7 +713,11 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_go_on_when_the_search_is_r
             record.append(event)
             uploader.on_event(record.state, event)
         assert uploader.close(600) == []
-    assert look(place) == {"s7-1": ("FINISHED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("FINISHED", 3)}
+    assert look(place) == {
+        "s7-1": ("FINISHED", 0),
+        "000 s7-1": ("FINISHED", 3),
+        "001 s7-1": ("FINISHED", 3),
+    }
 
 
 # The same record twice
@@ -630,8 +758,12 @@ def read_all(client: Any, name: str) -> dict[str, Any]:
             "info": (run.info.status, run.info.start_time, run.info.end_time),
             "tags": {tag: value.replace(name, "it") for tag, value in tags.items()},
             "params": dict(run.data.params),
-            "metrics": sorted((p.key, p.step, p.timestamp, p.value) for history in points for p in history),
-            "artifacts": {path.name: path.read_text().replace(name, "it") for path in folder.glob("*")},
+            "metrics": sorted(
+                (p.key, p.step, p.timestamp, p.value) for history in points for p in history
+            ),
+            "artifacts": {
+                path.name: path.read_text().replace(name, "it") for path in folder.glob("*")
+            },
         }
     return found
 
@@ -650,10 +782,16 @@ def test_shipping_a_record_again_also_from_another_process_changes_nothing(stora
 def write_short_record(storage: Path, name: str) -> SearchState:
     """An interrupted search: trials complete with weights, failed with an error file, unfinished."""
     first = make_trial(0, [0.3, 0.5, 0.7], None)
-    first.append(TrialEnded(trial=0, status="complete", score=0.7, reason="all epochs", weights_file="weights"))
+    first.append(
+        TrialEnded(
+            trial=0, status="complete", score=0.7, reason="all epochs", weights_file="weights"
+        )
+    )
     end = SearchEnded(reason="interrupted", wall_seconds=60.0)
     state = write_record(
-        storage, make_header(name), [*first, *make_trial(1, [0.2], "failed"), *make_trial(2, [0.1], None), end]
+        storage,
+        make_header(name),
+        [*first, *make_trial(1, [0.2], "failed"), *make_trial(2, [0.1], None), end],
     )
     (state.folder / "weights").write_text("the best weights")
     state.trial_folder(1).mkdir(parents=True)
@@ -664,12 +802,19 @@ def write_short_record(storage: Path, name: str) -> SearchState:
 @pytest.mark.slow
 def test_a_searchs_trials_come_back_from_mlflow_as_the_record_has_them(place: Path) -> None:
     """All that was shipped; the seconds of training and the dead knobs were not."""
-    recipe = CONFIG.model_copy(update={"max_lr": 0.1 + 0.2, "cutout_p": 0.5, "cutout_size": 8, "warm_restarts": (1,)})
+    recipe = CONFIG.model_copy(
+        update={"max_lr": 0.1 + 0.2, "cutout_p": 0.5, "cutout_size": 8, "warm_restarts": (1,)}
+    )
     ending = [
         TrialEnded(trial=6, status="failed", reason="it broke", score=None),
         SearchEnded(reason="x", wall_seconds=9.0),
     ]
-    events = [*make_events()[:-1], *make_trial(5, [0.2, 0.4, 0.6], "complete", recipe), make_start(6), *ending]
+    events = [
+        *make_events()[:-1],
+        *make_trial(5, [0.2, 0.4, 0.6], "complete", recipe),
+        make_start(6),
+        *ending,
+    ]
     state = write_record(place, make_header(), events)
     uri = make_tracking_uri(place, None)
     sync_search(uri, place, state)
@@ -677,14 +822,15 @@ def test_a_searchs_trials_come_back_from_mlflow_as_the_record_has_them(place: Pa
     assert list(shipped.columns) == list(recorded.columns) and len(shipped) == 7
     absent = {knob: set(shipped["trial"][shipped[knob].isna()]) for knob in KNOBS}
     dead = {
-        knob: {n for n, trial in state.trials.items() if knob in inactive_knobs(trial.full_config)} for knob in KNOBS
+        knob: {n for n, trial in state.trials.items() if knob in inactive_knobs(trial.full_config)}
+        for knob in KNOBS
     }
     assert absent == dead and shipped["train_seconds"].isna().all()
     for name in recorded.columns.difference(["train_seconds", "ended_seq"]):
         known = ~shipped["trial"].isin(dead.get(name, set()))
-        assert list(shipped[name][known].fillna(-1 if name in ("val_acc", "score") else "")) == list(
-            recorded[name][known].fillna(-1 if name in ("val_acc", "score") else "")
-        ), name
+        assert list(
+            shipped[name][known].fillna(-1 if name in ("val_acc", "score") else "")
+        ) == list(recorded[name][known].fillna(-1 if name in ("val_acc", "score") else "")), name
     assert sorted(shipped["ended_seq"]) == list(range(1, 8))
     assert best_so_far(shipped)["best"].max() == best_so_far(recorded)["best"].max() == 0.8
     groups = [(group, list(rows["trial"])) for group, rows in split_groups(shipped)]
@@ -696,17 +842,28 @@ def test_the_newest_search_of_a_name_and_its_fuller_copies_are_read(place: Path)
     uri = make_tracking_uri(place, None)
     sync_search(uri, place, write_record(place, make_header(), make_events()))
     later = make_header(created="2026-02-01T12:00:00+00:00")
-    sync_search(uri, place, write_record(place / "again", later, make_trial(0, [0.3, 0.5, 0.9], "complete")))
-    client, tags = connect(uri), {"search": "s7-1", "search_created": later.created, "trial": "0", "run_id": "s7-1:0"}
+    sync_search(
+        uri, place, write_record(place / "again", later, make_trial(0, [0.3, 0.5, 0.9], "complete"))
+    )
+    client, tags = (
+        connect(uri),
+        {"search": "s7-1", "search_created": later.created, "trial": "0", "run_id": "s7-1:0"},
+    )
     client.create_run("1", 1000, tags | {"origin": "baseline"}, "a copy")
     shipped = load_uploaded_trials(uri, "s7-1")
     assert list(shipped["trial"]) == [0] and list(shipped["score"]) == [0.9]
-    with pytest.raises(TrackingError, match=r"a search of the name must be there, got 's7-2'\. Ship it: python -m"):
+    with pytest.raises(
+        TrackingError, match=r"a search of the name must be there, got 's7-2'\. Ship it: python -m"
+    ):
         load_uploaded_trials(uri, "s7-2")
 
 
-def test_trials_of_a_database_that_is_not_there_are_refused_and_none_is_made(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match=r"mlflow\.db: an MLflow database must be there, got none\."):
+def test_trials_of_a_database_that_is_not_there_are_refused_and_none_is_made(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        TrackingError, match=r"mlflow\.db: an MLflow database must be there, got none\."
+    ):
         load_uploaded_trials(make_tracking_uri(tmp_path, None), "s7-1")
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -726,7 +883,9 @@ def test_after_any_single_call_that_broke_the_runs_are_those_of_a_whole_shipping
     names = (f"{kind.__name__}-{'late' if is_late else 'early'}-{number}" for number in range(1000))
     whole = write_short_record(place, next(names))
     breaks.set(0, False, Crash())
-    assert sync_search(uri, place, whole) == SyncReport(whole.header.name, shipped=3, already=0, closed=0)
+    assert sync_search(uri, place, whole) == SyncReport(
+        whole.header.name, shipped=3, already=0, closed=0
+    )
     num_calls = len(breaks.calls)
     client = connect(uri)
     expected = read_all(client, whole.header.name)
@@ -771,7 +930,9 @@ def test_a_search_of_the_same_name_that_came_later_has_runs_of_its_own(place: Pa
     uri = make_tracking_uri(place, None)
     first = write_record(place, make_header(), make_events())
     sync_search(uri, place, first)
-    second = write_record(place / "again", make_header(created="2026-02-01T12:00:00+00:00"), make_events())
+    second = write_record(
+        place / "again", make_header(created="2026-02-01T12:00:00+00:00"), make_events()
+    )
     assert sync_search(uri, place, second).shipped == 5
     assert len(connect(uri).search_runs(["1"])) == 12
     assert delete_runs(uri, place, first) == 6
@@ -795,12 +956,16 @@ def test_two_processes_may_initialise_one_database_at_once(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_search_that_another_process_ships_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_another_process_ships_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tune_cifar.tracking.upload.LOCK_SECONDS", 0.1)
     with drive(place) as driver:
         driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
         wait_for(lambda: "000 s7-1" in look(place))
-        with pytest.raises(TrackingError, match="one process alone must ship a search, got another at it"):
+        with pytest.raises(
+            TrackingError, match="one process alone must ship a search, got another at it"
+        ):
             sync(place)
         assert driver.uploader.close(600) == []
     assert look(place)["s7-1"] == ("KILLED", 0), "no end was recorded"
@@ -811,7 +976,10 @@ def test_a_deleted_experiment_is_named_with_the_way_back(place: Path) -> None:
     uri = make_tracking_uri(place, None)
     assert ship(place, uri, make_events()) == []
     connect(uri).delete_experiment("1")
-    with pytest.raises(TrackingError, match=r"experiment 's7' must be active, got a deleted one\. Restore it: mlflow "):
+    with pytest.raises(
+        TrackingError,
+        match=r"experiment 's7' must be active, got a deleted one\. Restore it: mlflow ",
+    ):
         sync(place)
     connect(uri).restore_experiment("1")
     assert sync(place).already == 5
@@ -862,25 +1030,34 @@ def test_a_server_that_hangs_blocks_neither_the_driver_nor_the_end(place: Path) 
         driver.tell(*rest[4:])  # it still hangs
         (fault,) = driver.uploader.close(0.5)
         assert not release.is_set()
-    assert fault.startswith("MLflow must take all runs within 0.5 s, got no end of it. The record is whole.")
+    assert fault.startswith(
+        "MLflow must take all runs within 0.5 s, got no end of it. The record is whole."
+    )
     assert sync(place) == SyncReport("s7-1", shipped=5, already=0, closed=0)
 
 
 @pytest.mark.slow
-def test_a_server_that_hangs_is_given_up_at_the_timeout(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_is_given_up_at_the_timeout(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     release = threading.Event()
     with serve(lambda request: release.wait(30) and None) as uri:
         (fault,) = ship(place, uri, make_events())
         release.set()
-    assert "got 6 left over: MlflowException: ReadTimeoutError(" in fault and "Read timed out" in fault
+    assert (
+        "got 6 left over: MlflowException: ReadTimeoutError(" in fault and "Read timed out" in fault
+    )
 
 
 @pytest.mark.slow
 def test_a_server_that_answers_500_is_told_and_sync_completes_elsewhere(place: Path) -> None:
     with serve(lambda request: request.send_error(500)) as uri:
         (fault,) = ship(place, uri, make_events())
-    assert fault.startswith("MLflow must take all runs, got 6 left over: MlflowException: ") and "500" in fault
+    assert (
+        fault.startswith("MLflow must take all runs, got 6 left over: MlflowException: ")
+        and "500" in fault
+    )
     assert f"--tracking-uri {uri}" in fault
     assert sync(place) == SyncReport("s7-1", shipped=5, already=0, closed=0)
 
@@ -901,7 +1078,9 @@ def test_no_credentials_of_the_address_stand_in_a_sentence(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_faults_of_single_runs_do_not_keep_the_others_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_single_runs_do_not_keep_the_others_back(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two trials' artifacts cannot be written; the others arrive, and the two when they can."""
     log_artifacts = mlruns.SearchRuns._log_artifacts
     cured = threading.Event()
@@ -913,16 +1092,22 @@ def test_faults_of_single_runs_do_not_keep_the_others_back(place: Path, monkeypa
 
     monkeypatch.setattr("tune_cifar.tracking.runs.SearchRuns._log_artifacts", refuse)
     (fault,) = ship(place, make_tracking_uri(place, None), make_events())
-    assert fault.startswith("MLflow must take all runs, got 2 left over: OSError: no room for artifacts. ")
+    assert fault.startswith(
+        "MLflow must take all runs, got 2 left over: OSError: no room for artifacts. "
+    )
     statuses = {name: status for name, (status, _) in look(place).items()}
     assert statuses["s7-1"] == "FINISHED" and "RUNNING" not in statuses.values()
     cured.set()
     assert sync(place) == SyncReport("s7-1", shipped=2, already=3, closed=0)
-    assert Shipped(place, "s7").list_artifacts(Shipped(place, "s7").children["s7-1:1"]) >= {"weights.safetensors"}
+    assert Shipped(place, "s7").list_artifacts(Shipped(place, "s7").children["s7-1:1"]) >= {
+        "weights.safetensors"
+    }
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_under_the_database_is_told_and_sync_completes_it(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_under_the_database_is_told_and_sync_completes_it(
+    tmp_path: Path,
+) -> None:
     """A small tmpfs: MLflow's empty database alone takes most of it."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -935,7 +1120,10 @@ def test_a_disk_that_is_full_under_the_database_is_told_and_sync_completes_it(tm
             driver.tell(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
             wait_for(lambda: driver.uploader._pending == {})
             filler = disk / "filler"
-            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            with (
+                filler.open("wb", buffering=0) as file,
+                pytest.raises(OSError, match="No space left"),
+            ):
                 while True:
                     file.write(bytes(4096))
             driver.tell(*make_events()[5:])
@@ -958,7 +1146,9 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
     monkeypatch.setattr("tune_cifar.tracking.upload.FIRST_PAUSE_SECONDS", 0.2)
     store, port = make_tracking_uri(place, None), find_free_port()
     write_record(place / "other", make_header("other"), make_events())
-    sync_search(store, place, read_state(search_folder(place / "other", "other")))  # a database for the server
+    sync_search(
+        store, place, read_state(search_folder(place / "other", "other"))
+    )  # a database for the server
     events = make_events()
     with drive(place, f"http://127.0.0.1:{port}") as driver:
         driver.tell(*events[:5])
@@ -995,31 +1185,47 @@ RANGES = {"distributions": {"max_lr": "{}", "dropout": "{}"}, "tier": "cpu"}
 
 
 @pytest.mark.slow
-def test_an_experiment_has_views_of_its_searches_for_each_tier_and_keeps_what_was_changed(place: Path) -> None:
+def test_an_experiment_has_views_of_its_searches_for_each_tier_and_keeps_what_was_changed(
+    place: Path,
+) -> None:
     uri = make_tracking_uri(place, None)
-    single = write_record(place, make_header("t", kind="train", distributions={}), make_trial(0, [0.4], None))
+    single = write_record(
+        place, make_header("t", kind="train", distributions={}), make_trial(0, [0.4], None)
+    )
     sync_search(uri, place, single)
     assert list_views(uri) == {}, "a training searches nothing"
-    sync_search(uri, place, write_record(place, make_header("a", **RANGES), make_trial(0, [0.4], None)))
+    sync_search(
+        uri, place, write_record(place, make_header("a", **RANGES), make_trial(0, [0.4], None))
+    )
     views = list_views(uri)
     assert list(views) == ["s7: Searches", "s7: Trials, best first (cpu)"]
     page = "runs?workflowType=machine_learning&viewStateShareKey=tune_cifar"
     experiment = connect(uri).get_experiment_by_name("s7")
     assert views["s7: Searches"] == f"/#/experiments/{experiment.experiment_id}/{page}_searches"
-    trials = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.tune_cifar_trials_cpu"])["state"])
+    trials = json.loads(
+        json.loads(experiment.tags["mlflow.sharedViewState.tune_cifar_trials_cpu"])["state"]
+    )
     assert trials["selectedColumns"][-2:] == ["params.`max_lr`", "params.`dropout`"]
     assert trials["compareRunCharts"][0]["selectedParams"] == ["max_lr", "dropout"]
     assert experiment.tags["mlflow.note.content"].startswith("The space s7 on cifar10.")
 
-    mine = {"mlflow.note.content": "mine", "mlflow.sharedViewState.tune_cifar_searches": "mine, and no JSON"}
+    mine = {
+        "mlflow.note.content": "mine",
+        "mlflow.sharedViewState.tune_cifar_searches": "mine, and no JSON",
+    }
     for name, value in mine.items():
         connect(uri).set_experiment_tag(experiment.experiment_id, name, value)
-    sync_search(uri, place, write_record(place, make_header("b", distributions={"max_lr": "{}"}), []))
+    sync_search(
+        uri, place, write_record(place, make_header("b", distributions={"max_lr": "{}"}), [])
+    )
     after = connect(uri).get_experiment_by_name("s7").tags
     assert after == experiment.tags | mine | {
         key: value for key, value in after.items() if key.endswith("tune_cifar_trials_full")
     }
-    assert list(list_views(uri)) == ["s7: Trials, best first (cpu)", "s7: Trials, best first (full)"]
+    assert list(list_views(uri)) == [
+        "s7: Trials, best first (cpu)",
+        "s7: Trials, best first (full)",
+    ]
 
 
 def test_a_view_too_long_for_a_tag_of_mlflow_is_left_out() -> None:
@@ -1030,7 +1236,14 @@ def test_a_view_too_long_for_a_tag_of_mlflow_is_left_out() -> None:
 
 
 @pytest.mark.slow
-def test_a_trials_note_says_where_it_comes_from_and_how_it_is_trained_again(shipped: Shipped) -> None:
-    notes = {run_id: run.data.tags["mlflow.note.content"] for run_id, run in shipped.children.items()}
+def test_a_trials_note_says_where_it_comes_from_and_how_it_is_trained_again(
+    shipped: Shipped,
+) -> None:
+    notes = {
+        run_id: run.data.tags["mlflow.note.content"] for run_id, run in shipped.children.items()
+    }
     assert notes["s7-1:0"].startswith("The baseline of the space")
-    assert notes["s7-1:3"] == "Proposed by the sampler. Train it again: `python -m tune_cifar reproduce s7-1:3`"
+    assert (
+        notes["s7-1:3"]
+        == "Proposed by the sampler. Train it again: `python -m tune_cifar reproduce s7-1:3`"
+    )

@@ -44,14 +44,19 @@ def test_checkpoint_is_refused_when_damaged(tmp_path: Path, damage: str) -> None
 
 def test_checkpoint_with_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     write_payload(tmp_path / "c.pt", make_hostile(tmp_path / "ran"))
-    with pytest.raises(CheckpointError, match=r"c\.pt: tensors and plain values must be in it, got something else\."):
+    with pytest.raises(
+        CheckpointError,
+        match=r"c\.pt: tensors and plain values must be in it, got something else\.",
+    ):
         load_checkpoint(tmp_path / "c.pt")
     assert not (tmp_path / "ran").exists()
     torch.load(io.BytesIO(make_hostile(tmp_path / "ran")), weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have run
 
 
-@pytest.mark.parametrize("payload", [b"", b"junk", b"PK\x03\x04"], ids=["empty", "junk", "half an archive"])
+@pytest.mark.parametrize(
+    "payload", [b"", b"junk", b"PK\x03\x04"], ids=["empty", "junk", "half an archive"]
+)
 def test_checkpoint_of_something_else_is_refused(tmp_path: Path, payload: bytes) -> None:
     write_payload(tmp_path / "c.pt", payload)
     with pytest.raises(CheckpointError, match=r"c\.pt: .* must .*, got .*\.$"):
@@ -60,7 +65,9 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path, payload: bytes)
 
 def test_checkpoint_that_holds_no_state_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c.pt", [1, 2])  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match=r"c\.pt: a training's state must be in it, got a list\."):
+    with pytest.raises(
+        CheckpointError, match=r"c\.pt: a training's state must be in it, got a list\."
+    ):
         load_checkpoint(tmp_path / "c.pt")
 
 
@@ -68,7 +75,10 @@ def test_folder_keeps_the_last_two_and_falls_back_when_the_newest_is_torn(tmp_pa
     folder = CheckpointFolder(tmp_path / "checkpoints")
     for epoch in range(1, 5):
         newest = folder.save(make_state(epoch))
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["checkpoint-0003.pt", "checkpoint-0004.pt"]
+    assert sorted(path.name for path in newest.parent.iterdir()) == [
+        "checkpoint-0003.pt",
+        "checkpoint-0004.pt",
+    ]
     newest.write_bytes(newest.read_bytes()[:-1])
     state, notes = folder.load_newest()
     assert state is not None and state["epoch"] == 3
@@ -85,7 +95,10 @@ def test_folder_tells_the_newest_whole_epoch_from_the_checksums_alone(tmp_path: 
     assert folder.find_newest() == (10, [])
     newest.write_bytes(b"")
     epoch_found, notes = folder.find_newest()
-    assert (epoch_found, len(notes)) == (9, 1) and "checkpoint-0010.pt: the checksum must match" in notes[0]
+    assert (epoch_found, len(notes)) == (
+        9,
+        1,
+    ) and "checkpoint-0010.pt: the checksum must match" in notes[0]
     write_payload(newest, make_hostile(tmp_path / "ran"))
     assert folder.find_newest() == (10, [])
     assert not (tmp_path / "ran").exists()
@@ -101,7 +114,9 @@ def test_folder_takes_no_other_file_for_a_checkpoint(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_folder_deletes_what_a_killed_write_left_when_it_saves_and_when_it_is_deleted(tmp_path: Path) -> None:
+def test_folder_deletes_what_a_killed_write_left_when_it_saves_and_when_it_is_deleted(
+    tmp_path: Path,
+) -> None:
     folder = CheckpointFolder(tmp_path)
     (tmp_path / "checkpoint-0007.tmp").write_bytes(b"half")
     folder.save(make_state(3))
@@ -119,7 +134,10 @@ def test_folder_prefers_its_new_checkpoints_to_damaged_ones_of_later_epochs(tmp_
     folder.save(make_state(1))
     assert folder.find_newest() == (1, [])
     folder.save(make_state(2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001.pt", "checkpoint-0002.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-0001.pt",
+        "checkpoint-0002.pt",
+    ]
 
 
 def test_folder_is_due_only_after_its_time(tmp_path: Path) -> None:

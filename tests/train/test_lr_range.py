@@ -56,7 +56,11 @@ def bowl(lr: float, steepest: float = -3.0, blow_up: float = 0.0, depth: float =
     """A logistic fall by `depth` around 10**steepest and an exponential blow-up, both in log10 of the learning rate.
     With depth 1 the tails cancel half way between the two places: there the loss is lowest."""
     x = math.log10(lr)
-    return 2.3 - depth / (1 + math.exp(-(x - steepest) / 0.25)) + math.exp(min(50.0, (x - blow_up) / 0.25))
+    return (
+        2.3
+        - depth / (1 + math.exp(-(x - steepest) / 0.25))
+        + math.exp(min(50.0, (x - blow_up) / 0.25))
+    )
 
 
 def fall(lr: float) -> float:
@@ -64,7 +68,9 @@ def fall(lr: float) -> float:
     return bowl(lr, blow_up=99.0)
 
 
-def sweep_over(curve: Curve, seed: int = 0, noise: float = 0.0, lrs: tuple[float, ...] = LRS) -> Sweep:
+def sweep_over(
+    curve: Curve, seed: int = 0, noise: float = 0.0, lrs: tuple[float, ...] = LRS
+) -> Sweep:
     dice = np.random.default_rng(seed)
     return follow_sweep(seed, lrs, (curve(lr) + noise * dice.normal() for lr in lrs))
 
@@ -75,7 +81,9 @@ def estimate(curve: Curve) -> dict[str, Estimate]:
 
 
 def summarise_over(*curves: Curve, noise: float = 0.0) -> Summary:
-    return summarise([fit_curve(sweep_over(curve, seed, noise)) for seed, curve in enumerate(curves)])
+    return summarise(
+        [fit_curve(sweep_over(curve, seed, noise)) for seed, curve in enumerate(curves)]
+    )
 
 
 def within(value: float | None, factor: float, known: float) -> bool:
@@ -88,7 +96,9 @@ def within(value: float | None, factor: float, known: float) -> bool:
 def test_smoothing_gives_a_straight_line_back_also_at_its_ends() -> None:
     log_lrs = np.log10(LRS)
     smoothed, slopes = smooth(log_lrs, 2 - 0.3 * log_lrs)
-    assert smoothed == pytest.approx(2 - 0.3 * log_lrs, abs=1e-9) and slopes == pytest.approx(-0.3, abs=1e-9)
+    assert smoothed == pytest.approx(2 - 0.3 * log_lrs, abs=1e-9) and slopes == pytest.approx(
+        -0.3, abs=1e-9
+    )
 
 
 def test_smoothing_moves_neither_a_symmetric_dip_nor_the_middle_of_a_symmetric_fall() -> None:
@@ -116,7 +126,9 @@ def test_a_sweep_that_never_diverges_is_taken_to_its_end() -> None:
     assert (sweep.lrs, sweep.diverged_at, len(sweep.losses)) == (LRS, None, len(LRS))
 
 
-def test_a_sweep_stops_where_its_smoothed_loss_is_so_many_times_its_lowest_and_asks_no_further() -> None:
+def test_a_sweep_stops_where_its_smoothed_loss_is_so_many_times_its_lowest_and_asks_no_further() -> (
+    None
+):
     asked = []
 
     def train() -> Iterator[float]:
@@ -126,7 +138,9 @@ def test_a_sweep_stops_where_its_smoothed_loss_is_so_many_times_its_lowest_and_a
 
     sweep = follow_sweep(0, LRS, train())
     assert sweep.diverged_at == sweep.lrs[-1] == asked[-1] < LRS[-1]
-    assert sweep.losses[-1] > DIVERGENCE_FACTOR * 1.3 > sweep.losses[-4]  # the bowl's lowest loss is near 1.3
+    assert (
+        sweep.losses[-1] > DIVERGENCE_FACTOR * 1.3 > sweep.losses[-4]
+    )  # the bowl's lowest loss is near 1.3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -213,7 +227,10 @@ def test_a_sweep_that_diverges_at_once_gives_nothing(losses: list[float]) -> Non
 def test_a_curve_that_does_not_fall_gives_nothing(curve: Curve, noise: float) -> None:
     for seed in range(20):
         fitted = fit_curve(sweep_over(curve, seed, noise))
-        assert all(find(fitted).lr is None and "must fall" in find(fitted).reason for find in ESTIMATORS.values())
+        assert all(
+            find(fitted).lr is None and "must fall" in find(fitted).reason
+            for find in ESTIMATORS.values()
+        )
 
 
 # Over the seeds
@@ -254,7 +271,11 @@ def test_estimators_more_than_a_decade_apart_suggest_nothing_and_say_so() -> Non
         return bowl(lr, steepest=-5.0) - 0.1 * max(0.0, math.log10(lr / 1e-5))
 
     summary = summarise_over(two_falls)
-    assert summary.disagreement is not None and summary.disagreement > 10 and summary.suggestion is None
+    assert (
+        summary.disagreement is not None
+        and summary.disagreement > 10
+        and summary.suggestion is None
+    )
     assert summary.verdict.startswith("no suggestion: the estimators disagree by a factor of ")
     assert "more than 10: steepest 1." in summary.verdict and "minimum/10" in summary.verdict
 
@@ -262,7 +283,9 @@ def test_estimators_more_than_a_decade_apart_suggest_nothing_and_say_so() -> Non
 def test_a_single_estimator_agrees_with_nobody() -> None:
     summary = summarise_over(fall)
     assert (summary.disagreement, summary.suggestion) == (None, None)
-    assert summary.verdict.startswith("no suggestion: two estimators or more must give a value, got steepest ")
+    assert summary.verdict.startswith(
+        "no suggestion: two estimators or more must give a value, got steepest "
+    )
 
 
 @pytest.mark.parametrize(
@@ -296,12 +319,19 @@ def make_small(**changes: Any) -> TrainConfig:
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
+    return torch.cat(
+        [parameter.detach().flatten().clone() for parameter in trainer.model.parameters()]
+    )
 
 
-def test_a_sweep_at_one_learning_rate_is_the_constant_training_bit_by_bit(few: TrainVal, fp32: Numerics) -> None:
+def test_a_sweep_at_one_learning_rate_is_the_constant_training_bit_by_bit(
+    few: TrainVal, fp32: Numerics
+) -> None:
     config = make_small(schedule="constant", max_lr=0.02, label_smoothing=0.1, momentum=0.8)
-    trained, swept = Trainer(config, few, fp32), Trainer(config.model_copy(update={"max_lr": 5.0}), few, fp32)
+    trained, swept = (
+        Trainer(config, few, fp32),
+        Trainer(config.model_copy(update={"max_lr": 5.0}), few, fp32),
+    )
     results = list(trained)
     losses = list(swept.sweep([0.02] * trained.total_steps))
     assert torch.equal(weights(swept), weights(trained))
@@ -310,7 +340,9 @@ def test_a_sweep_at_one_learning_rate_is_the_constant_training_bit_by_bit(few: T
     assert np.average(losses[4:], weights=sizes) == pytest.approx(results[1].train_loss, rel=1e-6)
 
 
-def test_sgds_first_step_is_as_long_as_its_learning_rate_says(few: TrainVal, fp32: Numerics) -> None:
+def test_sgds_first_step_is_as_long_as_its_learning_rate_says(
+    few: TrainVal, fp32: Numerics
+) -> None:
     def step(lr: float) -> torch.Tensor:
         trainer = Trainer(make_small(schedule="constant"), few, fp32)
         before = weights(trainer)
@@ -341,7 +373,9 @@ def test_a_blow_up_is_yielded_and_not_raised(few: TrainVal, fp32: Numerics) -> N
     assert not math.isfinite(list(trainer.sweep([1e30] * 3))[-1])
 
 
-def test_sweeps_repeat_bit_by_bit_differ_by_seed_and_leave_trainings_alone(few: TrainVal, fp32: Numerics) -> None:
+def test_sweeps_repeat_bit_by_bit_differ_by_seed_and_leave_trainings_alone(
+    few: TrainVal, fp32: Numerics
+) -> None:
     config = make_small(schedule="constant", epochs=1, seed=3)
     before, steps = train_here(config, few, fp32), []
     one = list(run_sweeps(config, few, fp32, LRS[90:94], 2, lambda: steps.append(1)))
@@ -377,7 +411,9 @@ points:
 budget:
   full: &
   cpu: &
-""".replace("&", "{trials: 4, rungs: [1, 2], reduction_factor: 2, sampler: {kind: random}, seed: 0}")
+""".replace(
+    "&", "{trials: 4, rungs: [1, 2], reduction_factor: 2, sampler: {kind: random}, seed: 0}"
+)
 
 
 @pytest.fixture
@@ -391,23 +427,31 @@ def report_on(space: Path, numerics: Numerics, *curves: Curve) -> dict[str, Any]
     """What a test would have found on these curves."""
     info = load_train_val(SHAPES, 10, 0).info
     sweeps = [sweep_over(curve, seed, 0.05) for seed, curve in enumerate(curves)]
-    return make_report("lr-range-mini", load_space(str(space)), info, numerics, sweeps, "python -m tune_cifar")
+    return make_report(
+        "lr-range-mini", load_space(str(space)), info, numerics, sweeps, "python -m tune_cifar"
+    )
 
 
 @pytest.mark.slow
-def test_the_saved_document_is_enough_to_draw_the_same_figure(mini: Path, fp32: Numerics, tmp_path: Path) -> None:
+def test_the_saved_document_is_enough_to_draw_the_same_figure(
+    mini: Path, fp32: Numerics, tmp_path: Path
+) -> None:
     save_report(report_on(mini, fp32, bowl, fall, lambda lr: math.nan), tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
     document = json.loads((folder / "sweeps.json").read_text())
     assert TrainConfig(**document["config"]).fingerprint == document["fingerprint"]
     assert Numerics(**document["numerics"]) == fp32 and document["data"]["name"] == "shapes"
-    assert [len(sweep["losses"]) == len(sweep["smoothed"]) for sweep in document["sweeps"]] == [True] * 3
+    assert [len(sweep["losses"]) == len(sweep["smoothed"]) for sweep in document["sweeps"]] == [
+        True
+    ] * 3
     save_lr_range(document, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (folder / "curve.png").read_bytes()
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(mini: Path, fp32: Numerics) -> None:
-    with pytest.raises(ConfigError, match="the test's files must be writable there, got 'Not a directory'"):
+    with pytest.raises(
+        ConfigError, match="the test's files must be writable there, got 'Not a directory'"
+    ):
         save_report(report_on(mini, fp32, bowl), mini / "folder")
 
 
@@ -426,17 +470,27 @@ def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("lr-range-mini", "FINISHED")
     assert run.data.tags["kind"] == "lr_range" and run.data.tags["verdict"] == report["verdict"]
-    assert run.data.params["optimizer"] == "adam" and not {"max_lr", "nesterov"} & set(run.data.params)
+    assert run.data.params["optimizer"] == "adam" and not {"max_lr", "nesterov"} & set(
+        run.data.params
+    )
     assert run.data.metrics["lr_minimum_over_10"] == report["estimators"]["minimum/10"]["lr"]
     points = client.get_metric_history(run.info.run_id, "loss_seed_1")
-    assert {point.step: point.value for point in points} == dict(enumerate(report["sweeps"][1]["losses"], 1))
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"curve.png", "sweeps.json"}
+    assert {point.step: point.value for point in points} == dict(
+        enumerate(report["sweeps"][1]["losses"], 1)
+    )
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "curve.png",
+        "sweeps.json",
+    }
 
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mlflow.MlflowClient.log_artifacts", fail)
-    with pytest.raises(TrackingError, match=r"^lr-range-mini: MLflow must take the run, got OSError: .*No space left"):
+    with pytest.raises(
+        TrackingError,
+        match=r"^lr-range-mini: MLflow must take the run, got OSError: .*No space left",
+    ):
         upload_lr_range(uri, store, report, tmp_path / "found")
     statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
     assert sorted(statuses) == ["FAILED", "FINISHED"]
@@ -448,7 +502,17 @@ def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_
 def sweep_words(space: Path, *more: str) -> list[str]:
     """A sweep of half a second whose estimators agree, with an MLflow store that cannot be reached."""
     dead = f"sqlite:///{space.parent}/no/such/folder/mlflow.db"
-    words = ["lr-range", "--space", str(space), "--data", "shapes", "--precision", "fp32", "--seeds", "1"]
+    words = [
+        "lr-range",
+        "--space",
+        str(space),
+        "--data",
+        "shapes",
+        "--precision",
+        "fp32",
+        "--seeds",
+        "1",
+    ]
     return [*words, "--low", "1e-5", "--steps", "30", "--tracking-uri", dead, *more]
 
 
@@ -457,16 +521,25 @@ def test_the_command_shows_saves_and_writes_exactly_one_line(mini: Path) -> None
     answer = invoke(*sweep_words(mini, "--write", "--yes"))
     assert answer.exit_code == 0, answer.output
     text = " ".join(answer.stdout.split())
-    assert "NOT CIFAR-10" in text and "1 x 30 steps from lr 1e-05 to 10: s8, adam, momentum 0.9, batches of 10" in text
-    assert "seed 0: " in text and "suggestion: max_lr " in text and "baseline: max_lr 2.00e-03" in text
+    assert (
+        "NOT CIFAR-10" in text
+        and "1 x 30 steps from lr 1e-05 to 10: s8, adam, momentum 0.9, batches of 10" in text
+    )
+    assert (
+        "seed 0: " in text and "suggestion: max_lr " in text and "baseline: max_lr 2.00e-03" in text
+    )
     assert text.count("got: unable to open database file. MLflow lacks the test; ") == 1
     (folder,) = (mini.parent / "runs" / "lr_range").iterdir()
     assert folder.name.startswith("mini-full-") and f"curve: {folder}/curve.png" in text
     assert {path.name for path in folder.iterdir()} == {"curve.png", "sweeps.json"}
     document = json.loads((folder / "sweeps.json").read_text())
-    assert document["tier"] == "full" and document["command"].startswith("python -m tune_cifar lr-range")
+    assert document["tier"] == "full" and document["command"].startswith(
+        "python -m tune_cifar lr-range"
+    )
     before, after = SPACE.splitlines(), mini.read_text().splitlines()
-    assert [index for index, line in enumerate(after) if line != before[index]] == [before.index("search:") + 1]
+    assert [index for index, line in enumerate(after) if line != before[index]] == [
+        before.index("search:") + 1
+    ]
     written = read_space(mini).search["max_lr"]
     lrs = [found["lr"] for found in document["estimators"].values()]
     assert isinstance(written, Range) and written.log
@@ -474,15 +547,23 @@ def test_the_command_shows_saves_and_writes_exactly_one_line(mini: Path) -> None
 
 
 @pytest.mark.slow
-def test_without_a_terminal_the_diff_is_shown_and_nothing_is_written(mini: Path, tmp_path: Path) -> None:
+def test_without_a_terminal_the_diff_is_shown_and_nothing_is_written(
+    mini: Path, tmp_path: Path
+) -> None:
     answer = invoke(*sweep_words(mini, "--write", "--json", "--out", str(tmp_path / "found")))
     assert answer.exit_code == 0, answer.output
     document = json.loads(answer.stdout)
     assert set(document["estimators"]) == set(ESTIMATORS) and document["suggestion"] is not None
-    assert document["folder"] == str(tmp_path / "found") and (tmp_path / "found" / "curve.png").exists()
+    assert (
+        document["folder"] == str(tmp_path / "found")
+        and (tmp_path / "found" / "curve.png").exists()
+    )
     proposal = document["proposal"]
     assert proposal["written"] is False and mini.read_text() == SPACE
-    assert "\n-  max_lr: {low: 1.0e-3, high: 1.0e-2, log: true}  # a guess\n+  max_lr: {low: " in proposal["diff"]
+    assert (
+        "\n-  max_lr: {low: 1.0e-3, high: 1.0e-2, log: true}  # a guess\n+  max_lr: {low: "
+        in proposal["diff"]
+    )
     assert "not written: there is no terminal to ask at; --yes writes it" in answer.stderr
     assert "NOT CIFAR-10 (shapes): this range says nothing about CIFAR-10." in answer.stderr
     sentence = refuse(ConfigError, *sweep_words(mini, "--out", str(tmp_path / "found")))
@@ -491,9 +572,13 @@ def test_without_a_terminal_the_diff_is_shown_and_nothing_is_written(mini: Path,
 
 @pytest.mark.slow
 def test_nothing_is_written_when_there_is_no_suggestion(mini: Path) -> None:
-    sentence = refuse(ConfigError, *sweep_words(mini, "--write", "--yes", "--low", "1e-9", "--high", "1e-8"))
+    sentence = refuse(
+        ConfigError, *sweep_words(mini, "--write", "--yes", "--low", "1e-9", "--high", "1e-8")
+    )
     assert sentence.startswith("--write: the estimators must agree, got no suggestion: ")
-    assert mini.read_text() == SPACE and list((mini.parent / "runs" / "lr_range").glob("*/curve.png"))
+    assert mini.read_text() == SPACE and list(
+        (mini.parent / "runs" / "lr_range").glob("*/curve.png")
+    )
 
 
 class Terminal(io.StringIO):
@@ -509,7 +594,9 @@ def test_at_a_terminal_the_user_is_asked(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal(typed))
     report = report_on(mini, fp32, bowl)
-    proposal = _propose(str(mini), report, yes=False, as_json=False, console=Console(file=io.StringIO()))
+    proposal = _propose(
+        str(mini), report, yes=False, as_json=False, console=Console(file=io.StringIO())
+    )
     assert proposal["written"] is is_written and (mini.read_text() != SPACE) is is_written
 
 
@@ -524,11 +611,16 @@ def test_a_range_that_stands_there_already_is_not_written_again(mini: Path, fp32
 
 def test_what_could_not_be_written_is_refused_before_anything_is_trained(mini: Path) -> None:
     mini.write_text(
-        SPACE.replace("  max_lr: {low", "  weight_decay: {low").replace("- {max_lr: 5", "- {weight_decay: 5")
+        SPACE.replace("  max_lr: {low", "  weight_decay: {low").replace(
+            "- {max_lr: 5", "- {weight_decay: 5"
+        )
     )
-    mini.write_text(mini.read_text().replace("  max_lr: 2.0e-3", "  max_lr: 2.0e-3\n  weight_decay: 2.0e-3"))
-    assert "max_lr must be searched between low and high, got a knob that is not searched." in refuse(
-        SpaceError, *sweep_words(mini, "--write")
+    mini.write_text(
+        mini.read_text().replace("  max_lr: 2.0e-3", "  max_lr: 2.0e-3\n  weight_decay: 2.0e-3")
+    )
+    assert (
+        "max_lr must be searched between low and high, got a knob that is not searched."
+        in refuse(SpaceError, *sweep_words(mini, "--write"))
     )
     assert not os.path.lexists(mini.parent / "runs")
 

@@ -51,7 +51,9 @@ def test_perfect_answers_have_no_mistake_and_no_warning() -> None:
     assert [(found.name, found.num_images, found.accuracy) for found in evaluation.classes] == [
         (name, 3, 1.0) for name in NAMES
     ]
-    assert evaluation.confusion.dtype == torch.int64 and torch.equal(evaluation.confusion, 3 * torch.eye(10).long())
+    assert evaluation.confusion.dtype == torch.int64 and torch.equal(
+        evaluation.confusion, 3 * torch.eye(10).long()
+    )
     assert evaluation.never_predicted == evaluation.warnings == []
 
 
@@ -60,13 +62,19 @@ def test_a_constant_answer_warns_of_the_nine_classes_that_are_never_predicted() 
     others = [name for name in NAMES if name != "cat"]
     assert evaluation.accuracy == 0.1 and evaluation.never_predicted == others
     assert evaluation.warnings == [f"9 of 10 classes are never predicted: {', '.join(others)}."]
-    assert [found.accuracy for found in evaluation.classes] == [float(name == "cat") for name in NAMES]
-    assert [found.num_predicted for found in evaluation.classes] == [20 * (name == "cat") for name in NAMES]
+    assert [found.accuracy for found in evaluation.classes] == [
+        float(name == "cat") for name in NAMES
+    ]
+    assert [found.num_predicted for found in evaluation.classes] == [
+        20 * (name == "cat") for name in NAMES
+    ]
 
 
 def test_one_class_that_is_never_predicted_is_named() -> None:
     labels = list(range(10))
-    assert evaluate_answers([*labels[:9], 0], labels).warnings == ["1 of 10 classes is never predicted: truck."]
+    assert evaluate_answers([*labels[:9], 0], labels).warnings == [
+        "1 of 10 classes is never predicted: truck."
+    ]
 
 
 def test_confusion_has_true_classes_by_rows_and_predicted_ones_by_columns() -> None:
@@ -78,7 +86,9 @@ def test_confusion_has_true_classes_by_rows_and_predicted_ones_by_columns() -> N
     assert evaluation.confusion_shares[1].tolist() == [0] * 10
 
 
-def test_a_class_without_images_has_no_accuracy_and_is_not_missed_among_the_predicted_ones() -> None:
+def test_a_class_without_images_has_no_accuracy_and_is_not_missed_among_the_predicted_ones() -> (
+    None
+):
     evaluation = evaluate_answers([0, 1, 0], [0, 1, 1])
     assert [found.accuracy for found in evaluation.classes[:3]] == [1.0, 0.5, None]
     assert evaluation.never_predicted == []
@@ -94,24 +104,35 @@ def test_answers_of_one_confidence_are_miscalibrated_by_its_distance_from_their_
     assert evaluation.ece == pytest.approx(abs(num_right / 10 - confidence), abs=1e-6)
     (filled,) = [found for found in evaluation.bins if found.num_images]
     assert (filled.num_images, filled.accuracy) == (10, num_right / 10)
-    assert filled.confidence == pytest.approx(confidence, abs=1e-6) and filled.low <= confidence < filled.high
-    assert len(evaluation.bins) == 15 and evaluation.bins[0].low == 0 and evaluation.bins[-1].high == 1
+    assert (
+        filled.confidence == pytest.approx(confidence, abs=1e-6)
+        and filled.low <= confidence < filled.high
+    )
+    assert (
+        len(evaluation.bins) == 15 and evaluation.bins[0].low == 0 and evaluation.bins[-1].high == 1
+    )
 
 
 def test_the_calibration_error_is_that_of_torchmetrics() -> None:
     """torchmetrics 1.9.0: multiclass_calibration_error(logits, labels, 10, n_bins=15)."""
     images = torch.arange(60)
     logits = 4 * torch.sin(1.7 * images[:, None] + 2.3 * torch.arange(10))
-    assert evaluate_logits(logits, images * 7 % 10, NAMES, "test").ece == pytest.approx(0.4244566559791565, abs=1e-6)
+    assert evaluate_logits(logits, images * 7 % 10, NAMES, "test").ece == pytest.approx(
+        0.4244566559791565, abs=1e-6
+    )
 
 
 def test_a_confidence_of_one_belongs_to_the_last_bin() -> None:
     """Unlike torchmetrics 1.9.0, which opens a sixteenth one for it and finds 0.525 here."""
     evaluation = evaluate_answers([0] * 100, [1] * 50 + [0] * 50, [1.0] * 50 + [0.95] * 50)
-    assert evaluation.bins[-1].num_images == 100 and evaluation.ece == pytest.approx(0.475, abs=1e-6)
+    assert evaluation.bins[-1].num_images == 100 and evaluation.ece == pytest.approx(
+        0.475, abs=1e-6
+    )
 
 
-def test_mistakes_come_in_the_order_of_their_confidence_and_of_equals_the_first_comes_first() -> None:
+def test_mistakes_come_in_the_order_of_their_confidence_and_of_equals_the_first_comes_first() -> (
+    None
+):
     confidences = [0.5, 0.9, 0.7, 0.9, 0.99, 0.8, 0.8]
     evaluation = evaluate_answers([1, 1, 1, 1, 0, 2, 2], [0] * 7, confidences)
     assert [mistake.index for mistake in evaluation.mistakes] == [1, 3, 5, 6, 2, 0]
@@ -144,14 +165,22 @@ def test_logits_that_are_not_finite_are_a_warning_and_the_judgement_is_still_jso
 def test_predicted_logits_measure_exactly_what_evaluate_does(precision: str) -> None:
     """210 images: a whole batch and a part of one."""
     data = load_train_val(SHAPES, 100, 210)
-    trainer = Trainer(make_config(train_size=100, val_size=210), data, resolve_numerics("cpu", precision, threads=1))
+    trainer = Trainer(
+        make_config(train_size=100, val_size=210),
+        data,
+        resolve_numerics("cpu", precision, threads=1),
+    )
     assert data.val is not None
     trainer.model.train()
     logits = trainer.predict(data.val)
     assert (logits.shape, logits.dtype, logits.device.type) == ((210, 10), torch.float32, "cpu")
     loss, accuracy = trainer.evaluate(data.val)
     evaluation = evaluate_logits(logits, data.val.labels_N, CLASS_NAMES["shapes"], "validation")
-    assert measure_logits(logits, data.val.labels_N) == (evaluation.loss, evaluation.accuracy) == (loss, accuracy)
+    assert (
+        measure_logits(logits, data.val.labels_N)
+        == (evaluation.loss, evaluation.accuracy)
+        == (loss, accuracy)
+    )
 
 
 # Figures
@@ -167,12 +196,29 @@ def read_size(path: Path) -> tuple[int, int]:
 
 def test_a_judgements_folder_holds_four_figures_and_all_data(tmp_path: Path) -> None:
     evaluation = evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
-    files = save_evaluation(evaluation, make_pictures(5), "x:0: 5 validation images", tmp_path / "a" / "b")
-    assert [path.name for path in files] == FILES and all(path.parent == tmp_path / "a" / "b" for path in files)
-    assert [read_size(path) for path in files[1:]] == [(946, 836), (836, 506), (704, 792), (1155, 616)]
+    files = save_evaluation(
+        evaluation, make_pictures(5), "x:0: 5 validation images", tmp_path / "a" / "b"
+    )
+    assert [path.name for path in files] == FILES and all(
+        path.parent == tmp_path / "a" / "b" for path in files
+    )
+    assert [read_size(path) for path in files[1:]] == [
+        (946, 836),
+        (836, 506),
+        (704, 792),
+        (1155, 616),
+    ]
     found = json.loads(files[0].read_text())
-    assert found["title"] == "x:0: 5 validation images" and found["confusion"] == evaluation.confusion.tolist()
-    assert found["mistakes"][0] == {"index": 2, "true": 0, "predicted": 2, "confidence": pytest.approx(0.9)}
+    assert (
+        found["title"] == "x:0: 5 validation images"
+        and found["confusion"] == evaluation.confusion.tolist()
+    )
+    assert found["mistakes"][0] == {
+        "index": 2,
+        "true": 0,
+        "predicted": 2,
+        "confidence": pytest.approx(0.9),
+    }
     assert found["never_predicted"] == ["cat"] and len(found["bins"]) == 15
 
 
@@ -189,17 +235,23 @@ def test_a_file_that_is_no_judgement_is_refused_in_a_sentence(tmp_path: Path, te
     file = tmp_path / "judgement.json"
     file.write_text(text)
     with pytest.raises(
-        RecordError, match=r"judgement.json: an evaluation must be readable, got .*Make it again with: "
+        RecordError,
+        match=r"judgement.json: an evaluation must be readable, got .*Make it again with: ",
     ):
         load_evaluation(file)
     file.unlink()
-    with pytest.raises(RecordError, match=r"judgement.json: an evaluation must be there\. Make it with: judge RUN\."):
+    with pytest.raises(
+        RecordError,
+        match=r"judgement.json: an evaluation must be there\. Make it with: judge RUN\.",
+    ):
         load_evaluation(file)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/x: figures must be writable there, got 'Not a directory'\."):
+    with pytest.raises(
+        ConfigError, match=r"file/x: figures must be writable there, got 'Not a directory'\."
+    ):
         save_evaluation(evaluate_answers([0], [0]), make_pictures(1), "x", tmp_path / "file" / "x")
 
 
@@ -215,7 +267,11 @@ def test_the_drawn_confusion_shows_percents_of_the_true_class() -> None:
 def test_the_drawn_classes_show_their_accuracy_and_which_have_no_image() -> None:
     figure = draw_per_class(evaluate_answers([0, 1, 0], [0, 1, 1]), "x:0")
     axes = figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == ["100.0 % of 1", "50.0 % of 2", *["no image"] * 8]
+    assert [text.get_text() for text in axes.texts] == [
+        "100.0 % of 1",
+        "50.0 % of 2",
+        *["no image"] * 8,
+    ]
     assert [bar.get_width() for bar in axes.patches[:2]] == [100.0, 50.0]
     assert axes.lines[0].get_label() == "all images: 66.67 %"
 
@@ -261,11 +317,18 @@ def test_judge_shows_and_keeps_what_the_kept_weights_make_of_the_recorded_valida
     rows = [line.split() for line in lines[start + 2 : start + 12]]
     assert [(row[0], row[1]) for row in rows] == [(name, "2") for name in CLASS_NAMES["shapes"]]
     percent = f"{100 * (last.val_acc or 0):.2f} %"
-    assert lines[start + 12] == f"accuracy {percent} (recorded: {percent})" and "NOT CIFAR-10" in answer.stdout
+    assert (
+        lines[start + 12] == f"accuracy {percent} (recorded: {percent})"
+        and "NOT CIFAR-10" in answer.stdout
+    )
     assert f"figures: {folder} ({', '.join(FILES)})" in lines
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     found = json.loads((folder / "judgement.json").read_text())
-    assert (found["loss"], found["accuracy"], found["num_images"]) == (last.val_loss, last.val_acc, 20)
+    assert (found["loss"], found["accuracy"], found["num_images"]) == (
+        last.val_loss,
+        last.val_acc,
+        20,
+    )
     assert found["title"] == "small:0: 20 validation images, NOT CIFAR-10 (shapes)"
     assert all(sentence in lines for sentence in found["warnings"])
     fault = "MLflow must take the evaluation of small:0, got no run of it there. The files stay; complete MLflow: "
@@ -280,22 +343,39 @@ def test_judge_of_the_best_as_json_goes_where_it_is_told_and_survives_a_broken_t
     answer = invoke(*JUDGE, "--best", "--search", "small", "--json", "--out", "here")
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
-    assert (found["run_id"], found["part"], found["folder"], found["files"]) == ("small:0", "validation", "here", FILES)
+    assert (found["run_id"], found["part"], found["folder"], found["files"]) == (
+        "small:0",
+        "validation",
+        "here",
+        FILES,
+    )
     assert found["accuracy"] == found["recorded_val_acc"] == trained.trials[0].val_acc
-    assert "a SQLite database must be writable there, got: file is not a database." in found["mlflow_fault"]
-    assert sorted(path.name for path in Path("here").iterdir()) == sorted(FILES) and not (storage / "judge").exists()
+    assert (
+        "a SQLite database must be writable there, got: file is not a database."
+        in found["mlflow_fault"]
+    )
+    assert (
+        sorted(path.name for path in Path("here").iterdir()) == sorted(FILES)
+        and not (storage / "judge").exists()
+    )
 
 
-def test_a_run_without_kept_weights_is_refused_with_the_way_out(storage: Path, trained: SearchState) -> None:
+def test_a_run_without_kept_weights_is_refused_with_the_way_out(
+    storage: Path, trained: SearchState
+) -> None:
     (storage / "searches" / "small" / str(trained.trials[0].weights_file)).unlink()
     sentence = refuse(RecordError, *JUDGE, "small:0")
     assert sentence.startswith("small:0: weights must have been kept, got none")
-    assert sentence.endswith("Judge the best one: --best --search, or keep more: search --keep-weights.")
+    assert sentence.endswith(
+        "Judge the best one: --best --search, or keep more: search --keep-weights."
+    )
 
 
 def test_a_run_without_validation_images_is_refused(workplace: Path) -> None:
     blind = CONFIG.model_copy(update={"train_size": 50_000, "val_size": 0})
-    write_record(workplace / "runs", make_header("blind"), make_trial(0, [None] * 3, "complete", blind))
+    write_record(
+        workplace / "runs", make_header("blind"), make_trial(0, [None] * 3, "complete", blind)
+    )
     sentence = "blind:0: validation images must belong to the run, got none. Try reproduce --test."
     assert refuse(RecordError, *JUDGE, "blind:0") == sentence
 
@@ -322,9 +402,13 @@ def test_a_judgement_is_logged_on_its_trials_run_and_a_second_time_changes_nothi
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("smoke (shapes)")
     (run,) = client.search_runs([experiment.experiment_id], "tags.trial = '0'")
-    assert {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "judge/validation")} == set(FILES)
+    assert {
+        Path(item.path).name for item in client.list_artifacts(run.info.run_id, "judge/validation")
+    } == set(FILES)
     found = json.loads((out / "judgement.json").read_text())
-    expected = {f"val_acc_{row['name']}": row["accuracy"] for row in found["classes"]} | {"val_ece": found["ece"]}
+    expected = {f"val_acc_{row['name']}": row["accuracy"] for row in found["classes"]} | {
+        "val_ece": found["ece"]
+    }
     assert {name: run.data.metrics[name] for name in expected} == expected
     assert len(client.get_metric_history(run.info.run_id, "val_ece")) == 1
     assert run.info.status == "FINISHED"

@@ -27,7 +27,9 @@ from tune_cifar.train.numerics import (
     restore_numerics,
 )
 
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+needs_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="this machine has a CUDA device"
+)
 
 
 @pytest.fixture
@@ -69,11 +71,15 @@ def test_auto_takes_the_gpu_where_one_is() -> None:
     assert found.capability.startswith("sm_") and count_gpus("auto") >= 1
 
 
-@pytest.mark.parametrize(("precision", "layout"), [("fp32", "contiguous"), ("bf16", "channels_last")])
+@pytest.mark.parametrize(
+    ("precision", "layout"), [("fp32", "contiguous"), ("bf16", "channels_last")]
+)
 def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: str) -> None:
     numerics = resolve_numerics("cpu", precision, threads=1)
     assert (numerics.precision, numerics.memory_format, numerics.threads) == (precision, layout, 1)
-    assert memory_format(numerics) is getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
+    assert memory_format(numerics) is getattr(
+        torch, f"{layout}_format" if layout == "contiguous" else layout
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,11 +92,19 @@ def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: st
             {"device": "cpu", "execution": "captured"},
             "--execution: captured needs a CUDA device, got a training on the CPU. Leave it out.",
         ),
-        ({"threads": 0}, f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 0."),
-        ({"threads": 4096}, f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 4096."),
+        (
+            {"threads": 0},
+            f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 0.",
+        ),
+        (
+            {"threads": 4096},
+            f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 4096.",
+        ),
     ],
 )
-def test_unknown_settings_are_refused_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+def test_unknown_settings_are_refused_in_one_sentence(
+    changes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_numerics(**changes)
     assert str(caught.value) == sentence
@@ -99,7 +113,8 @@ def test_unknown_settings_are_refused_in_one_sentence(changes: dict[str, Any], s
 @needs_no_gpu
 def test_cuda_without_a_gpu_is_refused_with_the_way_out(fp32: Numerics) -> None:
     with pytest.raises(
-        ConfigError, match=r"--device: cuda needs a CUDA device, got a machine without one\. Use --device"
+        ConfigError,
+        match=r"--device: cuda needs a CUDA device, got a machine without one\. Use --device",
     ):
         resolve_numerics("cuda")
     with pytest.raises(ConfigError, match="the recorded device is cuda, got a machine without one"):
@@ -107,7 +122,13 @@ def test_cuda_without_a_gpu_is_refused_with_the_way_out(fp32: Numerics) -> None:
 
 
 def test_versions_are_those_of_the_libraries_that_compute(fp32: Numerics) -> None:
-    assert set(fp32.versions) == {"python", "torch", "numpy", "albumentations", "opencv-python-headless"}
+    assert set(fp32.versions) == {
+        "python",
+        "torch",
+        "numpy",
+        "albumentations",
+        "opencv-python-headless",
+    }
     assert fp32.versions["torch"] == version("torch")
 
 
@@ -147,7 +168,9 @@ OTHER_VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_comparison_names_what_differs_before_and_now(fp32: Numerics, name: str) -> None:
     other = fp32.model_copy(update={name: OTHER_VALUES[name]})
-    assert compare_numerics(fp32, other) == [f"{name}: {getattr(fp32, name)} -> {OTHER_VALUES[name]}"]
+    assert compare_numerics(fp32, other) == [
+        f"{name}: {getattr(fp32, name)} -> {OTHER_VALUES[name]}"
+    ]
 
 
 def test_comparison_covers_every_field(fp32: Numerics) -> None:
@@ -172,10 +195,14 @@ def test_applying_sets_the_flags_and_the_next_application_restores_them(fp32: Nu
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     apply_numerics(fp32)
     assert torch.get_num_threads() == 1
-    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
+    assert (
+        not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
+    )
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_autocast_multiplies_in_the_recorded_precision(precision: str, dtype: torch.dtype) -> None:
     with autocast(resolve_numerics("cpu", precision)):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
@@ -189,5 +216,7 @@ def test_environment_is_text_and_names_versions_machine_and_commit() -> None:
     if not (root / ".git").exists():
         assert "git_commit" not in facts
         return
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
     assert facts["git_commit"].removesuffix("+changes") == head.strip()

@@ -29,7 +29,12 @@ def anneal(start: float, end: float, fraction: float) -> float:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_onecycle_follows_its_definition_at_every_step(optimizer: str) -> None:
     config = make_config(
-        optimizer=optimizer, max_lr=0.02, pct_start=0.25, div_factor=10.0, final_div_factor=100.0, epochs=5
+        optimizer=optimizer,
+        max_lr=0.02,
+        pct_start=0.25,
+        div_factor=10.0,
+        final_div_factor=100.0,
+        epochs=5,
     )
     lrs, momenta = run_schedule(config)
     peak = 0.25 * 20 - 1  # 20 steps in all; the peak is the last step of the warm-up
@@ -38,7 +43,9 @@ def test_onecycle_follows_its_definition_at_every_step(optimizer: str) -> None:
         fraction = step / peak if up else (step - peak) / (19 - peak)
         ends = (0.002, 0.02) if up else (0.02, 0.002 / 100)
         assert lr == pytest.approx(anneal(*ends, fraction), rel=1e-9)
-        assert momentum == pytest.approx(anneal(*((0.95, 0.85) if up else (0.85, 0.95)), fraction), rel=1e-9)
+        assert momentum == pytest.approx(
+            anneal(*((0.95, 0.85) if up else (0.85, 0.95)), fraction), rel=1e-9
+        )
 
 
 def test_onecycle_leaves_momentum_alone_when_told_so() -> None:
@@ -54,7 +61,11 @@ def test_cosine_follows_its_definition_at_every_step() -> None:
 def test_step_schedule_falls_at_the_fractions_whatever_the_batch_size() -> None:
     for batch_size in (32, 7):
         config = make_config(
-            schedule="step", epochs=8, milestone_fractions=(0.375, 0.75), gamma=0.1, batch_size=batch_size
+            schedule="step",
+            epochs=8,
+            milestone_fractions=(0.375, 0.75),
+            gamma=0.1,
+            batch_size=batch_size,
         )
         lrs, _ = run_schedule(config)
         per_epoch = config.num_steps_per_epoch
@@ -65,7 +76,9 @@ def test_step_schedule_falls_at_the_fractions_whatever_the_batch_size() -> None:
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step"])
 def test_a_restarted_schedule_is_that_of_a_training_as_long_as_its_cycle(schedule: str) -> None:
     whole = list(schedule_steps(make_config(schedule=schedule, epochs=5, warm_restarts=(2,))))
-    cycles = [list(schedule_steps(make_config(schedule=schedule, epochs=length))) for length in (2, 3)]
+    cycles = [
+        list(schedule_steps(make_config(schedule=schedule, epochs=length))) for length in (2, 3)
+    ]
     assert whole == cycles[0] + cycles[1]
 
 
@@ -106,7 +119,9 @@ def test_optimizer_carries_the_configs_value(changes: dict[str, Any], key: str, 
     assert optimizer.param_groups[0][key] == value
 
 
-@pytest.mark.parametrize(("optimizer", "key", "want"), [("sgd", "momentum", 0.6), ("adam", "betas", (0.6, 0.999))])
+@pytest.mark.parametrize(
+    ("optimizer", "key", "want"), [("sgd", "momentum", 0.6), ("adam", "betas", (0.6, 0.999))]
+)
 def test_settings_reach_the_optimizer(optimizer: str, key: str, want: Any) -> None:
     made = make_optimizer([nn.Parameter(torch.zeros(1))], make_config(optimizer=optimizer))
     apply_settings(made, Settings(0.3, 0.6))
@@ -120,5 +135,7 @@ def test_coupled_decay_enters_adams_gradient_and_decoupled_decay_does_not() -> N
         weight.grad = torch.zeros(1)
         make_optimizer([weight], make_config(optimizer=optimizer, max_lr=0.1, **{name: 0.1})).step()
         shrunk[optimizer] = 1 - weight.item()
-    assert shrunk["adam"] == pytest.approx(0.1, rel=1e-4)  # a normalised gradient: the whole learning rate
+    assert shrunk["adam"] == pytest.approx(
+        0.1, rel=1e-4
+    )  # a normalised gradient: the whole learning rate
     assert shrunk["adamw"] == pytest.approx(0.01, rel=1e-4)  # learning rate x decay

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.builders import EXPLODING, SHAPES, SMALL, curve, ignore_event, interrupt_small, open_small, train_small
+from tests.builders import (
+    EXPLODING,
+    SHAPES,
+    SMALL,
+    curve,
+    ignore_event,
+    interrupt_small,
+    open_small,
+    train_small,
+)
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, RecordError
 from tune_cifar.record.events import Event, TrialEnded
@@ -24,7 +33,9 @@ from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import CHECKPOINTS, ERROR, WEIGHTS, train_trial
 
 
-def test_every_event_is_on_disk_before_the_listener_hears_of_it(tmp_path: Path, fp32: Numerics) -> None:
+def test_every_event_is_on_disk_before_the_listener_hears_of_it(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     record, data = open_small(tmp_path, fp32)
     heard: list[tuple[str, int]] = []
 
@@ -39,7 +50,9 @@ def test_every_event_is_on_disk_before_the_listener_hears_of_it(tmp_path: Path, 
     assert heard == [("TrialStarted", 0), *epochs, ("TrialEnded", 3), ("SearchEnded", 3)]
 
 
-def test_a_training_ends_complete_with_its_score_and_the_weights_that_earned_it(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_training_ends_complete_with_its_score_and_the_weights_that_earned_it(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     state = train_small(tmp_path, fp32)
     trial = state.trials[0]
     assert (state.header.kind, trial.origin, trial.status) == ("train", "train", "complete")
@@ -55,19 +68,35 @@ def test_a_training_ends_complete_with_its_score_and_the_weights_that_earned_it(
 
 @pytest.mark.parametrize(("every_seconds", "epochs_kept"), [(60.0, 0), (0.0, 1)])
 def test_a_resumed_training_has_the_curve_of_the_uninterrupted_one(
-    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, every_seconds: float, epochs_kept: int
+    tmp_path: Path,
+    fp32: Numerics,
+    monkeypatch: pytest.MonkeyPatch,
+    every_seconds: float,
+    epochs_kept: int,
 ) -> None:
     """With a checkpoint it goes on from there; without one yet (they come once a minute) it starts again."""
-    monkeypatch.setattr("tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=every_seconds))
+    monkeypatch.setattr(
+        "tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=every_seconds)
+    )
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=1)
     broken = read_state(search_folder(tmp_path, "small"))
     assert (broken.trials[0].status, broken.trials[0].epochs_done) == ("running", 1)
-    assert broken.finished is not None and broken.finished.reason == "interrupted" and not broken.is_finished
+    assert (
+        broken.finished is not None
+        and broken.finished.reason == "interrupted"
+        and not broken.is_finished
+    )
     record, data = open_small(tmp_path, fp32, resume=True)
     begun_at: list[int] = []
     with record:
-        run_training(record, data, fp32, ignore_event, on_trainer=lambda trainer: begun_at.append(trainer.epoch))
+        run_training(
+            record,
+            data,
+            fp32,
+            ignore_event,
+            on_trainer=lambda trainer: begun_at.append(trainer.epoch),
+        )
     resumed = read_state(search_folder(tmp_path, "small"))
     assert begun_at == [epochs_kept]
     assert curve(resumed.trials[0].epochs) == curve(whole.trials[0].epochs)
@@ -80,7 +109,9 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint knows two epochs, the record one: the second is told again from the checkpoint."""
-    monkeypatch.setattr("tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=0.0))
+    monkeypatch.setattr(
+        "tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=0.0)
+    )
     whole = train_small(tmp_path / "whole", fp32)
     interrupt_small(tmp_path, fp32, epoch=2)
     path = search_folder(tmp_path, "small") / "record.jsonl"
@@ -99,7 +130,9 @@ def test_what_another_cycle_left_is_deleted_and_the_training_begins_from_scratch
     tmp_path: Path, fp32: Numerics, left: str
 ) -> None:
     config = load_space("smoke", "full", {**SMALL, "epochs": 4}).baseline
-    before, after = (config, config.shorten(2)) if left == "a longer one" else (config.shorten(2), config)
+    before, after = (
+        (config, config.shorten(2)) if left == "a longer one" else (config.shorten(2), config)
+    )
     data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
     for result in train_trial(before, data, fp32, folder, every_seconds=0.0):
         if result.epoch == 2:
@@ -107,14 +140,18 @@ def test_what_another_cycle_left_is_deleted_and_the_training_begins_from_scratch
     if "torn" in left:
         (folder / CHECKPOINTS / "checkpoint-0002.pt").write_bytes(b"torn")
     begun_at: list[int] = []
-    results = train_trial(after, data, fp32, folder, on_trainer=lambda trainer: begun_at.append(trainer.epoch))
+    results = train_trial(
+        after, data, fp32, folder, on_trainer=lambda trainer: begun_at.append(trainer.epoch)
+    )
     first = next(results)
     assert list((folder / CHECKPOINTS).iterdir()) == []
     assert begun_at == [0]
     assert curve([first, *results]) == curve(list(Trainer(after, data, fp32)))
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_and_stays(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_checkpoint_of_another_recipe_is_refused_and_stays(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     config = load_space("smoke", "full", {**SMALL, "schedule": "constant"}).baseline
     data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
     list(train_trial(config.shorten(1), data, fp32, folder))
@@ -137,7 +174,9 @@ def test_resume_with_a_changed_knob_is_refused_with_what_changed_and_frees_the_r
     record.close()
 
 
-def test_resume_under_other_numerics_is_refused_with_what_changed(tmp_path: Path, fp32: Numerics) -> None:
+def test_resume_under_other_numerics_is_refused_with_what_changed(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     interrupt_small(tmp_path, fp32, epoch=1)
     with pytest.raises(ConfigError, match=r"got threads: 1 -> 2\.$"):
         open_small(tmp_path, fp32.model_copy(update={"threads": 2}), resume=True)
@@ -145,18 +184,24 @@ def test_resume_under_other_numerics_is_refused_with_what_changed(tmp_path: Path
 
 def test_resume_of_a_finished_training_is_refused(tmp_path: Path, fp32: Numerics) -> None:
     train_small(tmp_path, fp32, epochs=2)
-    with pytest.raises(ConfigError, match=r"small must be unfinished .* got a finished training\.$"):
+    with pytest.raises(
+        ConfigError, match=r"small must be unfinished .* got a finished training\.$"
+    ):
         open_small(tmp_path, fp32, resume=True, epochs=2)
 
 
 def test_resume_needs_the_name_of_a_record(tmp_path: Path, fp32: Numerics) -> None:
     with pytest.raises(ConfigError, match="--resume: needs --name, got none"):
         open_small(tmp_path, fp32, name=None, resume=True)
-    with pytest.raises(RecordError, match=r"small: a search must be there, got 'No such file or directory'\."):
+    with pytest.raises(
+        RecordError, match=r"small: a search must be there, got 'No such file or directory'\."
+    ):
         open_small(tmp_path, fp32, resume=True)
 
 
-def test_a_name_in_use_is_refused_and_a_name_is_made_when_none_is_given(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_name_in_use_is_refused_and_a_name_is_made_when_none_is_given(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     record, _ = open_small(tmp_path, fp32)
     record.close()
     with pytest.raises(RecordError, match="small: a search's name must be new"):
@@ -166,16 +211,22 @@ def test_a_name_in_use_is_refused_and_a_name_is_made_when_none_is_given(tmp_path
         assert record.state.header.name.startswith("train-smoke-20")
 
 
-def test_a_diverged_training_is_a_result_with_chance_as_its_score(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_diverged_training_is_a_result_with_chance_as_its_score(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     state = train_small(tmp_path, fp32, **EXPLODING)
     trial = state.trials[0]
     assert (trial.status, trial.score, trial.epochs_done) == ("diverged", 0.1, 1)
     assert state.finished is not None
-    assert trial.reason.startswith("training: the loss must be finite, got nan or inf at epoch 2, step ")
+    assert trial.reason.startswith(
+        "training: the loss must be finite, got nan or inf at epoch 2, step "
+    )
     assert not (state.trial_folder(0) / WEIGHTS).exists()
 
 
-def test_an_exception_is_recorded_as_failed_with_its_traceback_and_raised_again(tmp_path: Path, fp32: Numerics) -> None:
+def test_an_exception_is_recorded_as_failed_with_its_traceback_and_raised_again(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     record, data = open_small(tmp_path, fp32)
     ended: list[TrialEnded] = []
 
@@ -195,7 +246,9 @@ def test_an_exception_is_recorded_as_failed_with_its_traceback_and_raised_again(
     assert "in break_down" in text and "no space left" in text
 
 
-def test_a_training_killed_before_its_last_line_is_only_closed_on_resume(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_training_killed_before_its_last_line_is_only_closed_on_resume(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     whole = train_small(tmp_path, fp32)
     path = whole.folder / "record.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))

@@ -19,8 +19,20 @@ from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics, TrainC
 from tune_cifar.train import step as room
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
 from tune_cifar.train.numerics import resolve_numerics
-from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer, schedule_steps
-from tune_cifar.train.step import DEVICE_KNOBS, CapturedStep, EagerStep, acquire_step, make_graph_key
+from tune_cifar.train.optim import (
+    DeviceOptimizer,
+    Settings,
+    apply_settings,
+    make_optimizer,
+    schedule_steps,
+)
+from tune_cifar.train.step import (
+    DEVICE_KNOBS,
+    CapturedStep,
+    EagerStep,
+    acquire_step,
+    make_graph_key,
+)
 from tune_cifar.train.trainer import Trainer
 
 
@@ -50,7 +62,12 @@ RECIPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("recipe", "max_lr"),
-    [(RECIPES[0], 0.001), (RECIPES[0], 0.01), (RECIPES[0], 0.03), *((recipe, 0.002) for recipe in RECIPES[1:])],
+    [
+        (RECIPES[0], 0.001),
+        (RECIPES[0], 0.01),
+        (RECIPES[0], 0.03),
+        *((recipe, 0.002) for recipe in RECIPES[1:]),
+    ],
 )
 def test_a_captured_training_is_the_eager_one_to_rounding(
     recipe: dict[str, Any], max_lr: float, few: TrainVal, fp32: Numerics, captured: Numerics
@@ -63,7 +80,9 @@ def test_a_captured_training_is_the_eager_one_to_rounding(
     assert result.train_loss == pytest.approx(other.train_loss, rel=1e-4)
     before, one, two = (flatten(trainer.model) for trainer in (start, eager, program))
     # Adam makes a step of lr of a gradient however small: single weights may go either way.
-    assert float((one - two).norm() / (one - before).norm()) < (1e-3 if config.optimizer == "sgd" else 0.02)
+    assert float((one - two).norm() / (one - before).norm()) < (
+        1e-3 if config.optimizer == "sgd" else 0.02
+    )
 
 
 def flatten(model: nn.Module) -> torch.Tensor:
@@ -82,7 +101,9 @@ def test_dropout_of_a_captured_step_drops_the_configs_share(captured: Numerics) 
 
 def test_a_step_taken_again_trains_as_a_new_one(few: TrainVal, captured: Numerics) -> None:
     first = make_config(max_lr=0.01, rotate_limit=30.0, weight_decay=0.01)
-    second = make_config(max_lr=0.05, rotate_limit=5.0, weight_decay=0.1, dropout=0.2, seed=3, epochs=3)
+    second = make_config(
+        max_lr=0.05, rotate_limit=5.0, weight_decay=0.1, dropout=0.2, seed=3, epochs=3
+    )
     assert make_graph_key(first, captured) == make_graph_key(second, captured)
     alone = curve(list(Trainer(second, few, captured)))
     room._idle.clear()
@@ -119,8 +140,12 @@ def test_two_trainings_at_once_have_a_step_each(few: TrainVal, captured: Numeric
         {"label_smoothing": 0.1},
     ],
 )
-def test_what_changes_the_program_changes_its_shape(changes: dict[str, Any], captured: Numerics) -> None:
-    assert make_graph_key(make_config(), captured) != make_graph_key(make_config(**changes), captured)
+def test_what_changes_the_program_changes_its_shape(
+    changes: dict[str, Any], captured: Numerics
+) -> None:
+    assert make_graph_key(make_config(), captured) != make_graph_key(
+        make_config(**changes), captured
+    )
 
 
 def test_only_so_many_idle_steps_are_kept(captured: Numerics) -> None:
@@ -131,7 +156,9 @@ def test_only_so_many_idle_steps_are_kept(captured: Numerics) -> None:
 
 
 def test_the_reference_augmentation_is_never_captured(captured: Numerics) -> None:
-    assert isinstance(acquire_step(make_config(augment_backend="albumentations"), captured), EagerStep)
+    assert isinstance(
+        acquire_step(make_config(augment_backend="albumentations"), captured), EagerStep
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -195,7 +222,9 @@ def test_strengths_in_device_memory_give_the_same_pictures(few: TrainVal) -> Non
 @pytest.mark.parametrize("model", ["s7", "s8", "s10"])
 def test_a_cuda_graph_trains_as_its_program_does(model: str, max_lr: float, few: TrainVal) -> None:
     """Bit for bit where kernels are deterministic: the graph against the same program, kernel by kernel."""
-    numerics = resolve_numerics("cuda", "bf16", deterministic=True).model_copy(update={"execution": "captured"})
+    numerics = resolve_numerics("cuda", "bf16", deterministic=True).model_copy(
+        update={"execution": "captured"}
+    )
     config = make_config(model=model, max_lr=max_lr)
     graph = Trainer(config, few, numerics)
     program = Trainer(config, few, numerics)

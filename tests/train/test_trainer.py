@@ -23,7 +23,9 @@ from tune_cifar.train.trainer import Trainer
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_trainings_are_bitwise_equal_whatever_ran_before(shapes: TrainVal, precision: str) -> None:
+def test_two_trainings_are_bitwise_equal_whatever_ran_before(
+    shapes: TrainVal, precision: str
+) -> None:
     numerics = resolve_numerics("cpu", precision)
     first = train_here(make_config(), shapes, numerics)
     torch.manual_seed(99)
@@ -32,7 +34,9 @@ def test_two_trainings_are_bitwise_equal_whatever_ran_before(shapes: TrainVal, p
 
 
 @pytest.mark.slow
-def test_a_training_in_another_process_is_bitwise_equal_and_needs_no_compiler(shapes: TrainVal, fp32: Numerics) -> None:
+def test_a_training_in_another_process_is_bitwise_equal_and_needs_no_compiler(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
     code = (
         "import json, sys\n"
         "from tests.builders import SHAPES, make_config, train_here\n"
@@ -43,7 +47,9 @@ def test_a_training_in_another_process_is_bitwise_equal_and_needs_no_compiler(sh
         "assert 'torch._dynamo' not in sys.modules, 'two seconds of every process'\n"
     )
     root = Path(__file__).parents[2]
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    )
     assert json.loads(answer.stdout) == train_here(make_config(), shapes, fp32)
 
 
@@ -58,12 +64,18 @@ def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_begins_ane
     )
     assert curve(results[:1]) == curve([short])
     ends = [result.lr for result in results]
-    assert ends[0] == ends[2] == ends[3] < ends[1]  # every cycle ends annealed; epoch 2 is the middle of one
+    assert (
+        ends[0] == ends[2] == ends[3] < ends[1]
+    )  # every cycle ends annealed; epoch 2 is the middle of one
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"optimizer": "adam", "augment_backend": "albumentations"}, {"epochs": 4, "warm_restarts": (1, 2)}],
+    [
+        {},
+        {"optimizer": "adam", "augment_backend": "albumentations"},
+        {"epochs": 4, "warm_restarts": (1, 2)},
+    ],
 )
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
     few: TrainVal, fp32: Numerics, tmp_path: Path, changes: dict[str, Any]
@@ -85,8 +97,12 @@ def test_a_checkpoint_of_another_config_is_refused(shapes: TrainVal, fp32: Numer
         Trainer(make_config(max_lr=0.02), shapes, fp32).load_state_dict(state)
 
 
-def test_a_training_with_a_huge_lr_diverges_with_epoch_and_step(shapes: TrainVal, fp32: Numerics) -> None:
-    config = make_config(schedule="constant", max_lr=100.0, weight_decay=1.0, epochs=50)  # weights x -99 a step
+def test_a_training_with_a_huge_lr_diverges_with_epoch_and_step(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
+    config = make_config(
+        schedule="constant", max_lr=100.0, weight_decay=1.0, epochs=50
+    )  # weights x -99 a step
     with pytest.raises(Diverged) as caught:
         list(Trainer(config, shapes, fp32))
     steps = config.num_steps_per_epoch
@@ -108,12 +124,16 @@ def test_a_training_without_validation_reports_none(fp32: Numerics, shapes: Trai
     assert result.val_loss is None and result.val_acc is None
 
 
-def test_evaluation_is_bitwise_repeatable_and_moves_nothing(shapes: TrainVal, fp32: Numerics) -> None:
+def test_evaluation_is_bitwise_repeatable_and_moves_nothing(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
     trainer = Trainer(make_config(), shapes, fp32)
     assert shapes.val is not None
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     assert trainer.evaluate(shapes.val) == trainer.evaluate(shapes.val)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items()
+    )
 
 
 def test_evaluation_equals_the_definition(shapes: TrainVal, fp32: Numerics) -> None:
@@ -128,10 +148,14 @@ def test_evaluation_equals_the_definition(shapes: TrainVal, fp32: Numerics) -> N
     loss, acc = trainer.evaluate(shapes.val)
     want = torch.nn.functional.cross_entropy(logits, shapes.val.labels_N).item()
     assert loss == pytest.approx(want, rel=1e-4)
-    assert acc == pytest.approx((logits.argmax(1) == shapes.val.labels_N).float().mean().item(), abs=0.011)
+    assert acc == pytest.approx(
+        (logits.argmax(1) == shapes.val.labels_N).float().mean().item(), abs=0.011
+    )
 
 
-def test_every_image_is_trained_once_an_epoch_and_the_last_batch_is_kept(shapes: TrainVal, fp32: Numerics) -> None:
+def test_every_image_is_trained_once_an_epoch_and_the_last_batch_is_kept(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
     trainer = Trainer(make_config(), shapes, fp32)
     seen: list[torch.Tensor] = []
     train_step = trainer._train_step
@@ -171,20 +195,28 @@ def test_the_first_three_losses_are_the_golden_ones(fp32: Numerics) -> None:
 @pytest.mark.gpu
 def test_two_deterministic_gpu_trainings_are_bitwise_equal(shapes: TrainVal) -> None:
     numerics = resolve_numerics("cuda", "bf16", deterministic=True)
-    assert train_here(make_config(), shapes, numerics) == train_here(make_config(), shapes, numerics)
+    assert train_here(make_config(), shapes, numerics) == train_here(
+        make_config(), shapes, numerics
+    )
 
 
 @pytest.mark.gpu
 def test_a_gpu_training_follows_the_cpu_one(shapes: TrainVal, fp32: Numerics) -> None:
-    config = make_config(dropout=0.0, hflip_p=0.0, shift_scale_rotate_p=0.0, cutout_p=0.0, gray_p=0.0)
+    config = make_config(
+        dropout=0.0, hflip_p=0.0, shift_scale_rotate_p=0.0, cutout_p=0.0, gray_p=0.0
+    )
     on_cpu = train_here(config, shapes, fp32)
     on_gpu = train_here(config, shapes, resolve_numerics("cuda", "fp32", deterministic=True))
     assert on_gpu[0]["train_loss"] == pytest.approx(on_cpu[0]["train_loss"], rel=0.02)
 
 
-def test_a_training_whose_validation_loss_is_not_finite_diverges(shapes: TrainVal, fp32: Numerics) -> None:
+def test_a_training_whose_validation_loss_is_not_finite_diverges(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
     trainer = Trainer(make_config(), shapes, fp32)
-    norm = next(module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm = next(
+        module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm2d)
+    )
     assert norm.running_var is not None
     norm.running_var.fill_(float("nan"))  # read in evaluation only: the training losses stay finite
     with pytest.raises(Diverged) as caught:

@@ -59,7 +59,11 @@ Outcome = float | str | None
 
 
 def write_search(
-    storage: Path, scores: Sequence[float | None], name: str = "x", space: SearchSpace = SPACE, **header: Any
+    storage: Path,
+    scores: Sequence[float | None],
+    name: str = "x",
+    space: SearchSpace = SPACE,
+    **header: Any,
 ) -> SearchState:
     """A search of two epochs with these scores, trial by trial; None is a trial that was stopped after the first."""
     made = make_header("search", name, space, 3, header.pop("data", CIFAR10), NUMERICS, "test")
@@ -78,7 +82,9 @@ def open_confirmation(
     space, settled = made
     data = header.pop("data", CIFAR10)
     found = make_header("confirm", name, space, space.budget.seed, data, NUMERICS, "test")
-    record = Record.create(search_folder(storage, name), found.model_copy(update={"confirmation": settled, **header}))
+    record = Record.create(
+        search_folder(storage, name), found.model_copy(update={"confirmation": settled, **header})
+    )
     return SearchDriver(record, space, ignore_event)
 
 
@@ -93,8 +99,15 @@ def play(driver: SearchDriver, outcomes: Sequence[Outcome]) -> SearchState:
         elif outcome == "failed":
             driver.fail(trial.number, "ValueError: no")
         elif outcome is not None:
-            accs = [None] * epochs if not trial.config.val_size else [0.1] * (epochs - 1) + [float(outcome)]
-            goes_on = [driver.report(trial.number, epochs, make_result(n, acc)) for n, acc in enumerate(accs, 1)]
+            accs = (
+                [None] * epochs
+                if not trial.config.val_size
+                else [0.1] * (epochs - 1) + [float(outcome)]
+            )
+            goes_on = [
+                driver.report(trial.number, epochs, make_result(n, acc))
+                for n, acc in enumerate(accs, 1)
+            ]
             assert goes_on == [True] * (epochs - 1) + [False]
     driver.finish()
     driver.record.close()
@@ -102,7 +115,12 @@ def play(driver: SearchDriver, outcomes: Sequence[Outcome]) -> SearchState:
 
 
 def write_confirmed(
-    storage: Path, state: SearchState, outcomes: Sequence[Outcome], top: int = 1, seeds: int = 2, **header: Any
+    storage: Path,
+    state: SearchState,
+    outcomes: Sequence[Outcome],
+    top: int = 1,
+    seeds: int = 2,
+    **header: Any,
 ) -> SearchState:
     """A confirmation of a search with these outcomes, training by training."""
     made = make_confirmation(state, top, seeds, {})
@@ -116,7 +134,9 @@ def list_runs(settled: Confirmation) -> list[str]:
 # What is confirmed
 
 
-def test_the_baseline_comes_first_and_then_the_best_of_equals_the_lower_number(tmp_path: Path) -> None:
+def test_the_baseline_comes_first_and_then_the_best_of_equals_the_lower_number(
+    tmp_path: Path,
+) -> None:
     state = write_search(tmp_path, [0.5, 0.7, 0.8, 0.7, None, 0.6])
     space, settled = make_confirmation(state, 2, 3, {})
     assert list_runs(settled) == ["x:0", "x:2", "x:1"]
@@ -124,8 +144,17 @@ def test_the_baseline_comes_first_and_then_the_best_of_equals_the_lower_number(t
     configs = [TrainConfig(**candidate.config) for candidate in settled.candidates]
     assert configs == [state.trials[number].config for number in (0, 2, 1)]
     assert (settled.search, settled.final, settled.num_trials) == ("x", False, 9)
-    assert (space.budget.trials, space.budget.rungs, space.budget.max_time_seconds) == (9, (2,), None)
-    assert (space.baseline, space.distributions, space.points, space.pinned) == (SPACE.baseline, {}, (), {})
+    assert (space.budget.trials, space.budget.rungs, space.budget.max_time_seconds) == (
+        9,
+        (2,),
+        None,
+    )
+    assert (space.baseline, space.distributions, space.points, space.pinned) == (
+        SPACE.baseline,
+        {},
+        (),
+        {},
+    )
 
 
 def test_as_many_as_there_are_are_confirmed(tmp_path: Path) -> None:
@@ -141,14 +170,24 @@ def test_a_baseline_among_the_best_is_not_confirmed_twice(tmp_path: Path) -> Non
 
 def test_a_baseline_that_was_not_complete_is_confirmed_without_a_score(tmp_path: Path) -> None:
     settled = make_confirmation(write_search(tmp_path, [None, 0.7]), 1, 1, {})[1]
-    assert [(found.run_id, found.score) for found in settled.candidates] == [("x:0", None), ("x:1", 0.7)]
+    assert [(found.run_id, found.score) for found in settled.candidates] == [
+        ("x:0", None),
+        ("x:1", 0.7),
+    ]
 
 
-def test_a_search_that_a_warm_start_left_without_a_baseline_trial_has_its_baseline_all_the_same(tmp_path: Path) -> None:
+def test_a_search_that_a_warm_start_left_without_a_baseline_trial_has_its_baseline_all_the_same(
+    tmp_path: Path,
+) -> None:
     header = make_header("search", "x", SPACE, 3, CIFAR10, NUMERICS, "test")
-    state = write_record(tmp_path, header, make_trial(1, [0.1, 0.7], "complete", SPACE.config({"max_lr": 0.01})))
+    state = write_record(
+        tmp_path, header, make_trial(1, [0.1, 0.7], "complete", SPACE.config({"max_lr": 0.01}))
+    )
     settled = make_confirmation(state, 1, 1, {})[1]
-    assert [(found.run_id, found.score) for found in settled.candidates] == [("x:baseline", None), ("x:1", 0.7)]
+    assert [(found.run_id, found.score) for found in settled.candidates] == [
+        ("x:baseline", None),
+        ("x:1", 0.7),
+    ]
 
 
 def test_changes_hold_for_all_candidates_alike(tmp_path: Path) -> None:
@@ -156,7 +195,9 @@ def test_changes_hold_for_all_candidates_alike(tmp_path: Path) -> None:
     changes = {"epochs": 7, "train_size": 300, "dropout": 0.1}
     space, settled = make_confirmation(state, 2, 1, changes)
     for candidate, number in zip(settled.candidates, (0, 2, 1), strict=True):
-        assert TrainConfig(**candidate.config) == state.trials[number].config.model_copy(update=changes)
+        assert TrainConfig(**candidate.config) == state.trials[number].config.model_copy(
+            update=changes
+        )
     assert (space.budget.rungs, space.pinned, space.baseline.train_size) == ((7,), changes, 300)
 
 
@@ -167,34 +208,59 @@ def test_candidates_that_a_change_makes_equal_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "restarts"),
-    [({}, [1, 3]), ({"epochs": 9}, [1, 3]), ({"epochs": 3}, [1]), ({"epochs": 1}, []), ({"warm_restarts": (2,)}, [2])],
+    [
+        ({}, [1, 3]),
+        ({"epochs": 9}, [1, 3]),
+        ({"epochs": 3}, [1]),
+        ({"epochs": 1}, []),
+        ({"warm_restarts": (2,)}, [2]),
+    ],
 )
 def test_warm_restarts_beyond_a_shorter_training_are_cut(
     tmp_path: Path, changes: dict[str, Any], restarts: list[int]
 ) -> None:
-    state = write_search(tmp_path, [0.5], space=load_space("smoke", "cpu", {"epochs": 4, "warm_restarts": [1, 3]}))
-    assert make_confirmation(state, 1, 1, changes)[1].candidates[0].config["warm_restarts"] == restarts
+    state = write_search(
+        tmp_path, [0.5], space=load_space("smoke", "cpu", {"epochs": 4, "warm_restarts": [1, 3]})
+    )
+    assert (
+        make_confirmation(state, 1, 1, changes)[1].candidates[0].config["warm_restarts"] == restarts
+    )
 
 
-@pytest.mark.parametrize(("used", "seeds"), [(0, [1, 2, 3]), (2, [0, 1, 3]), (3, [0, 1, 2]), (99, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("used", "seeds"), [(0, [1, 2, 3]), (2, [0, 1, 3]), (3, [0, 1, 2]), (99, [0, 1, 2])]
+)
 def test_the_seeds_are_never_the_searchs_own(tmp_path: Path, used: int, seeds: list[int]) -> None:
-    state = write_search(tmp_path, [0.5], space=load_space("smoke", "cpu", {"epochs": 2, "seed": used}))
+    state = write_search(
+        tmp_path, [0.5], space=load_space("smoke", "cpu", {"epochs": 2, "seed": used})
+    )
     assert make_confirmation(state, 1, 3, {})[1].seeds == seeds
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"seed": 1}, "--set: seed must not be pinned, since the seeds are what is varied. Use --seeds."),
+        (
+            {"seed": 1},
+            "--set: seed must not be pinned, since the seeds are what is varied. Use --seeds.",
+        ),
         (
             {"val_size": 0, "train_size": 50_000},
             "--set: val_size >= 1 must hold, got 0. Candidates are compared on it;",
         ),
-        ({"batch_size": 4000}, "configuration: batch_size <= train_size must hold, got batch_size 4000 and train_size"),
-        ({"warm_restarts": (2,)}, "configuration: warm_restarts increasing from 1 to below epochs must hold"),
+        (
+            {"batch_size": 4000},
+            "configuration: batch_size <= train_size must hold, got batch_size 4000 and train_size",
+        ),
+        (
+            {"warm_restarts": (2,)},
+            "configuration: warm_restarts increasing from 1 to below epochs must hold",
+        ),
     ],
 )
-def test_changes_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_changes_that_make_no_sense_are_refused(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
     state = write_search(tmp_path, [0.5, 0.7])
     with pytest.raises(ConfigError) as caught:
         make_confirmation(state, 1, 1, changes)
@@ -202,12 +268,18 @@ def test_changes_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[st
 
 
 def test_a_search_without_a_complete_trial_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--search: a search with a complete trial must be named, got 'x'\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^--search: a search with a complete trial must be named, got 'x'\.$"
+    ):
         make_confirmation(write_search(tmp_path, [None, None]), 1, 1, {})
 
 
-@pytest.mark.parametrize(("kind", "words"), [("train", "a single training"), ("confirm", "a confirmation")])
-def test_what_is_no_search_is_refused_with_what_it_is(tmp_path: Path, kind: Kind, words: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"), [("train", "a single training"), ("confirm", "a confirmation")]
+)
+def test_what_is_no_search_is_refused_with_what_it_is(
+    tmp_path: Path, kind: Kind, words: str
+) -> None:
     state = write_search(tmp_path, [0.5], kind=kind)
     with pytest.raises(ConfigError, match=rf"^--search: a search must be named, got x, {words}\.$"):
         make_confirmation(state, 1, 1, {})
@@ -237,7 +309,9 @@ def test_equal_differences_have_an_interval_without_width() -> None:
     assert gain == Gain(0.25, (0.25, 0.25), 2)
 
 
-def make_confirmed(search_score: float | None, scores: Sequence[float], same_recipe: bool = True) -> Confirmed:
+def make_confirmed(
+    search_score: float | None, scores: Sequence[float], same_recipe: bool = True
+) -> Confirmed:
     return Confirmed("x:4", search_score, dict(enumerate(scores, 1)), None, same_recipe)
 
 
@@ -291,19 +365,27 @@ def test_candidates_are_compared_in_pairs_of_equal_seeds(tmp_path: Path) -> None
     told = best.to_dict()
     assert best.gain is not None and best.sd == statistics.stdev([0.60, 0.66, 0.60])
     assert told["gain"] == {"mean": best.gain.mean, "interval": best.gain.interval, "pairs": 3}
-    assert (told["scores"], told["mean"], told["sd"]) == ({"1": 0.60, "2": 0.66, "3": 0.60}, best.mean, best.sd)
+    assert (told["scores"], told["mean"], told["sd"]) == (
+        {"1": 0.60, "2": 0.66, "3": 0.60},
+        best.mean,
+        best.sd,
+    )
     assert baseline.to_dict()["gain"] is None
 
 
 def test_a_diverged_training_counts_as_chance_and_a_failed_one_not_at_all(tmp_path: Path) -> None:
     outcomes = [0.50, "diverged", "failed", 0.60, 0.52, "failed"]
-    baseline, best = summarise(write_confirmed(tmp_path, write_search(tmp_path, [0.5, 0.7]), outcomes, seeds=3))
+    baseline, best = summarise(
+        write_confirmed(tmp_path, write_search(tmp_path, [0.5, 0.7]), outcomes, seeds=3)
+    )
     assert (baseline.scores, best.scores) == ({1: 0.50, 3: 0.52}, {1: 0.1, 2: 0.60})
     assert best.gain == Gain(pytest.approx(-0.4), None, 1), "seed 1 alone has a pair"
 
 
 def test_an_interrupted_confirmation_gives_the_pairs_that_there_are(tmp_path: Path) -> None:
-    state = write_confirmed(tmp_path, write_search(tmp_path, [0.5, 0.7]), [0.50, 0.60, 0.52], seeds=3)
+    state = write_confirmed(
+        tmp_path, write_search(tmp_path, [0.5, 0.7]), [0.50, 0.60, 0.52], seeds=3
+    )
     assert not state.is_finished
     baseline, best = summarise(state)
     assert (baseline.scores, best.scores) == ({1: 0.50, 2: 0.52}, {1: 0.60})
@@ -320,7 +402,9 @@ def test_another_recipe_than_the_searchs_is_known_as_such(tmp_path: Path) -> Non
 # The driver of a confirmation
 
 
-def test_a_confirmation_runs_seed_after_seed_and_another_driver_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+def test_a_confirmation_runs_seed_after_seed_and_another_driver_goes_on_with_what_is_missing(
+    tmp_path: Path,
+) -> None:
     made = make_confirmation(write_search(tmp_path, [0.5, 0.7]), 1, 2, {"dropout": 0.1})
     broken = play(open_confirmation(tmp_path, made), [0.50, None])
     assert broken.finished is not None and broken.finished.reason == "interrupted"
@@ -332,7 +416,11 @@ def test_a_confirmation_runs_seed_after_seed_and_another_driver_goes_on_with_wha
     with Record.open(broken.folder) as record:
         record.append(make_resumed(record.state))
         space = restore_space(record.state.header)
-        assert (space.baseline, space.budget, space.pinned) == (made[0].baseline, made[0].budget, {"dropout": 0.1})
+        assert (space.baseline, space.budget, space.pinned) == (
+            made[0].baseline,
+            made[0].budget,
+            {"dropout": 0.1},
+        )
         assert (space.distributions, space.obstacle) == ({}, None)
         driver = SearchDriver(record, space.limit(record.state.num_trials), ignore_event)
         whole = play(driver, [0.60, 0.52, 0.66])
@@ -356,7 +444,14 @@ def make_plan(made: tuple[SearchSpace, Confirmation | None]) -> SearchPlan:
     request = SearchRequest(SHAPES, Path("runs"), "test")
     resources = Resources(1, 0.0, 2, 0)
     return SearchPlan(
-        space, request, "n", CIFAR10, NUMERICS, resources, Cost(0.5, 700.0, 24_000.0), confirmation=settled
+        space,
+        request,
+        "n",
+        CIFAR10,
+        NUMERICS,
+        resources,
+        Cost(0.5, 700.0, 24_000.0),
+        confirmation=settled,
     )
 
 
@@ -372,13 +467,18 @@ def test_a_plan_says_what_it_is_of(tmp_path: Path) -> None:
     plan = make_plan((space, None))
     assert plan.describe().startswith("search n: 4 trials, 1 epoch each, sampler tpe (startup 1), ")
     for seconds, words in {0.0123: "0.012 s", 113.0: "110 s", 4321.0: "4300 s"}.items():
-        assert f"takes about {words};" in replace(plan, cost=plan.cost._replace(epoch_seconds=seconds)).describe_cost()
+        assert (
+            f"takes about {words};"
+            in replace(plan, cost=plan.cost._replace(epoch_seconds=seconds)).describe_cost()
+        )
 
 
 # The final
 
 
-def test_the_best_confirmed_mean_and_the_baseline_go_to_the_test_on_all_images(tmp_path: Path) -> None:
+def test_the_best_confirmed_mean_and_the_baseline_go_to_the_test_on_all_images(
+    tmp_path: Path,
+) -> None:
     """x:2 was the best in the search, x:1 is under new seeds."""
     state = write_search(tmp_path, [0.5, 0.7, 0.8])
     made = make_confirmation(state, 2, 2, {"epochs": 1})
@@ -388,7 +488,9 @@ def test_the_best_confirmed_mean_and_the_baseline_go_to_the_test_on_all_images(t
     assert [candidate.score for candidate in settled.candidates] == [0.5, 0.7]
     for candidate, number in zip(settled.candidates, (0, 1), strict=True):
         changes = {"epochs": 1, "train_size": 50_000, "val_size": 0}
-        assert TrainConfig(**candidate.config) == state.trials[number].config.model_copy(update=changes)
+        assert TrainConfig(**candidate.config) == state.trials[number].config.model_copy(
+            update=changes
+        )
     assert (space.baseline.val_size, space.budget.trials, space.budget.rungs) == (0, 6, (1,))
     assert space.pinned == {"epochs": 1, "train_size": 50_000, "val_size": 0}
     final = play(open_confirmation(tmp_path, (space, settled), "x-final"), [0.0] * 6)
@@ -423,12 +525,18 @@ def test_only_a_finished_confirmation_with_a_score_chooses_what_is_tested(tmp_pa
     failed = write_confirmed(tmp_path, state, ["failed"] * 4, name="bad")
     command = "python -m tune_cifar"
     for found, sentence in (
-        (None, f"search x must be confirmed, got no confirmation of it. First: {command} confirm --search x"),
+        (
+            None,
+            f"search x must be confirmed, got no confirmation of it. First: {command} confirm --search x",
+        ),
         (
             unfinished,
             f"half must have come to its end, got an unfinished one. First: {command} confirm --search x --resume",
         ),
-        (failed, f"a training of bad must have a score, got none. See: {command} failures --search bad"),
+        (
+            failed,
+            f"a training of bad must have a score, got none. See: {command} failures --search bad",
+        ),
     ):
         with pytest.raises(RecordError) as caught:
             check_confirmed(found, "x")
@@ -441,7 +549,10 @@ def test_of_a_searchs_confirmations_the_newest_counts_and_finals_apart(tmp_path:
     made = make_confirmation(state, 1, 1, {})
     final = made[0], made[1].model_copy(update={"final": True})
     states = [
-        play(open_confirmation(tmp_path, made_of, name, created=f"2026-01-{day:02d}T12:00:00+00:00"), [])
+        play(
+            open_confirmation(tmp_path, made_of, name, created=f"2026-01-{day:02d}T12:00:00+00:00"),
+            [],
+        )
         for name, day, made_of in (
             ("a", 1, made),
             ("c", 3, made),
@@ -458,11 +569,16 @@ def test_of_a_searchs_confirmations_the_newest_counts_and_finals_apart(tmp_path:
         assert find_confirmation(order, "y", is_final=True) is None
 
 
-def write_final(storage: Path, outcomes: Sequence[Outcome], data: DataInfo = CIFAR10) -> SearchState:
+def write_final(
+    storage: Path, outcomes: Sequence[Outcome], data: DataInfo = CIFAR10
+) -> SearchState:
     """A final confirmation of the baseline and x:1 under two seeds."""
     state = write_search(storage, [0.5, 0.7], data=data)
     confirmation = write_confirmed(storage, state, [0.5, 0.6, 0.5, 0.6])
-    return play(open_confirmation(storage, make_final(state, confirmation, 2), "x-final", data=data), outcomes)
+    return play(
+        open_confirmation(storage, make_final(state, confirmation, 2), "x-final", data=data),
+        outcomes,
+    )
 
 
 def make_opening(state: SearchState, number: int, acc: float, **changes: Any) -> TestEvaluation:
@@ -484,13 +600,18 @@ def make_opening(state: SearchState, number: int, acc: float, **changes: Any) ->
 
 def write_openings(path: Path, openings: Sequence[TestEvaluation]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([OPENINGS_COLUMNS, *([*opening.__dict__.values()] for opening in openings)])
+        csv.writer(file).writerows(
+            [OPENINGS_COLUMNS, *([*opening.__dict__.values()] for opening in openings)]
+        )
 
 
 def test_tests_are_summarised_from_the_ledger_as_far_as_it_was_opened(tmp_path: Path) -> None:
     state = write_final(tmp_path, [0.0] * 4)
     openings = [make_opening(state, n, acc) for n, acc in enumerate((0.8, 0.875, 0.75))]
-    openings += [make_opening(state, 3, 0.99, data="shapes"), make_opening(state, 3, 0.98, fingerprint="another")]
+    openings += [
+        make_opening(state, 3, 0.99, data="shapes"),
+        make_opening(state, 3, 0.98, fingerprint="another"),
+    ]
     baseline, best = summarise_tests(state, openings)
     assert (baseline.scores, best.scores) == ({1: 0.8, 2: 0.75}, {1: 0.875})
     assert best.gain == Gain(0.875 - 0.8, None, 1) and not best.same_recipe
@@ -506,7 +627,9 @@ def test_an_opening_of_the_same_training_under_another_name_counts(tmp_path: Pat
 
 def test_a_final_training_that_diverged_counts_as_chance_in_the_test(tmp_path: Path) -> None:
     state = write_final(tmp_path, [0.0, "diverged", "failed", 0.0])
-    baseline, best = summarise_tests(state, [make_opening(state, 0, 0.8), make_opening(state, 3, 0.9)])
+    baseline, best = summarise_tests(
+        state, [make_opening(state, 0, 0.8), make_opening(state, 3, 0.9)]
+    )
     assert (baseline.scores, best.scores) == ({1: 0.8}, {1: 0.1, 2: 0.9})
 
 
@@ -534,8 +657,14 @@ def store(workplace: Path) -> Path:
     [
         ("--top 0", "greater than or equal to 1"),
         ("--seeds 0", "greater than or equal to 1"),
-        ("--final --set epochs=1", "--set belongs to the confirmation: --final trains what was confirmed."),
-        ("--final --top 2", "--top belongs to the confirmation: --final trains what was confirmed."),
+        (
+            "--final --set epochs=1",
+            "--set belongs to the confirmation: --final trains what was confirmed.",
+        ),
+        (
+            "--final --top 2",
+            "--top belongs to the confirmation: --final trains what was confirmed.",
+        ),
         ("--resume --seeds 3", "--seeds belongs to a new confirmation: the record has it."),
         ("--resume --set epochs=1", "--set belongs to a new confirmation: the record has it."),
         ("--resume --device cpu", "--device belongs to a new confirmation: the record has it."),
@@ -557,7 +686,11 @@ def test_a_search_must_be_named() -> None:
     ("words", "kind", "sentence"),
     [
         ("--search y", RecordError, "a search of the name must be recorded, got 'y'."),
-        ("--search x-confirm", ConfigError, "--search: a search must be named, got x-confirm, a confirmation."),
+        (
+            "--search x-confirm",
+            ConfigError,
+            "--search: a search must be named, got x-confirm, a confirmation.",
+        ),
         ("--search x --name ../y", RecordError, "a search's name: it must be 1 to 64 of"),
         ("--search x", RecordError, "x-confirm: a search's name must be new, got one in use."),
         ("--search x --set seed=1", ConfigError, "--set: seed must not be pinned"),
@@ -579,13 +712,17 @@ def test_a_mistake_is_answered_in_one_sentence(words: str, kind: Any, sentence: 
     assert sentence in refuse(kind, "confirm", *words.split(), "--data", "shapes")
 
 
-def test_nothing_is_gone_on_with_and_nothing_tested_before_there_is_a_confirmation(workplace: Path) -> None:
+def test_nothing_is_gone_on_with_and_nothing_tested_before_there_is_a_confirmation(
+    workplace: Path,
+) -> None:
     write_search(workplace / "runs", [0.5, 0.7], data=SHAPES_INFO)
     words = ("confirm", "--search", "x", "--data", "shapes")
     sentence = "--resume: a confirmation of x must be recorded, got none. Leave --resume out."
     assert refuse(ConfigError, *words, "--resume") == sentence
     error = invoke(*words, "--final").exception  # it ends with a command
-    assert type(error) is RecordError and str(error).startswith("--final: search x must be confirmed, got no")
+    assert type(error) is RecordError and str(error).startswith(
+        "--final: search x must be confirmed, got no"
+    )
 
 
 def test_the_data_must_be_the_searchs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,7 +732,9 @@ def test_the_data_must_be_the_searchs(workplace: Path, monkeypatch: pytest.Monke
     write_search(workplace / "runs", [0.5, 0.7], "on-shapes", data=SHAPES_INFO)
     sentence = refuse(ConfigError, "confirm", "--search", "x", "--data", "shapes")
     assert sentence == "--data: cifar10 must be given as in x, got shapes."
-    assert "data fetch" in refuse(DataError, "confirm", "--search", "on-shapes", "--data", str(workplace))
+    assert "data fetch" in refuse(
+        DataError, "confirm", "--search", "on-shapes", "--data", str(workplace)
+    )
 
 
 @pytest.mark.usefixtures("store")
@@ -605,16 +744,44 @@ def test_a_search_command_does_not_go_on_with_a_confirmation() -> None:
     assert sentence == f"{rule} Use `confirm --resume`."
 
 
-def test_a_finished_confirmation_is_told_again_with_the_next_command_and_its_options(store: Path) -> None:
+def test_a_finished_confirmation_is_told_again_with_the_next_command_and_its_options(
+    store: Path,
+) -> None:
     answer = confirm("--resume", "--storage", str(store))
     assert answer.exit_code == 0, answer.output
     title, header, baseline, best, curse, empty, *hint = answer.stdout.splitlines()
-    assert title == ("x-confirm: validation accuracy over seeds after 2 epochs of 1,000 images, NOT CIFAR-10 (shapes)")
-    assert header.split() == ["candidate", "search", "said", "mean", "sd", "seeds", "gain", "over", "the", "baseline"]
-    assert baseline.split() == ["x:0", "50.00", "%", "51.00", "%", "1.41", "%", "2", "the", "baseline"]
+    assert title == (
+        "x-confirm: validation accuracy over seeds after 2 epochs of 1,000 images, NOT CIFAR-10 (shapes)"
+    )
+    assert header.split() == [
+        "candidate",
+        "search",
+        "said",
+        "mean",
+        "sd",
+        "seeds",
+        "gain",
+        "over",
+        "the",
+        "baseline",
+    ]
+    assert baseline.split() == [
+        "x:0",
+        "50.00",
+        "%",
+        "51.00",
+        "%",
+        "1.41",
+        "%",
+        "2",
+        "the",
+        "baseline",
+    ]
     interval = "95 % interval +3.15 to +15.85 (2 pairs)"
     assert best.split() == f"x:2 80.00 % 60.50 % 0.71 % 2 +9.50 points, {interval}".split()
-    assert curse.startswith("x:2: the search said 80.00 %, 2 new seeds say 60.50 %: 19.50 points of it were luck")
+    assert curse.startswith(
+        "x:2: the search said 80.00 %, 2 new seeds say 60.50 %: 19.50 points of it were luck"
+    )
     command = f"  python -m tune_cifar confirm --search x --data shapes --storage {store} --final"
     assert (empty, hint) == ("", ["next:", command])
     named = confirm("--resume", "--name", "x-confirm")
@@ -631,18 +798,26 @@ def test_a_finished_confirmation_as_json_is_one_document() -> None:
     assert best["gain"]["pairs"] == 2 and "next:" not in answer.stderr
 
 
-def test_a_finished_confirmation_is_told_without_its_data(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_confirmation_is_told_without_its_data(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TUNE_CIFAR_DATA", str(workplace / "nowhere"))
     storage = workplace / "runs"
     write_confirmed(storage, write_search(storage, [0.5, 0.7]), [0.5, 0.6, 0.52, 0.61])
     answer = invoke("confirm", "--search", "x", "--resume")
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout.startswith("x-confirm: validation accuracy over seeds after 2 epochs of 1,000 images\n")
+    assert answer.stdout.startswith(
+        "x-confirm: validation accuracy over seeds after 2 epochs of 1,000 images\n"
+    )
 
 
 def test_a_candidate_without_a_pair_is_not_taken_for_the_baseline(workplace: Path) -> None:
     storage = workplace / "runs"
-    write_confirmed(storage, write_search(storage, [0.5, 0.7], data=SHAPES_INFO), ["failed", "diverged", "failed", 0.6])
+    write_confirmed(
+        storage,
+        write_search(storage, [0.5, 0.7], data=SHAPES_INFO),
+        ["failed", "diverged", "failed", 0.6],
+    )
     lines = confirm("--resume").stdout.splitlines()
     assert lines[2].split() == ["x:0", "50.00", "%", "-", "-", "0", "the", "baseline"]
     assert lines[3].split() == ["x:1", "70.00", "%", "35.00", "%", "35.36", "%", "2", "no", "pair"]
@@ -683,7 +858,10 @@ def test_the_leaderboard_keeps_validation_confirmed_and_test_apart(workplace: Pa
     assert starts[parts[2] + 1 :] == ["x-final:", "candidate", "x:0", "x:1", "x:1:"]
     assert "x-final: test accuracy over seeds after 2 epochs of 50,000 images\n" in text
     assert "+9.75 points" not in text and "+10.00 points" in text
-    assert text.splitlines()[-1] == "x:1: test accuracy 77.00 % on 10,000 images, opened 2026-02-02T12:00:00Z"
+    assert (
+        text.splitlines()[-1]
+        == "x:1: test accuracy 77.00 % on 10,000 images, opened 2026-02-02T12:00:00Z"
+    )
     assert "other:0: test accuracy 76.00 %" in invoke("leaderboard", "--space", "smoke").stdout
     assert invoke("leaderboard", "--space", "s7").stdout.startswith("No trial is recorded yet.")
     only = list_starts(invoke("leaderboard", "--search", "x-confirm").stdout)
@@ -692,7 +870,9 @@ def test_the_leaderboard_keeps_validation_confirmed_and_test_apart(workplace: Pa
 
 def test_the_leaderboards_data_stay_a_row_per_trial(workplace: Path) -> None:
     write_final(workplace / "runs", [0.0, 0.0])
-    kinds = {row["run_id"]: row["kind"] for row in json.loads(invoke("leaderboard", "--json").stdout)}
+    kinds = {
+        row["run_id"]: row["kind"] for row in json.loads(invoke("leaderboard", "--json").stdout)
+    }
     assert kinds == {
         **{f"x:{number}": "search" for number in range(2)},
         **{f"x-confirm:{number}": "confirm" for number in range(4)},
@@ -739,13 +919,31 @@ def list_openings(storage: Path) -> list[str]:
 def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     from tests.builders import SEARCH, SETTINGS, run_cli
 
-    answer = run_cli(tmp_path, *SEARCH, *SETTINGS, "--set", "epochs=1", "--trials", "2", "--name", "x")
+    answer = run_cli(
+        tmp_path, *SEARCH, *SETTINGS, "--set", "epochs=1", "--trials", "2", "--name", "x"
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     words = ("confirm", "--search", "x", "--data", "shapes")
-    command = [sys.executable, "-m", "tune_cifar", *words, "--seeds", "2", "--top", "1", "--max-concurrent", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tune_cifar",
+        *words,
+        "--seeds",
+        "2",
+        "--top",
+        "1",
+        "--max-concurrent",
+        "1",
+    ]
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(tmp_path / "runs")}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
     )
     record = search_folder(tmp_path / "runs", "x-confirm") / "record.jsonl"
     end = time.monotonic() + 600
@@ -763,12 +961,18 @@ def test_a_search_is_confirmed_interrupted_and_gone_on_with(tmp_path: Path) -> N
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "confirmation x-confirm: 4 trainings of 1 epoch each" in answer.stderr
     state, found = read_state(record.parent), json.loads(answer.stdout)
-    assert state.finished is not None and state.finished.reason == "all trials" and state.counts["complete"] == 4
+    assert (
+        state.finished is not None
+        and state.finished.reason == "all trials"
+        and state.counts["complete"] == 4
+    )
     assert [trial.config.seed for trial in state.trials.values()] == [1, 1, 2, 2]
     assert [candidate["run_id"] for candidate in found["candidates"]] == ["x:0", "x:1"]
     by_seed = {(t.params["candidate"], str(t.config.seed)): t.score for t in state.trials.values()}
     for candidate in found["candidates"]:
-        assert candidate["scores"] == {seed: by_seed[candidate["run_id"], seed] for seed in ("1", "2")}
+        assert candidate["scores"] == {
+            seed: by_seed[candidate["run_id"], seed] for seed in ("1", "2")
+        }
     assert found["candidates"][1]["gain"]["pairs"] == 2
     for trial, before in zip(state.trials.values(), broken.trials.values(), strict=False):
         assert (trial.params, trial.fingerprint) == (before.params, before.fingerprint)
@@ -793,7 +997,10 @@ def test_a_final_opens_the_test_set_once_for_each_training_and_not_again(tmp_pat
     assert (trial.status, trial.config.train_size, trial.config.val_size) == ("complete", 50_000, 0)
     header, opening = list_openings(storage)
     assert opening.split(",")[2:7] == [trial.fingerprint, "1", "x-final:0", "shapes", "10000"]
-    assert "x-final:0: test accuracy " in first.stdout and "test accuracy over seeds after 1 epoch" in first.stdout
+    assert (
+        "x-final:0: test accuracy " in first.stdout
+        and "test accuracy over seeds after 1 epoch" in first.stdout
+    )
 
     again = run_cli(tmp_path, *words[:4], "--data", "shapes", "--resume", "--json")
     assert again.returncode == 0, again.stderr

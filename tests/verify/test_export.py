@@ -72,7 +72,8 @@ def test_equal_logits_agree() -> None:
 def test_logits_may_differ_by_a_ten_thousandth_of_the_largest(scale: float) -> None:
     ours = torch.tensor([[1.0, -0.5], [0.2, 0.8]]) * scale
     within, beyond = (
-        compare_logits(ours, ours + torch.tensor([0.0, factor * 1e-4 * scale]), "training") for factor in (0.9, 1.1)
+        compare_logits(ours, ours + torch.tensor([0.0, factor * 1e-4 * scale]), "training")
+        for factor in (0.9, 1.1)
     )
     assert within.tolerance == pytest.approx(1e-4 * scale)
     assert within.holds and not beyond.holds and beyond.num_same == 2
@@ -110,7 +111,10 @@ def test_a_safetensors_export_gives_the_recorded_accuracy_from_that_file_and_raw
     assert set(kept) == set(found) and all(torch.equal(found[name], kept[name]) for name in kept)
     lines = answer.stdout.splitlines()
     assert "NOT CIFAR-10" in answer.stdout
-    assert lines[-2] == f"small:0 (s7) as safetensors: small-0.safetensors, {path.stat().st_size:,} bytes"
+    assert (
+        lines[-2]
+        == f"small:0 (s7) as safetensors: small-0.safetensors, {path.stat().st_size:,} bytes"
+    )
     assert lines[-1].startswith(
         "checked on 20 validation images: 20 of 20 predictions are the network's, logits differ"
     )
@@ -121,27 +125,50 @@ def test_an_export_says_what_it_is(storage: Path, trained: SearchState) -> None:
     assert invoke(*SAFETENSORS).exit_code == 0
     found, trial = load_metadata(Path("small-0.safetensors")), trained.trials[0]
     assert TrainConfig.model_validate_json(found["config"]) == trial.config
-    assert (found["run_id"], found["model"], found["fingerprint"]) == ("small:0", "s7", trial.fingerprint)
+    assert (found["run_id"], found["model"], found["fingerprint"]) == (
+        "small:0",
+        "s7",
+        trial.fingerprint,
+    )
     assert (float(found["val_acc"]), found["epochs"]) == (trial.val_acc, "3")
-    assert (found["data"], found["split"]) == ("NOT CIFAR-10 (shapes)", trained.header.data.split_hash)
+    assert (found["data"], found["split"]) == (
+        "NOT CIFAR-10 (shapes)",
+        trained.header.data.split_hash,
+    )
     assert json.loads(found["classes"]) == list(CLASS_NAMES["shapes"])
-    assert (json.loads(found["mean"]), json.loads(found["std"])) == (list(CIFAR_MEAN), list(CIFAR_STD))
-    assert "subtract mean and divide by std" in found["input"] and found["output"].startswith("logits")
+    assert (json.loads(found["mean"]), json.loads(found["std"])) == (
+        list(CIFAR_MEAN),
+        list(CIFAR_STD),
+    )
+    assert "subtract mean and divide by std" in found["input"] and found["output"].startswith(
+        "logits"
+    )
     assert found["tune_cifar"]
 
 
-def test_an_export_of_the_best_as_json_replaces_the_file_it_is_told(storage: Path, trained: SearchState) -> None:
+def test_an_export_of_the_best_as_json_replaces_the_file_it_is_told(
+    storage: Path, trained: SearchState
+) -> None:
     Path("here").write_bytes(b"old")
-    answer = invoke(*EXPORT, "--best", "--search", "small", "--format", "safetensors", "--out", "here", "--json")
+    answer = invoke(
+        *EXPORT, "--best", "--search", "small", "--format", "safetensors", "--out", "here", "--json"
+    )
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
     assert (found["run_id"], found["format"], found["file"]) == ("small:0", "safetensors", "here")
     assert found["bytes"] == Path("here").stat().st_size
-    assert (found["part"], found["num_images"], found["num_same"], found["num_contrary"]) == ("validation", 20, 20, 0)
+    assert (found["part"], found["num_images"], found["num_same"], found["num_contrary"]) == (
+        "validation",
+        20,
+        20,
+        0,
+    )
     assert 0 <= found["largest_difference"] <= found["tolerance"]
 
 
-def test_a_run_without_validation_images_is_checked_on_training_ones(tmp_path: Path, trained: SearchState) -> None:
+def test_a_run_without_validation_images_is_checked_on_training_ones(
+    tmp_path: Path, trained: SearchState
+) -> None:
     data = replace(load_train_val(SHAPES, 20, 20), val=None)
     agreement = export_run(trained, trained.trials[0], data, "safetensors", tmp_path / "x")
     assert (agreement.part, agreement.num_images, agreement.num_same) == ("training", 20, 20)
@@ -171,11 +198,15 @@ def test_a_file_with_one_altered_weight_is_caught(
     metadata, logits = describe_run(trained, trained.trials[0]), trainer.predict(val)
     write_safetensors(path, trainer.model, metadata)
     check_agreement(
-        compare_logits(logits, answer_images(path, "safetensors", val.images_NCHW), "validation"), "x:0", ""
+        compare_logits(logits, answer_images(path, "safetensors", val.images_NCHW), "validation"),
+        "x:0",
+        "",
     )
     alter_last_conv(trainer)
     write_safetensors(path, trainer.model, metadata)
-    agreement = compare_logits(logits, answer_images(path, "safetensors", val.images_NCHW), "validation")
+    agreement = compare_logits(
+        logits, answer_images(path, "safetensors", val.images_NCHW), "validation"
+    )
     with pytest.raises(
         ExportError,
         match=r"^x:0: the safetensors file must give the network's logits to within .*, got a difference of .* Noth",
@@ -188,7 +219,9 @@ def test_a_file_with_other_constants_is_caught(
     tmp_path: Path, trained: SearchState, val: Split, fp32: Numerics, key: str
 ) -> None:
     trainer, path = load_small(trained, fp32), tmp_path / "x.safetensors"
-    write_safetensors(path, trainer.model, describe_run(trained, trained.trials[0]) | {key: "[0.49, 0.48, 0.45]"})
+    write_safetensors(
+        path, trainer.model, describe_run(trained, trained.trials[0]) | {key: "[0.49, 0.48, 0.45]"}
+    )
     found = answer_images(path, "safetensors", val.images_NCHW)
     assert not compare_logits(trainer.predict(val), found, "validation").holds
 
@@ -208,11 +241,15 @@ def test_a_network_that_gives_no_numbers_is_refused_and_what_was_there_stays(
     assert Path("here").read_bytes() == b"old" and list_names(storage.parent) == ["here", "runs"]
 
 
-def test_a_run_without_kept_weights_is_refused_with_the_way_out(storage: Path, trained: SearchState) -> None:
+def test_a_run_without_kept_weights_is_refused_with_the_way_out(
+    storage: Path, trained: SearchState
+) -> None:
     (storage / "searches" / "small" / str(trained.trials[0].weights_file)).unlink()
     sentence = refuse(RecordError, *SAFETENSORS)
     assert sentence.startswith("small:0: weights must have been kept, got none")
-    assert sentence.endswith("Export the best one: --best --search, or keep more: search --keep-weights.")
+    assert sentence.endswith(
+        "Export the best one: --best --search, or keep more: search --keep-weights."
+    )
 
 
 @pytest.mark.usefixtures("storage")
@@ -232,29 +269,45 @@ def test_a_place_that_takes_no_file_is_refused(out: str, sentence: str) -> None:
 def test_onnx_without_its_packages_is_refused_with_the_command_that_installs_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as import sees a package that is not there
+    monkeypatch.setitem(
+        sys.modules, "onnxscript", None
+    )  # as import sees a package that is not there
     sentence = refuse(ConfigError, *EXPORT, "small:0", "--format", "onnx")
     assert (
-        "got no onnxscript. Run `python -m pip install onnx onnxruntime onnxscript`, or take safetensors." in sentence
+        "got no onnxscript. Run `python -m pip install onnx onnxruntime onnxscript`, or take safetensors."
+        in sentence
     )
     assert invoke(*SAFETENSORS).exit_code == 0
 
 
 @pytest.mark.parametrize(
-    "words", [("small:0",), ("small:0", "--format", "pickle"), ("--format", "onnx"), ("--best", "--format", "onnx")]
+    "words",
+    [
+        ("small:0",),
+        ("small:0", "--format", "pickle"),
+        ("--format", "onnx"),
+        ("--best", "--format", "onnx"),
+    ],
 )
 @pytest.mark.usefixtures("storage")
-def test_export_asks_for_a_format_and_for_a_run_or_the_best_of_something(words: tuple[str, ...]) -> None:
+def test_export_asks_for_a_format_and_for_a_run_or_the_best_of_something(
+    words: tuple[str, ...],
+) -> None:
     assert invoke(*EXPORT, *words).exit_code == 2
 
 
 def test_a_file_that_is_no_export_is_refused(tmp_path: Path, trained: SearchState) -> None:
     kept = trained.folder / str(trained.trials[0].weights_file)
-    with pytest.raises(CheckpointError, match=r"weights with their config must be there, got: no 'config'"):
+    with pytest.raises(
+        CheckpointError, match=r"weights with their config must be there, got: no 'config'"
+    ):
         load_network(kept)
     metadata = describe_run(trained, trained.trials[0])
     save_weights(tmp_path / "x", load_weights(kept) | {"more": torch.zeros(1)}, metadata)
-    with pytest.raises(CheckpointError, match=r"with their config must be there, got: Error.* in loading state_dict"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"with their config must be there, got: Error.* in loading state_dict",
+    ):
         load_network(tmp_path / "x")
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="whole safetensors weights must be there"):
@@ -278,13 +331,17 @@ def test_every_network_is_exported_to_onnx_and_gives_the_recorded_accuracy_on_ra
     state = train_small(workplace / "runs", fp32, model=model, dropout=0.1)
     answer = invoke(*EXPORT, "small:0", "--format", "onnx")
     assert answer.exit_code == 0, answer.output
-    assert "checked on 20 validation images: 20 of 20 predictions are the network's" in answer.stdout
+    assert (
+        "checked on 20 validation images: 20 of 20 predictions are the network's" in answer.stdout
+    )
     session = open_session(Path("small-0.onnx"))
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["N", 3, 32, 32])
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["N", 10])
     pixels = (val.images_NCHW.float() / 255).numpy()
-    found = torch.cat([torch.from_numpy(session.run(None, {"images": pixels[i : i + 1]})[0]) for i in range(20)])
+    found = torch.cat(
+        [torch.from_numpy(session.run(None, {"images": pixels[i : i + 1]})[0]) for i in range(20)]
+    )
     assert measure_acc(found, val) == state.trials[0].val_acc
     assert list_names(workplace) == ["runs", "small-0.onnx"]
 
@@ -299,7 +356,9 @@ def test_an_onnx_export_says_what_it_is_and_nothing_of_the_machine(trained: Sear
     assert json.loads(answer.stdout)["format"] == "onnx"
     found = open_session(Path("x.onnx")).get_modelmeta().custom_metadata_map
     expected = describe_run(trained, trained.trials[0])
-    assert found == expected | {"input": found["input"]} and "normalizes them itself" in found["input"]
+    assert (
+        found == expected | {"input": found["input"]} and "normalizes them itself" in found["input"]
+    )
     graph = onnx.load("x.onnx")
     onnx.checker.check_model(graph, full_check=True)
     assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", ONNX_OPSET)]
@@ -315,4 +374,6 @@ def test_an_onnx_file_with_one_altered_weight_is_caught(
     logits = trainer.predict(val)
     alter_last_conv(trainer)
     write_onnx(tmp_path / "x.onnx", trainer.model, {})
-    assert not compare_logits(logits, answer_images(tmp_path / "x.onnx", "onnx", val.images_NCHW), "validation").holds
+    assert not compare_logits(
+        logits, answer_images(tmp_path / "x.onnx", "onnx", val.images_NCHW), "validation"
+    ).holds

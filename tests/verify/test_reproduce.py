@@ -68,11 +68,19 @@ def rewrite(storage: Path, state: SearchState, change: Change = keep, **header: 
     folder = search_folder(storage, state.header.name)
     dump = old.config.model_dump(mode="json")
     with Record.create(folder, Header(**{**dict(state.header), **header})) as record:
-        record.append(TrialStarted(trial=0, origin="train", params={}, config=dump, fingerprint=old.fingerprint))
+        record.append(
+            TrialStarted(
+                trial=0, origin="train", params={}, config=dump, fingerprint=old.fingerprint
+            )
+        )
         for result in old.epochs:
             record.append(EpochReported(trial=0, result=change(result)))
         score = record.state.trials[0].val_acc if old.status == "complete" else old.score
-        end: dict[str, Any] = {"status": old.status, "reason": old.reason, "weights_file": old.weights_file}
+        end: dict[str, Any] = {
+            "status": old.status,
+            "reason": old.reason,
+            "weights_file": old.weights_file,
+        }
         record.append(TrialEnded(trial=0, score=score, **end))
         record.append(SearchEnded(reason="trained", wall_seconds=1.0))
     shutil.copytree(state.folder / "trials", folder / "trials")
@@ -115,7 +123,9 @@ def test_a_run_trained_again_is_identical(tmp_path: Path, trained: SearchState) 
     answer = reproduce(tmp_path)
     assert answer.exit_code == 0, answer.output
     lines = answer.stdout.splitlines()
-    assert lines[0].startswith("small:0 (smoke, train, complete, 3 epochs) is trained again, fingerprint ")
+    assert lines[0].startswith(
+        "small:0 (smoke, train, complete, 3 epochs) is trained again, fingerprint "
+    )
     assert [line.endswith("agrees") for line in lines[1:4]] == [True] * 3
     assert lines[4:] == ["identical over 3 epochs"]
 
@@ -154,7 +164,12 @@ def test_one_ulp_in_a_recorded_figure_is_different_and_names_the_first_epoch(
 
 
 def test_what_measures_the_machine_need_not_come_back(tmp_path: Path, trained: SearchState) -> None:
-    slower = change_epoch(1, epoch_seconds=lambda s: s + 9.0, images_per_second=lambda n: n / 2, peak_memory_mb=add_ulp)
+    slower = change_epoch(
+        1,
+        epoch_seconds=lambda s: s + 9.0,
+        images_per_second=lambda n: n / 2,
+        peak_memory_mb=add_ulp,
+    )
     rewrite(tmp_path, trained, slower)
     assert reproduce(tmp_path).exit_code == 0
 
@@ -175,13 +190,20 @@ def test_under_other_numerics_the_verdict_is_within_tolerance_and_names_what_dif
 
 
 @pytest.mark.usefixtures("noise")
-def test_under_other_numerics_more_than_three_sds_are_different(tmp_path: Path, trained: SearchState) -> None:
+def test_under_other_numerics_more_than_three_sds_are_different(
+    tmp_path: Path, trained: SearchState
+) -> None:
     numerics = with_torch(trained.header.numerics, "2.0.0")
-    state = rewrite(tmp_path, trained, change_epoch(1, val_acc=lambda acc: acc + 0.0301), numerics=numerics)
+    state = rewrite(
+        tmp_path, trained, change_epoch(1, val_acc=lambda acc: acc + 0.0301), numerics=numerics
+    )
     answer = reproduce(tmp_path)
     assert answer.exit_code == 1
     before, now = (found.trials[0].epochs[0].val_acc for found in (state, trained))
-    assert f"epoch 1: val_acc recorded {before:.4f}, now {now:.4f}, more than 0.0300 apart" in answer.stdout
+    assert (
+        f"epoch 1: val_acc recorded {before:.4f}, now {now:.4f}, more than 0.0300 apart"
+        in answer.stdout
+    )
     assert "different over 1 epochs" in answer.stdout
 
 
@@ -191,7 +213,9 @@ def test_under_other_numerics_an_unmeasured_space_is_refused_with_the_way_to_mea
     (tmp_path / "none.json").write_text('{"spaces": {}}')
     monkeypatch.setattr("tune_cifar.verify.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
     rewrite(tmp_path, trained, numerics=with_torch(trained.header.numerics, "2.0.0"))
-    sentence = refuse(ConfigError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path))
+    sentence = refuse(
+        ConfigError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path)
+    )
     assert sentence.startswith("small:0: the Numerics differ (torch: 2.0.0 -> ")
     assert sentence.endswith("Measure it: python benchmarks/seed_noise.py.")
 
@@ -230,7 +254,9 @@ def test_a_diverged_run_that_diverges_elsewhere_or_no_more_is_different(
     assert outcome.detail.endswith("Now the loss stayed finite.")
 
 
-def test_a_run_that_diverges_now_and_did_not_then_is_different(exploded: SearchState, fp32: Numerics) -> None:
+def test_a_run_that_diverges_now_and_did_not_then_is_different(
+    exploded: SearchState, fp32: Numerics
+) -> None:
     old = exploded.trials[0]
     data = load_recorded_data(exploded, old, SHAPES)
     epochs = [old.epochs[0], old.epochs[0].model_copy(update={"epoch": 2})]
@@ -262,16 +288,24 @@ def test_a_run_without_an_epoch_is_refused(tmp_path: Path, trained: SearchState)
     rewrite(tmp_path, trained)
     path = search_folder(tmp_path, "small") / "record.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
-    sentence = refuse(RecordError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path))
+    sentence = refuse(
+        RecordError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path)
+    )
     assert sentence == "small:0: at least one recorded epoch must be there to compare, got none."
 
 
-def test_an_unknown_run_is_refused_with_the_nearest_name(tmp_path: Path, trained: SearchState) -> None:
+def test_an_unknown_run_is_refused_with_the_nearest_name(
+    tmp_path: Path, trained: SearchState
+) -> None:
     rewrite(tmp_path, trained)
     words = ("--data", "shapes", "--storage", str(tmp_path))
     assert "got 'smal'. Did you mean small?" in refuse(RecordError, "reproduce", "smal:0", *words)
-    assert "a trial of the search must be named, got 7 of 1" in refuse(RecordError, "reproduce", "small:7", *words)
-    assert "NAME:TRIAL such as s10-cpu-1:7 must be given" in refuse(RecordError, "reproduce", "small", *words)
+    assert "a trial of the search must be named, got 7 of 1" in refuse(
+        RecordError, "reproduce", "small:7", *words
+    )
+    assert "NAME:TRIAL such as s10-cpu-1:7 must be given" in refuse(
+        RecordError, "reproduce", "small", *words
+    )
 
 
 def test_a_run_on_the_stand_in_asks_for_the_stand_in(
@@ -287,8 +321,12 @@ def test_a_run_on_the_stand_in_asks_for_the_stand_in(
 def test_a_run_on_cifar10_refuses_the_stand_in(tmp_path: Path, trained: SearchState) -> None:
     info = trained.header.data.model_copy(update={"name": "cifar10", "split_hash": "0123"})
     rewrite(tmp_path, trained, data=info)
-    sentence = refuse(DataError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path))
-    assert sentence.startswith("small:0: the data must be the recorded cifar10 with split 0123, got shapes with ")
+    sentence = refuse(
+        DataError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path)
+    )
+    assert sentence.startswith(
+        "small:0: the data must be the recorded cifar10 with split 0123, got shapes with "
+    )
     assert sentence.endswith("Point --data at CIFAR-10.")
 
 
@@ -297,17 +335,23 @@ def test_a_run_on_cifar10_refuses_the_stand_in(tmp_path: Path, trained: SearchSt
     [(), ("small:0", "--best"), ("--best",), ("small:0", "--no-retrain"), ("small:0", "--again")],
     ids=" ".join,
 )
-def test_options_that_contradict_each_other_are_wrong_usage(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_options_that_contradict_each_other_are_wrong_usage(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
     answer = invoke("reproduce", *words, "--storage", str(tmp_path))
     assert answer.exit_code == 2 and "Invalid value" in answer.stderr
 
 
-def test_reproduce_best_takes_the_best_trial_of_the_named_search(tmp_path: Path, trained: SearchState) -> None:
+def test_reproduce_best_takes_the_best_trial_of_the_named_search(
+    tmp_path: Path, trained: SearchState
+) -> None:
     rewrite(tmp_path, trained)
     words = ("reproduce", "--best", "--data", "shapes", "--storage", str(tmp_path), "--json")
     answer = invoke(*words, "--search", "small")
     assert answer.exit_code == 0 and json.loads(answer.stdout)["run_id"] == "small:0"
-    assert "a finished search on CIFAR-10 must be recorded" in refuse(RecordError, *words, "--space", "smoke")
+    assert "a finished search on CIFAR-10 must be recorded" in refuse(
+        RecordError, *words, "--space", "smoke"
+    )
 
 
 # Failed runs
@@ -359,7 +403,9 @@ def test_a_failed_run_fails_again_here_with_its_traceback_and_is_identical(
     assert "in _train_step" in answer.stdout
     found = json.loads(reproduce(tmp_path, "--json").stdout)
     assert (found["verdict"], found["epochs"], found["first_different"]) == ("identical", 1, None)
-    assert found["traceback"].startswith("Traceback") and found["traceback"].endswith(f"{message}\n")
+    assert found["traceback"].startswith("Traceback") and found["traceback"].endswith(
+        f"{message}\n"
+    )
 
 
 def test_a_fault_that_does_not_come_back_is_different_and_not_the_configurations(
@@ -369,9 +415,7 @@ def test_a_fault_that_does_not_come_back_is_different_and_not_the_configurations
     answer = reproduce(tmp_path)
     assert answer.exit_code == 1 and "different over 2 epochs" in answer.stdout
     before = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB."
-    after = (
-        "does not fail now: the fault was not the configuration's, but the machine's (memory, disk, a killed process)"
-    )
+    after = "does not fail now: the fault was not the configuration's, but the machine's (memory, disk, a killed process)"
     assert f"It failed in epoch 2 ({before}) and {after}." in answer.stdout
     assert json.loads(reproduce(tmp_path, "--json").stdout)["traceback"] == ""
 
@@ -379,12 +423,25 @@ def test_a_fault_that_does_not_come_back_is_different_and_not_the_configurations
 @pytest.mark.parametrize(
     ("step", "exception", "detail"),
     [
-        (1, NO_MEMORY, "epoch 1: recorded as finished, now torch.OutOfMemoryError: CUDA out of memory."),
-        (3, RuntimeError("odd"), "epoch 2: recorded as failed with torch.OutOfMemoryError: CUDA out of memory."),
+        (
+            1,
+            NO_MEMORY,
+            "epoch 1: recorded as finished, now torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        (
+            3,
+            RuntimeError("odd"),
+            "epoch 2: recorded as failed with torch.OutOfMemoryError: CUDA out of memory.",
+        ),
     ],
 )
 def test_a_failure_elsewhere_or_of_another_type_is_different_and_shown(
-    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, step: int, exception: Exception, detail: str
+    tmp_path: Path,
+    fp32: Numerics,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    exception: Exception,
+    detail: str,
 ) -> None:
     fail_small(tmp_path, fp32)
     monkeypatch.setitem(MODELS, "s7", make_faulty(step, exception))
@@ -393,8 +450,12 @@ def test_a_failure_elsewhere_or_of_another_type_is_different_and_shown(
     assert detail in answer.stdout.splitlines()[-1]
 
 
-def test_a_failed_run_whose_epochs_differ_is_different_before_its_failure(tmp_path: Path, fp32: Numerics) -> None:
-    state = rewrite(tmp_path, fail_small(tmp_path / "first", fp32), change_epoch(1, train_loss=add_ulp))
+def test_a_failed_run_whose_epochs_differ_is_different_before_its_failure(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    state = rewrite(
+        tmp_path, fail_small(tmp_path / "first", fp32), change_epoch(1, train_loss=add_ulp)
+    )
     outcome = replay_failure(
         state, state.trials[0], load_recorded_data(state, state.trials[0], SHAPES), fp32, hear_pair
     )
@@ -416,7 +477,9 @@ def test_a_run_that_failed_before_its_first_epoch_is_replayed_under_any_numerics
     assert found["numerics"] == [f"torch: 2.0.0 -> {fp32.versions['torch']}"]
 
 
-def test_a_run_that_failed_when_it_was_trained_does_not_fail_now(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_run_that_failed_when_it_was_trained_does_not_fail_now(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     """A folder where the weights must go: writing them fails, whatever the user's rights."""
     record, data = open_small(tmp_path, fp32)
     with record:
@@ -424,7 +487,9 @@ def test_a_run_that_failed_when_it_was_trained_does_not_fail_now(tmp_path: Path,
         with pytest.raises(CheckpointError, match="weights"):
             run_training(record, data, fp32, ignore_event)
     state = read_state(record.state.folder)
-    assert (state.trials[0].status, state.trials[0].epochs_done) == ("failed", 2), "the third is told after them"
+    assert (state.trials[0].status, state.trials[0].epochs_done) == ("failed", 2), (
+        "the third is told after them"
+    )
     outcome = replay_failure(state, state.trials[0], data, fp32, hear_pair)
     assert outcome.verdict == "different"
     assert outcome.detail.startswith("It failed in epoch 3 (tune_cifar.errors.CheckpointError: ")
@@ -446,26 +511,43 @@ def reproduce_cycles(storage: Path, *words: str) -> Any:
     return invoke("reproduce", "c:0", "--data", "shapes", "--storage", str(storage), *words)
 
 
-def test_a_trial_in_cycles_is_trained_again_in_its_last_cycle(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_trial_in_cycles_is_trained_again_in_its_last_cycle(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     trial = run_in_cycles(tmp_path, fp32).trials[0]
     assert (trial.status, trial.epochs_done) == ("complete", 6)
     answer = reproduce_cycles(tmp_path)
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout.startswith("c:0 (smoke, baseline, complete, 3 epochs) is trained again, fingerprint ")
+    assert answer.stdout.startswith(
+        "c:0 (smoke, baseline, complete, 3 epochs) is trained again, fingerprint "
+    )
     assert answer.stdout.splitlines()[-1] == "identical over 3 epochs"
 
 
 @pytest.mark.slow
-def test_a_trial_that_diverged_in_its_second_cycle_does_so_again(tmp_path: Path, fp32: Numerics) -> None:
+def test_a_trial_that_diverged_in_its_second_cycle_does_so_again(
+    tmp_path: Path, fp32: Numerics
+) -> None:
     """In its second epoch, which the first cycle does not have."""
     state = run_in_cycles(tmp_path, fp32, **EXPLODING, batch_size=10)
     trial = state.trials[0]
-    assert (trial.status, trial.stage, len(trial.epochs), trial.epochs_done) == ("diverged", 2, 1, 2), trial.reason
+    assert (trial.status, trial.stage, len(trial.epochs), trial.epochs_done) == (
+        "diverged",
+        2,
+        1,
+        2,
+    ), trial.reason
     assert trial.config.epochs == 2 and "at epoch 2, step " in trial.reason
     found = json.loads(reproduce_cycles(tmp_path, "--json").stdout)
-    assert (found["verdict"], found["epochs"], found["fingerprint"]) == ("identical", 1, trial.fingerprint)
+    assert (found["verdict"], found["epochs"], found["fingerprint"]) == (
+        "identical",
+        1,
+        trial.fingerprint,
+    )
     elsewhere = replace(trial, reason=trial.reason.replace("step ", "step 1"))
-    outcome, _ = reproduce_run(state, elsewhere, load_recorded_data(state, trial, SHAPES), fp32, hear_pair)
+    outcome, _ = reproduce_run(
+        state, elsewhere, load_recorded_data(state, trial, SHAPES), fp32, hear_pair
+    )
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
 
 
@@ -478,10 +560,16 @@ def test_a_trial_that_failed_in_its_second_cycle_does_so_again(
     assert (trial.status, trial.stage, len(trial.epochs), trial.epochs_done) == ("failed", 2, 1, 2)
     answer = reproduce_cycles(tmp_path)
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout.splitlines()[-2:] == ["identical over 1 epochs", "It fails again: RuntimeError: odd"]
+    assert answer.stdout.splitlines()[-2:] == [
+        "identical over 1 epochs",
+        "It fails again: RuntimeError: odd",
+    ]
     monkeypatch.undo()
     answer = reproduce_cycles(tmp_path)
-    assert answer.exit_code == 1 and "It failed in epoch 2 (RuntimeError: odd) and does not fail now" in answer.stdout
+    assert (
+        answer.exit_code == 1
+        and "It failed in epoch 2 (RuntimeError: odd) and does not fail now" in answer.stdout
+    )
 
 
 def test_a_trial_that_failed_at_the_start_of_its_second_cycle_does_so_again(
@@ -500,7 +588,12 @@ def test_a_trial_that_failed_at_the_start_of_its_second_cycle_does_so_again(
 
     monkeypatch.setitem(MODELS, "s7", Faulty)
     trial = run_in_cycles(tmp_path, fp32).trials[0]
-    assert (trial.status, trial.config.epochs, trial.epochs, trial.epochs_done) == ("failed", 2, [], 1)
+    assert (trial.status, trial.config.epochs, trial.epochs, trial.epochs_done) == (
+        "failed",
+        2,
+        [],
+        1,
+    )
     monkeypatch.setitem(MODELS, "s7", make_faulty(1, RuntimeError("odd")))
     answer = reproduce_cycles(tmp_path, "--json")
     assert answer.exit_code == 0, answer.output
@@ -532,16 +625,25 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     path = storage / OPENINGS_FILE
     (row,) = read_openings(path)
     assert tuple(row) == OPENINGS_COLUMNS and b"\r" not in path.read_bytes()
-    assert (row["run_id"], row["fingerprint"], row["data"]) == ("small:0", trained.trials[0].fingerprint, "shapes")
+    assert (row["run_id"], row["fingerprint"], row["data"]) == (
+        "small:0",
+        trained.trials[0].fingerprint,
+        "shapes",
+    )
     assert (row["images"], row["seed"]) == ("1000", "0")
     assert row["command"] == "python -m tune_cifar " + " ".join(words)
     assert row["date"].endswith("Z") and 0 <= float(row["test_acc"]) <= 1
-    percent = f"test accuracy {100 * float(row['test_acc']):.2f} % on 1000 images, NOT CIFAR-10 (shapes)"
+    percent = (
+        f"test accuracy {100 * float(row['test_acc']):.2f} % on 1000 images, NOT CIFAR-10 (shapes)"
+    )
     assert percent in first.stdout and f"written into {path}" in first.stdout
     assert list((workplace / "analysis").iterdir()) == []
     folder = storage / "judge" / "small-0-test"
     evaluation = json.loads((folder / "judgement.json").read_text())
-    assert evaluation["title"] == "small:0: 1,000 test images, NOT CIFAR-10 (shapes)" and evaluation["part"] == "test"
+    assert (
+        evaluation["title"] == "small:0: 1,000 test images, NOT CIFAR-10 (shapes)"
+        and evaluation["part"] == "test"
+    )
     judged = [str(evaluation[name]) for name in ("accuracy", "loss", "num_images")]
     assert judged == [row["test_acc"], row["test_loss"], row["images"]], "one evaluation gave both"
     assert f"figures: {folder} (judgement.json, confusion.png, " in first.stdout
@@ -549,11 +651,16 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
 
     shutil.rmtree(folder)
     content = path.read_bytes()
-    shutil.rmtree(search_folder(storage, "small") / "trials")  # without weights nothing could be judged again
+    shutil.rmtree(
+        search_folder(storage, "small") / "trials"
+    )  # without weights nothing could be judged again
     second = invoke(*words, "--json")
     assert second.exit_code == 0 and path.read_bytes() == content
     found = json.loads(second.stdout)
-    assert (found["test_opened_before"], found["test"]["test_acc"]) == (True, float(row["test_acc"]))
+    assert (found["test_opened_before"], found["test"]["test_acc"]) == (
+        True,
+        float(row["test_acc"]),
+    )
     assert "evaluation" not in found and not folder.exists()
     assert f"opened before, for small:0 on {row['date']}; --again opens it again" in second.stderr
 
@@ -567,10 +674,14 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     assert f"{folder}: figures must be writable there, got 'Not a directory'." in third.stderr
     rows = read_openings(path)
     assert len(rows) == 2 and rows[0] == row and rows[1]["test_acc"] == row["test_acc"]
-    assert rows[1]["test_loss"] == row["test_loss"], "the kept weights and the training done again are the same"
+    assert rows[1]["test_loss"] == row["test_loss"], (
+        "the kept weights and the training done again are the same"
+    )
 
 
-def test_an_earlier_opening_does_not_spare_the_training_again(workplace: Path, trained: SearchState) -> None:
+def test_an_earlier_opening_does_not_spare_the_training_again(
+    workplace: Path, trained: SearchState
+) -> None:
     storage = workplace / "runs"
     rewrite(storage, trained, change_epoch(1, train_loss=add_ulp))
     write_opening(storage / OPENINGS_FILE, trained.trials[0], "shapes")
@@ -582,11 +693,16 @@ def test_an_earlier_opening_does_not_spare_the_training_again(workplace: Path, t
 
 def write_opening(path: Path, trial: TrialState, data: str) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        rows = [OPENINGS_COLUMNS, ("d", "c", trial.fingerprint, 0, trial.run_id, data, 10000, 0.5, 1.5, "x, y")]
+        rows = [
+            OPENINGS_COLUMNS,
+            ("d", "c", trial.fingerprint, 0, trial.run_id, data, 10000, 0.5, 1.5, "x, y"),
+        ]
         csv.writer(file).writerows(rows)
 
 
-def test_openings_of_other_trainings_and_other_data_do_not_count(tmp_path: Path, trained: SearchState) -> None:
+def test_openings_of_other_trainings_and_other_data_do_not_count(
+    tmp_path: Path, trained: SearchState
+) -> None:
     trial, path = trained.trials[0], tmp_path / OPENINGS_FILE
     assert find_openings(path, trial.fingerprint, "shapes") == []
     path.touch()
@@ -598,10 +714,15 @@ def test_openings_of_other_trainings_and_other_data_do_not_count(tmp_path: Path,
     assert (opening.test_acc, opening.images, opening.command) == (0.5, 10000, "x, y")
 
 
-@pytest.mark.parametrize("content", ["date,commit\n", ",".join(OPENINGS_COLUMNS) + "\nonly,three,cells\n"])
+@pytest.mark.parametrize(
+    "content", ["date,commit\n", ",".join(OPENINGS_COLUMNS) + "\nonly,three,cells\n"]
+)
 def test_an_openings_file_that_was_damaged_by_hand_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / OPENINGS_FILE).write_text(content)
-    with pytest.raises(RecordError, match=r"TEST_OPENINGS\.csv: rows of date, commit, .* Mend it or move it away\.$"):
+    with pytest.raises(
+        RecordError,
+        match=r"TEST_OPENINGS\.csv: rows of date, commit, .* Mend it or move it away\.$",
+    ):
         find_openings(tmp_path / OPENINGS_FILE, "f", "shapes")
 
 
@@ -613,12 +734,16 @@ def test_openings_of_cifar10_lie_in_the_checkout_where_there_is_one(workplace: P
     assert find_test_log(storage, "shapes") == storage / OPENINGS_FILE
 
 
-def test_nothing_is_judged_when_the_opening_cannot_be_written_down(tmp_path: Path, trained: SearchState) -> None:
+def test_nothing_is_judged_when_the_opening_cannot_be_written_down(
+    tmp_path: Path, trained: SearchState
+) -> None:
     rewrite(tmp_path, trained)
     (tmp_path / OPENINGS_FILE).symlink_to(tmp_path / "no such folder" / "x.csv")
     words = ("--data", "shapes", "--storage", str(tmp_path), "--test", "--no-retrain")
     sentence = refuse(RecordError, "reproduce", "small:0", *words)
-    assert sentence.endswith("TEST_OPENINGS.csv: every opening must be written down, got 'No such file or directory'.")
+    assert sentence.endswith(
+        "TEST_OPENINGS.csv: every opening must be written down, got 'No such file or directory'."
+    )
 
 
 def test_a_training_that_is_not_complete_is_not_tested(tmp_path: Path, fp32: Numerics) -> None:
@@ -638,11 +763,18 @@ def test_missing_weights_are_refused_with_the_way_out(tmp_path: Path, trained: S
     assert not (tmp_path / OPENINGS_FILE).exists()
 
 
-def test_kept_weights_are_those_of_the_last_epoch(trained: SearchState, shapes_small: Any, fp32: Numerics) -> None:
+def test_kept_weights_are_those_of_the_last_epoch(
+    trained: SearchState, shapes_small: Any, fp32: Numerics
+) -> None:
     trial = trained.trials[0]
     trainer = load_trained(trained, trial, shapes_small, fp32)
-    assert trainer.evaluate(shapes_small.val) == (trial.epochs[-1].val_loss, trial.epochs[-1].val_acc)
-    assert set(load_weights(trained.folder / str(trial.weights_file))) == set(trainer.model.state_dict())
+    assert trainer.evaluate(shapes_small.val) == (
+        trial.epochs[-1].val_loss,
+        trial.epochs[-1].val_acc,
+    )
+    assert set(load_weights(trained.folder / str(trial.weights_file))) == set(
+        trainer.model.state_dict()
+    )
 
 
 @pytest.fixture
@@ -677,23 +809,37 @@ def test_training_works_without_the_test_file_and_the_test_names_it_until_it_is_
     answer = invoke(*words)
     assert answer.exit_code == 0, answer.output
     (row,) = read_openings(path)
-    assert (row["data"], row["images"]) == ("cifar10", "10000") and "NOT CIFAR-10" not in answer.stdout
+    assert (row["data"], row["images"]) == (
+        "cifar10",
+        "10000",
+    ) and "NOT CIFAR-10" not in answer.stdout
     (sealed / TEST_FILE).unlink()
     assert f"opened before, for small:0 on {row['date']}" in invoke(*words).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_search_works_without_the_test_file(workplace: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_works_without_the_test_file(
+    workplace: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.builders import run_in_a_process
 
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     words = ["search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "sealed"]
     words += [
         f"--set={setting}"
-        for setting in ("train_size=200", "val_size=100", "batch_size=50", "epochs=2", "pct_start=0.3")
+        for setting in (
+            "train_size=200",
+            "val_size=100",
+            "batch_size=50",
+            "epochs=2",
+            "pct_start=0.3",
+        )
     ]
     answer = run_in_a_process(*words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "sealed ended after" in answer.stdout and not (sealed / TEST_FILE).exists()
-    assert "identical over 2 epochs" in run_in_a_process("reproduce", "--best", "--space", "smoke").stdout
+    assert (
+        "identical over 2 epochs"
+        in run_in_a_process("reproduce", "--best", "--space", "smoke").stdout
+    )

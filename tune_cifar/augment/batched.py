@@ -83,7 +83,9 @@ OpDraws = CropDraws | HFlipDraws | ShiftScaleRotateDraws | CutoutDraws | GrayDra
 Draws = tuple[OpDraws, ...]
 """One entry for each operation of the policy but Normalize, which rolls no dice."""
 
-SelectingDraws = TypeVar("SelectingDraws", HFlipDraws, ShiftScaleRotateDraws, CutoutDraws, GrayDraws)
+SelectingDraws = TypeVar(
+    "SelectingDraws", HFlipDraws, ShiftScaleRotateDraws, CutoutDraws, GrayDraws
+)
 Change = Callable[[Tensor, SelectingDraws], Tensor]
 """What an operation does to images (uint8, N, 3, 32, 32) that all have been selected; pure."""
 
@@ -137,7 +139,9 @@ def _draw_op(op: PixelOp, uniform: tuple[Tensor, ...]) -> OpDraws:
 
     match op:
         case Crop(pad):
-            return CropDraws(below(Stream.CROP_TOP, 2 * pad + 1), below(Stream.CROP_LEFT, 2 * pad + 1))
+            return CropDraws(
+                below(Stream.CROP_TOP, 2 * pad + 1), below(Stream.CROP_LEFT, 2 * pad + 1)
+            )
         case HFlip(p):
             return HFlipDraws(uniform[Stream.HFLIP] < p)
         case ShiftScaleRotate():
@@ -151,13 +155,18 @@ def _draw_op(op: PixelOp, uniform: tuple[Tensor, ...]) -> OpDraws:
         case Cutout(size, p):
             places = IMAGE_SIDE - size + 1
             selected = uniform[Stream.CUTOUT] < p
-            return CutoutDraws(selected, below(Stream.HOLE_TOP, places), below(Stream.HOLE_LEFT, places))
+            return CutoutDraws(
+                selected, below(Stream.HOLE_TOP, places), below(Stream.HOLE_LEFT, places)
+            )
         case Gray(p):
             return GrayDraws(uniform[Stream.GRAY] < p)
 
 
 def apply_policy(
-    policy: Policy, images_NCHW: Tensor, draws: Draws, memory_format: torch.memory_format = torch.contiguous_format
+    policy: Policy,
+    images_NCHW: Tensor,
+    draws: Draws,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """Augment and normalize a batch. Pure: no dice, and the images are not changed.
 
@@ -177,7 +186,9 @@ def apply_policy(
 
 
 def apply_normalize(
-    images_NCHW: Tensor, op: Normalize | None = None, memory_format: torch.memory_format = torch.contiguous_format
+    images_NCHW: Tensor,
+    op: Normalize | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """What evaluation does to images, and training does last: uint8 to normalized float32 of the given memory format.
 
@@ -209,7 +220,9 @@ def apply_pixel_ops(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor
             case Gray(), GrayDraws():
                 images = _change_selected(images, drawn, drop_color)
             case _:
-                raise TypeError(f"augmentation: draws of the same policy must be given, got {type(drawn)} for {op}.")
+                raise TypeError(
+                    f"augmentation: draws of the same policy must be given, got {type(drawn)} for {op}."
+                )
     return images
 
 
@@ -224,7 +237,9 @@ def apply_crop(op: Crop, images: Tensor, draws: CropDraws) -> Tensor:
     pad, margin = (op.pad.long(), MAX_CROP_PAD) if isinstance(op.pad, Tensor) else (op.pad, op.pad)
     mirrored = images.flip(-1)
     right = width - 1
-    padded = torch.cat((mirrored[..., right - margin : right], images, mirrored[..., 1 : 1 + margin]), dim=-1)
+    padded = torch.cat(
+        (mirrored[..., right - margin : right], images, mirrored[..., 1 : 1 + margin]), dim=-1
+    )
     padded_width = width + 2 * margin
     windows = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
 
@@ -237,13 +252,21 @@ def apply_crop(op: Crop, images: Tensor, draws: CropDraws) -> Tensor:
     return windows.index_select(0, starts.flatten()).view(images.shape)
 
 
-def _change_selected(images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]) -> Tensor:
+def _change_selected(
+    images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]
+) -> Tensor:
     """Change the selected images, keep the others."""
     on_cpu = images.device.type == "cpu"
-    return change_some(images, draws, change) if on_cpu else change_all_and_choose(images, draws, change)
+    return (
+        change_some(images, draws, change)
+        if on_cpu
+        else change_all_and_choose(images, draws, change)
+    )
 
 
-def change_all_and_choose(images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]) -> Tensor:
+def change_all_and_choose(
+    images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]
+) -> Tensor:
     """The way for a GPU: nothing depends on how many images are selected, so the host need not know."""
     return torch.where(draws.selected[:, None, None, None], change(images, draws), images)
 
@@ -284,7 +307,9 @@ def warp(images: Tensor, draws: ShiftScaleRotateDraws) -> Tensor:
     x = turn * (line - draws.shift_x[:, None] * to_units)
     y = turn * 1j * (line - draws.shift_y[:, None] * to_units)
     grid_NHW2 = torch.view_as_real(x[:, None, :] + y[:, :, None])
-    sampled = F.grid_sample(images.float(), grid_NHW2, mode="bilinear", padding_mode="reflection", align_corners=True)
+    sampled = F.grid_sample(
+        images.float(), grid_NHW2, mode="bilinear", padding_mode="reflection", align_corners=True
+    )
     return sampled.add_(0.5).to(torch.uint8)
 
 
@@ -308,7 +333,9 @@ def drop_color(images: Tensor, draws: GrayDraws) -> Tensor:
 
 def _check_uint8(images: Tensor) -> None:
     if images.dtype != torch.uint8:
-        raise TypeError(f"augmentation: images of uint8 must be given, got {images.dtype}. Normalize comes last.")
+        raise TypeError(
+            f"augmentation: images of uint8 must be given, got {images.dtype}. Normalize comes last."
+        )
 
 
 @functools.cache

@@ -41,7 +41,10 @@ Image = NDArray[np.uint8]
 
 
 def apply_policy_reference(
-    policy: Policy, images_NCHW: Tensor, draws: Draws, memory_format: torch.memory_format = torch.contiguous_format
+    policy: Policy,
+    images_NCHW: Tensor,
+    draws: Draws,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """`batched.apply_policy` through albumentations: same arguments, same dice, same result.
 
@@ -52,7 +55,9 @@ def apply_policy_reference(
     images_NHWC = apply_pixel_ops_reference(policy, images_NCHW, draws).permute(0, 2, 3, 1).numpy()
     transform = A.Normalize(mean=normalize.mean, std=normalize.std, max_pixel_value=255.0)
     normalized = np.stack([transform.apply(image) for image in images_NHWC])
-    result = torch.from_numpy(normalized).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    result = (
+        torch.from_numpy(normalized).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    )
     return result.to(images_NCHW.device)
 
 
@@ -90,7 +95,9 @@ def apply_op_reference(op: PixelOp, image: Image, drawn: dict[str, Any]) -> Imag
                 rotate=drawn["angle"],
                 shift=geometric.center(image.shape),
             )
-            warp = A.Affine(interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+            warp = A.Affine(
+                interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101, p=1.0
+            )
             result = warp.apply(image, matrix=matrix, output_shape=(height, width))
         case Cutout(size, _, fill):
             top, left = drawn["top"], drawn["left"]

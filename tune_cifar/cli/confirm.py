@@ -42,24 +42,42 @@ SETTLED = (
 def confirm(
     context: typer.Context,
     search: Annotated[
-        str, typer.Option("--search", metavar="NAME", help="The search to confirm.", rich_help_panel="What")
+        str,
+        typer.Option(
+            "--search", metavar="NAME", help="The search to confirm.", rich_help_panel="What"
+        ),
     ],
     top: Annotated[
         int,
-        typer.Option("--top", metavar="K", min=1, help="Its best K trials, and the baseline.", rich_help_panel="What"),
+        typer.Option(
+            "--top",
+            metavar="K",
+            min=1,
+            help="Its best K trials, and the baseline.",
+            rich_help_panel="What",
+        ),
     ] = 5,
     seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, help="New seeds for each.", rich_help_panel="What")
+        int,
+        typer.Option(
+            "--seeds", metavar="N", min=1, help="New seeds for each.", rich_help_panel="What"
+        ),
     ] = 5,
     settings: options.Settings = None,
     final: Final = False,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Default: the search's, -confirm or -final.", rich_help_panel="What"),
+        typer.Option(
+            "--name", help="Default: the search's, -confirm or -final.", rich_help_panel="What"
+        ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the newest one of --search, or --name.", rich_help_panel="Going on"),
+        typer.Option(
+            "--resume",
+            help="Go on with the newest one of --search, or --name.",
+            rich_help_panel="Going on",
+        ),
     ] = False,
     accept_changes: AcceptChanges = False,
     device: options.Device = "auto",
@@ -95,8 +113,16 @@ def confirm(
     state = _find_recorded(folder, search, final, name) if resume else None
     plan: SearchPlan | None = None
     if state is None:
-        given |= {"device": device, "precision": precision, "execution": execution, "deterministic": deterministic}
-        given |= {"cpus_per_trial": cpus_per_trial, "name": name or f"{search}-{'final' if final else 'confirm'}"}
+        given |= {
+            "device": device,
+            "precision": precision,
+            "execution": execution,
+            "deterministic": deterministic,
+        }
+        given |= {
+            "cpus_per_trial": cpus_per_trial,
+            "name": name or f"{search}-{'final' if final else 'confirm'}",
+        }
         plan = _plan(given, data, search, (top, seeds), settings or [], final, console)
     elif not state.is_finished:
         plan = _plan_resume(given, data, state, accept_changes, console)
@@ -105,7 +131,9 @@ def confirm(
         for fault in faults:
             say(fault, console, "yellow")
     assert state is not None
-    again = f"python -m tune_cifar confirm{repeat_options(search=search, data=data, storage=storage)}"
+    again = (
+        f"python -m tune_cifar confirm{repeat_options(search=search, data=data, storage=storage)}"
+    )
     if not state.is_finished:
         again += f"{' --final' if final else ''}{repeat_options(name=name)} --resume"
         console.print(f"\ngo on with:\n  {again}", soft_wrap=True)
@@ -117,7 +145,9 @@ def confirm(
         console.print(f"\nnext:\n  {again} --final", soft_wrap=True)
 
 
-def _refuse_misplaced(context: typer.Context, is_final: bool, resumes: bool, accepts_changes: bool) -> None:
+def _refuse_misplaced(
+    context: typer.Context, is_final: bool, resumes: bool, accepts_changes: bool
+) -> None:
     """Refuse options that what is recorded answers already."""
     if is_final:
         words = "belongs to the confirmation: --final trains what was confirmed."
@@ -148,7 +178,9 @@ def _find_source(state: SearchState, data: str | None) -> DataSource:
     header = state.header
     source = find_data(data or ("shapes" if header.data.name == "shapes" else None))
     if source.name != header.data.name:
-        raise ConfigError(f"--data: {header.data.name} must be given as in {header.name}, got {source.name}.")
+        raise ConfigError(
+            f"--data: {header.data.name} must be given as in {header.name}, got {source.name}."
+        )
     return source
 
 
@@ -166,7 +198,12 @@ def _plan(
     from tune_cifar.record.store import load_searches
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.select import parse_setting
-    from tune_cifar.verify.confirm import check_confirmed, find_confirmation, make_confirmation, make_final
+    from tune_cifar.verify.confirm import (
+        check_confirmed,
+        find_confirmation,
+        make_confirmation,
+        make_final,
+    )
 
     changes = dict(parse_setting(setting) for setting in settings)
     (state,) = load_searches(given["storage"], search=search)
@@ -182,18 +219,27 @@ def _plan(
     names = ", ".join(candidate.run_id for candidate in settled.candidates)
     seeds = ", ".join(map(str, settled.seeds))
     config = space.baseline
-    say(f"{names} under the seeds {seeds}: {config.epochs} epochs of {config.train_size:,} images each", console)
+    say(
+        f"{names} under the seeds {seeds}: {config.epochs} epochs of {config.train_size:,} images each",
+        console,
+    )
     with console.status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
-        given["keep_weights"] = settled.num_trials if is_final else 1  # the test set asks for all of them
+        given["keep_weights"] = (
+            settled.num_trials if is_final else 1
+        )  # the test set asks for all of them
         plan = prepare_search(space, SearchRequest(source=source, **given), settled)
     say(plan.describe(), console)
     return plan
 
 
 def _plan_resume(
-    given: dict[str, Any], data: str | None, state: SearchState, accepts_changes: bool, console: Console
+    given: dict[str, Any],
+    data: str | None,
+    state: SearchState,
+    accepts_changes: bool,
+    console: Console,
 ) -> SearchPlan:
     """Settle how a recorded confirmation goes on and say what of it is there."""
     from tune_cifar.search.plan import SearchRequest
@@ -201,7 +247,9 @@ def _plan_resume(
     header = state.header
     assert header.confirmation is not None
     given["keep_weights"] = header.confirmation.num_trials if header.confirmation.final else 1
-    request = SearchRequest(source=_find_source(state, data), device=header.numerics.device, name=header.name, **given)
+    request = SearchRequest(
+        source=_find_source(state, data), device=header.numerics.device, name=header.name, **given
+    )
     with console.status("reading the record and starting the workers ..."):
         from tune_cifar.search.run import prepare_resume
 
@@ -218,7 +266,11 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
 
     settled = state.header.confirmation
     assert settled is not None
-    answer: dict[str, Any] = {"search": settled.search, "name": state.header.name, "final": settled.final}
+    answer: dict[str, Any] = {
+        "search": settled.search,
+        "name": state.header.name,
+        "final": settled.final,
+    }
     if settled.final:
         ledger = find_test_log(state.storage, state.header.data.name)
         confirmed = summarise_tests(state, load_test_log(ledger))
@@ -231,7 +283,9 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
     print_confirmed(confirmed, state, console)
 
 
-def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, console: Console) -> None:
+def _open_tests(
+    state: SearchState, data: str | None, tracking_uri: str | None, console: Console
+) -> None:
     """Open the test set once for every complete training that it was not opened for."""
     from tune_cifar.record.test_log import find_openings, find_test_log
     from tune_cifar.train.numerics import restore_numerics
@@ -241,16 +295,25 @@ def _open_tests(state: SearchState, data: str | None, tracking_uri: str | None, 
     header = state.header
     ledger = find_test_log(state.storage, header.data.name)
     complete = [trial for trial in state.trials.values() if trial.status == "complete"]
-    sealed = [trial for trial in complete if not find_openings(ledger, trial.fingerprint, header.data.name)]
+    sealed = [
+        trial
+        for trial in complete
+        if not find_openings(ledger, trial.fingerprint, header.data.name)
+    ]
     if not sealed:
         return
     source = _find_source(state, data)
     for trial in sealed:
         loaded = load_recorded_data(state, trial, source)
         way_out = "They belong to what is confirmed: confirm it under another --name."
-        trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics), way_out)
+        trainer = load_trained(
+            state, trial, loaded, restore_numerics(trial.driver.numerics), way_out
+        )
         opening, evaluation, split = open_test(trainer, trial, source, ledger, this_command())
-        say(f"{trial.run_id}: test accuracy {100 * opening.test_acc:.2f} %, written into {ledger}", console)
+        say(
+            f"{trial.run_id}: test accuracy {100 * opening.test_acc:.2f} %, written into {ledger}",
+            console,
+        )
         try:
             say_kept(keep_evaluation(state, trial, evaluation, split, None, tracking_uri), console)
         except ConfigError as exc:  # the opening is written down: this must not look undone
@@ -271,10 +334,18 @@ def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console:
     num_ended = sum(trial.status != "running" for trial in state.trials.values())
     so_far = "" if state.is_finished else f", {num_ended} of {settled.num_trials} trainings so far"
     say(f"{header.name}: {part} accuracy over seeds after {length}{data}{so_far}", console, "bold")
-    table = Table("candidate", "search said", "mean", "sd", "seeds", "gain over the baseline", box=None)
+    table = Table(
+        "candidate", "search said", "mean", "sd", "seeds", "gain over the baseline", box=None
+    )
     for i, found in enumerate(confirmed):
-        gain = "the baseline" if i == 0 else "no pair" if found.gain is None else found.gain.describe()
-        numbers = (format_percent(found.search_score), format_percent(found.mean), format_percent(found.sd))
+        gain = (
+            "the baseline" if i == 0 else "no pair" if found.gain is None else found.gain.describe()
+        )
+        numbers = (
+            format_percent(found.search_score),
+            format_percent(found.mean),
+            format_percent(found.sd),
+        )
         table.add_row(found.run_id, *numbers, str(len(found.scores)), gain)
     console.print(table)
     for trial in state.trials.values():

@@ -13,7 +13,10 @@ from tune_cifar.cli.terminal import print_json, say, stdout
 app = typer.Typer(help="CIFAR-10: download it, check its files.", no_args_is_help=True)
 
 
-Folder = Annotated[Path | None, typer.Argument(help="Where to put it. Default: $TUNE_CIFAR_DATA, else the user cache.")]
+Folder = Annotated[
+    Path | None,
+    typer.Argument(help="Where to put it. Default: $TUNE_CIFAR_DATA, else the user cache."),
+]
 
 
 @app.command()
@@ -46,7 +49,12 @@ def verify(data: options.Data = None, as_json: options.Json = False) -> None:
     else:
         table = Table("file", "bytes", "MD5", "verdict", box=None, header_style="bold")
         for check in checks:
-            table.add_row(check.name, str(check.num_bytes), check.found_md5 or "", check.problem or "as published")
+            table.add_row(
+                check.name,
+                str(check.num_bytes),
+                check.found_md5 or "",
+                check.problem or "as published",
+            )
         stdout().print(table)
     if any(check.problem for check in checks):
         raise typer.Exit(1)

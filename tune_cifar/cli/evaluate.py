@@ -25,7 +25,10 @@ def judge(
     space: options.BestSpace = None,
     search: options.BestSearch = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="For the figures. Default: judge/RUN in the run store.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="For the figures. Default: judge/RUN in the run store."
+        ),
     ] = None,
     device: options.RecordedDevice = None,
     data: options.Data = None,
@@ -50,14 +53,20 @@ def judge(
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     console = stderr() if as_json else stdout()
     if not trial.config.val_size:
-        raise RecordError(f"{trial.run_id}: validation images must belong to the run, got none. Try reproduce --test.")
+        raise RecordError(
+            f"{trial.run_id}: validation images must belong to the run, got none. Try reproduce --test."
+        )
     loaded = load_recorded_data(state, trial, find_data(data))
     assert loaded.val is not None
     way_out = "Judge the best one: --best --search, or keep more: search --keep-weights."
-    trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics, device), way_out)
+    trainer = load_trained(
+        state, trial, loaded, restore_numerics(trial.driver.numerics, device), way_out
+    )
     print_synthetic_banner(console, loaded.info.name)
     names = CLASS_NAMES[loaded.info.name]
-    evaluation = evaluate_logits(trainer.predict(loaded.val), loaded.val.labels_N, names, "validation")
+    evaluation = evaluate_logits(
+        trainer.predict(loaded.val), loaded.val.labels_N, names, "validation"
+    )
     _print_evaluation(trial, evaluation, console)
     kept = keep_evaluation(state, trial, evaluation, loaded.val, out, tracking_uri)
     say_kept(kept, console)
@@ -70,16 +79,28 @@ def _print_evaluation(trial: TrialState, evaluation: Evaluation, console: Consol
 
     from tune_cifar.report.format import format_percent
 
-    say(f"{trial.run_id} on its {evaluation.num_images:,} {evaluation.part} images", console, "bold")
+    say(
+        f"{trial.run_id} on its {evaluation.num_images:,} {evaluation.part} images", console, "bold"
+    )
     table = Table("class", box=None, header_style="bold")
     for column in ("images", "accuracy", "predicted"):
         table.add_column(column, justify="right")
     for figures in evaluation.classes:
-        numbers = (f"{figures.num_images:,}", format_percent(figures.accuracy), f"{figures.num_predicted:,}")
+        numbers = (
+            f"{figures.num_images:,}",
+            format_percent(figures.accuracy),
+            f"{figures.num_predicted:,}",
+        )
         table.add_row(figures.name, *numbers)
     console.print(table)
-    say(f"accuracy {format_percent(evaluation.accuracy)} (recorded: {format_percent(trial.val_acc)})", console)
-    say(f"loss {evaluation.loss:.4f}, expected calibration error {format_percent(evaluation.ece)}", console)
+    say(
+        f"accuracy {format_percent(evaluation.accuracy)} (recorded: {format_percent(trial.val_acc)})",
+        console,
+    )
+    say(
+        f"loss {evaluation.loss:.4f}, expected calibration error {format_percent(evaluation.ece)}",
+        console,
+    )
 
 
 def keep_evaluation(
@@ -100,10 +121,19 @@ def keep_evaluation(
     folder = out or find_evaluation_folder(storage, trial.run_id, evaluation.part)
     label = state.header.data.label
     title = f"{trial.run_id}: {evaluation.num_images:,} {evaluation.part} images{f', {label}' if label else ''}"
-    files = save_evaluation(evaluation, split.images_NCHW.permute(0, 2, 3, 1).numpy(), title, folder)
+    files = save_evaluation(
+        evaluation, split.images_NCHW.permute(0, 2, 3, 1).numpy(), title, folder
+    )
     found = evaluation.to_dict()
-    fault = upload_evaluation(make_tracking_uri(storage, tracking_uri), storage, state, trial, found, files)
-    return {**found, "folder": str(folder), "files": [file.name for file in files], "mlflow_fault": fault}
+    fault = upload_evaluation(
+        make_tracking_uri(storage, tracking_uri), storage, state, trial, found, files
+    )
+    return {
+        **found,
+        "folder": str(folder),
+        "files": [file.name for file in files],
+        "mlflow_fault": fault,
+    }
 
 
 def say_kept(kept: dict[str, Any], console: Console) -> None:

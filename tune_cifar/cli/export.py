@@ -23,14 +23,20 @@ class Format(StrEnum):
 
 def export(
     file_format: Annotated[
-        Format, typer.Option("--format", help="onnx runs anywhere; safetensors holds weights, for PyTorch.")
+        Format,
+        typer.Option(
+            "--format", help="onnx runs anywhere; safetensors holds weights, for PyTorch."
+        ),
     ],
     run: options.RunId = None,
     best: options.Best = False,
     space: options.BestSpace = None,
     search: options.BestSearch = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Replaced if it is there. Default: ./RUN.FORMAT.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Replaced if it is there. Default: ./RUN.FORMAT."
+        ),
     ] = None,
     data: options.Data = None,
     storage: options.Storage = None,
@@ -56,9 +62,14 @@ def export(
         raise ConfigError(f"--out: a file must be given, got the folder {path}.")
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, state.header.data.name)
-    agreement = export_run(state, trial, load_recorded_data(state, trial, find_data(data)), file_format.value, path)
+    agreement = export_run(
+        state, trial, load_recorded_data(state, trial, find_data(data)), file_format.value, path
+    )
     num_bytes = path.stat().st_size
-    say(f"{trial.run_id} ({trial.config.model}) as {file_format}: {path}, {num_bytes:,} bytes", console)
+    say(
+        f"{trial.run_id} ({trial.config.model}) as {file_format}: {path}, {num_bytes:,} bytes",
+        console,
+    )
     say(
         f"checked on {agreement.num_images:,} {agreement.part} images: {agreement.num_same:,} of "
         f"{agreement.num_images:,} predictions are the network's, logits differ by {agreement.largest_difference:.1e} "

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 
 def leaderboard(
-    space: Annotated[str | None, typer.Option("--space", help="Only searches of this space.")] = None,
+    space: Annotated[
+        str | None, typer.Option("--space", help="Only searches of this space.")
+    ] = None,
     search: Annotated[str | None, typer.Option("--search", help="Only this search.")] = None,
     as_json: options.Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, all knobs.")] = False,
-    top: Annotated[int, typer.Option("--top", metavar="N", help="Rows per group in the table.")] = 15,
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", help="Rows per group in the table.")
+    ] = 15,
     storage: options.Storage = None,
 ) -> None:
     """All trials, best first: validation, confirmed and test apart.
@@ -50,7 +54,9 @@ def leaderboard(
     else:
         if search is not None:  # its confirmations have names of their own
             states += [state for state in load_searches(folder) if _confirms(state, search)]
-        searched = list(dict.fromkeys(knob for state in states for knob in state.header.distributions))
+        searched = list(
+            dict.fromkeys(knob for state in states for knob in state.header.distributions)
+        )
         _print_groups(trials[trials["kind"] != "confirm"], searched, top)
         _print_confirmations(states)
         _print_tests(states, folder)
@@ -65,9 +71,16 @@ def _print_confirmations(states: list[SearchState]) -> None:
     from tune_cifar.cli.confirm import print_confirmed
     from tune_cifar.verify.confirm import summarise
 
-    found = [state for state in states if (settled := state.header.confirmation) is not None and not settled.final]
+    found = [
+        state
+        for state in states
+        if (settled := state.header.confirmation) is not None and not settled.final
+    ]
     if found:
-        say("CONFIRMED: validation accuracy under new seeds, in pairs with the baseline", style="bold")
+        say(
+            "CONFIRMED: validation accuracy under new seeds, in pairs with the baseline",
+            style="bold",
+        )
     for state in found:
         print_confirmed(summarise(state), state, stdout())
         say("")
@@ -81,10 +94,18 @@ def _print_tests(states: list[SearchState], storage: Path) -> None:
     from tune_cifar.verify.confirm import summarise_tests
 
     files = {find_test_log(storage, state.header.data.name) for state in states}
-    openings = sorted((opening for path in files for opening in load_test_log(path)), key=lambda found: found.date)
-    finals = [state for state in states if (settled := state.header.confirmation) is not None and settled.final]
+    openings = sorted(
+        (opening for path in files for opening in load_test_log(path)), key=lambda found: found.date
+    )
+    finals = [
+        state
+        for state in states
+        if (settled := state.header.confirmation) is not None and settled.final
+    ]
     shown = {_name_training(state, trial) for state in states for trial in state.trials.values()}
-    summarised = {_name_training(state, trial)[1:] for state in finals for trial in state.trials.values()}
+    summarised = {
+        _name_training(state, trial)[1:] for state in finals for trial in state.trials.values()
+    }
     others = [
         opening
         for opening in openings
@@ -100,7 +121,9 @@ def _print_tests(states: list[SearchState], storage: Path) -> None:
         label = label_data(found.data)
         data = f", {label}" if label else ""
         acc = f"{100 * found.test_acc:.2f} %"
-        say(f"{found.run_id}: test accuracy {acc} on {found.images:,} images{data}, opened {found.date}")
+        say(
+            f"{found.run_id}: test accuracy {acc} on {found.images:,} images{data}, opened {found.date}"
+        )
 
 
 def _name_training(state: SearchState, trial: TrialState) -> tuple[str, str, str]:
@@ -115,7 +138,10 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     from tune_cifar.report.trials import split_groups
 
     if not trials.empty:
-        say("VALIDATION: single trials, each of one seed; the best of many is an upper guess", style="bold")
+        say(
+            "VALIDATION: single trials, each of one seed; the best of many is an upper guess",
+            style="bold",
+        )
     for group, rows in split_groups(trials):
         label = label_data(group["data"])
         data = f"{label}, " if label else ""
@@ -128,7 +154,9 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         for row in rows.head(top).to_dict("records"):
             acc = None if math.isnan(row["val_acc"]) else row["val_acc"]
             cells = [format_value(row[knob]) for knob in knobs]
-            table.add_row(row["run_id"], row["status"], str(row["epochs_done"]), format_percent(acc), *cells)
+            table.add_row(
+                row["run_id"], row["status"], str(row["epochs_done"]), format_percent(acc), *cells
+            )
         say(title, style="bold")
         stdout().print(table)
         say(f"... and {len(rows) - top} more (--top, --csv)\n" if len(rows) > top else "")

@@ -38,7 +38,9 @@ class SearchView:
         epoch_seconds: estimate of one epoch of the baseline, until real ones are known.
     """
 
-    def __init__(self, console: Console, budget: Budget, num_concurrent: int, epoch_seconds: float) -> None:
+    def __init__(
+        self, console: Console, budget: Budget, num_concurrent: int, epoch_seconds: float
+    ) -> None:
         self._console = console
         self._budget = budget.model_copy(update={"max_time_seconds": None})
         self._max_seconds = budget.max_time_seconds
@@ -47,7 +49,9 @@ class SearchView:
         self._start = time.monotonic()
         self._state: SearchState | None = None
         self._forecast: tuple[SearchState | None, float] | None = None
-        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render, transient=True)
+        self._live = Live(
+            console=console, refresh_per_second=2, get_renderable=self._render, transient=True
+        )
 
     def __enter__(self) -> SearchView:
         self._start = time.monotonic()
@@ -56,7 +60,10 @@ class SearchView:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._console.is_terminal:
             self._live.stop()
@@ -82,7 +89,11 @@ class SearchView:
         if self._forecast is None or self._forecast[0] is not state:
             self._forecast = state, self._simulate(state)
         expected = self._forecast[1]
-        return expected if self._max_seconds is None else min(expected, max(0.0, self._max_seconds - elapsed))
+        return (
+            expected
+            if self._max_seconds is None
+            else min(expected, max(0.0, self._max_seconds - elapsed))
+        )
 
     def _simulate(self, state: SearchState | None) -> float:
         """Seconds to the end without a time limit. About 2 ms, since it is asked for after every event."""
@@ -90,19 +101,25 @@ class SearchView:
         seconds = [result.epoch_seconds for trial in trials for _, result in trial.trained_epochs]
         price = sum(seconds) / len(seconds) if seconds else self._epoch_seconds
         start = 0.0 if seconds else START_SECONDS
-        return forecast_search(self._budget, self._num_concurrent, price, state, start, effort=400).seconds.mean
+        return forecast_search(
+            self._budget, self._num_concurrent, price, state, start, effort=400
+        ).seconds.mean
 
     def _describe(self, state: SearchState, event: Event) -> str:
         clock = f"[{format_seconds(time.monotonic() - self._start)}]"
         if isinstance(event, TrialStarted):
-            knobs = ", ".join(f"{name} {format_value(value)}" for name, value in event.params.items())
+            knobs = ", ".join(
+                f"{name} {format_value(value)}" for name, value in event.params.items()
+            )
             return f"{clock} trial {event.trial} starts ({event.origin}): {knobs}"
         if isinstance(event, EpochReported):
             trial = state.trials[event.trial]
             acc = format_percent(event.result.val_acc)
             return f"{clock} trial {event.trial} epoch {event.result.epoch}/{trial.config.epochs}: val_acc {acc}"
         if isinstance(event, TrialRetried):
-            return f"{clock} trial {event.trial}: {event.fault}; it goes on from its newest checkpoint"
+            return (
+                f"{clock} trial {event.trial}: {event.fault}; it goes on from its newest checkpoint"
+            )
         if isinstance(event, TrialEnded):
             end = f"{clock} trial {event.trial} {event.status} ({event.reason})"
             best = state.best
@@ -116,7 +133,9 @@ class SearchView:
         if self._state is None:
             return Text("waiting for the first worker ...", style="dim")
         state = self._state
-        rows = sorted(state.trials.values(), key=lambda t: (t.status != "running", -t.number))[:NUM_ROWS]
+        rows = sorted(state.trials.values(), key=lambda t: (t.status != "running", -t.number))[
+            :NUM_ROWS
+        ]
         return Group(make_trial_table(state, rows), self._status_line(state))
 
     def _status_line(self, state: SearchState) -> Text:
@@ -128,7 +147,11 @@ class SearchView:
             if score is not None and baseline is not None and state.best.origin != "baseline":
                 line += f", {100 * (score - baseline):+.2f} points over the baseline"
         is_training = any(trial.epochs_done for trial in state.trials.values())
-        left = f"about {format_seconds(self.eta_seconds())} to go" if is_training else "the workers are starting"
+        left = (
+            f"about {format_seconds(self.eta_seconds())} to go"
+            if is_training
+            else "the workers are starting"
+        )
         return Text(f"{line}\n{format_seconds(time.monotonic() - self._start)} gone, {left}")
 
 
@@ -138,8 +161,15 @@ class TrainingView:
     def __init__(self, console: Console, data: DataInfo) -> None:
         self._console = console
         self._data = f" ({data.name})" if data.label else ""
-        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-        self._progress = _StepProgress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+        )
+        self._progress = _StepProgress(
+            *columns, TimeRemainingColumn(compact=True), console=console, transient=True
+        )
 
     def __enter__(self) -> TrainingView:
         if self._console.is_terminal:
@@ -147,7 +177,10 @@ class TrainingView:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._console.is_terminal:
             self._progress.stop()
@@ -194,7 +227,9 @@ class SweepView:
         self._num_done = 0
         self._start = time.monotonic()
         columns = (TextColumn("sweeping"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-        self._progress = Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
+        self._progress = Progress(
+            *columns, TimeRemainingColumn(compact=True), console=console, transient=True
+        )
         self._task = self._progress.add_task("sweep", total=self._num_left)
 
     def __enter__(self) -> SweepView:
@@ -204,7 +239,10 @@ class SweepView:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._console.is_terminal:
             self._progress.stop()
@@ -220,7 +258,11 @@ class SweepView:
         self._num_left -= self._num_left % self._num_steps
         self._progress.update(self._task, total=self._num_done + self._num_left)
         seconds = (time.monotonic() - self._start) / max(1, self._num_done) * self._num_left
-        end = "to its end" if sweep.diverged_at is None else f"until it diverged at lr {sweep.diverged_at:.3g}"
+        end = (
+            "to its end"
+            if sweep.diverged_at is None
+            else f"until it diverged at lr {sweep.diverged_at:.3g}"
+        )
         self._console.print(
             f"seed {sweep.seed}: {len(sweep.losses)} losses {end}, {format_seconds(seconds)} left",
             markup=False,

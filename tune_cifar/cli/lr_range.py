@@ -23,22 +23,55 @@ if TYPE_CHECKING:
     from tune_cifar.train.lr_range import Sweep
 
 # The document of --json: what was found. How it was found stands in sweeps.json.
-JSON_KEYS = ("name", "space", "tier", "fingerprint", "data", "estimators", "disagreement", "suggestion", "verdict")
+JSON_KEYS = (
+    "name",
+    "space",
+    "tier",
+    "fingerprint",
+    "data",
+    "estimators",
+    "disagreement",
+    "suggestion",
+    "verdict",
+)
 
 WHAT = "What"
 Tier = Annotated[
     str,
-    typer.Option("--tier", metavar="full|cpu", help="Whose batch_size and train_size to take.", rich_help_panel=WHAT),
+    typer.Option(
+        "--tier",
+        metavar="full|cpu",
+        help="Whose batch_size and train_size to take.",
+        rich_help_panel=WHAT,
+    ),
 ]
-Low = Annotated[float, typer.Option("--low", metavar="LR", help="The first step's.", rich_help_panel=WHAT)]
-High = Annotated[float, typer.Option("--high", metavar="LR", help="The last step's.", rich_help_panel=WHAT)]
-Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Training steps of a sweep.", rich_help_panel=WHAT)]
-Seeds = Annotated[int, typer.Option("--seeds", metavar="N", help="Sweeps, a seed each.", rich_help_panel=WHAT)]
+Low = Annotated[
+    float, typer.Option("--low", metavar="LR", help="The first step's.", rich_help_panel=WHAT)
+]
+High = Annotated[
+    float, typer.Option("--high", metavar="LR", help="The last step's.", rich_help_panel=WHAT)
+]
+Steps = Annotated[
+    int,
+    typer.Option("--steps", metavar="N", help="Training steps of a sweep.", rich_help_panel=WHAT),
+]
+Seeds = Annotated[
+    int, typer.Option("--seeds", metavar="N", help="Sweeps, a seed each.", rich_help_panel=WHAT)
+]
 Write = Annotated[
     bool,
-    typer.Option("--write", help="Propose max_lr's range for the space file, as a diff.", rich_help_panel=WHAT),
+    typer.Option(
+        "--write",
+        help="Propose max_lr's range for the space file, as a diff.",
+        rich_help_panel=WHAT,
+    ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="With --write: change the file without asking.", rich_help_panel=WHAT)]
+Yes = Annotated[
+    bool,
+    typer.Option(
+        "--yes", help="With --write: change the file without asking.", rich_help_panel=WHAT
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -100,7 +133,10 @@ def lr_range(
     check_folder(folder, "the test's folder", "--out" if out else "--storage")
     if (folder / "sweeps.json").exists():
         raise ConfigError(f"--out: a folder without another test must be given, got {folder}.")
-    source, numerics = find_data(data), resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
+    source, numerics = (
+        find_data(data),
+        resolve_numerics(device, precision, cpus_per_trial, deterministic, execution),
+    )
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, source.name)
     images = load_train_val(source, recipe.baseline.train_size, val_size=0)
@@ -126,12 +162,19 @@ def _load_recipe(space: str, tier: str, settings: list[str]) -> SearchSpace:
     pins = dict(parse_setting(setting) for setting in settings)
     for knob in ("schedule", "max_lr"):
         if knob in pins:
-            raise ConfigError(f"--set: {knob} must be left to the sweep, got {pins[knob]}. --low and --high bound it.")
+            raise ConfigError(
+                f"--set: {knob} must be left to the sweep, got {pins[knob]}. --low and --high bound it."
+            )
     return load_space(space, tier, {**pins, "schedule": "constant"})
 
 
 def _sweep(
-    config: TrainConfig, data: TrainVal, numerics: Numerics, lrs: tuple[float, ...], num_seeds: int, console: Console
+    config: TrainConfig,
+    data: TrainVal,
+    numerics: Numerics,
+    lrs: tuple[float, ...],
+    num_seeds: int,
+    console: Console,
 ) -> list[Sweep]:
     from tune_cifar.cli.live import SweepView
     from tune_cifar.train.lr_range import run_sweeps
@@ -153,28 +196,47 @@ def _print_findings(report: dict[str, Any], console: Console) -> None:
     """The estimators' table, why some gave nothing, and the verdict."""
     from rich.table import Table
 
-    table = Table("estimator", "median lr", "spread (max/min)", "geometric sd", "seeds", box=None, header_style="bold")
+    table = Table(
+        "estimator",
+        "median lr",
+        "spread (max/min)",
+        "geometric sd",
+        "seeds",
+        box=None,
+        header_style="bold",
+    )
     num_seeds = len(report["sweeps"])
     for name, found in report["estimators"].items():
-        cells = [f"x {found[key]:.2f}" if found[key] is not None else "-" for key in ("factor", "geometric_sd")]
+        cells = [
+            f"x {found[key]:.2f}" if found[key] is not None else "-"
+            for key in ("factor", "geometric_sd")
+        ]
         median = "-" if found["lr"] is None else f"{found['lr']:.2e}"
         table.add_row(name, median, *cells, f"{found['num_seeds']} of {num_seeds}")
     console.print(table)
-    for reason in dict.fromkeys(found["reason"] for found in report["estimators"].values() if found["reason"]):
+    for reason in dict.fromkeys(
+        found["reason"] for found in report["estimators"].values() if found["reason"]
+    ):
         names = [name for name, found in report["estimators"].items() if found["reason"] == reason]
         say(f"a seed without {', '.join(names)}: {reason}", console, "yellow")
     say(report["verdict"], console, "bold" if report["suggestion"] else "bold yellow")
     say(f"baseline: max_lr {report['config']['max_lr']:.2e}", console)
 
 
-def _track(uri: str | None, store: Path, report: dict[str, Any], folder: Path, console: Console) -> None:
+def _track(
+    uri: str | None, store: Path, report: dict[str, Any], folder: Path, console: Console
+) -> None:
     """Log to MLflow; a fault is a sentence. The folder has everything."""
     from tune_cifar.tracking.upload import make_tracking_uri, upload_lr_range
 
     try:
         upload_lr_range(make_tracking_uri(store, uri), store, report, folder)
     except TrackingError as exc:
-        say(f"{str(exc).rstrip('.')}. MLflow lacks the test; {folder} has all of it.", console, "yellow")
+        say(
+            f"{str(exc).rstrip('.')}. MLflow lacks the test; {folder} has all of it.",
+            console,
+            "yellow",
+        )
 
 
 def _check_proposable(space: str, settings: list[str]) -> None:
@@ -183,11 +245,15 @@ def _check_proposable(space: str, settings: list[str]) -> None:
     from tune_cifar.space.select import read_space
 
     if settings:
-        raise ConfigError(f"--write: the file's own recipe must be swept, got --set {settings[0]}. Leave one out.")
+        raise ConfigError(
+            f"--write: the file's own recipe must be swept, got --set {settings[0]}. Leave one out."
+        )
     check_editable(read_space(space), "max_lr")
 
 
-def _propose(space: str, report: dict[str, Any], yes: bool, as_json: bool, console: Console) -> dict[str, Any]:
+def _propose(
+    space: str, report: dict[str, Any], yes: bool, as_json: bool, console: Console
+) -> dict[str, Any]:
     """Show the file's change as a diff and, when it is accepted, make it."""
     from tune_cifar.space.edit import describe_edit, edit_range, write_space
     from tune_cifar.space.layout import Range

@@ -34,5 +34,12 @@ def models(
         numbers = (f"{layer.params:,}", f"{layer.macs:,}", str(layer.receptive_field))
         table.add_row(layer.name, layer.kind, shape, *numbers)
     table.add_section()
-    table.add_row(summary.name, "", "", f"{summary.params:,}", f"{summary.macs:,}", str(summary.receptive_field))
+    table.add_row(
+        summary.name,
+        "",
+        "",
+        f"{summary.params:,}",
+        f"{summary.macs:,}",
+        str(summary.receptive_field),
+    )
     stdout().print(table)

@@ -89,7 +89,9 @@ def choose_search(
     pinned = dict(parse_setting(setting) for setting in settings)
     most = count_trials(trials) if trials else None, parse_duration(max_time) if max_time else None
     source = find_data(data)
-    load_space(space, tier or "cpu", pinned).limit(*most)  # a mistake is told before Ray or a measurement
+    load_space(space, tier or "cpu", pinned).limit(
+        *most
+    )  # a mistake is told before Ray or a measurement
     request = SearchRequest(source=source, **given)
     if tier is None:
         tier = request.default_tier
@@ -142,10 +144,14 @@ def _print_plan(plan: SearchPlan) -> None:
     say(f"{plan.space.name} ({plan.space.tier}): {budget.describe()}", style="bold")
     say(f"{plan.describe_cost()}.")
     if 0 < plan.resources.gpus_per_trial < 1:
-        say("That was measured alone: trials that share a GPU slow each other down.", style="yellow")
+        say(
+            "That was measured alone: trials that share a GPU slow each other down.", style="yellow"
+        )
     table = Table("rung", "trials that reach it", box=None, header_style="bold")
     for rung, count in zip(budget.rungs, expected.reached, strict=True):
-        table.add_row(f"{rung} epoch{'s' if rung > 1 else ''}", f"{count:.1f} of {expected.started:.1f}")
+        table.add_row(
+            f"{rung} epoch{'s' if rung > 1 else ''}", f"{count:.1f} of {expected.started:.1f}"
+        )
     stdout().print(table)
     table = Table("", "expected", "10 % to 90 % of searches", box=None, header_style="bold")
     epochs, seconds = expected.epochs, expected.seconds

@@ -18,7 +18,9 @@ NUM_PREVIEW_ROWS = 10
 def preview(
     space: options.Space,
     settings: options.Settings = None,
-    out: Annotated[Path | None, typer.Option("--out", help="PNG file. Default: preview-SPACE.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="PNG file. Default: preview-SPACE.png.")
+    ] = None,
     data: options.Data = None,
 ) -> None:
     """Write a grid of what the network sees: each row one training image, first as it is, then augmented.

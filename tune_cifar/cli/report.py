@@ -14,7 +14,8 @@ from tune_cifar.cli.terminal import print_json, say, stderr
 def report(
     search: Annotated[str, typer.Option("--search", help="Of this name.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Default: reports/ in the run store.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Default: reports/ in the run store."),
     ] = None,
     data: options.Data = None,
     as_json: options.Json = False,

@@ -26,13 +26,18 @@ def reproduce(
     space: options.BestSpace = None,
     search: options.BestSearch = None,
     test: Annotated[
-        bool, typer.Option("--test", help="Open the sealed test set, once, and write the opening down.")
+        bool,
+        typer.Option("--test", help="Open the sealed test set, once, and write the opening down."),
     ] = False,
     no_retrain: Annotated[
-        bool, typer.Option("--no-retrain", help="With --test: judge the kept weights without training.")
+        bool,
+        typer.Option("--no-retrain", help="With --test: judge the kept weights without training."),
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="With --test: open it although this training has been tested.")
+        bool,
+        typer.Option(
+            "--again", help="With --test: open it although this training has been tested."
+        ),
     ] = False,
     device: options.RecordedDevice = None,
     data: options.Data = None,
@@ -54,7 +59,9 @@ def reproduce(
             raise typer.BadParameter(f"{option} belongs to --test.")
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     console = stderr() if as_json else stdout()
-    answer = _reproduce(state, trial, find_data(data), device, test, no_retrain, again, tracking_uri, console)
+    answer = _reproduce(
+        state, trial, find_data(data), device, test, no_retrain, again, tracking_uri, console
+    )
     if as_json:
         print_json(answer)
     if answer.get("verdict") == "different":
@@ -79,11 +86,17 @@ def _reproduce(
     from tune_cifar.verify.test_set import check_testable, open_test
 
     test_log = find_test_log(state.storage, source.name)
-    answer: dict[str, Any] = {"run_id": trial.run_id, "search": state.header.name, "fingerprint": trial.fingerprint}
+    answer: dict[str, Any] = {
+        "run_id": trial.run_id,
+        "search": state.header.name,
+        "fingerprint": trial.fingerprint,
+    }
     earlier = []
     if test:
         check_testable(trial)
-        earlier = [] if again else find_openings(test_log, trial.fingerprint, state.header.data.name)
+        earlier = (
+            [] if again else find_openings(test_log, trial.fingerprint, state.header.data.name)
+        )
     if not (no_retrain and earlier):
         numerics = restore_numerics(trial.driver.numerics, device)
         loaded = load_recorded_data(state, trial, source)
@@ -95,21 +108,34 @@ def _reproduce(
         return answer
     if earlier:
         opening = earlier[-1]
-        _say_opening(opening, f"opened before, for {opening.run_id} on {opening.date}; --again opens it again", console)
+        _say_opening(
+            opening,
+            f"opened before, for {opening.run_id} on {opening.date}; --again opens it again",
+            console,
+        )
     else:
         opening, evaluation, split = open_test(trainer, trial, source, test_log, this_command())
         _say_opening(opening, f"written into {test_log}", console)
         answer["evaluation"] = evaluation.to_dict()
         try:
-            answer["evaluation"] = keep_evaluation(state, trial, evaluation, split, None, tracking_uri)
+            answer["evaluation"] = keep_evaluation(
+                state, trial, evaluation, split, None, tracking_uri
+            )
             say_kept(answer["evaluation"], console)
-        except ConfigError as exc:  # the test set is open, and that is written down: this must not look undone
+        except (
+            ConfigError
+        ) as exc:  # the test set is open, and that is written down: this must not look undone
             say(str(exc), console, "yellow")
     return answer | {"test": opening.__dict__, "test_opened_before": bool(earlier)}
 
 
 def _retrain(
-    state: SearchState, trial: TrialState, loaded: Any, numerics: Any, answer: dict[str, Any], console: Console
+    state: SearchState,
+    trial: TrialState,
+    loaded: Any,
+    numerics: Any,
+    answer: dict[str, Any],
+    console: Console,
 ) -> Any:
     """Train and compare, saying so; the answer gets the outcome. Returns the Trainer, None of a failed run."""
     from tune_cifar.cli.live import TrainingView
@@ -132,7 +158,9 @@ def _retrain(
             outcome, trainer = reproduce_run(state, trial, loaded, numerics, on_event, view.watch)
     if outcome.traceback:
         console.print(outcome.traceback.rstrip(), soft_wrap=True)
-    style = {"identical": "bold green", "within tolerance": "green", "different": "bold red"}[outcome.verdict]
+    style = {"identical": "bold green", "within tolerance": "green", "different": "bold red"}[
+        outcome.verdict
+    ]
     say(f"{outcome.verdict} over {outcome.epochs} epochs", console, style)
     if outcome.detail:
         say(outcome.detail, console)

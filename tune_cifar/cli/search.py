@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from tune_cifar.search.plan import SearchPlan
 
 Name = Annotated[
-    str | None, typer.Option("--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What")
+    str | None,
+    typer.Option(
+        "--name", help="Of the search. Default: space, tier and time.", rich_help_panel="What"
+    ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the search --name, from its record.", rich_help_panel="Going on")
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the search --name, from its record.",
+        rich_help_panel="Going on",
+    ),
 ]
 AcceptChanges = Annotated[
     bool,
@@ -41,11 +49,20 @@ WarmStart = Annotated[
     ),
 ]
 WarmTrials = Annotated[
-    int, typer.Option("--warm-trials", metavar="K", min=1, help="How many of them.", rich_help_panel="Going on")
+    int,
+    typer.Option(
+        "--warm-trials", metavar="K", min=1, help="How many of them.", rich_help_panel="Going on"
+    ),
 ]
 KeepWeights = Annotated[
     int,
-    typer.Option("--keep-weights", metavar="K", min=1, help="Of the best K finished trials.", rich_help_panel="Where"),
+    typer.Option(
+        "--keep-weights",
+        metavar="K",
+        min=1,
+        help="Of the best K finished trials.",
+        rich_help_panel="Where",
+    ),
 ]
 
 
@@ -188,14 +205,18 @@ def _plan_resume(
     header = state.header
     if header.kind != "search":
         hint = f"Use `{header.kind} --resume`."
-        raise ConfigError(f"--resume: a search must be named, got {header.name}, {KIND_WORDS[header.kind]}. {hint}")
+        raise ConfigError(
+            f"--resume: a search must be named, got {header.name}, {KIND_WORDS[header.kind]}. {hint}"
+        )
     max_seconds = parse_duration(max_time) if max_time else None
     may_go_on = max_seconds is not None and len(state.trials) < state.num_trials
     if state.is_finished and trials is None and not may_go_on:
         print_search_summary(stdout(), state, [], [], *repeated)
         raise typer.Exit
     stand_in = "shapes" if header.data.name == "shapes" else None
-    request = SearchRequest(source=find_data(data or stand_in), device=header.numerics.device, **given)
+    request = SearchRequest(
+        source=find_data(data or stand_in), device=header.numerics.device, **given
+    )
     print_synthetic_banner(stdout(), request.source.name)
     with stdout().status("reading the record and starting the workers ..."):
         from tune_cifar.search.run import prepare_resume
@@ -222,5 +243,7 @@ def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]
     from tune_cifar.cli.live import SearchView
     from tune_cifar.search.run import run_search
 
-    with SearchView(console, plan.space.budget, plan.resources.max_concurrent, plan.cost.epoch_seconds) as view:
+    with SearchView(
+        console, plan.space.budget, plan.resources.max_concurrent, plan.cost.epoch_seconds
+    ) as view:
         return run_search(plan, view.on_event, view.stop)

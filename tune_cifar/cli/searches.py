@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from tune_cifar.record.state import SearchState
     from tune_cifar.record.store import SearchRow
 
-app = typer.Typer(help="The recorded searches and single trainings: list them, delete one.", no_args_is_help=True)
+app = typer.Typer(
+    help="The recorded searches and single trainings: list them, delete one.", no_args_is_help=True
+)
 
 
 @app.command("list")
@@ -55,19 +57,45 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
     table.add_column("size", justify="right", no_wrap=True)
     for row in rows:
         if row.error is not None:
-            table.add_row(row.name, "-", "-", "-", "-", row.stage, "-", "-", decimal(row.size_bytes))
+            table.add_row(
+                row.name, "-", "-", "-", "-", row.stage, "-", "-", decimal(row.size_bytes)
+            )
             continue
         space = f"{row.space} ({row.tier})" if row.tier else row.space
         created = (row.created or "")[:16].replace("T", " ")
         stage = f"finished ({row.end})" if row.stage == "finished" else row.stage
-        trials = ", ".join(f"{count} {status}" for status, count in (row.counts or {}).items() if count) or "none"
-        best = f"{format_percent(row.best_val_acc)} (:{row.best.partition(':')[2]})" if row.best else "-"
-        table.add_row(row.name, row.kind, space, row.data, created, stage, trials, best, decimal(row.size_bytes))
+        trials = (
+            ", ".join(f"{count} {status}" for status, count in (row.counts or {}).items() if count)
+            or "none"
+        )
+        best = (
+            f"{format_percent(row.best_val_acc)} (:{row.best.partition(':')[2]})"
+            if row.best
+            else "-"
+        )
+        table.add_row(
+            row.name,
+            row.kind,
+            space,
+            row.data,
+            created,
+            stage,
+            trials,
+            best,
+            decimal(row.size_bytes),
+        )
     stdout().print(table)
     for row in rows:
         if row.error is not None:
             say(row.error, style="red")
-    left = next((row for row in rows if row.kind == "search" and row.stage in ("interrupted", "driver died")), None)
+    left = next(
+        (
+            row
+            for row in rows
+            if row.kind == "search" and row.stage in ("interrupted", "driver died")
+        ),
+        None,
+    )
     if left is not None:
         given = repeat_options(data="shapes" if left.data == "shapes" else None, storage=storage)
         command = f"{left.name} goes on with: python -m tune_cifar search --name {left.name} --resume{given}"
@@ -78,7 +106,9 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
 def delete(
     name: Annotated[str, typer.Argument(help="A search from `searches list`.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    keep_mlflow: Annotated[bool, typer.Option("--keep-mlflow", help="Leave its runs in MLflow.")] = False,
+    keep_mlflow: Annotated[
+        bool, typer.Option("--keep-mlflow", help="Leave its runs in MLflow.")
+    ] = False,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:
@@ -99,7 +129,9 @@ def delete(
         state = read_state(folder)
     except (RecordError, ConfigError) as exc:
         if not keep_mlflow:
-            hint = "Its runs in MLflow cannot be told from it: --keep-mlflow deletes the folder alone."
+            hint = (
+                "Its runs in MLflow cannot be told from it: --keep-mlflow deletes the folder alone."
+            )
             raise RecordError(f"{exc} {hint}") from exc
     size = decimal(measure_folder(folder))
     trials = "a damaged record" if state is None else _count(len(state.trials), "trial")
@@ -128,9 +160,13 @@ def _find_folder(root: Path, name: str) -> Path:
     folder = search_folder(root, name)
     if not folder.exists() and not folder.is_symlink():
         names = [path.name for path in searches_folder(root).glob("*")]
-        raise RecordError(f"{root}: a search of the name must be there, got {name!r}.{nearest_name(name, names)}")
+        raise RecordError(
+            f"{root}: a search of the name must be there, got {name!r}.{nearest_name(name, names)}"
+        )
     if folder.resolve() != folder or not folder.is_dir():
-        raise RecordError(f"{folder}: a folder in the run store itself must be there, got a link or a file.")
+        raise RecordError(
+            f"{folder}: a folder in the run store itself must be there, got a link or a file."
+        )
     return folder
 
 
@@ -164,7 +200,9 @@ def _delete_folder(folder: Path) -> None:
             shutil.rmtree(trials)
         shutil.rmtree(folder)
     except OSError as exc:
-        raise RecordError(f"{folder}: all of it must be deletable, got {exc.strerror!r} for {exc.filename}.") from exc
+        raise RecordError(
+            f"{folder}: all of it must be deletable, got {exc.strerror!r} for {exc.filename}."
+        ) from exc
 
 
 def _delete_views(root: Path, name: str, state: SearchState | None) -> None:
@@ -185,7 +223,9 @@ def _delete_views(root: Path, name: str, state: SearchState | None) -> None:
                 if folder.is_dir() and not folder.is_symlink():
                     shutil.rmtree(folder)
     except OSError as exc:
-        raise RecordError(f"{root}: what was made of {name} must be deletable, got {exc.strerror!r}.") from exc
+        raise RecordError(
+            f"{root}: what was made of {name} must be deletable, got {exc.strerror!r}."
+        ) from exc
 
 
 def failures(
@@ -208,10 +248,17 @@ def failures(
     given = repeat_options(data=data, storage=storage)
     commands = [f"python -m tune_cifar reproduce {group.run_id}{given}" for group in groups]
     if as_json:
-        print_json([asdict(group) | {"command": command} for group, command in zip(groups, commands, strict=True)])
+        print_json(
+            [
+                asdict(group) | {"command": command}
+                for group, command in zip(groups, commands, strict=True)
+            ]
+        )
         return
     if not groups:
-        say(f"{search}: no trial failed, and none was retried ({_count(len(state.trials), 'trial')}).")
+        say(
+            f"{search}: no trial failed, and none was retried ({_count(len(state.trials), 'trial')})."
+        )
     for group, command in zip(groups, commands, strict=True):
         _print_group(group, command)
 
@@ -237,7 +284,13 @@ def sync(
     """
     from functools import partial
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from tune_cifar.record.journal import is_live, read_state
     from tune_cifar.record.store import find_searches, find_storage
@@ -255,13 +308,24 @@ def sync(
         except (RecordError, ConfigError) as exc:
             answers.append({"search": folder.name, "error": str(exc)})
             say(str(exc), stderr(), "red")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("trials"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("trials"),
+    )
     with Progress(
-        *columns, TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         for state, live in states:
             task = progress.add_task(state.header.name, total=len(state.trials))
-            answers.append(_sync_one(uri, root, state, live, console, partial(progress.advance, task)))
+            answers.append(
+                _sync_one(uri, root, state, live, console, partial(progress.advance, task))
+            )
             progress.remove_task(task)
     if as_json:
         print_json(answers)
@@ -272,7 +336,12 @@ def sync(
 
 
 def _sync_one(
-    uri: str, root: Path, state: SearchState, live: bool, console: Console, on_upload: Callable[[], None]
+    uri: str,
+    root: Path,
+    state: SearchState,
+    live: bool,
+    console: Console,
+    on_upload: Callable[[], None],
 ) -> dict[str, Any]:
     """Ship what MLflow has not of one search, and say so; what it would not take is the answer's error."""
     from dataclasses import asdict

@@ -9,11 +9,18 @@ import typer
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stdout
 
-app = typer.Typer(help="The search spaces: list them, read one, check a file of your own.", no_args_is_help=True)
+app = typer.Typer(
+    help="The search spaces: list them, read one, check a file of your own.", no_args_is_help=True
+)
 Name = Annotated[
-    str, typer.Argument(help="A name from `spaces list`, or a path.", autocompletion=options.complete_space)
+    str,
+    typer.Argument(
+        help="A name from `spaces list`, or a path.", autocompletion=options.complete_space
+    ),
 ]
-Tier = Annotated[str, typer.Option("--tier", help="full or cpu: the budget tier whose knobs are shown.")]
+Tier = Annotated[
+    str, typer.Option("--tier", help="full or cpu: the budget tier whose knobs are shown.")
+]
 
 
 @app.command("list")
@@ -28,7 +35,9 @@ def list_(as_json: options.Json = False) -> None:
 
     headers = [(path, load_header(path)) for path in list_spaces()]
     if as_json:
-        print_json([{"path": str(path), **header.model_dump(mode="json")} for path, header in headers])
+        print_json(
+            [{"path": str(path), **header.model_dump(mode="json")} for path, header in headers]
+        )
         return
     table = Table("space", "source", "published", box=None, header_style="bold")
     for _, header in headers:
@@ -53,7 +62,9 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
     if as_json:
         header = space.header.model_dump(mode="json")
         budget = space.budget.model_dump(mode="json")
-        print_json({**header, "tier": tier, "baseline": baseline, "search": searched, "budget": budget})
+        print_json(
+            {**header, "tier": tier, "baseline": baseline, "search": searched, "budget": budget}
+        )
         return
     dead = inactive_knobs(space.baseline)
     say(f"{space.name} ({tier})  {space.header.source}")
@@ -78,7 +89,9 @@ def check(name: Name) -> None:
     from tune_cifar.space.select import find_space, load_space
 
     path = find_space(name)
-    knobs = [f"{len(load_space(str(path), tier).distributions)} knobs in tier {tier}" for tier in TIERS]
+    knobs = [
+        f"{len(load_space(str(path), tier).distributions)} knobs in tier {tier}" for tier in TIERS
+    ]
     say(f"{path}: sound ({', '.join(knobs)})")
 
 

@@ -45,7 +45,10 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
             Text(trial.status, style=STYLES[trial.status]),
             f"{len(trial.epochs)}/{_find_length(state, trial)}",
             format_percent(trial.val_acc),
-            *(format_value(trial.params.get(knob, getattr(trial.config, knob, None))) for knob in knobs),
+            *(
+                format_value(trial.params.get(knob, getattr(trial.config, knob, None)))
+                for knob in knobs
+            ),
         )
     return table
 
@@ -75,20 +78,30 @@ def print_search_summary(
     """
     assert state.finished is not None
     header = state.header
-    counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count) or "none"
+    counts = (
+        ", ".join(f"{count} {status}" for status, count in state.counts.items() if count) or "none"
+    )
     took = format_seconds(state.finished.wall_seconds)
 
     def say(text: str, style: str | None = None) -> None:
         """Brackets are taken literally (paths and MLflow's messages hold some); only a terminal breaks lines."""
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        console.print(
+            text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal
+        )
 
-    say(f"\n{header.name} ended after {took} ({state.finished.reason}): {len(state.trials)} trials, {counts}", "bold")
+    say(
+        f"\n{header.name} ended after {took} ({state.finished.reason}): {len(state.trials)} trials, {counts}",
+        "bold",
+    )
     if label := header.data.label:
         say(f"{label}: these accuracies say nothing about CIFAR-10.", "bold yellow")
     if prediction := _describe_prediction(state):
         say(prediction)
     if header.pinned:
-        say("pinned for all trials: " + ", ".join(f"{k} = {format_value(v)}" for k, v in header.pinned.items()))
+        say(
+            "pinned for all trials: "
+            + ", ".join(f"{k} = {format_value(v)}" for k, v in header.pinned.items())
+        )
     if dropped:
         say("not searched, since the pins leave them without effect: " + ", ".join(dropped))
     best = state.best
@@ -96,10 +109,14 @@ def print_search_summary(
         advice = " Give it more --max-time." if state.finished.reason == TIME_LIMIT else ""
         say(f"No trial reached its last epoch: there is no score to compare.{advice}")
     else:
-        say(f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.config.epochs} epochs")
+        say(
+            f"best: trial {best.number}, val_acc {format_percent(best.score)} after {best.config.epochs} epochs"
+        )
         console.print(_knob_table(state, best))
         say(describe_gain(state, best))
-    failed = [str(state.folder / trial.error_file) for trial in state.trials.values() if trial.error_file]
+    failed = [
+        str(state.folder / trial.error_file) for trial in state.trials.values() if trial.error_file
+    ]
     if failed:
         say("\n  ".join([f"{len(failed)} failed; tracebacks:", *failed]), "red")
     for fault in dict.fromkeys(tracking_faults):
@@ -116,7 +133,10 @@ def _describe_prediction(state: SearchState) -> str:
     if state.resumes:  # each launch has a time limit of its own
         wanted = header.budget["trials"], None
         assert state.finished is not None
-        if (state.num_trials, header.budget.get("max_time_seconds")) != wanted or state.finished.reason != "all trials":
+        if (
+            state.num_trials,
+            header.budget.get("max_time_seconds"),
+        ) != wanted or state.finished.reason != "all trials":
             return ""
     return f"trial-epochs: {paid} paid, {predicted:.0f} predicted (error {100 * (predicted / paid - 1):+.0f} %)"
 
@@ -124,19 +144,36 @@ def _describe_prediction(state: SearchState) -> str:
 def _knob_table(state: SearchState, best: TrialState) -> Table:
     table = Table("knob", "baseline", "best", box=None, header_style="bold", padding=(0, 2))
     for knob in state.header.distributions:
-        table.add_row(knob, format_value(state.header.baseline[knob]), format_value(getattr(best.config, knob)))
+        table.add_row(
+            knob,
+            format_value(state.header.baseline[knob]),
+            format_value(getattr(best.config, knob)),
+        )
     return table
 
 
-def _print_next(console: Console, state: SearchState, data_option: str, storage_option: str) -> None:
+def _print_next(
+    console: Console, state: SearchState, data_option: str, storage_option: str
+) -> None:
     """Commands to paste: never broken into lines."""
     name = state.header.name
-    if not data_option and state.header.data.name == "shapes":  # a resume knows it from the record, `reproduce` asks
+    if (
+        not data_option and state.header.data.name == "shapes"
+    ):  # a resume knows it from the record, `reproduce` asks
         data_option = " --data shapes"
     if not state.is_finished:
         resume = f"search --name {name} --resume{data_option}{storage_option}"
-        console.print(f"\ngo on with:\n  python -m tune_cifar {resume}", markup=False, highlight=False, soft_wrap=True)
-    commands = [f"reproduce --best --search {name}{data_option}{storage_option}"] if state.best is not None else []
+        console.print(
+            f"\ngo on with:\n  python -m tune_cifar {resume}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    commands = (
+        [f"reproduce --best --search {name}{data_option}{storage_option}"]
+        if state.best is not None
+        else []
+    )
     if any(trial.status == "failed" or trial.retries for trial in state.trials.values()):
         commands.append(f"failures --search {name}{storage_option}")
     commands += [f"leaderboard --search {name}{storage_option}", f"ui{storage_option}"]

@@ -43,7 +43,9 @@ def stderr() -> Console:
     """Notes and errors."""
     from rich.console import Console
 
-    return Console(stderr=True, width=None if sys.stderr.isatty() else 200, markup=False, highlight=False)
+    return Console(
+        stderr=True, width=None if sys.stderr.isatty() else 200, markup=False, highlight=False
+    )
 
 
 def say(text: str, console: Console | None = None, style: str | None = None) -> None:

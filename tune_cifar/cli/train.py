@@ -19,13 +19,22 @@ def train(
     settings: options.Settings = None,
     tier: Annotated[
         str,
-        typer.Option("--tier", metavar="full|cpu", help="Whose epochs and train_size to take.", rich_help_panel="What"),
+        typer.Option(
+            "--tier",
+            metavar="full|cpu",
+            help="Whose epochs and train_size to take.",
+            rich_help_panel="What",
+        ),
     ] = "full",
     name: Annotated[
-        str | None, typer.Option("--name", help="Of the run. Default: space and time.", rich_help_panel="What")
+        str | None,
+        typer.Option("--name", help="Of the run. Default: space and time.", rich_help_panel="What"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with --name from its newest checkpoint.", rich_help_panel="What")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with --name from its newest checkpoint.", rich_help_panel="What"
+        ),
     ] = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -88,7 +97,9 @@ def _describe_resume(name: str) -> str:
     """The command that goes on with this training: the one typed, for --resume asks for the same options again."""
     typed = sys.argv[1:]
     named = any(word.split("=")[0] == "--name" for word in typed)
-    return this_command([*([] if named else ["--name", name]), *([] if "--resume" in typed else ["--resume"])])
+    return this_command(
+        [*([] if named else ["--name", name]), *([] if "--resume" in typed else ["--resume"])]
+    )
 
 
 def _say_end(state: SearchState, given: str) -> None:

@@ -17,11 +17,18 @@ MAX_LINKS = 12
 
 def ui(
     optuna: Annotated[
-        bool, typer.Option("--optuna", help="optuna-dashboard, on a copy of the recorded searches as they stand now.")
+        bool,
+        typer.Option(
+            "--optuna",
+            help="optuna-dashboard, on a copy of the recorded searches as they stand now.",
+        ),
     ] = False,
-    search: Annotated[str | None, typer.Option("--search", help="With --optuna: only this search.")] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", help="With --optuna: only this search.")
+    ] = None,
     port: Annotated[
-        int | None, typer.Option("--port", min=1, max=65535, help="Default: 5077 for MLflow, or a free one.")
+        int | None,
+        typer.Option("--port", min=1, max=65535, help="Default: 5077 for MLflow, or a free one."),
     ] = None,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
@@ -38,7 +45,10 @@ def ui(
         raise typer.BadParameter("--tracking-uri is MLflow's; --optuna reads the records.")
     folder = find_storage(storage)
     # A closed terminal and `kill` end it as Ctrl-C does: nothing of it stays behind.
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         if optuna:
             _serve_optuna(folder, search, port)

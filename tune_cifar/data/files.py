@@ -56,7 +56,9 @@ class DataSource:
 
     def __post_init__(self) -> None:
         if (self.name == "shapes") != (self.folder is None):
-            raise DataError(f"data: a folder must be given exactly for cifar10, got {self.folder} for {self.name}.")
+            raise DataError(
+                f"data: a folder must be given exactly for cifar10, got {self.folder} for {self.name}."
+            )
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def _check_train_files_exist(folder: Path) -> DataSource:
 
 
 def _describe_mending(folder: Path) -> str:
-    return f"Run `python -m tune_cifar data fetch {shlex.quote(str(folder))}`, or use --data shapes."
+    return (
+        f"Run `python -m tune_cifar data fetch {shlex.quote(str(folder))}`, or use --data shapes."
+    )
 
 
 def fetch_data(folder: Path | None = None) -> DataSource:
@@ -180,9 +184,13 @@ def fetch_data(folder: Path | None = None) -> DataSource:
         reason = getattr(exc, "reason", None) or exc
         raise DataError(f"data fetch: {url} must be reachable, got: {reason}. {by_hand}") from exc
     except RuntimeError as exc:  # torchvision's word for a wrong MD5
-        raise DataError(f"data fetch: {url} must send the archive, got something else or a part. {by_hand}") from exc
+        raise DataError(
+            f"data fetch: {url} must send the archive, got something else or a part. {by_hand}"
+        ) from exc
     except OSError as exc:
-        raise DataError(f"data fetch: {folder} must be writable and have 350 MiB to spare, got: {exc}.") from exc
+        raise DataError(
+            f"data fetch: {folder} must be writable and have 350 MiB to spare, got: {exc}."
+        ) from exc
     finally:
         socket.setdefaulttimeout(old_timeout)
         if not had_archive and archive.is_file():
@@ -194,7 +202,11 @@ def fetch_data(folder: Path | None = None) -> DataSource:
 
 def _get_fetch_folder() -> Path:
     from_environment = os.environ.get("TUNE_CIFAR_DATA", "")
-    return user_cache_path("tune_cifar") if from_environment in ("", "shapes") else Path(from_environment)
+    return (
+        user_cache_path("tune_cifar")
+        if from_environment in ("", "shapes")
+        else Path(from_environment)
+    )
 
 
 def verify_data(source: DataSource) -> list[FileCheck]:
@@ -263,9 +275,13 @@ def read_batch(content: bytes, path: Path) -> tuple[Bytes, Ints]:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         images, labels = batch[b"data"], np.array(batch[b"labels"], dtype=np.int64)
     except pickle.UnpicklingError as exc:
-        raise DataError(f"{path}: the pickle must hold arrays and nothing else, found: {exc}.") from exc
+        raise DataError(
+            f"{path}: the pickle must hold arrays and nothing else, found: {exc}."
+        ) from exc
     except Exception as exc:  # a broken pickle may raise anything
-        raise DataError(f"{path}: the file must be a CIFAR-10 batch, got {type(exc).__name__}: {exc}.") from exc
+        raise DataError(
+            f"{path}: the file must be a CIFAR-10 batch, got {type(exc).__name__}: {exc}."
+        ) from exc
     if (
         not isinstance(images, np.ndarray)
         or images.dtype != np.uint8
@@ -273,7 +289,9 @@ def read_batch(content: bytes, path: Path) -> tuple[Bytes, Ints]:
         or labels.shape != (IMAGES_PER_FILE,)
         or not 0 <= labels.min() <= labels.max() < NUM_CLASSES
     ):
-        raise DataError(f"{path}: the file must hold {IMAGES_PER_FILE:,} images labelled 0-9, found something else.")
+        raise DataError(
+            f"{path}: the file must hold {IMAGES_PER_FILE:,} images labelled 0-9, found something else."
+        )
     return images.reshape(IMAGES_PER_FILE, *IMAGE_SHAPE), labels
 
 

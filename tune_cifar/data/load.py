@@ -41,7 +41,18 @@ if TYPE_CHECKING:  # looking for the data must not cost a second of importing to
 
 
 CLASS_NAMES = {
-    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "cifar10": (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
     "shapes": SHAPE_NAMES,
 }
 
@@ -83,12 +94,19 @@ def make_split_order(labels_N: Ints) -> Ints:
     Raises:
         DataError: the labels are not 5,000 of each class.
     """
-    counts, num_wanted = np.bincount(labels_N, minlength=NUM_CLASSES).tolist(), NUM_TRAIN_IMAGES // NUM_CLASSES
+    counts, num_wanted = (
+        np.bincount(labels_N, minlength=NUM_CLASSES).tolist(),
+        NUM_TRAIN_IMAGES // NUM_CLASSES,
+    )
     if counts != [num_wanted] * NUM_CLASSES:
         raise DataError(f"data: {num_wanted:,} training images a class must hold, got {counts}.")
     dice, num_val = np.random.RandomState(SPLIT_SEED), NUM_VAL_IMAGES // NUM_CLASSES
-    shuffled_KN = np.stack([dice.permutation(np.flatnonzero(labels_N == label)) for label in range(NUM_CLASSES)])
-    order_N = np.concatenate([shuffled_KN[:, num_val:].T.reshape(-1), shuffled_KN[:, :num_val].T.reshape(-1)])
+    shuffled_KN = np.stack(
+        [dice.permutation(np.flatnonzero(labels_N == label)) for label in range(NUM_CLASSES)]
+    )
+    order_N = np.concatenate(
+        [shuffled_KN[:, num_val:].T.reshape(-1), shuffled_KN[:, :num_val].T.reshape(-1)]
+    )
     # Every image exactly once: none both trains and validates.
     assert np.array_equal(np.sort(order_N), np.arange(NUM_TRAIN_IMAGES))
     return order_N
@@ -112,7 +130,9 @@ def _load_cifar10(folder: Path) -> tuple[Tensor, Tensor, DataInfo]:
     order_N = make_split_order(labels_N)
     for channel in range(IMAGE_SHAPE[0]):  # reordered in place, by thirds: no second copy of 150 MB
         images_NCHW[:, channel] = images_NCHW[order_N, channel]
-    digest = hashlib.sha256("".join(FILES[name][0] for name in TRAIN_FILES).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("".join(FILES[name][0] for name in TRAIN_FILES).encode()).hexdigest()[
+        :16
+    ]
     info = DataInfo(name="cifar10", digest=digest, split_hash=hash_split(order_N))
     return torch.from_numpy(images_NCHW), torch.from_numpy(labels_N[order_N]), info
 
@@ -142,7 +162,9 @@ def load_train_val(source: DataSource, train_size: int, val_size: int) -> TrainV
     if source.folder is None:
         images_NCHW = torch.from_numpy(make_shapes_train_val(train_size, val_size))
         labels_N = torch.from_numpy(make_shapes_labels(NUM_TRAIN_IMAGES))
-        info = DataInfo(name="shapes", digest=SHAPES_DIGEST, split_hash=hash_split(make_shapes_order()))
+        info = DataInfo(
+            name="shapes", digest=SHAPES_DIGEST, split_hash=hash_split(make_shapes_order())
+        )
     else:
         images_NCHW, labels_N, info = _load_cifar10(source.folder)
     rows = slice(NUM_SPLIT_TRAIN_IMAGES, NUM_SPLIT_TRAIN_IMAGES + val_size)

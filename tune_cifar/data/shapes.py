@@ -27,7 +27,18 @@ Floats: TypeAlias = npt.NDArray[np.floating[Any]]  # float32 throughout
 # Bump it with every change that alters a pixel: it seeds the dice and names the data in every record.
 GENERATOR_VERSION = 1
 SHAPES_DIGEST = hashlib.sha256(f"tune_cifar shapes {GENERATOR_VERSION}".encode()).hexdigest()[:16]
-SHAPE_NAMES = ("disk", "ring", "hourglass", "frame", "triangle", "plus", "stripes", "checkerboard", "crescent", "dots")
+SHAPE_NAMES = (
+    "disk",
+    "ring",
+    "hourglass",
+    "frame",
+    "triangle",
+    "plus",
+    "stripes",
+    "checkerboard",
+    "crescent",
+    "dots",
+)
 # Images are seeded and drawn a chunk at a time, so that a small training pays only for the images that it sees.
 CHUNK_SIZE = 1_000
 
@@ -82,10 +93,16 @@ def draw_shapes(chunk: int) -> Bytes:
     Args:
         chunk: any number from 0; chunks are independent of each other.
     """
-    words = np.random.PCG64((GENERATOR_VERSION, chunk)).random_raw(CHUNK_SIZE * (_NUM_PARAMS + _NOISE_WORDS))
+    words = np.random.PCG64((GENERATOR_VERSION, chunk)).random_raw(
+        CHUNK_SIZE * (_NUM_PARAMS + _NOISE_WORDS)
+    )
     words_NW = words.reshape(CHUNK_SIZE, _NUM_PARAMS + _NOISE_WORDS)
-    params_NP = ((words_NW[:, :_NUM_PARAMS] >> np.uint64(40)) * 2.0**-24).astype(np.float32)  # uniform in [0, 1)
-    noise_N3HW = words_NW[:, _NUM_PARAMS:].astype("<u8").view(np.uint8).reshape(CHUNK_SIZE, 3, _SIDE, _SIDE)
+    params_NP = ((words_NW[:, :_NUM_PARAMS] >> np.uint64(40)) * 2.0**-24).astype(
+        np.float32
+    )  # uniform in [0, 1)
+    noise_N3HW = (
+        words_NW[:, _NUM_PARAMS:].astype("<u8").view(np.uint8).reshape(CHUNK_SIZE, 3, _SIDE, _SIDE)
+    )
     images_N3HW = np.empty((CHUNK_SIZE, 3, _SIDE, _SIDE), dtype=np.uint8)
     for label in range(NUM_CLASSES):
         rows = slice(label, None, NUM_CLASSES)
@@ -94,7 +111,9 @@ def draw_shapes(chunk: int) -> Bytes:
     return images_N3HW
 
 
-def apply_form(label: int, u_NHW: Floats, v_NHW: Floats, pixel_N: Floats, thickness_N: Floats) -> Floats:
+def apply_form(
+    label: int, u_NHW: Floats, v_NHW: Floats, pixel_N: Floats, thickness_N: Floats
+) -> Floats:
     """Coverage in [0, 1] of one class's form, soft over one pixel.
 
     Args:
@@ -128,14 +147,19 @@ def _measure_distance(name: str, u: Floats, v: Floats, thickness: Floats) -> Flo
             distance = np.maximum(box - 0.95, np.minimum(across, down) - 1.5 * stroke)
         case "stripes":
             distance = np.maximum(box - 0.95, np.minimum(np.abs(down - 0.7), down) - stroke)
-        case "checkerboard":  # 4 x 4 fields of side 0.47; the board is cut 0.1 short, lest light fields get a rim
+        case (
+            "checkerboard"
+        ):  # 4 x 4 fields of side 0.47; the board is cut 0.1 short, lest light fields get a rim
             wave_u, wave_v = _apply_triangle_wave(u, 0.47), _apply_triangle_wave(v, 0.47)
             fields = -np.sign(wave_u * wave_v) * np.minimum(np.abs(wave_u), np.abs(wave_v))
             distance = np.maximum(box - 0.84, fields)
         case "crescent":  # open to the right
             distance = np.maximum(radius - 0.95, 0.7 - np.sqrt((u - 0.5) * (u - 0.5) + v * v))
         case "dots":  # four, at the corners of a square
-            distance = np.sqrt((across - 0.55) * (across - 0.55) + (down - 0.55) * (down - 0.55)) - 2 * stroke
+            distance = (
+                np.sqrt((across - 0.55) * (across - 0.55) + (down - 0.55) * (down - 0.55))
+                - 2 * stroke
+            )
     return distance
 
 
@@ -151,7 +175,9 @@ def _make_coordinates(params_NP: Floats) -> tuple[Floats, Floats, Floats]:
     """Where each image's form stands: centre within 4 px of the middle, radius 8-12.5 px, tilt within 15 degrees."""
     centre_x, centre_y = (11.5 + 8 * params_NP[:, i, None, None] for i in (0, 1))
     radius = 8 + 4.5 * params_NP[:, 2, None, None]
-    half_tan = 0.263 * (params_NP[:, 3, None, None] - 0.5)  # tan(angle / 2): sin and cos are not rounded in one way
+    half_tan = 0.263 * (
+        params_NP[:, 3, None, None] - 0.5
+    )  # tan(angle / 2): sin and cos are not rounded in one way
     scale = radius * (1 + half_tan * half_tan)
     cos, sin = (1 - half_tan * half_tan) / scale, 2 * half_tan / scale
     grid = np.arange(_SIDE, dtype=np.float32)
@@ -164,11 +190,16 @@ def _apply_colours(masks_NHW: Floats, params_NP: Floats, noise_N3HW: Bytes) -> B
     # Each channel lies within 100 of black or of white: at least 55 of contrast, also in gray.
     dark_N3, light_N3 = 100 * params_NP[:, 5:8], 255 - 100 * params_NP[:, 8:11]
     is_light_N1 = params_NP[:, 11:12] < 0.5
-    form_N3, ground_N3 = np.where(is_light_N1, light_N3, dark_N3), np.where(is_light_N1, dark_N3, light_N3)
+    form_N3, ground_N3 = (
+        np.where(is_light_N1, light_N3, dark_N3),
+        np.where(is_light_N1, dark_N3, light_N3),
+    )
     grid = np.arange(_SIDE, dtype=np.float32) - 15.5
     slope_x, slope_y = (3 * (params_NP[:, i, None, None] - 0.5) for i in (12, 13))
     light_NHW = slope_x * grid[None, None, :] + slope_y * grid[None, :, None]
-    amplitude_N111 = 0.1 + 0.3 * params_NP[:, 14, None, None, None]  # noise within 13 to 51 of the colour
+    amplitude_N111 = (
+        0.1 + 0.3 * params_NP[:, 14, None, None, None]
+    )  # noise within 13 to 51 of the colour
     images_N3HW = noise_N3HW * amplitude_N111
     images_N3HW += ground_N3[:, :, None, None] - 127.5 * amplitude_N111
     images_N3HW += (form_N3 - ground_N3)[:, :, None, None] * masks_NHW[:, None]

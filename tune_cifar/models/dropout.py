@@ -135,7 +135,9 @@ class ScaledBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         scale = find_scale(self.share)
         weight, bias = self.weight * scale, self.bias * scale
-        return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, True, self.momentum, self.eps)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, weight, bias, True, self.momentum, self.eps
+        )
 
 
 class MaskSampler:
@@ -151,7 +153,9 @@ class MaskSampler:
     nn.Dropout 18.5 in all, its backward 5.6.
     """
 
-    def __init__(self, generator: torch.Generator | None, device: torch.device, share: Share) -> None:
+    def __init__(
+        self, generator: torch.Generator | None, device: torch.device, share: Share
+    ) -> None:
         self._generator = generator
         self._device = device
         self._share = share
@@ -169,7 +173,11 @@ class MaskSampler:
             return (uniform >= self._share).to(dtype).movedim(-1, 1)
         # Lanes below the threshold become the value before it, the others it; then 0 and 1.
         last_dropped = round(float(self._share) * LANE_VALUES) - 1 - LANE_VALUES // 2
-        keep = self._draw_lanes(math.prod(shape)).clamp_(last_dropped, last_dropped + 1).sub_(last_dropped)
+        keep = (
+            self._draw_lanes(math.prod(shape))
+            .clamp_(last_dropped, last_dropped + 1)
+            .sub_(last_dropped)
+        )
         return keep.to(dtype).view(channels_last).movedim(-1, 1)
 
     def _draw_lanes(self, num: int) -> Tensor:

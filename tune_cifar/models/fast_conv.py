@@ -18,7 +18,9 @@ class StridedDepthwiseConv2d(nn.Conv2d):
     """
 
     def __init__(self, num_channels: int, stride: int) -> None:
-        super().__init__(num_channels, num_channels, 3, stride=stride, padding=1, groups=num_channels, bias=False)
+        super().__init__(
+            num_channels, num_channels, 3, stride=stride, padding=1, groups=num_channels, bias=False
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" or input.dtype != torch.bfloat16:
@@ -39,7 +41,9 @@ class _StridedDepthwise(torch.autograd.Function):
         (grad,), (x, weight) = grad_outputs, ctx.saved_tensors
         # Values of x are of no account to the gradient by x.
         anything = torch.empty_like(x, dtype=torch.float32)
-        by_x = _backward_depthwise(grad.float(), anything, weight.float(), ctx.stride, [True, False, False])[0]
+        by_x = _backward_depthwise(
+            grad.float(), anything, weight.float(), ctx.stride, [True, False, False]
+        )[0]
         by_weight = _backward_depthwise(grad, x, weight, ctx.stride, [False, True, False])[1]
         return by_x.to(x.dtype), by_weight, None
 
@@ -48,8 +52,17 @@ def _backward_depthwise(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias, as far as wanted."""
-    places = ([stride] * 2, [1, 1], [1, 1], False, [0, 0], len(weight))  # stride, padding, dilation, not transposed
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(grad, x, weight, None, *places, wanted)
+    places = (
+        [stride] * 2,
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        len(weight),
+    )  # stride, padding, dilation, not transposed
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *places, wanted
+    )
     return grads
 
 
@@ -65,7 +78,9 @@ class SubsamplingConv2d(nn.Conv2d):
     """
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
-        super().__init__(num_in, num_out, 3, stride=stride, dilation=stride, padding=stride, bias=False)
+        super().__init__(
+            num_in, num_out, 3, stride=stride, dilation=stride, padding=stride, bias=False
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(_Subsample.apply(input, self.stride[0]), self.weight, padding=1)

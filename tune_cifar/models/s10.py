@@ -28,14 +28,21 @@ class S10Net(nn.Sequential):
 
         def layer(num_in: int, num_out: int) -> nn.Sequential:
             bn = nn.BatchNorm2d(num_out)
-            return stack(conv=conv3x3(num_in, num_out), pool=nn.MaxPool2d(2), bn=bn, relu=nn.ReLU(inplace=True))
+            return stack(
+                conv=conv3x3(num_in, num_out),
+                pool=nn.MaxPool2d(2),
+                bn=bn,
+                relu=nn.ReLU(inplace=True),
+            )
 
         def residual(num: int) -> nn.Module:
             first = conv_bn_relu(conv3x3(num, num), dropout)
             if not postact:
                 return Residual(stack(first=first, second=conv_bn_relu(conv3x3(num, num))))
             second = stack(conv=conv3x3(num, num), bn=nn.BatchNorm2d(num))
-            return stack(sum=Residual(stack(first=first, second=second)), relu=nn.ReLU(inplace=True))
+            return stack(
+                sum=Residual(stack(first=first, second=second)), relu=nn.ReLU(inplace=True)
+            )
 
         layers: dict[str, nn.Module] = {
             "prep": conv_bn_relu(conv3x3(3, 64)),

@@ -41,8 +41,12 @@ class S7Net(nn.Sequential):
                 squeeze=block(nn.Conv2d(128, 32, 1, bias=False)),
             ),
             # Padding 1 under dilation 2: each of the two takes two pixels off the side.
-            "transblock3": stack(conv1=conv3x3(32, 32, dilation=2), conv2=block(conv3x3(32, 32, dilation=2))),
-            "convblock4": stack(conv1=conv3x3(32, 32), relu=nn.ReLU(inplace=True), conv2=conv3x3(32, 10)),
+            "transblock3": stack(
+                conv1=conv3x3(32, 32, dilation=2), conv2=block(conv3x3(32, 32, dilation=2))
+            ),
+            "convblock4": stack(
+                conv1=conv3x3(32, 32), relu=nn.ReLU(inplace=True), conv2=conv3x3(32, 10)
+            ),
             "gap": nn.AvgPool2d(4),
             "flatten": nn.Flatten(),
         }

@@ -52,7 +52,9 @@ class ModelSummary:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON."""
         result = asdict(self)
-        result["layers"] = [{**row, "output_shape": list(row["output_shape"])} for row in result["layers"]]
+        result["layers"] = [
+            {**row, "output_shape": list(row["output_shape"])} for row in result["layers"]
+        ]
         return result
 
 
@@ -86,7 +88,9 @@ def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
         for layer in info.summary_list
         if layer.is_leaf_layer
     )
-    return ModelSummary(name, info.total_params, sum(row.macs for row in rows), rows[-1].receptive_field, rows)
+    return ModelSummary(
+        name, info.total_params, sum(row.macs for row in rows), rows[-1].receptive_field, rows
+    )
 
 
 def count_macs(module: nn.Module, output_shape: Sequence[int]) -> int:
@@ -107,7 +111,9 @@ class ReceptiveFieldWalk:
         self.reaches: dict[int, ReceptiveField] = {}
         # Tensors are kept beside their ReceptiveField: an id would be used again once its tensor is gone.
         self._tensors = {id(images): (images, ReceptiveField(size=1, jump=1))}
-        self._leaves = [module for module in model.modules() if next(module.children(), None) is None]
+        self._leaves = [
+            module for module in model.modules() if next(module.children(), None) is None
+        ]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> ReceptiveFieldWalk:
@@ -120,7 +126,9 @@ class ReceptiveFieldWalk:
 
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         arriving = [self._tensors[id(tensor)][1] for tensor in inputs]
-        reach = apply_window(module, ReceptiveField(max(r.size for r in arriving), max(r.jump for r in arriving)))
+        reach = apply_window(
+            module, ReceptiveField(max(r.size for r in arriving), max(r.jump for r in arriving))
+        )
         self.reaches[id(module)] = reach
         self._tensors[id(output)] = (output, reach)
 

@@ -15,7 +15,16 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # What decides what is tried, how it is trained, scored and stopped. The other packages only show, store and upload.
 DECIDING_PACKAGES = ("schema", "space", "data", "augment", "models", "train", "search", "record")
 # Shown beside every result; only train.numerics.COMPUTING_LIBRARIES may change bits.
-RECORDED_LIBRARIES = ("tune_cifar", "torch", "torchvision", "ray", "optuna", "mlflow", "albumentations", "numpy")
+RECORDED_LIBRARIES = (
+    "tune_cifar",
+    "torch",
+    "torchvision",
+    "ray",
+    "optuna",
+    "mlflow",
+    "albumentations",
+    "numpy",
+)
 
 
 def find_version(name: str) -> str:
@@ -31,11 +40,16 @@ def describe_environment() -> dict[str, str]:
     for the record."""
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: find_version(name) for name in RECORDED_LIBRARIES}
-    facts |= {"cores": str(os.cpu_count()), "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}"}
+    facts |= {
+        "cores": str(os.cpu_count()),
+        "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+    }
     facts["code"] = digest_code()
     commit = _ask_git(PACKAGE.parent, "rev-parse", "HEAD")
     if commit:
-        facts["git_commit"] = commit + ("+changes" if _ask_git(PACKAGE.parent, "status", "--porcelain") else "")
+        facts["git_commit"] = commit + (
+            "+changes" if _ask_git(PACKAGE.parent, "status", "--porcelain") else ""
+        )
     return facts
 
 
@@ -49,7 +63,9 @@ def digest_code(package: Path = PACKAGE) -> str:
     for name in DECIDING_PACKAGES:
         single = package / f"{name}.py"
         for path in [single] if single.exists() else sorted((package / name).rglob("*.py")):
-            digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(
+                path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+            )
     return digest.hexdigest()[:16]
 
 
@@ -58,7 +74,9 @@ def _ask_git(folder: Path, *words: str) -> str:
     if not (folder / ".git").exists():
         return ""
     try:
-        answer = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        answer = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip()

@@ -23,14 +23,22 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # no separator, no leading dot: joine
 # UTC by isoformat: such texts sort as times do.
 Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")]
 # Relative to the search's folder and inside it: no segment is empty or starts with a dot.
-FileText = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")]
+FileText = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")
+]
 Kind = Literal["search", "train", "confirm"]
-KIND_WORDS: dict[Kind, str] = {"search": "a search", "train": "a single training", "confirm": "a confirmation"}
+KIND_WORDS: dict[Kind, str] = {
+    "search": "a search",
+    "train": "a single training",
+    "confirm": "a confirmation",
+}
 Origin = Literal["baseline", "point", "sampler", "train", "confirm"]
 EndStatus = Literal["complete", "stopped", "diverged", "failed"]
 Fault = Literal["worker died", "out of memory"]
 WAY_OUT = "Restore the file from a copy, or keep only the lines before this one."
-CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+CANONICAL = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+)
 
 
 class Candidate(Frozen):
@@ -158,7 +166,9 @@ class SearchResumed(Frozen):
     command: str
 
 
-Event = Header | TrialStarted | EpochReported | TrialEnded | SearchEnded | TrialRetried | SearchResumed
+Event = (
+    Header | TrialStarted | EpochReported | TrialEnded | SearchEnded | TrialRetried | SearchResumed
+)
 NAMES = ("header", "trial", "epoch", "end", "finish", "retry", "resume")
 KINDS: dict[type[Event], str] = dict(zip(get_args(Event), NAMES, strict=True))
 EVENTS = {kind: event for event, kind in KINDS.items()}
@@ -179,9 +189,13 @@ def encode_event(seq: int, event: Event) -> tuple[bytes, Event]:
     try:
         body = json.loads(json.dumps(event.model_dump(), allow_nan=False))
         line = {"seq": seq, "crc": _compute_crc(seq, kind, body), "kind": kind, "body": body}
-        return json.dumps(line, ensure_ascii=False).encode() + b"\n", EVENTS[kind].model_validate(body)
+        return json.dumps(line, ensure_ascii=False).encode() + b"\n", EVENTS[kind].model_validate(
+            body
+        )
     except (TypeError, ValueError) as exc:
-        raise RecordError(f"event {kind!r}: it must be JSON of finite numbers, got one that is not ({exc}).") from exc
+        raise RecordError(
+            f"event {kind!r}: it must be JSON of finite numbers, got one that is not ({exc})."
+        ) from exc
 
 
 def decode_event(number: int, line: bytes) -> Event | None:
@@ -205,7 +219,9 @@ def decode_event(number: int, line: bytes) -> Event | None:
     try:
         return EVENTS[kind].model_validate(body)
     except ValidationError as exc:
-        raise RecordError(f"event {kind!r}: {schema.describe_validation_error(exc, EVENTS[kind])} {newer}") from exc
+        raise RecordError(
+            f"event {kind!r}: {schema.describe_validation_error(exc, EVENTS[kind])} {newer}"
+        ) from exc
 
 
 def _compute_crc(seq: int, kind: str, body: Any) -> str:

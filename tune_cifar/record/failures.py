@@ -50,14 +50,18 @@ class FailureGroup:
 FRAME = re.compile(r'^ +File "(?:.*/)?tune_cifar/([\w/]+\.py)", line (\d+), in (.+)$', re.MULTILINE)
 EXCEPTION = re.compile(r"(?:\w+\.)*([A-Z]\w*)(?=[:(]|$)")
 # Addresses, ids of Ray, counts, sizes; not the digits of a name such as conv1 or float32.
-NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|(?<!\w)\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
+NUMBERS = re.compile(
+    r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|(?<!\w)\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE
+)
 
 
 def parse_failure(text: str) -> Failure:
     """Read a traceback (of exceptions that led to one another, the last) or any other words about a fault."""
     last = text.rpartition("Traceback (most recent call last):\n")[2]
     lines = [line for line in last.splitlines() if line.strip()]
-    what = next((line.strip() for line in lines if not line.startswith(" ")), "no word of what happened")
+    what = next(
+        (line.strip() for line in lines if not line.startswith(" ")), "no word of what happened"
+    )
     kind = EXCEPTION.match(what)
     frames = FRAME.findall(last)
     where = "{}:{} in {}".format(*frames[-1]) if frames else ""
@@ -86,9 +90,13 @@ def group_failures(state: SearchState) -> list[FailureGroup]:
     return sorted(groups, key=lambda group: (-group.count, min(group.failed + group.retried)))
 
 
-def _make_failure_group(what: str, where: str, faults: list[tuple[TrialState, bool, str]]) -> FailureGroup:
+def _make_failure_group(
+    what: str, where: str, faults: list[tuple[TrialState, bool, str]]
+) -> FailureGroup:
     failed = sorted({trial.number for trial, has_ended, _ in faults if has_ended})
-    retried = sorted({trial.number for trial, has_ended, _ in faults if not has_ended} - set(failed))
+    retried = sorted(
+        {trial.number for trial, has_ended, _ in faults if not has_ended} - set(failed)
+    )
     first, _, text = min(faults, key=lambda fault: (not fault[1], fault[0].number))
     words = {parse_failure(text).what for _, _, text in faults}
     what = words.pop() if len(words) == 1 else what

@@ -65,7 +65,9 @@ class Record(AbstractContextManager["Record"]):
         except OSError as exc:
             shutil.rmtree(new, ignore_errors=True)
             check_is_new(folder)
-            raise RecordError(f"{folder}: a new folder must be writable here, got {exc.strerror!r}.") from exc
+            raise RecordError(
+                f"{folder}: a new folder must be writable here, got {exc.strerror!r}."
+            ) from exc
         return cls.open(folder)
 
     @classmethod
@@ -80,9 +82,7 @@ class Record(AbstractContextManager["Record"]):
             content = file.readall()
             state, size = replay(folder, content)
             if size < len(content):
-                state.repaired = (
-                    f"{folder}: line {state.num_events + 1} was torn; {len(content) - size} bytes were cut."
-                )
+                state.repaired = f"{folder}: line {state.num_events + 1} was torn; {len(content) - size} bytes were cut."
             file.seek(file.truncate(size))
             os.fsync(file.fileno())
             owner = {"pid": os.getpid(), "host": platform.node(), "since": utc_now()}
@@ -90,7 +90,9 @@ class Record(AbstractContextManager["Record"]):
         except BaseException as exc:
             file.close()
             if isinstance(exc, OSError):
-                raise RecordError(f"{folder}: its record must be writable, got {exc.strerror!r}.") from exc
+                raise RecordError(
+                    f"{folder}: its record must be writable, got {exc.strerror!r}."
+                ) from exc
             raise
         return cls(file, state)
 
@@ -101,7 +103,9 @@ class Record(AbstractContextManager["Record"]):
         falls into it, the record closes itself; `open` cuts what was written by half.
         """
         path = self.state.folder / RECORD_FILE
-        require(not self.file.closed, str(path), "the record must be open, got an event after its end.")
+        require(
+            not self.file.closed, str(path), "the record must be open, got an event after its end."
+        )
         line, event = encode_event(self.state.num_events + 1, event)
         try:
             self.state.apply(event)
@@ -145,7 +149,9 @@ def read_state(folder: Path) -> SearchState:
 
 def check_name(name: str) -> str:
     """The name itself; RecordError unless it is fit to be a search's."""
-    rule = f"it must be 1 to 64 of A-Z a-z 0-9 . _ - and start with a letter or digit, got {name!r}."
+    rule = (
+        f"it must be 1 to 64 of A-Z a-z 0-9 . _ - and start with a letter or digit, got {name!r}."
+    )
     require(re.fullmatch(NAME, name) is not None, "a search's name", rule)
     return name
 
@@ -156,7 +162,11 @@ def check_is_new(folder: Path) -> None:
         is_taken = folder.exists()
     except OSError:  # it may not be looked at: creating it will tell
         is_taken = False
-    require(not is_taken, str(folder), "a search's name must be new, got one in use. Take another, or delete it.")
+    require(
+        not is_taken,
+        str(folder),
+        "a search's name must be new, got one in use. Take another, or delete it.",
+    )
 
 
 def _open_file(folder: Path, mode: Literal["rb", "r+b"]) -> FileIO:
@@ -175,7 +185,9 @@ def _lock(file: FileIO, folder: Path) -> None:
         except BlockingIOError as exc:
             if time.monotonic() > deadline:
                 who = _describe_owner(folder)
-                raise RecordError(f"{folder}: one driver alone must hold it, got {who}. Wait, or stop it.") from exc
+                raise RecordError(
+                    f"{folder}: one driver alone must hold it, got {who}. Wait, or stop it."
+                ) from exc
             time.sleep(0.05)
 
 
@@ -198,16 +210,22 @@ def replay(folder: Path, content: bytes) -> tuple[SearchState, int]:
             if event is None and number == len(lines) and not rest:
                 break
             if event is None:
-                raise RecordError(f"a line must be JSON that fits its CRC, got one that does not. {WAY_OUT}")
+                raise RecordError(
+                    f"a line must be JSON that fits its CRC, got one that does not. {WAY_OUT}"
+                )
             if state is not None:
                 state.apply(event)
             elif isinstance(event, Header) and event.name == folder.name:
                 state = SearchState(folder, event)
             else:
-                raise RecordError(f"a header of search {folder.name!r} must come first, got {event!r:.60}.")
+                raise RecordError(
+                    f"a header of search {folder.name!r} must come first, got {event!r:.60}."
+                )
         except (RecordError, ConfigError) as exc:
             raise RecordError(f"{path}:{number}: {exc}") from exc
         size += len(line) + 1
     if state is None:
-        raise RecordError(f"{path}: a header must come first, got no whole line. Delete the folder: nothing ran.")
+        raise RecordError(
+            f"{path}: a header must come first, got no whole line. Delete the folder: nothing ran."
+        )
     return state, size

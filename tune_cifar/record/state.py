@@ -87,7 +87,11 @@ class TrialState:
     def apply(self, event: EpochReported | TrialRetried | TrialEnded, seq: int) -> None:
         """The part of SearchState.apply that changes a trial."""
         kind = KINDS[type(event)]
-        require(self.status == "running", self.run_id, f"a {self.status} trial must tell no more, got {kind!r}.")
+        require(
+            self.status == "running",
+            self.run_id,
+            f"a {self.status} trial must tell no more, got {kind!r}.",
+        )
         if isinstance(event, TrialRetried):
             self.retries.append(event)
             return
@@ -108,13 +112,19 @@ class TrialState:
                 self.scores[event.result.epoch] = event.score
             return
         rule = f"complete must mean {self.full_config.epochs} epochs, got {done} of {last}."
-        require(done == last == self.full_config.epochs or event.status != "complete", self.run_id, rule)
+        require(
+            done == last == self.full_config.epochs or event.status != "complete", self.run_id, rule
+        )
         score = self.find_score(event.status)
         rule = f"a {event.status} trial's score must be {score}, got {event.score}."
         require(event.score == score, self.run_id, rule)
         self._begin(event.cycle)
         self.score, self.reason, self.ended_seq, self.ended = score, event.reason, seq, event.time
-        self.error_file, self.weights_file, self.status = event.error_file, event.weights_file, event.status
+        self.error_file, self.weights_file, self.status = (
+            event.error_file,
+            event.weights_file,
+            event.status,
+        )
 
     def _begin(self, cycle: int | None) -> None:
         if cycle is not None and cycle != self.stage:
@@ -156,7 +166,14 @@ class SearchState:
     @property
     def baseline_score(self) -> float | None:
         """Score of the baseline trial, the yardstick of every gain; None unless it is complete."""
-        return next((t.score for t in self.trials.values() if t.origin == "baseline" and t.status == "complete"), None)
+        return next(
+            (
+                t.score
+                for t in self.trials.values()
+                if t.origin == "baseline" and t.status == "complete"
+            ),
+            None,
+        )
 
     @property
     def ranked(self) -> list[TrialState]:
@@ -176,7 +193,10 @@ class SearchState:
     @property
     def counts(self) -> dict[Status, int]:
         """Number of trials of every status, zeros included."""
-        return {status: sum(t.status == status for t in self.trials.values()) for status in get_args(Status)}
+        return {
+            status: sum(t.status == status for t in self.trials.values())
+            for status in get_args(Status)
+        }
 
     def trial_folder(self, number: int) -> Path:
         """A trial's own folder, existing or not: checkpoints, error, weights."""
@@ -192,15 +212,33 @@ class SearchState:
                 trial.driver = event if trial.status == "running" else trial.driver
             self.num_events += 1
             return
-        require(self.finished is None, name, f"nothing but a resume may follow the end of a search, got {kind!r}.")
+        require(
+            self.finished is None,
+            name,
+            f"nothing but a resume may follow the end of a search, got {kind!r}.",
+        )
         if isinstance(event, TrialStarted):
             run_id = f"{name}:{event.trial}"
-            require(event.trial not in self.trials, run_id, "a trial must start once, got a second start.")
-            known = (event.origin, event.params, TrainConfig(**event.config), event.fingerprint, event.time)
+            require(
+                event.trial not in self.trials,
+                run_id,
+                "a trial must start once, got a second start.",
+            )
+            known = (
+                event.origin,
+                event.params,
+                TrainConfig(**event.config),
+                event.fingerprint,
+                event.time,
+            )
             driver = self.resumes[-1] if self.resumes else self.header
             self.trials[event.trial] = TrialState(event.trial, run_id, *known, driver)
         elif isinstance(event, EpochReported | TrialRetried | TrialEnded):
-            require(event.trial in self.trials, name, f"trial {event.trial} must start first, got {kind!r}.")
+            require(
+                event.trial in self.trials,
+                name,
+                f"trial {event.trial} must start first, got {kind!r}.",
+            )
             self.trials[event.trial].apply(event, self.num_events + 1)
             if isinstance(event, EpochReported) and event.score is not None:
                 self.arrivals.setdefault(event.result.epoch, {})[event.trial] = event.score

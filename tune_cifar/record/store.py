@@ -63,11 +63,15 @@ def find_searches(storage: Path, search: str | None = None) -> list[Path]:
     named = [folder for folder in folders if folder.name == search]
     if not named:
         hint = nearest_name(search, [folder.name for folder in folders])
-        raise RecordError(f"{storage}: a search of the name must be recorded, got {search!r}.{hint}")
+        raise RecordError(
+            f"{storage}: a search of the name must be recorded, got {search!r}.{hint}"
+        )
     return named
 
 
-def load_searches(storage: Path, space: str | None = None, search: str | None = None) -> list[SearchState]:
+def load_searches(
+    storage: Path, space: str | None = None, search: str | None = None
+) -> list[SearchState]:
     """The recorded searches and single trainings, newest first. One that cannot be read is told in the log and left
     out, so that a damaged record does not hide the others.
 
@@ -127,11 +131,15 @@ def list_rows(storage: Path) -> list[SearchRow]:
 
 def _make_search_row(folder: Path) -> SearchRow:
     try:
-        live = is_live(folder)  # asked first: a search that ends meanwhile is not taken for one whose driver died
+        live = is_live(
+            folder
+        )  # asked first: a search that ends meanwhile is not taken for one whose driver died
         state = read_state(folder)
     except (RecordError, ConfigError) as exc:
         return SearchRow(folder.name, "damaged", measure_folder(folder), error=str(exc))
-    stage: Literal["running", "finished", "interrupted", "driver died"] = "running" if live else "driver died"
+    stage: Literal["running", "finished", "interrupted", "driver died"] = (
+        "running" if live else "driver died"
+    )
     if state.finished is not None:
         stage = "finished" if state.is_finished else "interrupted"
     header, best = state.header, state.best
@@ -173,7 +181,9 @@ def find_run(storage: Path, run_id: str) -> tuple[SearchState, TrialState]:
     (state,) = load_searches(storage, search=match[1])
     trial = state.trials.get(int(match[2]))
     if trial is None:
-        raise RecordError(f"{match[1]}: a trial of the search must be named, got {match[2]} of {len(state.trials)}.")
+        raise RecordError(
+            f"{match[1]}: a trial of the search must be named, got {match[2]} of {len(state.trials)}."
+        )
     return state, trial
 
 
@@ -197,19 +207,30 @@ def find_best(
         chosen = by_name[search]
         _check_space(chosen, space)
     if chosen.best is None:
-        counts = ", ".join(f"{count} {status}" for status, count in chosen.counts.items() if count) or "no trial"
+        counts = (
+            ", ".join(f"{count} {status}" for status, count in chosen.counts.items() if count)
+            or "no trial"
+        )
         hint = "Name another search with --search."
-        raise RecordError(f"search {chosen.header.name}: a complete trial must be there, got {counts}. {hint}")
+        raise RecordError(
+            f"search {chosen.header.name}: a complete trial must be there, got {counts}. {hint}"
+        )
     return chosen, chosen.best
 
 
 def _check_space(state: SearchState, space: str | None) -> None:
     if space not in (None, state.header.space):
-        raise RecordError(f"search {state.header.name}: its space must be {space}, got {state.header.space}.")
+        raise RecordError(
+            f"search {state.header.name}: its space must be {space}, got {state.header.space}."
+        )
 
 
 def _find_newest(states: list[SearchState], space: str | None) -> SearchState:
-    searches = [state for state in states if state.header.kind == "search" and space in (None, state.header.space)]
+    searches = [
+        state
+        for state in states
+        if state.header.kind == "search" and space in (None, state.header.space)
+    ]
     finished = [state for state in searches if state.is_finished]
     on_cifar10 = [state for state in finished if state.header.data.name == "cifar10"]
     if on_cifar10:
@@ -218,8 +239,14 @@ def _find_newest(states: list[SearchState], space: str | None) -> SearchState:
         "only on the stand-in (shapes)": [state.header.name for state in finished],
         "unfinished": [state.header.name for state in searches if not state.is_finished],
     }
-    got = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names) or "none"
+    got = (
+        "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names) or "none"
+    )
     spaces = [state.header.space for state in states if state.header.kind == "search"]
-    hint = " Name one with --search to take it all the same." if searches else nearest_name(space or "", spaces)
+    hint = (
+        " Name one with --search to take it all the same."
+        if searches
+        else nearest_name(space or "", spaces)
+    )
     where = "searches" if space is None else f"space {space}"
     raise RecordError(f"{where}: a finished search on CIFAR-10 must be recorded, got {got}.{hint}")

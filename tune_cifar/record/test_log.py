@@ -36,7 +36,11 @@ def find_test_log(storage: Path, data_name: str) -> Path:
     """./analysis/TEST_OPENINGS.csv where a checkout is worked in, else in the run store; the stand-in's openings are
     never mixed with CIFAR-10's."""
     folder = Path("analysis").resolve()
-    return folder / OPENINGS_FILE if folder.is_dir() and data_name == "cifar10" else storage / OPENINGS_FILE
+    return (
+        folder / OPENINGS_FILE
+        if folder.is_dir() and data_name == "cifar10"
+        else storage / OPENINGS_FILE
+    )
 
 
 def load_test_log(path: Path) -> list[TestEvaluation]:
@@ -55,12 +59,18 @@ def load_test_log(path: Path) -> list[TestEvaluation]:
         return [_read_opening(row) for row in rows]
     except (ValueError, TypeError) as exc:
         columns = ", ".join(OPENINGS_COLUMNS)
-        raise RecordError(f"{path}: rows of {columns} must stand there, got {exc}. Mend it or move it away.") from exc
+        raise RecordError(
+            f"{path}: rows of {columns} must stand there, got {exc}. Mend it or move it away."
+        ) from exc
 
 
 def find_openings(path: Path, fingerprint: str, data_name: str) -> list[TestEvaluation]:
     """Earlier openings for a training on these data, oldest first; errors are those of `load_test_log`."""
-    return [found for found in load_test_log(path) if (found.fingerprint, found.data) == (fingerprint, data_name)]
+    return [
+        found
+        for found in load_test_log(path)
+        if (found.fingerprint, found.data) == (fingerprint, data_name)
+    ]
 
 
 def _read_opening(row: list[str]) -> TestEvaluation:

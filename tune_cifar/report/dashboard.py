@@ -40,8 +40,13 @@ def make_studies(states: Iterable[record.SearchState]) -> BaseStorage:
     states = list(states)
     searches = [state for state in states if state.header.kind == "search"]
     if not searches:
-        others = ", ".join(f"{state.header.name} ({KIND_WORDS[state.header.kind]})" for state in states) or "none"
-        raise RecordError(f"--optuna: a search must be recorded, got {others}. Run one first, or give --storage.")
+        others = (
+            ", ".join(f"{state.header.name} ({KIND_WORDS[state.header.kind]})" for state in states)
+            or "none"
+        )
+        raise RecordError(
+            f"--optuna: a search must be recorded, got {others}. Run one first, or give --storage."
+        )
     storage = InMemoryStorage()
     for state in searches:
         header = state.header
@@ -49,16 +54,27 @@ def make_studies(states: Iterable[record.SearchState]) -> BaseStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["score"])
-        about = {"space": header.space, "tier": header.tier, "data": header.data.name, "command": header.command}
+        about = {
+            "space": header.space,
+            "tier": header.tier,
+            "data": header.data.name,
+            "command": header.command,
+        }
         for name, value in about.items():
             study.set_user_attr(name, value)
-        study.add_trials([freeze_trial(state, state.trials[number]) for number in sorted(state.trials)])
+        study.add_trials(
+            [freeze_trial(state, state.trials[number]) for number in sorted(state.trials)]
+        )
     return storage
 
 
 def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenTrial:
     """A recorded trial as Optuna keeps it: what the sampler was told, with all scores that trials are compared by."""
-    rungs = {epoch: trial.scores[epoch] for epoch in state.header.budget.get("rungs", ()) if epoch in trial.scores}
+    rungs = {
+        epoch: trial.scores[epoch]
+        for epoch in state.header.budget.get("rungs", ())
+        if epoch in trial.scores
+    }
     told = Outcome(TrialState.RUNNING, None, {})
     if trial.status != "running":
         told = find_outcome(trial.status, rungs, trial.score)
@@ -113,7 +129,9 @@ def open_dashboard(studies: BaseStorage, port: int | None) -> WSGIServer:
     try:
         return make_server("127.0.0.1", port or 0, wsgi(studies), DashboardServer, QuietHandler)
     except OSError as exc:
-        raise ConfigError(f"--port: a free port must be given, got {port}: {exc.strerror}. Leave it out.") from exc
+        raise ConfigError(
+            f"--port: a free port must be given, got {port}: {exc.strerror}. Leave it out."
+        ) from exc
 
 
 def _to_local(time: str) -> datetime:

@@ -44,32 +44,55 @@ def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.Data
     scored = slices[slices["rung_score"].notna()]
     num_trials = scored["trial"].nunique()
     if num_trials < MIN_TRIALS:
-        return Health((f"{num_trials} scored trials are too few to judge the space; {MIN_TRIALS} are needed.",), "")
-    ranks = scored.drop_duplicates("trial").sort_values("rung_score", ascending=False, kind="stable")
+        return Health(
+            (
+                f"{num_trials} scored trials are too few to judge the space; {MIN_TRIALS} are needed.",
+            ),
+            "",
+        )
+    ranks = scored.drop_duplicates("trial").sort_values(
+        "rung_score", ascending=False, kind="stable"
+    )
     top = set(ranks["trial"].head(math.ceil(TOP_SHARE * num_trials)))
-    file = parse_space(state.header.space_text, Path(f"{state.header.space}.yaml"), is_recorded=True)
+    file = parse_space(
+        state.header.space_text, Path(f"{state.header.space}.yaml"), is_recorded=True
+    )
     sentences, text = [], file.text
     idle = _find_idle(importances)
     for knob, rows in scored[scored["trial"].isin(top)].groupby("knob", sort=False):
         searched = file.search.get(str(knob))
-        if not isinstance(searched, Range) or searched.step is not None or not isinstance(searched.high, float):
+        if (
+            not isinstance(searched, Range)
+            or searched.step is not None
+            or not isinstance(searched.high, float)
+        ):
             continue
         places = [_place(float(value), searched) for value in rows["value"]]
         edges = [sum(place < EDGE for place in places), sum(place > 1 - EDGE for place in places)]
-        for number, end, bound in zip(edges, ("lower", "upper"), (searched.low, searched.high), strict=True):
+        for number, end, bound in zip(
+            edges, ("lower", "upper"), (searched.low, searched.high), strict=True
+        ):
             if 2 * number >= len(places):
                 way_out = (
-                    "nothing lies beyond it" if _is_last(str(knob), searched, end) else "the best may lie beyond it"
+                    "nothing lies beyond it"
+                    if _is_last(str(knob), searched, end)
+                    else "the best may lie beyond it"
                 )
                 sentences.append(
                     f"{knob}: {number} of the {len(places)} best trials lie in the {end} tenth of its range, "
                     f"at {bound:g}; {way_out}."
                 )
         if str(knob) in idle:
-            sentences.append(f"{knob}: no effect was seen; a pinned value would leave the trials to the other knobs.")
+            sentences.append(
+                f"{knob}: no effect was seen; a pinned value would leave the trials to the other knobs."
+            )
             continue
-        kept = [values[str(knob)] for values in (file.baseline, *file.points) if str(knob) in values]
-        wanted = _narrow(searched, places, edges, [_place(float(value), searched) for value in kept])
+        kept = [
+            values[str(knob)] for values in (file.baseline, *file.points) if str(knob) in values
+        ]
+        wanted = _narrow(
+            searched, places, edges, [_place(float(value), searched) for value in kept]
+        )
         if wanted is not None:
             try:
                 text = edit_range(parse_space(text, file.path, is_recorded=True), str(knob), wanted)
@@ -104,7 +127,9 @@ def _value(place: float, searched: Range) -> float:
     return low * (high / low) ** place if searched.log else low + (high - low) * place
 
 
-def _narrow(searched: Range, places: list[float], edges: list[int], kept: list[float]) -> Range | None:
+def _narrow(
+    searched: Range, places: list[float], edges: list[int], kept: list[float]
+) -> Range | None:
     """The better trials with a margin, and what the file itself trains; a side at whose edge they lie stays."""
     begin = 0.0 if 2 * edges[0] >= len(places) else max(0.0, min(places) - MARGIN)
     end = 1.0 if 2 * edges[1] >= len(places) else min(1.0, max(places) + MARGIN)

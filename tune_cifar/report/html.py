@@ -67,7 +67,9 @@ def write_report(state: SearchState, path: Path, data: str | None) -> str | None
             f"{state.header.name}: a search must be reported on, got a {state.header.kind} without ranges."
         )
     if not any(trial.scores for trial in state.trials.values()):
-        raise ConfigError(f"{state.header.name}: a trial must have reached a rung, got none. Wait, or --resume it.")
+        raise ConfigError(
+            f"{state.header.name}: a trial must have reached a rung, got none. Wait, or --resume it."
+        )
     missing, judged = None, []
     try:
         judged = list(_draw_best(state, data))
@@ -77,11 +79,15 @@ def write_report(state: SearchState, path: Path, data: str | None) -> str | None
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(make_report(state, judged, missing), encoding="utf-8")
     except OSError as exc:
-        raise ConfigError(f"{path}: the report must be writable there, got {exc.strerror!r}.") from exc
+        raise ConfigError(
+            f"{path}: the report must be writable there, got {exc.strerror!r}."
+        ) from exc
     return missing
 
 
-def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str | None = None) -> str:
+def make_report(
+    state: SearchState, judged: Sequence[Picture] = (), missing: str | None = None
+) -> str:
     """The report's HTML: `write_report` without the file.
 
     Args:
@@ -96,7 +102,11 @@ def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _format_percent, "number": _format_number}
-    slices, importances, numerics = tables.make_slices(state), tables.make_importances(state), state.header.numerics
+    slices, importances, numerics = (
+        tables.make_slices(state),
+        tables.make_importances(state),
+        state.header.numerics,
+    )
     return environment.get_template("report.html").render(
         state=state,
         header=state.header,
@@ -104,7 +114,10 @@ def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str
         gain=describe_gain(state, state.best) if state.best is not None else "",
         counts={status: count for status, count in state.counts.items() if count},
         rungs=tables.list_rungs(state),
-        ranges={knob: describe_distribution(found) for knob, found in list_distributions(state.header).items()},
+        ranges={
+            knob: describe_distribution(found)
+            for knob, found in list_distributions(state.header).items()
+        },
         trials=_list_best(state),
         pictures=list(_draw(state, slices, importances)),
         judged=judged,
@@ -112,7 +125,9 @@ def make_report(state: SearchState, judged: Sequence[Picture] = (), missing: str
         parallel=Markup(make_parallel_html(slices)),
         health=examine_space(state, slices, importances),
         faults=group_failures(state),
-        environment=numerics.model_dump(exclude={"versions"}) | numerics.versions | state.header.environment,
+        environment=numerics.model_dump(exclude={"versions"})
+        | numerics.versions
+        | state.header.environment,
     )
 
 
@@ -131,7 +146,8 @@ def _list_best(state: SearchState) -> list[dict[str, Any]]:
     order = ["is_complete", "epochs_done", "val_acc"]
     rows = trials.sort_values(order, ascending=False, kind="stable").head(NUM_BEST)
     return [
-        {str(name): None if value is pd.NA else value for name, value in row.items()} for row in rows.to_dict("records")
+        {str(name): None if value is pd.NA else value for name, value in row.items()}
+        for row in rows.to_dict("records")
     ]
 
 
@@ -202,15 +218,22 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
     loaded = load_recorded_data(state, trial, find_data(data))
     val = loaded.val
     assert val is not None, "a search has validation images"
-    trainer = load_trained(state, trial, loaded, restore_numerics(trial.driver.numerics, None), NO_WEIGHTS)
-    found = evaluate_logits(trainer.predict(val), val.labels_N, CLASS_NAMES[loaded.info.name], "validation")
+    trainer = load_trained(
+        state, trial, loaded, restore_numerics(trial.driver.numerics, None), NO_WEIGHTS
+    )
+    found = evaluate_logits(
+        trainer.predict(val), val.labels_N, CLASS_NAMES[loaded.info.name], "validation"
+    )
     title = _make_title(state, f"{trial.run_id}: {found.num_images:,} validation images")
     pictures = val.images_NCHW.permute(0, 2, 3, 1).numpy()
     captions = {
         "confusion": ("Confusion", "What became of each class's images."),
         "per_class": ("Classes", "The share of each class's images that were answered right."),
         "reliability": ("Calibration", "Whether the network is as often right as it is sure."),
-        "mistakes": ("Most confident mistakes", "Look here for wrong labels, and for what the network goes by."),
+        "mistakes": (
+            "Most confident mistakes",
+            "Look here for wrong labels, and for what the network goes by.",
+        ),
     }
     for kind, figure in evaluation.draw_evaluation(found, pictures, title).items():
         yield _make_picture(*captions[kind], figure)

@@ -14,11 +14,23 @@ from tune_cifar.record.events import utc_now
 from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import KNOBS, DataInfo, Numerics, inactive_knobs
 from tune_cifar.space.select import SearchSpace
-from tune_cifar.train.lr_range import DIVERGENCE_FACTOR, ESTIMATORS, SMOOTHING_DECADES, Sweep, fit_curve, summarise
+from tune_cifar.train.lr_range import (
+    DIVERGENCE_FACTOR,
+    ESTIMATORS,
+    SMOOTHING_DECADES,
+    Sweep,
+    fit_curve,
+    summarise,
+)
 
 
 def make_report(
-    name: str, space: SearchSpace, data: DataInfo, numerics: Numerics, sweeps: Sequence[Sweep], command: str
+    name: str,
+    space: SearchSpace,
+    data: DataInfo,
+    numerics: Numerics,
+    sweeps: Sequence[Sweep],
+    command: str,
 ) -> dict[str, Any]:
     """All that a test found and on what, as JSON knows it: what sweeps.json holds, figures and MLflow show."""
     config, curves = space.baseline, [fit_curve(sweep) for sweep in sweeps]
@@ -61,4 +73,6 @@ def save_report(report: dict[str, Any], folder: Path) -> None:
         (folder / "sweeps.json").write_text(text + "\n", encoding="utf-8")
         save_lr_range(report, folder / "curve.png")
     except OSError as exc:
-        raise ConfigError(f"{folder}: the test's files must be writable there, got {exc.strerror!r}.") from exc
+        raise ConfigError(
+            f"{folder}: the test's files must be writable there, got {exc.strerror!r}."
+        ) from exc

@@ -20,7 +20,13 @@ from optuna.distributions import BaseDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 
 from tune_cifar.record.state import SearchState, TrialState
-from tune_cifar.report.trials import best_so_far, estimate_scatter, load_curves, load_trials, split_groups
+from tune_cifar.report.trials import (
+    best_so_far,
+    estimate_scatter,
+    load_curves,
+    load_trials,
+    split_groups,
+)
 from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig, label_data
 from tune_cifar.search.rungs import keep
 from tune_cifar.search.sampler import list_distributions, make_study
@@ -67,7 +73,12 @@ def make_knobs(state: SearchState) -> pd.DataFrame:
     the best complete trial, None without one."""
     best = state.best
     rows = [
-        (knob, describe_distribution(found), state.header.baseline[knob], best and best.params.get(knob))
+        (
+            knob,
+            describe_distribution(found),
+            state.header.baseline[knob],
+            best and best.params.get(knob),
+        )
         for knob, found in list_distributions(state.header).items()
     ]
     return pd.DataFrame(rows, columns=["knob", "searched", "baseline", "best"], dtype="object")
@@ -80,7 +91,8 @@ def make_history(state: SearchState) -> pd.DataFrame:
     begin = datetime.fromisoformat(state.header.created)
     ended = [state.trials[number].ended for number in history["trial"]]
     history["wall_seconds"] = [
-        math.nan if text is None else (datetime.fromisoformat(text) - begin).total_seconds() for text in ended
+        math.nan if text is None else (datetime.fromisoformat(text) - begin).total_seconds()
+        for text in ended
     ]
     return history
 
@@ -128,10 +140,18 @@ def make_rungs(state: SearchState) -> pd.DataFrame:
     rows = []
     for i, rung in enumerate(rungs):
         here = state.arrivals.get(rung, {})
-        further = [n for n in here if any(n in state.arrivals.get(later, {}) for later in rungs[i + 1 :])]
-        pairs = [(score, state.trials[n].score) for n, score in here.items() if state.trials[n].status == "complete"]
+        further = [
+            n for n in here if any(n in state.arrivals.get(later, {}) for later in rungs[i + 1 :])
+        ]
+        pairs = [
+            (score, state.trials[n].score)
+            for n, score in here.items()
+            if state.trials[n].status == "complete"
+        ]
         rows.append((rung, len(here), len(further), len(pairs), _correlate_ranks(pairs)))
-    return pd.DataFrame(rows, columns=["rung", "num_arrived", "num_went_on", "num_pairs", "rank_correlation"])
+    return pd.DataFrame(
+        rows, columns=["rung", "num_arrived", "num_went_on", "num_pairs", "rank_correlation"]
+    )
 
 
 def _correlate_ranks(pairs: list[tuple[float, float | None]]) -> float:
@@ -153,7 +173,9 @@ def make_slices(state: SearchState) -> pd.DataFrame:
             "status": trial.status,
             "origin": trial.origin,
             "rung_score": _score_at(trial, first),
-            "score": trial.score if trial.status == "complete" and trial.score is not None else math.nan,
+            "score": trial.score
+            if trial.status == "complete" and trial.score is not None
+            else math.nan,
         }
         for trial in state.trials.values()
         for knob in state.header.distributions
@@ -179,12 +201,20 @@ def make_importances(state: SearchState, num_resamples: int = 100, seed: int = 0
     """
     first, distributions = list_rungs(state)[0], list_distributions(state.header)
     told = [(trial.params, _score_at(trial, first)) for trial in state.trials.values()]
-    told = [(params, score) for params, score in told if set(params) >= set(distributions) and not math.isnan(score)]
+    told = [
+        (params, score)
+        for params, score in told
+        if set(params) >= set(distributions) and not math.isnan(score)
+    ]
     shares = _find_importances(told, distributions)
     dice = np.random.default_rng(seed)
     resampled = [
-        _find_importances([told[i] for i in dice.integers(len(told), size=len(told))], distributions)
-        for _ in range(num_resamples if not math.isnan(next(iter(shares.values()), math.nan)) else 0)
+        _find_importances(
+            [told[i] for i in dice.integers(len(told), size=len(told))], distributions
+        )
+        for _ in range(
+            num_resamples if not math.isnan(next(iter(shares.values()), math.nan)) else 0
+        )
     ]
     rows = []
     for knob, share in shares.items():
@@ -205,7 +235,9 @@ def _find_importances(
     study.add_trials(
         [
             optuna.trial.create_trial(
-                params={knob: params[knob] for knob in distributions}, value=score, distributions=distributions
+                params={knob: params[knob] for knob in distributions},
+                value=score,
+                distributions=distributions,
             )
             for params, score in told
         ]
@@ -238,7 +270,9 @@ def make_costs(states: Iterable[SearchState]) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows, columns=["search", "cycle", "status", "trial", "seconds"])
     groups = table.groupby(["search", "cycle", "status"], sort=True)
-    return groups.agg(trials=("trial", "nunique"), epochs=("trial", "size"), seconds=("seconds", "sum")).reset_index()
+    return groups.agg(
+        trials=("trial", "nunique"), epochs=("trial", "size"), seconds=("seconds", "sum")
+    ).reset_index()
 
 
 def make_comparison(states: Iterable[SearchState]) -> pd.DataFrame:
@@ -255,9 +289,22 @@ def make_comparison(states: Iterable[SearchState]) -> pd.DataFrame:
         for group, trials in split_groups(load_trials(by_name.values()))
         for name in trials["search"].unique()
     ]
-    columns = ["group", "search", "space", "trials", "complete", "baseline", "best", "gain", "scatter", "published"]
+    columns = [
+        "group",
+        "search",
+        "space",
+        "trials",
+        "complete",
+        "baseline",
+        "best",
+        "gain",
+        "scatter",
+        "published",
+    ]
     table = pd.DataFrame(rows, columns=[*columns, "measured", "epochs_paid", "wall_seconds"])
-    return table.astype(dict.fromkeys(("baseline", "best", "gain", "scatter", "published"), "float64"))
+    return table.astype(
+        dict.fromkeys(("baseline", "best", "gain", "scatter", "published"), "float64")
+    )
 
 
 def _describe_group(group: dict[str, Any]) -> str:
@@ -270,7 +317,9 @@ def _describe_group(group: dict[str, Any]) -> str:
 
 def _compare(state: SearchState) -> dict[str, Any]:
     header, baseline, best = state.header, state.baseline_score, state.best
-    published = parse_space(header.space_text, Path(f"{header.space}.yaml"), is_recorded=True).header.published
+    published = parse_space(
+        header.space_text, Path(f"{header.space}.yaml"), is_recorded=True
+    ).header.published
     score = best.score if best is not None else None
     return {
         "search": header.name,
@@ -280,7 +329,9 @@ def _compare(state: SearchState) -> dict[str, Any]:
         "baseline": baseline,
         "best": score,
         "gain": score - baseline if score is not None and baseline is not None else None,
-        "scatter": estimate_scatter(score, header.baseline["val_size"]) if score is not None else None,
+        "scatter": estimate_scatter(score, header.baseline["val_size"])
+        if score is not None
+        else None,
         "published": published.accuracy,
         "measured": published.measured,
         "epochs_paid": sum(trial.epochs_done for trial in state.trials.values()),
@@ -310,7 +361,10 @@ def make_sources(spaces: Iterable[str], tested: pd.DataFrame) -> pd.DataFrame:
         }
         for part in ("baseline", "best"):
             accs = tested[(tested["space"] == space) & (tested["part"] == part)]["test_acc"]
-            row |= {f"{part}_seeds": len(accs), f"{part}_test": float(accs.mean()) if len(accs) else math.nan}
+            row |= {
+                f"{part}_seeds": len(accs),
+                f"{part}_test": float(accs.mean()) if len(accs) else math.nan,
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -338,5 +392,8 @@ def make_mistakes(evaluation: Evaluation) -> pd.DataFrame:
     """The most confident mistakes in words: `image` (its place among the judged ones), `labelled`, `taken_for`,
     `confidence`."""
     names = evaluation.class_names
-    rows = [(found.index, names[found.true], names[found.predicted], found.confidence) for found in evaluation.mistakes]
+    rows = [
+        (found.index, names[found.true], names[found.predicted], found.confidence)
+        for found in evaluation.mistakes
+    ]
     return pd.DataFrame(rows, columns=["image", "labelled", "taken_for", "confidence"])

@@ -24,11 +24,21 @@ if TYPE_CHECKING:
 
 
 # Trials compete only with trials that agree in all of these.
-GROUP_COLUMNS = ("data", "data_digest", "split_hash", "train_size", "val_size", "epochs", "fidelity")
+GROUP_COLUMNS = (
+    "data",
+    "data_digest",
+    "split_hash",
+    "train_size",
+    "val_size",
+    "epochs",
+    "fidelity",
+)
 
 # Fields of the schema by their type; a tuple is shown as text, what may be absent is NaN (floats) or NA.
 DTYPES: dict[Any, str] = {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}
-KNOB_COLUMNS = {name: DTYPES.get(knob.annotation, "string") for name, knob in TrainConfig.model_fields.items()}
+KNOB_COLUMNS = {
+    name: DTYPES.get(knob.annotation, "string") for name, knob in TrainConfig.model_fields.items()
+}
 TRIAL_COLUMNS = {
     "search": "string",
     "space": "string",
@@ -84,19 +94,23 @@ def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
     `train_seconds` sums its epochs; `ended_seq` orders the ends within a search.
     """
     return _make_frame(
-        TRIAL_COLUMNS, [_make_row(state, trial) for state in searches for trial in state.trials.values()]
+        TRIAL_COLUMNS,
+        [_make_row(state, trial) for state in searches for trial in state.trials.values()],
     )
 
 
 def make_uploaded_trials(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """load_trials' table from what another store was told of trials: whole numbers, too, may be absent there."""
-    return _make_frame({name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}, rows)
+    return _make_frame(
+        {name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}, rows
+    )
 
 
 def load_curves(searches: Iterable[SearchState]) -> pd.DataFrame:
     """The long form: one row per reported epoch, with the length of its cycle and the fields of its EpochResult."""
     rows = [
-        {"search": state.header.name, "trial": trial.number, "run_id": trial.run_id, "cycle": cycle} | dict(result)
+        {"search": state.header.name, "trial": trial.number, "run_id": trial.run_id, "cycle": cycle}
+        | dict(result)
         for state in searches
         for trial in state.trials.values()
         for cycle, result in trial.trained_epochs
@@ -109,20 +123,31 @@ def split_groups(trials: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFram
     their last accuracy. CIFAR-10 before the stand-in, longer trainings before shorter ones."""
     ranked = (
         trials.assign(competes=(trials["status"] == "complete") & trials["score"].notna())
-        .sort_values(["competes", "val_acc", "search", "trial"], ascending=[False, False, True, True])
+        .sort_values(
+            ["competes", "val_acc", "search", "trial"], ascending=[False, False, True, True]
+        )
         .drop(columns="competes")
     )
     groups = []
     for _, rows in ranked.groupby(list(GROUP_COLUMNS), sort=False):
         first = rows.iloc[0]
-        group = {name: first[name] if TRIAL_COLUMNS[name] == "string" else int(first[name]) for name in GROUP_COLUMNS}
+        group = {
+            name: first[name] if TRIAL_COLUMNS[name] == "string" else int(first[name])
+            for name in GROUP_COLUMNS
+        }
         groups.append((group, rows.reset_index(drop=True)))
     return sorted(groups, key=lambda pair: _order_group(pair[0]))
 
 
 def _order_group(group: dict[str, Any]) -> tuple[Any, ...]:
     sizes = (-group["epochs"], -group["train_size"], -group["val_size"])
-    return (group["data"] != "cifar10", *sizes, group["split_hash"], group["data_digest"], group["fidelity"])
+    return (
+        group["data"] != "cifar10",
+        *sizes,
+        group["split_hash"],
+        group["data_digest"],
+        group["fidelity"],
+    )
 
 
 def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
@@ -150,7 +175,9 @@ def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
     header = state.header
-    knobs = {name: str(value) if isinstance(value, tuple) else value for name, value in trial.full_config}
+    knobs = {
+        name: str(value) if isinstance(value, tuple) else value for name, value in trial.full_config
+    }
     return knobs | {
         "search": header.name,
         "space": header.space,

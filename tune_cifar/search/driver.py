@@ -51,7 +51,9 @@ class SearchDriver:
         keep_weights: of so many best complete trials the weights stay on disk.
     """
 
-    def __init__(self, record: Record, space: SearchSpace, listener: Listener, keep_weights: int = 1) -> None:
+    def __init__(
+        self, record: Record, space: SearchSpace, listener: Listener, keep_weights: int = 1
+    ) -> None:
         self.record = record
         self.is_interrupted = False
         self.fault: Exception | None = None
@@ -113,7 +115,9 @@ class SearchDriver:
         a signal's handler: the record is not touched."""
         self.is_interrupted = True
         self._grace_end = time.monotonic() + GRACE_SECONDS
-        with suppress(OSError):  # a full disk: then nothing can be saved either, and the time runs out
+        with suppress(
+            OSError
+        ):  # a full disk: then nothing can be saved either, and the time runs out
             stop_file(self.record.state.folder).touch()
 
     def ask(self) -> TrialState | None:
@@ -123,7 +127,9 @@ class SearchDriver:
         if self._is_ending or any(_must_be_alone(trials[number]) for number in self._live):
             return None
         if self._waiting:
-            number = next((n for n in self._waiting if not _must_be_alone(trials[n])), self._waiting[0])
+            number = next(
+                (n for n in self._waiting if not _must_be_alone(trials[n])), self._waiting[0]
+            )
             if _must_be_alone(trials[number]) and self._live:
                 return None
             self._waiting.remove(number)
@@ -152,7 +158,11 @@ class SearchDriver:
     def list_remaining_stages(self, trial: TrialState) -> tuple[int, ...]:
         """Lengths of the trainings that the trial has before it, that which it is in first."""
         done = len(trial.epochs)
-        return tuple(c for c in self._cycles if trial.stage is None or c > trial.stage or c == trial.stage > done)
+        return tuple(
+            c
+            for c in self._cycles
+            if trial.stage is None or c > trial.stage or c == trial.stage > done
+        )
 
     def report(self, number: int, cycle: int, result: EpochResult) -> bool:
         """Record an epoch of a training of so many (`cycle`); True when the trial goes on."""
@@ -160,7 +170,11 @@ class SearchDriver:
         known = (trial.stage or self._cycles[0], len(trial.epochs))
         if (cycle, result.epoch) <= known:  # a resumed trial tells again what its checkpoint knew
             return True
-        self._append(EpochReported(trial=number, result=result, cycle=cycle if len(self._cycles) > 1 else None))
+        self._append(
+            EpochReported(
+                trial=number, result=result, cycle=cycle if len(self._cycles) > 1 else None
+            )
+        )
         return self._judge(trial)
 
     def pause(self, number: int) -> None:
@@ -188,10 +202,16 @@ class SearchDriver:
         if keep(last.val_acc, scores, budget.reduction_factor):
             return True
         better = sum(score > last.val_acc for score in scores)
-        self.end(trial.number, "stopped", f"rung {last.epoch}: {better} of {len(scores)} scores were better")
+        self.end(
+            trial.number,
+            "stopped",
+            f"rung {last.epoch}: {better} of {len(scores)} scores were better",
+        )
         return False
 
-    def end(self, number: int, status: EndStatus, reason: str, error_file: Path | None = None) -> None:
+    def end(
+        self, number: int, status: EndStatus, reason: str, error_file: Path | None = None
+    ) -> None:
         """Record a trial's end, tell the sampler, and delete the checkpoints that no one will go on from."""
         trial = self.record.state.trials[number]
         folder = self.record.state.trial_folder(number)
@@ -206,11 +226,15 @@ class SearchDriver:
             TrialEnded(
                 trial=number,
                 status=status,
-                cycle=next(iter(self.list_remaining_stages(trial)), trial.stage) if broke else trial.stage,
+                cycle=next(iter(self.list_remaining_stages(trial)), trial.stage)
+                if broke
+                else trial.stage,
                 score=score,
                 reason=reason,
                 error_file=relative(self.record, error_file) if error_file else None,
-                weights_file=relative(self.record, weights) if weights and weights.exists() else None,
+                weights_file=relative(self.record, weights)
+                if weights and weights.exists()
+                else None,
                 time=utc_now(),
             )
         )
@@ -241,14 +265,18 @@ class SearchDriver:
         interrupted, they stay unfinished. Nothing to do when the record could not be written."""
         if self.record.file.closed:
             return
-        running = [trial for trial in self.record.state.trials.values() if trial.status == "running"]
+        running = [
+            trial for trial in self.record.state.trials.values() if trial.status == "running"
+        ]
         if not running and not self._wants_more:
             reason = "all trials"
         elif self.is_over_time and not self.is_interrupted and self.fault is None:
             reason = TIME_LIMIT
             for trial in running:
                 cycle = "" if trial.stage is None else f" of a cycle of {trial.stage}"
-                self.end(trial.number, "stopped", f"cut after epoch {len(trial.epochs)}{cycle}: {reason}")
+                self.end(
+                    trial.number, "stopped", f"cut after epoch {len(trial.epochs)}{cycle}: {reason}"
+                )
         else:
             reason = INTERRUPTED
         self._append(SearchEnded(reason=reason, wall_seconds=time.monotonic() - self._start))

@@ -122,7 +122,9 @@ def forecast_search(
     num_draws = min(MAX_DRAWS, max(1, effort // num_left))
     pace = (num_workers, start_seconds, epoch_seconds)
     courses = [_simulate(budget, steps, pace, past, dice) for _ in range(num_draws)]
-    reached = tuple(fmean(counts) for counts in zip(*(course.reached for course in courses), strict=True))
+    reached = tuple(
+        fmean(counts) for counts in zip(*(course.reached for course in courses), strict=True)
+    )
     return Forecast(
         epochs=_find_spread([course.num_epochs for course in courses]),
         seconds=_find_spread([course.seconds for course in courses]),
@@ -133,7 +135,11 @@ def forecast_search(
 
 
 def _simulate(
-    budget: Budget, steps: Sequence[int], pace: tuple[int, float, float], past: _Past, dice: random.Random
+    budget: Budget,
+    steps: Sequence[int],
+    pace: tuple[int, float, float],
+    past: _Past,
+    dice: random.Random,
 ) -> _Course:
     num_workers, start_seconds, epoch_seconds = pace
     limit = math.inf if budget.max_time_seconds is None else budget.max_time_seconds
@@ -142,13 +148,17 @@ def _simulate(
     shared, own = math.sqrt(CORRELATION), math.sqrt(1.0 - CORRELATION)
     running: list[_Task] = []
     fresh = range(past.num_started, budget.trials)
-    waiting: Iterator[_Waiting] = chain(past.running, ((number, 0, steps[0], None) for number in fresh))
+    waiting: Iterator[_Waiting] = chain(
+        past.running, ((number, 0, steps[0], None) for number in fresh)
+    )
 
     def begin(now: float, count: int = 1) -> None:
         for number, rung, num_epochs, quality in islice(waiting, count):
             course.num_started += 1
             known = dice.gauss(0.0, 1.0) if quality is None else quality
-            heappush(running, _Task(now + num_epochs * epoch_seconds, number, rung, num_epochs, known))
+            heappush(
+                running, _Task(now + num_epochs * epoch_seconds, number, rung, num_epochs, known)
+            )
 
     begin(start_seconds, num_workers)
     while running:
@@ -165,9 +175,13 @@ def _simulate(
             score = shared * quality + own * dice.gauss(0.0, 1.0)
             insort(scores[rung], score)
             count = len(scores[rung])
-            if number == 0 or goes_on(1 + count - bisect_right(scores[rung], score), count, budget.reduction_factor):
+            if number == 0 or goes_on(
+                1 + count - bisect_right(scores[rung], score), count, budget.reduction_factor
+            ):
                 more = steps[rung + 1]
-                heappush(running, _Task(end + more * epoch_seconds, number, rung + 1, more, quality))
+                heappush(
+                    running, _Task(end + more * epoch_seconds, number, rung + 1, more, quality)
+                )
                 continue
         begin(end)
     return course
@@ -184,7 +198,9 @@ def _read_past(budget: Budget, state: SearchState | None) -> _Past:
     trials = list(state.trials.values()) if state else []
     ends = list(accumulate(list_steps(budget)))
     first = sorted(
-        (score, trial.number) for trial in trials if (score := trial.scores.get(budget.rungs[0])) is not None
+        (score, trial.number)
+        for trial in trials
+        if (score := trial.scores.get(budget.rungs[0])) is not None
     )
     normal, count = NormalDist(), len(first)
     places = {number: normal.inv_cdf((i + 1) / (count + 1)) for i, (_, number) in enumerate(first)}
@@ -195,7 +211,9 @@ def _read_past(budget: Budget, state: SearchState | None) -> _Past:
             num_epochs = max(0, ends[rung] - trial.epochs_done)
             running.append((trial.number, rung, num_epochs, places.get(trial.number)))
     found = [(trial.scores, places[trial.number]) for trial in trials if trial.number in places]
-    scores = tuple(tuple(sorted(place for told, place in found if rung in told)) for rung in budget.rungs)
+    scores = tuple(
+        tuple(sorted(place for told, place in found if rung in told)) for rung in budget.rungs
+    )
     return _Past(len(trials), scores, tuple(running))
 
 

@@ -28,7 +28,13 @@ from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.search.rungs import list_stages
 from tune_cifar.space.select import SearchSpace
-from tune_cifar.train.numerics import check_cpus, count_cores, count_gpus, get_memory_mb, resolve_numerics
+from tune_cifar.train.numerics import (
+    check_cpus,
+    count_cores,
+    count_gpus,
+    get_memory_mb,
+    resolve_numerics,
+)
 from tune_cifar.train.trainer import Trainer
 
 # Checkpoints of a running trial: the two that CheckpointFolder keeps and the one being written.
@@ -133,14 +139,18 @@ class SearchPlan:
     @cached_property
     def forecast(self) -> Forecast:
         """What is expected to be paid, the past apart."""
-        return forecast_search(self.space.budget, self.resources.max_concurrent, self.cost.epoch_seconds, self.past)
+        return forecast_search(
+            self.space.budget, self.resources.max_concurrent, self.cost.epoch_seconds, self.past
+        )
 
     @property
     def disk_needs(self) -> DiskNeeds:
         """At most, if every trial trained to its last epoch."""
         budget, request = self.space.budget, self.request
         num_epochs, num_at_once = sum(list_stages(budget)), self.resources.max_concurrent
-        return estimate_disk_needs(self.space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights)
+        return estimate_disk_needs(
+            self.space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights
+        )
 
     def describe(self) -> str:
         """What will be done, and how much of it fits into the time or how long it takes, in one sentence or two."""
@@ -149,7 +159,11 @@ class SearchPlan:
         if self.confirmation is not None:
             what = f"confirmation {self.name}: {budget.trials} trainings of {budget.describe_epochs()} each"
         text = f"{what}; {self.describe_cost()}"
-        more = " more" if self.past is not None and self.past.counts["running"] < len(self.past.trials) else ""
+        more = (
+            " more"
+            if self.past is not None and self.past.counts["running"] < len(self.past.trials)
+            else ""
+        )
         if budget.max_time_seconds is None:
             took = timedelta(seconds=round(expected.seconds.mean))
             return f"{text}: about {expected.epochs.mean:.0f}{more} trial-epochs in {took}."
@@ -182,7 +196,9 @@ class SearchPlan:
 
 
 def settle_search(
-    space: SearchSpace, request: SearchRequest, start_workers: Callable[[Resources], None] | None = None
+    space: SearchSpace,
+    request: SearchRequest,
+    start_workers: Callable[[Resources], None] | None = None,
 ) -> SearchPlan:
     """Settle a new search: name, numerics, resources; see `check_and_measure`.
 
@@ -212,13 +228,17 @@ def check_and_measure(
     resources = resolve_resources(request, numerics, count_gpus(request.device))
     config, budget, num_at_once = space.baseline, space.budget, resources.max_concurrent
     num_epochs = sum(list_stages(budget))
-    check_search_fits(request.storage, config, num_epochs, budget.trials, num_at_once, request.keep_weights)
+    check_search_fits(
+        request.storage, config, num_epochs, budget.trials, num_at_once, request.keep_weights
+    )
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
         measured = pool.submit(measure_cost, config, request.source, numerics)
         if start_workers is not None:
             start_workers(resources)
-        return SearchPlan(space, request, name, loaded.result().info, numerics, resources, measured.result())
+        return SearchPlan(
+            space, request, name, loaded.result().info, numerics, resources, measured.result()
+        )
 
 
 def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:
@@ -233,20 +253,30 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     if gpus is None:
         gpus = 1.0 if numerics.device == "cuda" else 0.0
     if gpus and numerics.device == "cpu":
-        raise ConfigError(f"--gpus-per-trial: 0 must hold on a CPU, got {gpus:g}. A GPU must be there to be shared.")
+        raise ConfigError(
+            f"--gpus-per-trial: 0 must hold on a CPU, got {gpus:g}. A GPU must be there to be shared."
+        )
     if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ConfigError(f"--gpus-per-trial: a fraction up to 1 or a whole number must be given, got {gpus:g}.")
+        raise ConfigError(
+            f"--gpus-per-trial: a fraction up to 1 or a whole number must be given, got {gpus:g}."
+        )
     if gpus > num_gpus:
-        raise ConfigError(f"--gpus-per-trial: at most {num_gpus} (the GPUs here) must hold, got {gpus:g}.")
+        raise ConfigError(
+            f"--gpus-per-trial: at most {num_gpus} (the GPUs here) must hold, got {gpus:g}."
+        )
     if request.max_concurrent is not None and request.max_concurrent < 1:
-        raise ConfigError(f"--max-concurrent: a number >= 1 must be given, got {request.max_concurrent}.")
+        raise ConfigError(
+            f"--max-concurrent: a number >= 1 must be given, got {request.max_concurrent}."
+        )
     fits = count_cores() // cpus
     if gpus:
         fits = min(fits, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
     return Resources(cpus, gpus, min(fits, request.max_concurrent or fits), num_gpus)
 
 
-def measure_cost(config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20) -> Cost:
+def measure_cost(
+    config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20
+) -> Cost:
     """Of one training: seconds of an epoch from the median step, evaluation counted as forward passes; memory.
 
     A forward pass costs about a third of a training step per image (one of forward, backward by inputs, backward by
@@ -274,10 +304,14 @@ def count_trials(text: str, num_started: int | None = None) -> int:
             raise ConfigError(f"--trials: a number >= 1 must be given, got {text!r}.")
         return int(text)
     if not re.fullmatch(r"\+?[1-9][0-9]{0,8}", text):
-        raise ConfigError(f"--trials: a number such as 40 or +50 must be given with --resume, got {text!r}.")
+        raise ConfigError(
+            f"--trials: a number such as 40 or +50 must be given with --resume, got {text!r}."
+        )
     num_trials = num_started * text.startswith("+") + int(text)
     if num_trials < num_started:
-        raise ConfigError(f"--trials: at least the {num_started} trials that there are must hold, got {text}.")
+        raise ConfigError(
+            f"--trials: at least the {num_started} trials that there are must hold, got {text}."
+        )
     return num_trials
 
 
@@ -326,14 +360,21 @@ def measure_training(config: TrainConfig) -> tuple[int, int]:
     parameters, tensors = list(model.parameters()), model.state_dict().values()
     weights = sum(tensor.nbytes for tensor in tensors)
     slots = OPTIMIZER_SLOTS[config.optimizer]
-    num_tensors = len(tensors) + (slots + 1) * len(parameters)  # the state also counts each parameter's steps
+    num_tensors = len(tensors) + (slots + 1) * len(
+        parameters
+    )  # the state also counts each parameter's steps
     moments = slots * sum(parameter.nbytes for parameter in parameters)
     extra = num_tensors * TENSOR_BYTES + config.epochs * RESULT_BYTES + STATE_BYTES
     return weights + len(tensors) * TENSOR_BYTES, weights + moments + extra
 
 
 def check_search_fits(
-    storage: Path, config: TrainConfig, num_epochs: int, num_trials: int, max_concurrent: int, keep_weights: int
+    storage: Path,
+    config: TrainConfig,
+    num_epochs: int,
+    num_trials: int,
+    max_concurrent: int,
+    keep_weights: int,
 ) -> None:
     """Refuse a search that would fail later for want of a writable folder or of room; see `estimate_disk_needs`.
 
@@ -358,7 +399,9 @@ def check_folder(folder: Path, what: str, option: str) -> None:
     Raises:
         ConfigError: naming what it is for and the option that names another.
     """
-    _check_writable(_find_existing(folder), f"{folder}: {what}", f"Name another folder with {option}.")
+    _check_writable(
+        _find_existing(folder), f"{folder}: {what}", f"Name another folder with {option}."
+    )
 
 
 def _check_temporary_folder() -> None:
@@ -394,7 +437,9 @@ def _check_writable(folder: Path, what: str, hint: str) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".tune_cifar-") as file:
             file.write(b"tune_cifar")
     except OSError as exc:
-        raise ConfigError(f"{what} must be writable, got {exc.strerror!r} at {folder}. {hint}") from exc
+        raise ConfigError(
+            f"{what} must be writable, got {exc.strerror!r} at {folder}. {hint}"
+        ) from exc
 
 
 def _get_free_bytes(storage: Path) -> int:

@@ -46,7 +46,10 @@ def restore_space(header: Header) -> SearchSpace:
         SpaceError, ConfigError: when this version of tune_cifar refuses the recorded text or pins.
     """
     file = parse_space(header.space_text, Path(f"{header.space}.yaml"), is_recorded=True)
-    pinned = {name: tuple(value) if isinstance(value, list) else value for name, value in header.pinned.items()}
+    pinned = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in header.pinned.items()
+    }
     space = select_tier(file, header.tier or "full", {} if header.confirmation else pinned)
     if header.confirmation:  # nothing is searched
         space = replace(space, baseline=TrainConfig(**header.baseline), pinned=pinned)
@@ -56,20 +59,26 @@ def restore_space(header: Header) -> SearchSpace:
     return replace(space, budget=budget, points=tuple(header.points), obstacle=None)
 
 
-def find_changes(state: SearchState, data: DataInfo, numerics: Numerics, environment: dict[str, str]) -> Changes:
+def find_changes(
+    state: SearchState, data: DataInfo, numerics: Numerics, environment: dict[str, str]
+) -> Changes:
     """Compare this machine with the one that the search last ran on."""
     header = state.header
     last = state.resumes[-1] if state.resumes else header
     deciding = compare_numerics(last.numerics, numerics)
     if data != header.data:
-        deciding.append(f"data: {header.data.name}, split {header.data.split_hash} -> {data.name}, {data.split_hash}")
+        deciding.append(
+            f"data: {header.data.name}, split {header.data.split_hash} -> {data.name}, {data.split_hash}"
+        )
     harmless: list[str] = []
     for name in dict.fromkeys([*last.environment, *environment]):
         before, now = (facts.get(name, "absent") for facts in (last.environment, environment))
         if before != now and not any(change.startswith(f"{name}: ") for change in deciding):
             (deciding if name in DECIDING_FACTS else harmless).append(f"{name}: {before} -> {now}")
     if _has_changed(header):
-        harmless.append(f"space: the file of {header.space} -> another text; the recorded one is searched")
+        harmless.append(
+            f"space: the file of {header.space} -> another text; the recorded one is searched"
+        )
     return Changes(tuple(deciding), tuple(harmless))
 
 
@@ -89,7 +98,9 @@ def check_accepted(changes: Changes, accepts: bool) -> None:
     """
     if changes.deciding and not accepts:
         found = "; ".join(changes.deciding)
-        raise ConfigError(f"--resume: what decides results must be as recorded, got {found}. Or give --accept-changes.")
+        raise ConfigError(
+            f"--resume: what decides results must be as recorded, got {found}. Or give --accept-changes."
+        )
 
 
 def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
@@ -100,12 +111,16 @@ def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
     """
     scores = [len(state.arrivals.get(rung, {})) for rung in rungs]
     counted = {"trial": len(state.trials), "rung": sum(map(bool, scores)), "score": sum(scores)}
-    trials, reached, told = (f"{count} {name}{'' if count == 1 else 's'}" for name, count in counted.items())
+    trials, reached, told = (
+        f"{count} {name}{'' if count == 1 else 's'}" for name, count in counted.items()
+    )
     parts = [f"{trials}, {reached} with {told}"]
     notes, epochs, num_next = [], [], 0
     for trial in state.trials.values():
         if trial.status == "running":
-            epoch, damaged = CheckpointFolder(state.trial_folder(trial.number) / CHECKPOINTS).find_newest()
+            epoch, damaged = CheckpointFolder(
+                state.trial_folder(trial.number) / CHECKPOINTS
+            ).find_newest()
             notes += damaged
             if trial.stage is not None and len(trial.epochs) == trial.stage:
                 num_next += 1
@@ -117,12 +132,16 @@ def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
     if num_next:
         parts.append(f"{num_next} {'begins its' if num_next == 1 else 'begin their'} next cycle")
     if afresh := epochs.count(None):
-        parts.append(f"{afresh} without a checkpoint yet {'begins' if afresh == 1 else 'begin'} again")
+        parts.append(
+            f"{afresh} without a checkpoint yet {'begins' if afresh == 1 else 'begin'} again"
+        )
     sentence = ", ".join([*parts, "0 lost"])
     return [sentence, *([state.repaired] if state.repaired else []), *notes]
 
 
-def warm_start(space: SearchSpace, state: SearchState, num_best: int) -> tuple[SearchSpace, list[str]]:
+def warm_start(
+    space: SearchSpace, state: SearchState, num_best: int
+) -> tuple[SearchSpace, list[str]]:
     """The space with the best complete trials of a search as its first points, and a sentence for each left out.
 
     Args:
@@ -133,7 +152,9 @@ def warm_start(space: SearchSpace, state: SearchState, num_best: int) -> tuple[S
     """
     ranked = state.ranked[:num_best]
     if not ranked:
-        raise ConfigError(f"--warm-start: a search with a complete trial must be named, got {state.header.name!r}.")
+        raise ConfigError(
+            f"--warm-start: a search with a complete trial must be named, got {state.header.name!r}."
+        )
     points, notes = [], []
     for trial in ranked:
         point = fit_point(space, trial.config.model_dump())

@@ -35,7 +35,14 @@ from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import EpochResult
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.search.plan import Resources, SearchPlan, SearchRequest, check_and_measure, count_trials, settle_search
+from tune_cifar.search.plan import (
+    Resources,
+    SearchPlan,
+    SearchRequest,
+    check_and_measure,
+    count_trials,
+    settle_search,
+)
 from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
@@ -49,13 +56,18 @@ URGENT_SECONDS = 2.0
 RAYS_WORDS_FOR_NO_MEMORY = "low on memory"
 
 
-def prepare_search(space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None) -> SearchPlan:
+def prepare_search(
+    space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None
+) -> SearchPlan:
     """Settle a new search, or a confirmation of one, while the workers' cluster starts; raises as `settle_search`."""
     return replace(settle_search(space, request, start_ray), confirmation=confirmation)
 
 
 def prepare_resume(
-    request: SearchRequest, trials: str | None, max_time_seconds: float | None, accepts_changes: bool
+    request: SearchRequest,
+    trials: str | None,
+    max_time_seconds: float | None,
+    accepts_changes: bool,
 ) -> SearchPlan:
     """Settle how the search `request.name` goes on, from its record alone; a torn last line is cut.
 
@@ -73,7 +85,9 @@ def prepare_resume(
     space = restore_space(state.header)
     num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
     space = space.limit(num_trials, max_time_seconds)
-    numerics = restore_numerics(state.resumes[-1].numerics if state.resumes else state.header.numerics)
+    numerics = restore_numerics(
+        state.resumes[-1].numerics if state.resumes else state.header.numerics
+    )
     environment = describe_environment()
     data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size).info
     changes = find_changes(state, data, numerics, environment)
@@ -88,9 +102,14 @@ def prepare_resume(
         environment=environment,
         command=request.command,
     )
-    notes = [*describe_restored(state, space.budget.rungs), *(f"changed since: {note}" for note in changes.harmless)]
+    notes = [
+        *describe_restored(state, space.budget.rungs),
+        *(f"changed since: {note}" for note in changes.harmless),
+    ]
     notes += [f"accepted: {change}" for change in changes.deciding]
-    return replace(plan, past=state, resumed=event, notes=tuple(notes), confirmation=state.header.confirmation)
+    return replace(
+        plan, past=state, resumed=event, notes=tuple(notes), confirmation=state.header.confirmation
+    )
 
 
 def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
@@ -100,7 +119,9 @@ def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> A
         return action()
     except OSError as exc:
         place = exc.filename or driver.record.state.folder
-        fault = RecordError(f"{place}: the run store must take it, got {exc.strerror!r}. Make room, then --resume.")
+        fault = RecordError(
+            f"{place}: the run store must take it, got {exc.strerror!r}. Make room, then --resume."
+        )
     except Exception as exc:
         fault = exc
     driver.fault = driver.fault or fault
@@ -134,7 +155,9 @@ class _Searcher(Searcher):  # type: ignore[misc]
             **self._fixed,
         }
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Nothing: the scheduler has told the driver already."""
 
 
@@ -155,7 +178,8 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         if outcome == "epochs":
             epochs = (line.split(" ", 1) for line in text.splitlines())
             return all(
-                self._driver.report(number, int(cycle), EpochResult.model_validate_json(dump)) for cycle, dump in epochs
+                self._driver.report(number, int(cycle), EpochResult.model_validate_json(dump))
+                for cycle, dump in epochs
             )
         if outcome == "paused":
             self._driver.pause(number)
@@ -212,7 +236,9 @@ def start_ray(resources: Resources) -> None:
 
 
 def run_search(
-    plan: SearchPlan, listener: Listener | None = None, on_interrupt: Callable[[], None] | None = None
+    plan: SearchPlan,
+    listener: Listener | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> tuple[SearchState, list[str]]:
     """Run a prepared search to its end: record first, then MLflow from the record.
 
@@ -256,7 +282,9 @@ def _open_record(plan: SearchPlan) -> Record:
     if plan.resumed is None:
         seed = plan.space.budget.seed if plan.request.seed is None else plan.request.seed
         kind: Kind = "search" if plan.confirmation is None else "confirm"
-        header = make_header(kind, plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command)
+        header = make_header(
+            kind, plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command
+        )
         more = {"confirmation": plan.confirmation, "predicted_epochs": plan.forecast.epochs.mean}
         return Record.create(folder, header.model_copy(update=more))
     record = Record.open(folder)
@@ -264,7 +292,9 @@ def _open_record(plan: SearchPlan) -> Record:
     return record
 
 
-def _run_tune(driver: SearchDriver, plan: SearchPlan, on_interrupt: Callable[[], None] | None) -> None:
+def _run_tune(
+    driver: SearchDriver, plan: SearchPlan, on_interrupt: Callable[[], None] | None
+) -> None:
     """Let Tune run the driver's trials until none is left, the time is over or a signal came."""
     source, resources = plan.request.source, plan.resources
     fixed = {
@@ -273,9 +303,14 @@ def _run_tune(driver: SearchDriver, plan: SearchPlan, on_interrupt: Callable[[],
     }
     start_ray(resources)
     # Tune insists on an experiment folder of its own; nothing in it is ever read.
-    with tempfile.TemporaryDirectory(prefix="tune_cifar-") as scratch, _catch_signals(driver, on_interrupt):
+    with (
+        tempfile.TemporaryDirectory(prefix="tune_cifar-") as scratch,
+        _catch_signals(driver, on_interrupt),
+    ):
         tune.Tuner(
-            tune.with_resources(TrialWorker, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}),
+            tune.with_resources(
+                TrialWorker, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(driver, fixed),
                 scheduler=_Scheduler(driver),

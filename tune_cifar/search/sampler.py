@@ -52,7 +52,9 @@ class Proposer(Protocol):
     def propose(self, number: int) -> Proposal:
         """Trial by trial, in the order of the numbers."""
 
-    def tell(self, number: int, status: Status, rung_scores: dict[int, float], score: float | None) -> None:
+    def tell(
+        self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
+    ) -> None:
         """Hear how a trial ended."""
 
 
@@ -67,7 +69,9 @@ class Confirmer:
         config = TrainConfig(**{**candidate.config, "seed": seed})
         return Proposal({"candidate": candidate.run_id, "seed": seed}, "confirm", config)
 
-    def tell(self, number: int, status: Status, rung_scores: dict[int, float], score: float | None) -> None:
+    def tell(
+        self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
+    ) -> None:
         """Nothing to learn from it."""
 
 
@@ -90,11 +94,15 @@ class Sampler:
         self._study = make_study(RandomSampler(seed=seed))
         self._trials: list[Trial] = []
         self._fixed = [space.baseline_params, *space.points]
-        self._sequence = _Sequence(space.distributions, seed) if space.budget.sampler.kind == "qmc" else None
+        self._sequence = (
+            _Sequence(space.distributions, seed) if space.budget.sampler.kind == "qmc" else None
+        )
         for trial in sorted(history, key=lambda trial: trial.number):
             self._start(trial.number, trial.params)
             if trial.status != "running":
-                rungs = {rung: trial.scores[rung] for rung in space.budget.rungs if rung in trial.scores}
+                rungs = {
+                    rung: trial.scores[rung] for rung in space.budget.rungs if rung in trial.scores
+                }
                 self.tell(trial.number, trial.status, rungs, trial.score)
 
     def propose(self, number: int) -> Proposal:
@@ -115,7 +123,9 @@ class Sampler:
         self._study.sampler = self._make_sampler(self._seed + number)
         return self._start(number, None), "sampler"
 
-    def tell(self, number: int, status: Status, rung_scores: dict[int, float], score: float | None) -> None:
+    def tell(
+        self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
+    ) -> None:
         """Let the sampler learn how a trial ended (see `find_outcome`).
 
         Args:
@@ -131,7 +141,9 @@ class Sampler:
     def _start(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
         """A new running trial of the study, with these values or with proposed ones."""
         if number != len(self._trials):
-            raise ValueError(f"trials must be asked for in order: {len(self._trials)} comes next, got {number}")
+            raise ValueError(
+                f"trials must be asked for in order: {len(self._trials)} comes next, got {number}"
+            )
         if params is not None:
             self._study.enqueue_trial(params)
         trial = self._study.ask(self._space.distributions)
@@ -196,7 +208,10 @@ class _Sequence:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             sampler = QMCSampler(
-                qmc_type="sobol", scramble=True, seed=seed, independent_sampler=RandomSampler(seed=seed)
+                qmc_type="sobol",
+                scramble=True,
+                seed=seed,
+                independent_sampler=RandomSampler(seed=seed),
             )
         self._study = make_study(sampler)
         self._points: list[dict[str, Any]] = []
@@ -207,11 +222,15 @@ class _Sequence:
         return self._points[number]
 
 
-def make_study(sampler: BaseSampler, storage: BaseStorage | None = None, name: str | None = None) -> optuna.Study:
+def make_study(
+    sampler: BaseSampler, storage: BaseStorage | None = None, name: str | None = None
+) -> optuna.Study:
     """A study to be maximised, in memory unless a storage is given, made without Optuna's notice of it."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        return optuna.create_study(direction="maximize", sampler=sampler, storage=storage, study_name=name)
+        return optuna.create_study(
+            direction="maximize", sampler=sampler, storage=storage, study_name=name
+        )
     finally:
         optuna.logging.set_verbosity(verbosity)

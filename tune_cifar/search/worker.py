@@ -115,4 +115,6 @@ def explain_end(exc: Exception) -> tuple[str, str]:
 
 def is_out_of_memory(exc: BaseException) -> bool:
     """Whether a GPU's or the host's memory was too small; torch says the latter in a plain RuntimeError."""
-    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(exc)
+    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(
+        exc
+    )

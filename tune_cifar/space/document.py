@@ -73,12 +73,19 @@ def read_document(text: str, label: str) -> Document:
             doc.data = _build(doc, yaml, root, ())
     except MaxDepthExceededError as exc:
         line = exc.problem_mark.line + 1
-        raise make_error(label, line, f"at most {MAX_DEPTH} values inside each other must hold, got more.") from exc
+        raise make_error(
+            label, line, f"at most {MAX_DEPTH} values inside each other must hold, got more."
+        ) from exc
     except MarkedYAMLError as exc:
         line = exc.problem_mark.line + 1 if exc.problem_mark else 1
         raise make_error(label, line, _describe_syntax(exc)) from exc
-    except (YAMLError, ValueError) as exc:  # characters that YAML forbids; a number of thousands of digits
-        raise SpaceError(f"{label}: readable YAML must be given, got: {str(exc).splitlines()[0]}.") from exc
+    except (
+        YAMLError,
+        ValueError,
+    ) as exc:  # characters that YAML forbids; a number of thousands of digits
+        raise SpaceError(
+            f"{label}: readable YAML must be given, got: {str(exc).splitlines()[0]}."
+        ) from exc
     return doc
 
 
@@ -100,7 +107,9 @@ def _build(doc: Document, yaml: YAML, node: Any, where: Where) -> Any:
         return tuple(_build(doc, yaml, item, (*where, i)) for i, item in enumerate(node.value))
     if kind not in ("str", "int", "float", "bool", "null"):
         got = repr(node.value) if isinstance(node.value, str) else "several values"
-        raise doc.error(where, f"text, a number, true or false must be given, got {got} ({kind}). Quote text.")
+        raise doc.error(
+            where, f"text, a number, true or false must be given, got {got} ({kind}). Quote text."
+        )
     return yaml.constructor.construct_object(node)
 
 

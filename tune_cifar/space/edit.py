@@ -27,8 +27,12 @@ def check_editable(file: SpaceFile, knob: str) -> None:
     """
     label = describe_path(file.path)
     if file.path.resolve().is_relative_to(PACKAGED.resolve()):
-        hint = f"Copy it into ./search_spaces, which is looked in first: cp {file.path} search_spaces/"
-        raise SpaceError(f"{label}: a space file of your own must be given to edit, got the package's copy. {hint}")
+        hint = (
+            f"Copy it into ./search_spaces, which is looked in first: cp {file.path} search_spaces/"
+        )
+        raise SpaceError(
+            f"{label}: a space file of your own must be given to edit, got the package's copy. {hint}"
+        )
     if not isinstance(file.search.get(knob), Range):
         got = "choices" if knob in file.search else "a knob that is not searched"
         raise SpaceError(f"{label}: {knob} must be searched between low and high, got {got}.")
@@ -44,7 +48,9 @@ def edit_range(file: SpaceFile, knob: str, wanted: Range) -> str:
     check_editable(file, knob)
     lines, index, (before, after) = _split_entry(file, knob)
     log = ", log: true" if wanted.log else ""
-    lines[index] = f"{before}{{low: {_write_number(wanted.low)}, high: {_write_number(wanted.high)}{log}}}{after}"
+    lines[index] = (
+        f"{before}{{low: {_write_number(wanted.low)}, high: {_write_number(wanted.high)}{log}}}{after}"
+    )
     text = "".join(lines)
     edited = parse_space(text, file.path)
     search = {**file.search, knob: wanted}
@@ -71,7 +77,9 @@ def write_space(file: SpaceFile, text: str) -> None:
         raw = path.read_bytes()
         encoding = "utf-8-sig" if raw.startswith(codecs.BOM_UTF8) else "utf-8"
         if raw != file.text.encode(encoding):
-            raise SpaceError(f"{label}: the file must be as it was read, got a changed one. Try again.")
+            raise SpaceError(
+                f"{label}: the file must be as it was read, got a changed one. Try again."
+            )
         try:
             with new.open("wb") as out:
                 out.write(text.encode(encoding))
@@ -94,7 +102,9 @@ def _split_entry(file: SpaceFile, knob: str) -> tuple[list[str], int, tuple[str,
     label = describe_path(file.path)
     line = read_document(file.text, label).lines["search", knob]
     lines = file.text.splitlines(keepends=True)
-    found = re.fullmatch(rf"(\s*{knob}\s*:\s*)\{{[^{{}}#]*\}}(\s*(?:#.*)?)", lines[line - 1], re.DOTALL)
+    found = re.fullmatch(
+        rf"(\s*{knob}\s*:\s*)\{{[^{{}}#]*\}}(\s*(?:#.*)?)", lines[line - 1], re.DOTALL
+    )
     if found is None:
         rule = f"{knob} must be given as {knob}: {{low: ..., high: ..., log: true}} on one line to be edited"
         raise SpaceError(f"{label}:{line}: {rule}, got another form.")

@@ -53,9 +53,19 @@ class KnobInfo:
     def row(self) -> tuple[str, ...]:
         """A text for each of COLUMNS."""
         default = "must be given" if self.default is None else json.dumps(self.default)
-        searched = ", ".join(self.spaces) or (f"never: {self.not_searched}" if self.not_searched else "no space yet")
+        searched = ", ".join(self.spaces) or (
+            f"never: {self.not_searched}" if self.not_searched else "no space yet"
+        )
         values = f"{self.values} ({self.unit})" if self.unit else self.values
-        return (self.name, self.what, values, default, self.read_by, self.effect or "always", searched)
+        return (
+            self.name,
+            self.what,
+            values,
+            default,
+            self.read_by,
+            self.effect or "always",
+            searched,
+        )
 
 
 def list_knobs() -> list[KnobInfo]:
@@ -89,7 +99,9 @@ def _read_explanations() -> dict[str, str]:
     found = {}
     for field, below in itertools.pairwise(definition.body):
         match field, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(text))
+            ):
                 found[name] = " ".join(text.split())
     return found
 
@@ -115,20 +127,29 @@ def describe_effect(name: str) -> str:
     if len(alive) == len(dead):
         return ""
     for word, combinations in (("with", alive), ("unless", [c for c in dead if name in dead[c]])):
-        shares = [{combination[place] for combination in combinations} for place in range(len(DECIDING))]
-        if len(combinations) == len(list(itertools.product(*shares))):  # each setting counts by itself
+        shares = [
+            {combination[place] for combination in combinations} for place in range(len(DECIDING))
+        ]
+        if len(combinations) == len(
+            list(itertools.product(*shares))
+        ):  # each setting counts by itself
             told = zip(DECIDING, shares, strict=True)
-            return f"{word} " + ", ".join(_describe_share(knob, s) for knob, s in told if len(s) < len(_settings(knob)))
+            return f"{word} " + ", ".join(
+                _describe_share(knob, s) for knob, s in told if len(s) < len(_settings(knob))
+            )
     return "depends on more than one rule"
 
 
 @functools.cache
 def _find_dead() -> dict[Combination, Collection[str]]:
     """The dead knobs of every combination."""
-    base = TrainConfig(model="s7", optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=2, epochs=1)
+    base = TrainConfig(
+        model="s7", optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=2, epochs=1
+    )
     combinations = itertools.product(*map(_settings, DECIDING))
     return {
-        c: frozenset(inactive_knobs(base.model_copy(update=dict(zip(DECIDING, c, strict=True))))) for c in combinations
+        c: frozenset(inactive_knobs(base.model_copy(update=dict(zip(DECIDING, c, strict=True)))))
+        for c in combinations
     }
 
 

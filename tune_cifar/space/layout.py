@@ -99,7 +99,9 @@ class Budget(TrialBudget):
             text += f" ({FIDELITY_WORDS[self.fidelity]}), reduction factor {self.reduction_factor}"
         text += f", sampler {self.sampler.kind}"
         text += f" (startup {self.sampler.startup})" if self.sampler.startup else ""
-        return text + (f", at most {self.max_time_seconds / 60:.3g} min" if self.max_time_seconds else "")
+        return text + (
+            f", at most {self.max_time_seconds / 60:.3g} min" if self.max_time_seconds else ""
+        )
 
 
 class TierText(TrialBudget):

@@ -61,14 +61,22 @@ def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
     except ValidationError as exc:
         raise _translate(doc, exc) from exc
     if raw.space != path.stem:
-        raise doc.error(("space",), f"space = the file's name must hold, got {raw.space!r} in {path.name}.")
+        raise doc.error(
+            ("space",), f"space = the file's name must hold, got {raw.space!r} in {path.name}."
+        )
     baseline = _read_knobs(doc, ("baseline",), raw.baseline)
     search: Searched = {name: _read_entry(doc, name, entry) for name, entry in raw.search.items()}
     _check_baseline(doc, baseline, search)
     points = tuple(_read_point(doc, i, baseline, search) for i in range(len(raw.points)))
     if tuple(sorted(raw.budget)) != tuple(sorted(TIERS)):
-        raise doc.error(("budget",), f"the tiers {' and '.join(TIERS)} must be given, got {', '.join(raw.budget)}.")
-    tiers = {name: _read_tier(doc, name, entry, baseline, search, is_recorded) for name, entry in raw.budget.items()}
+        raise doc.error(
+            ("budget",),
+            f"the tiers {' and '.join(TIERS)} must be given, got {', '.join(raw.budget)}.",
+        )
+    tiers = {
+        name: _read_tier(doc, name, entry, baseline, search, is_recorded)
+        for name, entry in raw.budget.items()
+    }
     header = SpaceHeader(**raw.model_dump(include=set(SpaceHeader.model_fields)))
     return SpaceFile(path, text, header, baseline, search, points, tiers)
 
@@ -81,13 +89,18 @@ def _translate(doc: Document, exc: ValidationError) -> SpaceError:
     problems = exc.errors(include_url=False)
     problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     loc = problem["loc"]
-    models: dict[str, type[BaseModel]] = {"published": Published, "budget": TierText} if len(loc) > 1 else {}
+    models: dict[str, type[BaseModel]] = (
+        {"published": Published, "budget": TierText} if len(loc) > 1 else {}
+    )
     model = SamplerBudget if "sampler" in loc[:-1] else models.get(str(loc[0]), SpaceText)
     last = max(i for i, part in enumerate(loc) if isinstance(part, str))
     problem["loc"] = loc[last:]
     sentence = describe_problem(problem, model)
     return doc.error(
-        loc, sentence.replace("a valid tuple", "a list").replace("a valid dictionary", "names with values")
+        loc,
+        sentence.replace("a valid tuple", "a list").replace(
+            "a valid dictionary", "names with values"
+        ),
     )
 
 
@@ -95,7 +108,9 @@ def _read_knobs(doc: Document, where: Where, values: dict[str, Any]) -> dict[str
     """Knobs with fixed values, each checked by itself."""
     for name, value in values.items():
         if name not in KNOBS:
-            raise doc.error((*where, name), f"{name} is not a known knob.{nearest_name(name, KNOBS)}")
+            raise doc.error(
+                (*where, name), f"{name} is not a known knob.{nearest_name(name, KNOBS)}"
+            )
         if problem := find_value_problem(name, value, name):
             raise doc.error((*where, name), problem)
     return {name: normalise(name, value) for name, value in values.items()}
@@ -107,13 +122,18 @@ def _read_entry(doc: Document, name: str, entry: dict[str, Any]) -> Range | Choi
     if name not in KNOBS:
         raise doc.error(where, f"{name} is not a known knob.{nearest_name(name, KNOBS)}")
     if name in STRUCTURAL:
-        raise doc.error(where, f"{name} must not be searched: {STRUCTURAL[name]}. Set it under baseline or in a tier.")
+        raise doc.error(
+            where,
+            f"{name} must not be searched: {STRUCTURAL[name]}. Set it under baseline or in a tier.",
+        )
     ranged = "choices" not in entry and kind_of(name) in (int, float)
     allowed = ("low", "high", "log", "step") if ranged else ("choices",)
     for word in entry:
         if word not in allowed:
             hint = nearest_name(word, allowed)
-            raise doc.error((*where, word), f"{name} must be given by {', '.join(allowed)}, got {word}.{hint}")
+            raise doc.error(
+                (*where, word), f"{name} must be given by {', '.join(allowed)}, got {word}.{hint}"
+            )
     return _read_range(doc, name, entry) if ranged else _read_choices(doc, name, entry)
 
 
@@ -127,7 +147,9 @@ def _read_choices(doc: Document, name: str, entry: dict[str, Any]) -> Choices:
             raise doc.error((*where, i), problem)
     values = tuple(normalise(name, value) for value in values)
     if len(values) < 2 or len(set(values)) < len(values):
-        raise doc.error(where, f"{name}.choices must be two or more different values, got {list(values)}.")
+        raise doc.error(
+            where, f"{name}.choices must be two or more different values, got {list(values)}."
+        )
     return Choices(values)
 
 
@@ -142,7 +164,9 @@ def _read_range(doc: Document, name: str, entry: dict[str, Any]) -> Range:
         value, at = entry[word], (*where, word)
         if log and isinstance(value, int | float) and value <= 0:
             example = "1.0e-5" if kind_of(name) is float else "1"
-            raise doc.error(at, f"{name}.{word} > 0 must hold for log: true, got {value}. Use e.g. {example}.")
+            raise doc.error(
+                at, f"{name}.{word} > 0 must hold for log: true, got {value}. Use e.g. {example}."
+            )
         if problem := find_value_problem(name, value, f"{name}.{word}"):
             raise doc.error(at, problem)
     low, high = normalise(name, entry["low"]), normalise(name, entry["high"])
@@ -190,14 +214,19 @@ def _check_baseline(doc: Document, baseline: dict[str, Any], search: Searched) -
                 raise doc.error((part, name), describe_inactive(name, dead[name]))
 
 
-def _read_point(doc: Document, index: int, baseline: dict[str, Any], search: Searched) -> dict[str, Any]:
+def _read_point(
+    doc: Document, index: int, baseline: dict[str, Any], search: Searched
+) -> dict[str, Any]:
     where = ("points", index)
     point = _read_knobs(doc, where, doc.data["points"][index])
     for name, value in point.items():
         if name not in search:
             raise doc.error((*where, name), f"{name} must be a searched knob, got one that is not.")
         if not search[name].contains(value):
-            raise doc.error((*where, name), f"{name} must lie within its distribution ({search[name]}), got {value}.")
+            raise doc.error(
+                (*where, name),
+                f"{name} must lie within its distribution ({search[name]}), got {value}.",
+            )
     dead = inactive_knobs(TrainConfig(**{**baseline, **point}))
     for name in point:
         if name in dead:
@@ -206,16 +235,27 @@ def _read_point(doc: Document, index: int, baseline: dict[str, Any], search: Sea
 
 
 def _read_tier(
-    doc: Document, name: str, entry: TierText, baseline: dict[str, Any], search: Searched, is_recorded: bool
+    doc: Document,
+    name: str,
+    entry: TierText,
+    baseline: dict[str, Any],
+    search: Searched,
+    is_recorded: bool,
 ) -> Tier:
     where = ("budget", name)
     settings = _read_knobs(doc, (*where, "set"), entry.set)
     searched = entry.only if entry.only is not None else tuple(search)
     for i, knob in enumerate(searched):
         if knob not in search:
-            raise doc.error((*where, "only", i), f"{knob} must be a searched knob.{nearest_name(knob, tuple(search))}")
+            raise doc.error(
+                (*where, "only", i),
+                f"{knob} must be a searched knob.{nearest_name(knob, tuple(search))}",
+            )
         if knob in settings or knob in searched[:i]:
-            raise doc.error((*where, "only", i), f"{knob} must stand once in a tier, searched or set, got it twice.")
+            raise doc.error(
+                (*where, "only", i),
+                f"{knob} must stand once in a tier, searched or set, got it twice.",
+            )
     chosen = {knob: search[knob] for knob in searched}
     config = _check_tier(doc, where, {**baseline, **settings}, chosen, settings)
     problem = find_rungs_problem(entry.rungs, config.epochs)
@@ -238,9 +278,15 @@ def _check_tier(
         raise doc.error((*where, "set"), problem)
     config = TrainConfig(**values)
     if config.val_size == 0:
-        raise doc.error((*where, "set", "val_size"), "val_size >= 1 must hold in a search, got 0. Trials need it.")
+        raise doc.error(
+            (*where, "set", "val_size"),
+            "val_size >= 1 must hold in a search, got 0. Trials need it.",
+        )
     dead = find_inactive(config, search)
     for knob in (*settings, *search):
         if knob in dead:
-            raise doc.error((*where, "set" if knob in settings else "only", knob), describe_inactive(knob, dead[knob]))
+            raise doc.error(
+                (*where, "set" if knob in settings else "only", knob),
+                describe_inactive(knob, dead[knob]),
+            )
     return config

@@ -73,8 +73,13 @@ def find_inactive(baseline: TrainConfig, search: Searched) -> dict[str, str]:
     """The knobs that no combination of searched values brings to life, with the reason."""
     names = [name for name in DECIDING if name in search]
     combinations = itertools.product(*(search[name].ends for name in names))
-    found = [inactive_knobs(baseline.model_copy(update=dict(zip(names, c, strict=True)))) for c in combinations]
-    return {name: reason for name, reason in found[0].items() if all(name in dead for dead in found)}
+    found = [
+        inactive_knobs(baseline.model_copy(update=dict(zip(names, c, strict=True))))
+        for c in combinations
+    ]
+    return {
+        name: reason for name, reason in found[0].items() if all(name in dead for dead in found)
+    }
 
 
 def describe_inactive(name: str, reason: str) -> str:
@@ -91,7 +96,9 @@ def find_rungs_problem(rungs: tuple[int, ...], epochs: int) -> str | None:
     return None
 
 
-def find_fidelity_problem(budget: TrialBudget, baseline: TrainConfig, search: Searched) -> str | None:
+def find_fidelity_problem(
+    budget: TrialBudget, baseline: TrainConfig, search: Searched
+) -> str | None:
     """What is wrong with the cycles of a search that may try OneCycle, as a sentence: a score is taken after a warm-up,
     and every warm-up is longer than a step."""
     if budget.fidelity == "cycles/continue" and baseline.warm_restarts:
@@ -99,7 +106,11 @@ def find_fidelity_problem(budget: TrialBudget, baseline: TrainConfig, search: Se
     schedules = search["schedule"].ends if "schedule" in search else (baseline.schedule,)
     if "onecycle" not in schedules:
         return None
-    low, high = search["pct_start"].ends if "pct_start" in search else (baseline.pct_start, baseline.pct_start)
+    low, high = (
+        search["pct_start"].ends
+        if "pct_start" in search
+        else (baseline.pct_start, baseline.pct_start)
+    )
     batch_size = max(search["batch_size"].ends) if "batch_size" in search else baseline.batch_size
     first, last = budget.rungs[0], budget.rungs[-1]
     if budget.fidelity == "epochs" and first < last and first <= high * last:
@@ -108,7 +119,9 @@ def find_fidelity_problem(budget: TrialBudget, baseline: TrainConfig, search: Se
             "Within the warm-up a score says nothing yet."
         )
     lengths = {"cycles": first, "epochs": last}
-    shortest = lengths.get(budget.fidelity) or min(b - a for a, b in itertools.pairwise((0, *budget.rungs)))
+    shortest = lengths.get(budget.fidelity) or min(
+        b - a for a, b in itertools.pairwise((0, *budget.rungs))
+    )
     num_steps = shortest * -(-baseline.train_size // batch_size)
     if low * num_steps <= 1:
         return (
@@ -125,7 +138,11 @@ def parse_duration(text: str) -> float:
         ConfigError: for anything else, and for no time at all.
     """
     match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text.strip())
-    seconds = sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    seconds = (
+        sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+        if match
+        else 0
+    )
     if seconds == 0:
         raise ConfigError(f"duration: a time such as 90s, 8m or 1h30m must be given, got {text!r}.")
     return float(seconds)

@@ -78,7 +78,9 @@ class SearchSpace:
         if self.obstacle is not None:
             raise ConfigError(self.obstacle)
 
-    def limit(self, trials: int | None = None, max_time_seconds: float | None = None) -> SearchSpace:
+    def limit(
+        self, trials: int | None = None, max_time_seconds: float | None = None
+    ) -> SearchSpace:
         """The same space for a search of so many trials and so much time; None keeps what the file says.
 
         The sampler's startup stays: a search cut below it is a random one, as asked for.
@@ -105,15 +107,25 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
         ConfigError: for a pin that is unknown, out of range, dead or in conflict with the baseline.
     """
     if tier not in file.tiers:
-        raise SpaceError(f"tier: {' or '.join(TIERS)} must be given, got {tier!r}.{nearest_name(tier, TIERS)}")
-    chosen, pins = file.tiers[tier], {name: _read_pin(name, value) for name, value in (pinned or {}).items()}
+        raise SpaceError(
+            f"tier: {' or '.join(TIERS)} must be given, got {tier!r}.{nearest_name(tier, TIERS)}"
+        )
+    chosen, pins = (
+        file.tiers[tier],
+        {name: _read_pin(name, value) for name, value in (pinned or {}).items()},
+    )
     wanted = {name: file.search[name] for name in chosen.searched if name not in pins}
     baseline, dead = _apply_pins({**file.baseline, **chosen.settings}, pins, wanted)
     search = {name: entry for name, entry in wanted.items() if name not in dead}
-    rungs = (*(rung for rung in chosen.budget.rungs[:-1] if rung < baseline.epochs), baseline.epochs)
+    rungs = (
+        *(rung for rung in chosen.budget.rungs[:-1] if rung < baseline.epochs),
+        baseline.epochs,
+    )
     budget = chosen.budget.model_copy(update={"rungs": rungs})
     obstacle = _find_obstacle(baseline, search, budget)
-    if budget.fidelity == "cycles/continue" and "warm_restarts" not in pins:  # a pin stands: `train` obeys it
+    if (
+        budget.fidelity == "cycles/continue" and "warm_restarts" not in pins
+    ):  # a pin stands: `train` obeys it
         baseline = baseline.model_copy(update={"warm_restarts": rungs[:-1]})
     return SearchSpace(
         name=file.header.space,
@@ -135,7 +147,11 @@ def list_spaces() -> list[Path]:
     """The space files that can be named, each name once, s7 before s10."""
 
     def natural(path: Path) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.stem) if part]
+        return [
+            (int(part), "") if part.isdigit() else (-1, part)
+            for part in re.split(r"(\d+)", path.stem)
+            if part
+        ]
 
     found: dict[str, Path] = {}
     for folder in _space_folders():
@@ -153,7 +169,9 @@ def find_space(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith((".yaml", ".yml")):
         if not Path(text).is_file():
-            raise SpaceError(f"{text}: a space file must exist there, got none. `spaces list` shows the named ones.")
+            raise SpaceError(
+                f"{text}: a space file must exist there, got none. `spaces list` shows the named ones."
+            )
         return Path(text)
     known = {path.stem: path for path in list_spaces()}
     if text not in known:
@@ -171,7 +189,9 @@ def load_header(name_or_path: str | Path) -> SpaceHeader:
     return read_space(name_or_path).header
 
 
-def load_space(name_or_path: str | Path, tier: str = "full", pinned: dict[str, Any] | None = None) -> SearchSpace:
+def load_space(
+    name_or_path: str | Path, tier: str = "full", pinned: dict[str, Any] | None = None
+) -> SearchSpace:
     """Read, check and select: see `read_space` and `select_tier`."""
     return select_tier(read_space(name_or_path), tier, pinned)
 
@@ -207,7 +227,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     try:
         value = read_document(written, "--set").data
     except SpaceError as exc:
-        raise ConfigError(f"--set {name}: a number, a word or a list must be given, got {written!r}.") from exc
+        raise ConfigError(
+            f"--set {name}: a number, a word or a list must be given, got {written!r}."
+        ) from exc
     return name, _read_pin(name, value)
 
 
@@ -220,7 +242,9 @@ def make_distributions(search: Searched) -> dict[str, BaseDistribution]:
         if isinstance(entry, Choices):
             made[name] = CategoricalDistribution(entry.values)
         elif kind_of(name) is int:
-            made[name] = IntDistribution(int(entry.low), int(entry.high), log=entry.log, step=int(entry.step or 1))
+            made[name] = IntDistribution(
+                int(entry.low), int(entry.high), log=entry.log, step=int(entry.step or 1)
+            )
         else:
             made[name] = FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
     return made
@@ -248,7 +272,9 @@ def _read_pin(name: str, value: Any) -> Any:
     return normalise(name, value)
 
 
-def _apply_pins(values: dict[str, Any], pins: dict[str, Any], search: Searched) -> tuple[TrainConfig, dict[str, str]]:
+def _apply_pins(
+    values: dict[str, Any], pins: dict[str, Any], search: Searched
+) -> tuple[TrainConfig, dict[str, str]]:
     """The pinned baseline, and the knobs that are dead everywhere in what is left of the search."""
     if problem := find_conflict({**values, **pins}, {}):
         raise ConfigError(f"--set: {problem}")

@@ -24,7 +24,13 @@ from tune_cifar.errors import TrackingError
 from tune_cifar.record.events import Header, Origin, SearchResumed
 from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
 from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig, inactive_knobs
-from tune_cifar.tracking.store import create_experiment, find_experiment, make_client, place_experiment, search_runs
+from tune_cifar.tracking.store import (
+    create_experiment,
+    find_experiment,
+    make_client,
+    place_experiment,
+    search_runs,
+)
 from tune_cifar.tracking.views import MAX_TAG_CHARACTERS, make_experiment_tags
 
 # Metrics of a child run, one point per epoch; the metric's step counts the epochs of all cycles. A complete trial has
@@ -81,12 +87,16 @@ class SearchRuns:
         TrackingError: when the store is a SQLite file that cannot be there, or the experiment is deleted.
     """
 
-    def __init__(self, tracking_uri: str, storage: Path, state: SearchState, is_running: bool) -> None:
+    def __init__(
+        self, tracking_uri: str, storage: Path, state: SearchState, is_running: bool
+    ) -> None:
         self._client = make_client(tracking_uri)
         self._header, self._folder = state.header, state.folder
         self._is_running = is_running
         header = state.header
-        self._experiment, self._artifacts = place_experiment(tracking_uri, storage, header.space, header.data.name)
+        self._experiment, self._artifacts = place_experiment(
+            tracking_uri, storage, header.space, header.data.name
+        )
         self._experiment_id: str | None = None
         self._experiment_tags: dict[str, str] = {}
         if (found := find_experiment(self._client, self._experiment)) is not None:
@@ -103,7 +113,9 @@ class SearchRuns:
         header = self._header
         self._open_experiment()
         if self.parent is None:
-            self.parent = self._create_run(header.name, to_ms(header.created), {"kind": header.kind})
+            self.parent = self._create_run(
+                header.name, to_ms(header.created), {"kind": header.kind}
+            )
         elif self._is_running and self.parent.status != "RUNNING":
             self._client.update_run(self.parent.run_id, "RUNNING")
             self.parent.status = "RUNNING"
@@ -118,7 +130,10 @@ class SearchRuns:
         if self._is_running:
             tags["end"] = ""
         if self._find_news(self.parent, tags):
-            dump = {f"resume-{number}.json": event.model_dump_json(indent=2) for number, event in enumerate(resumes, 1)}
+            dump = {
+                f"resume-{number}.json": event.model_dump_json(indent=2)
+                for number, event in enumerate(resumes, 1)
+            }
             dump["space.yaml"] = header.space_text
             dump["numerics.json"] = header.numerics.model_dump_json(indent=2)
             dump["header.json"] = header.model_dump_json(indent=2)
@@ -140,7 +155,9 @@ class SearchRuns:
             run.status = "RUNNING"
         dead = inactive_knobs(trial.full_config)
         knobs = trial.full_config.model_dump(mode="json").items()
-        params = {knob: str(value) for knob, value in knobs if knob not in dead and knob not in run.params}
+        params = {
+            knob: str(value) for knob, value in knobs if knob not in dead and knob not in run.params
+        }
         tags = self._make_parent_tags() | {
             "status": trial.status,
             "epochs_done": str(trial.epochs_done),
@@ -150,13 +167,18 @@ class SearchRuns:
         if ended:
             tags["reason"] = trial.reason
         if trial.retries:
-            tags |= {"retries": str(len(trial.retries)), "faults": ", ".join(retry.fault for retry in trial.retries)}
+            tags |= {
+                "retries": str(len(trial.retries)),
+                "faults": ", ".join(retry.fault for retry in trial.retries),
+            }
         self._log(run, tags, _make_metrics(trial, self._header, run.epochs_done), params)
         if ended:
             self._close_run(run, RUN_STATUS[trial.status], _find_end(trial, self._header))
         return True
 
-    def log_evaluation(self, trial: TrialState, evaluation: Mapping[str, Any], files: Sequence[Path]) -> bool:
+    def log_evaluation(
+        self, trial: TrialState, evaluation: Mapping[str, Any], files: Sequence[Path]
+    ) -> bool:
         """Put an evaluation's files and figures on its trial's run; False when the run is not there. Creates none, so
         another process may be shipping the search."""
         from mlflow.entities import Metric
@@ -166,9 +188,19 @@ class SearchRuns:
             return False
         self._log_artifacts(run, {file.name: file for file in files}, f"judge/{evaluation['part']}")
         prefix, now = PART_PREFIX[evaluation["part"]], _find_end(trial, self._header)
-        values = {f"{prefix}_acc_{found['name']}": found["accuracy"] for found in evaluation["classes"]}
+        values = {
+            f"{prefix}_acc_{found['name']}": found["accuracy"] for found in evaluation["classes"]
+        }
         values[f"{prefix}_ece"] = evaluation["ece"]
-        self._log(run, {}, [Metric(name, v, now, trial.epochs_done) for name, v in values.items() if v is not None])
+        self._log(
+            run,
+            {},
+            [
+                Metric(name, v, now, trial.epochs_done)
+                for name, v in values.items()
+                if v is not None
+            ],
+        )
         return True
 
     def is_whole(self, trial: TrialState) -> bool:
@@ -176,7 +208,9 @@ class SearchRuns:
         run = self.children.get(trial.number)
         if run is None or self._find_news(run, self._make_parent_tags() | {"status": trial.status}):
             return False
-        is_in_state = run.status == RUN_STATUS[trial.status] or (trial.status == "running" and not self._is_running)
+        is_in_state = run.status == RUN_STATUS[trial.status] or (
+            trial.status == "running" and not self._is_running
+        )
         return is_in_state and run.epochs_done == trial.epochs_done
 
     def close(self, state: SearchState) -> int:
@@ -195,19 +229,26 @@ class SearchRuns:
                 self._close_run(run, "KILLED", end)
         end = _find_search_end(state)
         finished = state.finished
-        tags = {"end": finished.reason if finished else "driver died", "events": str(state.num_events)}
+        tags = {
+            "end": finished.reason if finished else "driver died",
+            "events": str(state.num_events),
+        }
         metrics, best = {}, state.best
         if best is not None and best.score is not None:
             self._upload_weights(best)
             tags["best_run_id"] = best.run_id
             metrics["best_val_acc"] = best.score
             if state.baseline_score is not None:
-                metrics["gain_over_baseline"] = round(best.score - state.baseline_score, 9)  # no 0.09700000000000003
+                metrics["gain_over_baseline"] = round(
+                    best.score - state.baseline_score, 9
+                )  # no 0.09700000000000003
         status = "KILLED" if finished is None or finished.reason == INTERRUPTED else "FINISHED"
         if self.parent.status != status or self._find_news(self.parent, tags):
             from mlflow.entities import Metric
 
-            points = [Metric(name, value, end, len(state.resumes)) for name, value in metrics.items()]
+            points = [
+                Metric(name, value, end, len(state.resumes)) for name, value in metrics.items()
+            ]
             self._log(self.parent, tags, points)
             self._close_run(self.parent, status, end)
         return sum(not run.is_new for run in left)
@@ -228,7 +269,9 @@ class SearchRuns:
             run = Run(found.info.run_id, found.info.status, tags, frozenset(found.data.params))
             groups.setdefault(int(tags["trial"]) if "trial" in tags else None, []).append(run)
         for number, runs in groups.items():
-            first, *others = sorted(runs, key=lambda run: (run.status == "RUNNING", -run.epochs_done, run.run_id))
+            first, *others = sorted(
+                runs, key=lambda run: (run.status == "RUNNING", -run.epochs_done, run.run_id)
+            )
             self._doubles += others
             if number is None:
                 self.parent = first
@@ -239,7 +282,9 @@ class SearchRuns:
         """Have the experiment, and what its page opens on. Tags that are there stay as they are."""
         tags = make_experiment_tags(self._header)
         if self._experiment_id is None:
-            self._experiment_id = create_experiment(self._client, self._experiment, self._artifacts, tags)
+            self._experiment_id = create_experiment(
+                self._client, self._experiment, self._artifacts, tags
+            )
         else:
             for name in tags.keys() - self._experiment_tags.keys():
                 self._client.set_experiment_tag(self._experiment_id, name, tags[name])
@@ -266,7 +311,9 @@ class SearchRuns:
             "mlflow.note.content": f"{ORIGIN_WORDS[trial.origin]} `python -m tune_cifar reproduce {trial.run_id}`",
         }
         # The number first: MLflow's page cuts long names off.
-        return self._create_run(f"{trial.number:03d} {self._header.name}", _find_start(trial, self._header), tags)
+        return self._create_run(
+            f"{trial.number:03d} {self._header.name}", _find_start(trial, self._header), tags
+        )
 
     def _dump_trial(self, trial: TrialState) -> dict[str, str | Path]:
         environment = trial.driver.environment | {"split_hash": self._header.data.split_hash}
@@ -289,7 +336,11 @@ class SearchRuns:
             self._log(run, tags)
 
     def _log(
-        self, run: Run, tags: dict[str, str], metrics: Sequence[Any] = (), params: Mapping[str, str] | None = None
+        self,
+        run: Run,
+        tags: dict[str, str],
+        metrics: Sequence[Any] = (),
+        params: Mapping[str, str] | None = None,
     ) -> None:
         """One call as a rule. The tags come last: they tell what else is there."""
         from mlflow.entities import Param, RunTag
@@ -299,7 +350,9 @@ class SearchRuns:
             self._client.log_batch(run.run_id, metrics[:METRICS_PER_BATCH])
             metrics = metrics[METRICS_PER_BATCH:]
         made = [Param(name, value) for name, value in (params or {}).items()]
-        self._client.log_batch(run.run_id, metrics, made, [RunTag(name, value) for name, value in news.items()])
+        self._client.log_batch(
+            run.run_id, metrics, made, [RunTag(name, value) for name, value in news.items()]
+        )
         run.params |= frozenset(params or {})
         run.tags |= news
 
@@ -312,7 +365,9 @@ class SearchRuns:
         self._client.set_terminated(run.run_id, status, end)
         run.status = status
 
-    def _log_artifacts(self, run: Run, files: Mapping[str, str | Path], path: str | None = None) -> None:
+    def _log_artifacts(
+        self, run: Run, files: Mapping[str, str | Path], path: str | None = None
+    ) -> None:
         """All in one call, into one folder of the artifacts: texts, and copies of files."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
@@ -330,7 +385,9 @@ def _make_metrics(trial: TrialState, header: Header, since: int) -> list[Any]:
         now += 1000 * result.epoch_seconds
         if number > since:
             values = {name: getattr(result, name) for name in EPOCH_METRICS}
-            metrics += [Metric(name, v, round(now), number) for name, v in values.items() if v is not None]
+            metrics += [
+                Metric(name, v, round(now), number) for name, v in values.items() if v is not None
+            ]
     if trial.score is not None and trial.status == "complete":
         metrics.append(Metric("score", trial.score, round(now), trial.epochs_done))
     return metrics
@@ -347,7 +404,10 @@ def _find_start(trial: TrialState, header: Header) -> int:
 
 def _find_end(trial: TrialState, header: Header) -> int:
     """As recorded, but not before its last epoch: clocks are set back."""
-    last = round(_find_start(trial, header) + sum(1000 * result.epoch_seconds for _, result in trial.trained_epochs))
+    last = round(
+        _find_start(trial, header)
+        + sum(1000 * result.epoch_seconds for _, result in trial.trained_epochs)
+    )
     return max(last, to_ms(trial.ended)) if trial.ended else last
 
 
@@ -380,12 +440,21 @@ def read_trials(tracking_uri: str, search: str) -> list[dict[str, Any]]:
     path = client.download_artifacts(parent.info.run_id, "header.json")
     header = Header.model_validate_json(Path(path).read_text(encoding="utf-8"))
     # Of two copies, as a server makes them that answers too late, the fuller one.
-    runs.sort(key=lambda run: (run.info.status != "RUNNING", int(run.data.tags.get("epochs_done", 0))))
+    runs.sort(
+        key=lambda run: (run.info.status != "RUNNING", int(run.data.tags.get("epochs_done", 0)))
+    )
     trials = {int(run.data.tags["trial"]): run for run in runs if "trial" in run.data.tags}
-    ended = {number: run for number, run in trials.items() if run.data.tags.get("status", "running") != "running"}
+    ended = {
+        number: run
+        for number, run in trials.items()
+        if run.data.tags.get("status", "running") != "running"
+    }
     ends = sorted((run.info.end_time or 0, number) for number, run in ended.items())
     ranks = {number: rank for rank, (_, number) in enumerate(ends, start=1)}
-    return [_read_trial(trials[number], header) | {"ended_seq": ranks.get(number)} for number in sorted(trials)]
+    return [
+        _read_trial(trials[number], header) | {"ended_seq": ranks.get(number)}
+        for number in sorted(trials)
+    ]
 
 
 def _read_trial(run: Any, header: Header) -> dict[str, Any]:

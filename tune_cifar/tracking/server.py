@@ -40,19 +40,36 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
     if port is None:
         port = _find_port()
     elif _is_listening(port):
-        raise TrackingError(f"--port: a free port must be given, got {port}, which is in use. Leave it out.")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri, "--workers", "1"]
+        raise TrackingError(
+            f"--port: a free port must be given, got {port}, which is in use. Leave it out."
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        tracking_uri,
+        "--workers",
+        "1",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-opts", "--log-level warning"]
     environment = os.environ | MLFLOW_ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with tempfile.TemporaryFile() as said:  # what its libraries deprecate, and why it ended
-        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=said, stderr=said
+        )
         try:
             while not _is_listening(port):
                 if process.poll() is not None:
                     said.seek(0)
                     lines = said.read().decode(errors="replace").splitlines()
-                    fault = hide_credentials(next((line for line in reversed(lines) if "Error" in line), "no word"))
-                    raise TrackingError(f"ui: MLflow must keep running, got exit status {process.returncode}: {fault}.")
+                    fault = hide_credentials(
+                        next((line for line in reversed(lines) if "Error" in line), "no word")
+                    )
+                    raise TrackingError(
+                        f"ui: MLflow must keep running, got exit status {process.returncode}: {fault}."
+                    )
                 time.sleep(0.1)
         except BaseException:
             stop_ui(process)
@@ -88,7 +105,9 @@ def _find_port() -> int:
     """The same one whenever it can be had: a browser keeps the page's layout by its address."""
     for port in (UI_PORT, 0):
         with socket.socket() as free, suppress(OSError):
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not kept by connections that are closing
+            free.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # not kept by connections that are closing
             free.bind(("127.0.0.1", port))
             return int(free.getsockname()[1])
     raise TrackingError("--port: a port must be free on loopback, got none.")

@@ -41,7 +41,9 @@ def make_client(tracking_uri: str) -> Any:
     Raises:
         TrackingError: when a SQLite database cannot be written; MLflow itself would try for minutes.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()})
+    os.environ.update(
+        {name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()}
+    )
     path = find_sqlite_file(tracking_uri)
     if path is not None:
         _check_sqlite(path)
@@ -57,7 +59,11 @@ def make_client(tracking_uri: str) -> Any:
 
 def find_sqlite_file(tracking_uri: str) -> Path | None:
     """The database file of a SQLite address, None for a server's."""
-    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
+    return (
+        Path(tracking_uri.removeprefix("sqlite:///"))
+        if tracking_uri.startswith("sqlite:///")
+        else None
+    )
 
 
 def _check_sqlite(path: Path) -> None:
@@ -66,7 +72,9 @@ def _check_sqlite(path: Path) -> None:
         with closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_SECONDS)) as database:
             database.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as exc:
-        raise TrackingError(f"{path}: a SQLite database must be writable there, got: {exc}") from exc
+        raise TrackingError(
+            f"{path}: a SQLite database must be writable there, got: {exc}"
+        ) from exc
 
 
 def _initialise_sqlite(path: Path) -> None:
@@ -87,10 +95,14 @@ def _initialise_sqlite(path: Path) -> None:
             new.unlink(missing_ok=True)
 
 
-def place_experiment(tracking_uri: str, storage: Path, space: str, data_name: str) -> tuple[str, str | None]:
+def place_experiment(
+    tracking_uri: str, storage: Path, space: str, data_name: str
+) -> tuple[str, str | None]:
     """The name of a space's experiment (the stand-in has one of its own), and its folder where no server keeps it."""
     name = space if data_name == "cifar10" else f"{space} ({data_name})"
-    return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith("sqlite:") else None
+    return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith(
+        "sqlite:"
+    ) else None
 
 
 def find_experiment(client: Any, name: str) -> tuple[str, dict[str, str]] | None:
@@ -100,7 +112,9 @@ def find_experiment(client: Any, name: str) -> tuple[str, dict[str, str]] | None
         return None
     if found.lifecycle_stage != "active":
         hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
-        raise TrackingError(f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}")
+        raise TrackingError(
+            f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}"
+        )
     return str(found.experiment_id), dict(found.tags)
 
 
@@ -116,7 +130,9 @@ def create_experiment(client: Any, name: str, artifacts: str | None, tags: dict[
 def list_experiments(client: Any) -> list[tuple[str, str, dict[str, str]]]:
     """Name, id and tags of the experiments, the one that was changed last first."""
     found = client.search_experiments(order_by=["last_update_time DESC"])
-    return [(experiment.name, experiment.experiment_id, dict(experiment.tags)) for experiment in found]
+    return [
+        (experiment.name, experiment.experiment_id, dict(experiment.tags)) for experiment in found
+    ]
 
 
 def search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) -> Iterator[Any]:
@@ -124,7 +140,9 @@ def search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) ->
     filter_string = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
     token: str | None = None
     while experiments:
-        page = client.search_runs(experiments, filter_string, max_results=RUNS_PER_PAGE, page_token=token)
+        page = client.search_runs(
+            experiments, filter_string, max_results=RUNS_PER_PAGE, page_token=token
+        )
         yield from page
         token = page.token
         if not token:
@@ -133,10 +151,14 @@ def search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) ->
 
 def describe_error(exc: Exception) -> str:
     """The kind of a fault and the first line that tells of it, of an HTTP request's only its cause; no credentials."""
-    lines = [line for line in str(exc).strip().splitlines() if not line.startswith(SQLALCHEMY_CHATTER)]
+    lines = [
+        line for line in str(exc).strip().splitlines() if not line.startswith(SQLALCHEMY_CHATTER)
+    ]
     text = lines[0] if lines else "no words"
     cause = re.search(r"\(Caused by (.+)\)", text)
-    return hide_credentials(f"{type(exc).__name__}: {cause[1] if cause else text}")[:MAX_FAULT_CHARACTERS]
+    return hide_credentials(f"{type(exc).__name__}: {cause[1] if cause else text}")[
+        :MAX_FAULT_CHARACTERS
+    ]
 
 
 @contextmanager

@@ -88,7 +88,9 @@ class BackgroundUploader:
         """Listener for record events; returns at once."""
         with self._changed:
             self._state = state
-            if isinstance(event, TrialEnded) or (isinstance(event, EpochReported) and self._is_rung(state, event)):
+            if isinstance(event, TrialEnded) or (
+                isinstance(event, EpochReported) and self._is_rung(state, event)
+            ):
                 self._pending[event.trial] = _pack_trial(state.trials[event.trial])
                 self._changed.notify()
                 self._is_due = True
@@ -99,7 +101,11 @@ class BackgroundUploader:
         as running are closed: no driver holds the search any more."""
         with self._changed:
             if self._is_due:
-                going = {number: trial for number, trial in self._state.trials.items() if trial.status == "running"}
+                going = {
+                    number: trial
+                    for number, trial in self._state.trials.items()
+                    if trial.status == "running"
+                }
                 self._pending |= _pack_trials(replace(self._state, trials=going))
                 self._end = {END: partial(SearchRuns.close, state=_copy_state(self._state))}
             self._is_closing = True
@@ -107,15 +113,23 @@ class BackgroundUploader:
         self._thread.join(timeout_seconds)
         way_out = f"The record is whole. Complete MLflow from it: {self._uploader.way_out}"
         if self._thread.is_alive():
-            return [f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {way_out}"]
+            return [
+                f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {way_out}"
+            ]
         if not self._pending:
             return []
-        return [f"MLflow must take all runs, got {len(self._pending)} left over: {self._uploader.fault}. {way_out}"]
+        return [
+            f"MLflow must take all runs, got {len(self._pending)} left over: {self._uploader.fault}. {way_out}"
+        ]
 
     def _is_rung(self, state: SearchState, event: EpochReported) -> bool:
         """The last epoch is no rung: the trial's end follows."""
         epoch = event.result.epoch
-        return epoch in self._rungs and event.score is not None and epoch < state.trials[event.trial].full_config.epochs
+        return (
+            epoch in self._rungs
+            and event.score is not None
+            and epoch < state.trials[event.trial].full_config.epochs
+        )
 
     def _run(self) -> None:
         pause, rounds = SETTLE_SECONDS, LAST_ROUNDS
@@ -127,9 +141,19 @@ class BackgroundUploader:
                     pending, is_closing = self._pending | self._end, self._is_closing
                 left = self._uploader.upload(pending)
                 with self._changed:
-                    news = {key: item for key, item in self._pending.items() if pending.get(key) is not item}
-                    self._pending = news | {key: item for key, item in left.items() if key not in news}
-                pause = min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS) if left else SETTLE_SECONDS
+                    news = {
+                        key: item
+                        for key, item in self._pending.items()
+                        if pending.get(key) is not item
+                    }
+                    self._pending = news | {
+                        key: item for key, item in left.items() if key not in news
+                    }
+                pause = (
+                    min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+                    if left
+                    else SETTLE_SECONDS
+                )
                 if is_closing:
                     rounds = rounds - 1 if left else 0
 
@@ -184,7 +208,9 @@ def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
         return SearchRuns(tracking_uri, storage, state, is_running=False).delete()
 
 
-def upload_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
+def upload_lr_range(
+    tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path
+) -> None:
     """Log an LR range test as a run of its own (see mlruns.py).
 
     Raises:
@@ -299,7 +325,9 @@ class _Uploader:
                 self.results[key] = self.results.get(key, 0) + shipment(runs)
                 self._on_upload()
                 num_faults = 0
-            except Exception as exc:  # whatever MLflow raises, the search goes on; the summary tells
+            except (
+                Exception
+            ) as exc:  # whatever MLflow raises, the search goes on; the summary tells
                 self.fault, self._has_failed, self._runs = describe_error(exc), True, None
                 failed[key] = shipment
                 num_faults += 1
@@ -316,7 +344,9 @@ class _Uploader:
 
 def _pack_trials(state: SearchState) -> dict[int, Upload]:
     """A shipment for every trial that has something to tell."""
-    told = (trial for trial in state.trials.values() if trial.status != "running" or trial.epochs_done)
+    told = (
+        trial for trial in state.trials.values() if trial.status != "running" or trial.epochs_done
+    )
     return {trial.number: _pack_trial(trial) for trial in told}
 
 
@@ -342,18 +372,34 @@ def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], fo
     from mlflow.entities import Metric, Param
 
     client, now = make_client(tracking_uri), to_ms(report["created"])
-    name, artifacts = place_experiment(tracking_uri, storage, report["space"], report["data"]["name"])
+    name, artifacts = place_experiment(
+        tracking_uri, storage, report["space"], report["data"]["name"]
+    )
     found = find_experiment(client, name)
     experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
-    points = [(f"lr_{key.replace('/', '_over_')}", found["lr"], 0) for key, found in report["estimators"].items()]
+    points = [
+        (f"lr_{key.replace('/', '_over_')}", found["lr"], 0)
+        for key, found in report["estimators"].items()
+    ]
     for sweep in report["sweeps"]:
-        points += [(f"loss_seed_{sweep['seed']}", loss, step) for step, loss in enumerate(sweep["losses"], 1)]
+        points += [
+            (f"loss_seed_{sweep['seed']}", loss, step)
+            for step, loss in enumerate(sweep["losses"], 1)
+        ]
     metrics = [Metric(key, value, now, step) for key, value, step in points if value is not None]
-    tags = {"kind": "lr_range", "tier": report["tier"], "data": report["data"]["name"], "verdict": report["verdict"]}
+    tags = {
+        "kind": "lr_range",
+        "tier": report["tier"],
+        "data": report["data"]["name"],
+        "verdict": report["verdict"],
+    }
     tags |= {"mlflow.note.content": f"`{report['command']}`"[:MAX_TAG_CHARACTERS]}
     run_id = client.create_run(experiment_id, now, tags, report["name"]).info.run_id
     try:
-        client.log_batch(run_id, params=[Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]])
+        client.log_batch(
+            run_id,
+            params=[Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]],
+        )
         for start in range(0, len(metrics), METRICS_PER_BATCH):
             client.log_batch(run_id, metrics[start : start + METRICS_PER_BATCH])
         client.log_artifacts(run_id, str(folder))

@@ -40,14 +40,21 @@ def make_experiment_tags(header: Header) -> dict[str, str]:
     }
     if not header.distributions:
         return tags
-    figures = ["metrics.`best_val_acc`", "metrics.`gain_over_baseline`", "metrics.`val_acc`", "tags.`status`"]
+    figures = [
+        "metrics.`best_val_acc`",
+        "metrics.`gain_over_baseline`",
+        "metrics.`val_acc`",
+        "tags.`status`",
+    ]
     nested = _make_state("attributes.start_time", figures)
     tags[f"{OUR_VIEWS}searches"] = _make_view("Searches", header, nested)
     knobs = list(header.distributions)
     figures = ["metrics.`score`", "metrics.`val_acc`", "tags.`status`", "tags.`epochs_done`"]
     trials = _make_state("metrics.`score`", [*figures, *(f"params.`{knob}`" for knob in knobs)])
     tier = header.tier or "full"
-    tags[f"{OUR_VIEWS}trials_{tier}"] = _make_view(f"Trials, best first ({tier})", header, trials | _make_charts(knobs))
+    tags[f"{OUR_VIEWS}trials_{tier}"] = _make_view(
+        f"Trials, best first ({tier})", header, trials | _make_charts(knobs)
+    )
     return {name: text for name, text in tags.items() if len(text) <= MAX_TAG_CHARACTERS}
 
 
@@ -86,19 +93,36 @@ def _make_state(order: str, columns: list[str]) -> dict[str, Any]:
 
 def _make_charts(knobs: list[str]) -> dict[str, Any]:
     """The charts beside the table: the knobs in parallel coordinates, coloured by val_acc; then the curves."""
-    parallel = {"type": "PARALLEL", "selectedParams": knobs, "selectedMetrics": ["val_acc"], "showAllRuns": False}
-    curve = {"type": "LINE", "xAxisKey": "step", "xAxisScaleType": "linear", "scaleType": "linear", "lineSmoothness": 0}
+    parallel = {
+        "type": "PARALLEL",
+        "selectedParams": knobs,
+        "selectedMetrics": ["val_acc"],
+        "showAllRuns": False,
+    }
+    curve = {
+        "type": "LINE",
+        "xAxisKey": "step",
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "lineSmoothness": 0,
+    }
     curves = [{**curve, "metricKey": name, "selectedMetricKeys": [name]} for name in CURVES]
     charts = [(parallel, "knobs"), *((found, "curves") for found in curves)]
     ours = {"deleted": False, "isGenerated": False}
     return {
         "isAccordionReordered": True,  # else by name
         "compareRunCharts": [
-            {"uuid": f"{section}-{number}", "metricSectionId": section, "runsCountToCompare": 100} | chart | ours
+            {"uuid": f"{section}-{number}", "metricSectionId": section, "runsCountToCompare": 100}
+            | chart
+            | ours
             for number, (chart, section) in enumerate(charts)
         ],
         "compareRunSections": [
-            {"uuid": uuid, "name": name, "columns": columns, "display": True, "isReordered": False} | ours
-            for uuid, name, columns in (("knobs", "Knobs and val_acc", 1), ("curves", "Epoch by epoch", 3))
+            {"uuid": uuid, "name": name, "columns": columns, "display": True, "isReordered": False}
+            | ours
+            for uuid, name, columns in (
+                ("knobs", "Knobs and val_acc", 1),
+                ("curves", "Epoch by epoch", 3),
+            )
         ],
     }

@@ -53,9 +53,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as exc:  # torch and pickle raise many kinds
-        raise CheckpointError(f"{path}: tensors and plain values must be in it, got something else.") from exc
+        raise CheckpointError(
+            f"{path}: tensors and plain values must be in it, got something else."
+        ) from exc
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: a training's state must be in it, got a {type(state).__name__}.")
+        raise CheckpointError(
+            f"{path}: a training's state must be in it, got a {type(state).__name__}."
+        )
     return state
 
 
@@ -68,14 +72,20 @@ def _read_payload(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as exc:
-        raise CheckpointError(f"{path}: a readable file must be there, got {exc.strerror}.") from exc
+        raise CheckpointError(
+            f"{path}: a readable file must be there, got {exc.strerror}."
+        ) from exc
     payload = content[len(MAGIC) + 65 :]
     if not payload or not content.startswith(_make_head(payload)):
-        raise CheckpointError(f"{path}: the checksum must match, got a torn or altered file. Use the one before it.")
+        raise CheckpointError(
+            f"{path}: the checksum must match, got a torn or altered file. Use the one before it."
+        )
     return payload
 
 
-def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_weights(
+    path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """A model's state_dict as safetensors, contiguous on the CPU, written atomically.
 
     Raises:
@@ -94,7 +104,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = load_file(path)
     except Exception as exc:  # safetensors raises its own and the system's errors
-        raise CheckpointError(f"{path}: whole safetensors weights must be there, got: {exc}") from exc
+        raise CheckpointError(
+            f"{path}: whole safetensors weights must be there, got: {exc}"
+        ) from exc
     return weights
 
 
@@ -108,7 +120,9 @@ def load_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except Exception as exc:  # safetensors raises its own and the system's errors
-        raise CheckpointError(f"{path}: whole safetensors weights must be there, got: {exc}") from exc
+        raise CheckpointError(
+            f"{path}: whole safetensors weights must be there, got: {exc}"
+        ) from exc
 
 
 class CheckpointFolder:
@@ -120,7 +134,9 @@ class CheckpointFolder:
         keep: how many of the newest stay.
     """
 
-    def __init__(self, folder: Path, every_seconds: float = CHECKPOINT_SECONDS, keep: int = 2) -> None:
+    def __init__(
+        self, folder: Path, every_seconds: float = CHECKPOINT_SECONDS, keep: int = 2
+    ) -> None:
         self.folder = folder
         self._every_seconds = every_seconds
         self._keep = keep
@@ -199,4 +215,6 @@ def _write(path: Path, content: bytes) -> None:
         write_atomically(path, content)
     except OSError as exc:
         kind = DiskFullError if exc.errno in DISK_FULL else CheckpointError
-        raise kind(f"{path}: the file must reach the disk, got {exc.strerror!r}. Make room.") from exc
+        raise kind(
+            f"{path}: the file must reach the disk, got {exc.strerror!r}. Make room."
+        ) from exc

@@ -42,7 +42,9 @@ MAX_DISAGREEMENT = 10.0
 # What --write proposes goes so far beyond the lowest and the highest estimator.
 RANGE_FACTOR = 10.0
 # The schema's bound of max_lr; its lower one is 0.
-HIGHEST_LR = next(rule.le for rule in TrainConfig.model_fields["max_lr"].metadata if hasattr(rule, "le"))
+HIGHEST_LR = next(
+    rule.le for rule in TrainConfig.model_fields["max_lr"].metadata if hasattr(rule, "le")
+)
 
 Floats = NDArray[np.float64]
 
@@ -109,7 +111,9 @@ def smooth(log_lrs: Floats, losses: Floats, at: Floats | None = None) -> tuple[F
     centres = (weights * offsets).sum(axis=1)
     deviations = weights * (offsets - centres[:, None])
     variances = (deviations * offsets).sum(axis=1)
-    slopes = np.divide(deviations @ losses, variances, out=np.zeros_like(centres), where=variances > 1e-12)
+    slopes = np.divide(
+        deviations @ losses, variances, out=np.zeros_like(centres), where=variances > 1e-12
+    )
     return weights @ losses - slopes * centres, slopes
 
 
@@ -172,7 +176,9 @@ class Estimate:
 
 
 STILL_FALLING = "the loss must rise again before the sweep's end, got none of it; raise --high"
-FALLS_AT_ONCE = "the sweep must start before the loss falls, got a start within the fall; lower --low"
+FALLS_AT_ONCE = (
+    "the sweep must start before the loss falls, got a start within the fall; lower --low"
+)
 
 
 def find_steepest(curve: Curve) -> Estimate:
@@ -184,7 +190,10 @@ def find_steepest(curve: Curve) -> Estimate:
     index = curve.first + int(curve.slopes[curve.first : curve.lowest + 1].argmin())
     # At the very end of a sweep the slope is little more than noise, and beyond it may be steeper.
     if curve.lrs[index] > curve.lrs[-1] / 10**SMOOTHING_DECADES:
-        return Estimate(None, "the steepest fall must lie within the sweep, got it at the end; raise --high or --steps")
+        return Estimate(
+            None,
+            "the steepest fall must lie within the sweep, got it at the end; raise --high or --steps",
+        )
     return Estimate(curve.lrs[index])
 
 
@@ -263,14 +272,15 @@ class Summary:
         if self.suggestion is None:
             factor = f"{self.disagreement:.3g}, more than {MAX_DISAGREEMENT:g}"
             return f"no suggestion: the estimators disagree by a factor of {factor}: {values}"
-        return (
-            f"suggestion: max_lr {self.suggestion:.2e}; the estimators lie within a factor of {self.disagreement:.3g}"
-        )
+        return f"suggestion: max_lr {self.suggestion:.2e}; the estimators lie within a factor of {self.disagreement:.3g}"
 
 
 def summarise(curves: Sequence[Curve]) -> Summary:
     """Read every curve with every estimator, and say whether the estimators agree."""
-    found = {name: _summarise_seeds([find(curve) for curve in curves]) for name, find in ESTIMATORS.items()}
+    found = {
+        name: _summarise_seeds([find(curve) for curve in curves])
+        for name, find in ESTIMATORS.items()
+    }
     lrs = [estimate.lr for estimate in found.values() if estimate.lr is not None]
     disagreement = max(lrs) / min(lrs) if len(lrs) >= 2 else None
     agree = disagreement is not None and disagreement <= MAX_DISAGREEMENT

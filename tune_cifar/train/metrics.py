@@ -96,7 +96,11 @@ class Evaluation:
     @property
     def never_predicted(self) -> list[str]:
         """Names of the classes that have images and are never the answer."""
-        return [figures.name for figures in self.classes if figures.num_images and not figures.num_predicted]
+        return [
+            figures.name
+            for figures in self.classes
+            if figures.num_images and not figures.num_predicted
+        ]
 
     @property
     def warnings(self) -> list[str]:
@@ -104,7 +108,9 @@ class Evaluation:
         sentences = []
         if never := self.never_predicted:
             are = "is" if len(never) == 1 else "are"
-            sentences.append(f"{len(never)} of {len(self.classes)} classes {are} never predicted: {', '.join(never)}.")
+            sentences.append(
+                f"{len(never)} of {len(self.classes)} classes {are} never predicted: {', '.join(never)}."
+            )
         if absent := [figures.name for figures in self.classes if not figures.num_images]:
             sentences.append(f"No image was judged of: {', '.join(absent)}.")
         if not math.isfinite(self.loss):
@@ -158,14 +164,20 @@ def load_evaluation(file: Path) -> Evaluation:
 def measure_logits(logits_NK: Tensor, labels_N: Tensor) -> tuple[float, float]:
     """Mean cross-entropy per image (no label smoothing) and accuracy. Waits for the device at the end only."""
     loss = torch.zeros((), dtype=torch.float64, device=logits_NK.device)
-    parts = zip(torch.split(logits_NK, NUM_IMAGES_PER_SUM), torch.split(labels_N, NUM_IMAGES_PER_SUM), strict=True)
+    parts = zip(
+        torch.split(logits_NK, NUM_IMAGES_PER_SUM),
+        torch.split(labels_N, NUM_IMAGES_PER_SUM),
+        strict=True,
+    )
     for logits, labels in parts:
         loss += F.cross_entropy(logits, labels, reduction="sum")
     num_correct = (logits_NK.argmax(1) == labels_N).sum()
     return loss.item() / len(labels_N), num_correct.item() / len(labels_N)
 
 
-def evaluate_logits(logits_NK: Tensor, labels_N: Tensor, class_names: Sequence[str], part: Part) -> Evaluation:
+def evaluate_logits(
+    logits_NK: Tensor, labels_N: Tensor, class_names: Sequence[str], part: Part
+) -> Evaluation:
     """Judge the answers to at least one image.
 
     Args:
@@ -199,10 +211,16 @@ def find_evaluation_folder(storage: Path, run_id: str, part: Part) -> Path:
 
 
 def _make_classes(confusion: Tensor, class_names: Sequence[str]) -> tuple[ClassFigures, ...]:
-    num_right, num_true, num_predicted = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    num_right, num_true, num_predicted = (
+        confusion.diag().tolist(),
+        confusion.sum(1).tolist(),
+        confusion.sum(0).tolist(),
+    )
     return tuple(
         ClassFigures(name, total, predicted, right / total if total else None)
-        for name, total, predicted, right in zip(class_names, num_true, num_predicted, num_right, strict=True)
+        for name, total, predicted, right in zip(
+            class_names, num_true, num_predicted, num_right, strict=True
+        )
     )
 
 
@@ -215,14 +233,25 @@ def _make_bins(confidence_N: Tensor, is_right_N: Tensor) -> tuple[tuple[Bin, ...
     right: list[float] = torch.bincount(bin_N, is_right_N.double(), minlength=NUM_BINS).tolist()
     confidence: list[float] = torch.bincount(bin_N, confidence_N, minlength=NUM_BINS).tolist()
     bins = tuple(
-        Bin(edges[i], edges[i + 1], n, confidence[i] / n if n else None, right[i] / n if n else None)
+        Bin(
+            edges[i], edges[i + 1], n, confidence[i] / n if n else None, right[i] / n if n else None
+        )
         for i, n in enumerate(counts)
     )
     return bins, sum(abs(right[i] - confidence[i]) for i in range(NUM_BINS)) / len(confidence_N)
 
 
-def _find_mistakes(confidence_N: Tensor, predicted_N: Tensor, labels_N: Tensor) -> tuple[Mistake, ...]:
+def _find_mistakes(
+    confidence_N: Tensor, predicted_N: Tensor, labels_N: Tensor
+) -> tuple[Mistake, ...]:
     wrong = (predicted_N != labels_N).nonzero().flatten()
     order = confidence_N[wrong].sort(descending=True, stable=True).indices[:NUM_MISTAKES]
-    columns = (wrong[order], labels_N[wrong[order]], predicted_N[wrong[order]], confidence_N[wrong[order]])
-    return tuple(Mistake(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
+    columns = (
+        wrong[order],
+        labels_N[wrong[order]],
+        predicted_N[wrong[order]],
+        confidence_N[wrong[order]],
+    )
+    return tuple(
+        Mistake(*row) for row in zip(*(column.tolist() for column in columns), strict=True)
+    )

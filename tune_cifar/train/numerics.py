@@ -49,12 +49,16 @@ def resolve_numerics(
     check_cpus(threads)
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ConfigError("--device: cuda needs a CUDA device, got a machine without one. Use --device cpu.")
+        raise ConfigError(
+            "--device: cuda needs a CUDA device, got a machine without one. Use --device cpu."
+        )
     on_cuda = has_cuda and device != "cpu"
     if execution not in ("eager", "captured"):
         raise ConfigError(f"--execution: eager or captured must be given, got {execution!r}.")
     if execution == "captured" and not on_cuda:
-        raise ConfigError("--execution: captured needs a CUDA device, got a training on the CPU. Leave it out.")
+        raise ConfigError(
+            "--execution: captured needs a CUDA device, got a training on the CPU. Leave it out."
+        )
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(on_cuda) else "fp32"
     return Numerics(
@@ -67,7 +71,10 @@ def resolve_numerics(
         threads=threads,
         deterministic=deterministic,
         execution=cast(Literal["eager", "captured"], execution),
-        versions={"python": platform.python_version(), **{name: find_version(name) for name in COMPUTING_LIBRARIES}},
+        versions={
+            "python": platform.python_version(),
+            **{name: find_version(name) for name in COMPUTING_LIBRARIES},
+        },
     )
 
 
@@ -78,7 +85,9 @@ def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
     Raises:
         ConfigError: when the recorded device is not here.
     """
-    here = resolve_numerics(device or recorded.device, recorded.precision, recorded.threads, recorded.deterministic)
+    here = resolve_numerics(
+        device or recorded.device, recorded.precision, recorded.threads, recorded.deterministic
+    )
     execution = recorded.execution if here.device == "cuda" else "eager"
     return here.model_copy(update={"memory_format": recorded.memory_format, "execution": execution})
 
@@ -94,7 +103,9 @@ def check_cpus(num: int) -> None:
         ConfigError: when the machine does not have them.
     """
     if not 1 <= num <= count_cores():
-        raise ConfigError(f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got {num}.")
+        raise ConfigError(
+            f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got {num}."
+        )
 
 
 def count_cores() -> int:
@@ -104,7 +115,9 @@ def count_cores() -> int:
 
 def get_memory_mb(numerics: Numerics) -> float:
     """MiB of memory of the GPU, or of the machine."""
-    num_bytes = torch.cuda.mem_get_info()[1] if numerics.device == "cuda" else psutil.virtual_memory().total
+    num_bytes = (
+        torch.cuda.mem_get_info()[1] if numerics.device == "cuda" else psutil.virtual_memory().total
+    )
     return num_bytes / 2**20
 
 
@@ -137,7 +150,9 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     if "model name" not in fields:
         return platform.processor() or platform.machine()
     return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
@@ -151,7 +166,9 @@ def apply_numerics(numerics: Numerics) -> None:
         ConfigError: when the record asks for CUDA and there is none.
     """
     if numerics.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("numerics: the recorded device is cuda, got a machine without one. Use --device cpu.")
+        raise ConfigError(
+            "numerics: the recorded device is cuda, got a machine without one. Use --device cpu."
+        )
     torch.set_num_threads(numerics.threads)
     if numerics.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_CUBLAS)
@@ -169,12 +186,18 @@ def autocast(numerics: Numerics) -> torch.autocast:
 
 def memory_format(numerics: Numerics) -> torch.memory_format:
     """torch's constant for the recorded memory format of images and convolution weights."""
-    return torch.channels_last if numerics.memory_format == "channels_last" else torch.contiguous_format
+    return (
+        torch.channels_last
+        if numerics.memory_format == "channels_last"
+        else torch.contiguous_format
+    )
 
 
 def compare_numerics(recorded: Numerics, current: Numerics) -> list[str]:
     """What differs, as `name: recorded -> current`; empty when bits must agree."""
-    before, now = ({**n.model_dump(exclude={"versions"}), **n.versions} for n in (recorded, current))
+    before, now = (
+        {**n.model_dump(exclude={"versions"}), **n.versions} for n in (recorded, current)
+    )
     return [
         f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
         for name in dict.fromkeys([*before, *now])

@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+)
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import TrainConfig
@@ -28,7 +34,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
 
     Weight decay applies to every parameter, as in the source systems.
     """
-    options: dict[str, Any] = {"lr": config.max_lr, "weight_decay": config.weight_decay, "fused": True}
+    options: dict[str, Any] = {
+        "lr": config.max_lr,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "sgd":
         options |= {"momentum": config.momentum, "nesterov": config.nesterov}
     else:
@@ -44,10 +54,16 @@ def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     plain = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+    return type(
+        kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))}
+    )
 
 
-_CLASSES = {"sgd": _without_compiler(SGD), "adam": _without_compiler(Adam), "adamw": _without_compiler(AdamW)}
+_CLASSES = {
+    "sgd": _without_compiler(SGD),
+    "adam": _without_compiler(Adam),
+    "adamw": _without_compiler(AdamW),
+}
 
 
 class Settings(NamedTuple):
@@ -70,7 +86,9 @@ def schedule_steps(config: TrainConfig, num_done: int = 0) -> Iterator[Settings]
                 f"schedule onecycle: pct_start x total steps > 1 must hold, got {config.pct_start} x {total_steps}. "
                 "Raise pct_start or epochs, or lower batch_size."
             )
-    steps = itertools.chain.from_iterable(_schedule_cycle(config, total_steps) for total_steps in lengths)
+    steps = itertools.chain.from_iterable(
+        _schedule_cycle(config, total_steps) for total_steps in lengths
+    )
     return itertools.islice(steps, num_done, None)
 
 
@@ -80,7 +98,10 @@ def _schedule_cycle(config: TrainConfig, total_steps: int) -> Iterator[Settings]
     schedule = _make_schedule(optimizer, config, total_steps)
     group = optimizer.param_groups[0]
     for step in range(total_steps):
-        yield Settings(float(group["lr"]), float(group["momentum"] if "momentum" in group else group["betas"][0]))
+        yield Settings(
+            float(group["lr"]),
+            float(group["momentum"] if "momentum" in group else group["betas"][0]),
+        )
         optimizer.step()
         if step + 1 < total_steps:
             schedule.step()
@@ -132,17 +153,24 @@ class DeviceOptimizer:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], config: TrainConfig, knobs: Mapping[str, torch.Tensor]
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: TrainConfig,
+        knobs: Mapping[str, torch.Tensor],
     ) -> None:
         self._parameters: list[torch.Tensor] = list(parameters)
         self._lr, self._momentum = knobs["lr"], knobs["momentum"]
         is_adamw = config.optimizer == "adamw"
         self._coupled = knobs["weight_decay"] if config.weight_decay and not is_adamw else None
-        self._decoupled = knobs["decoupled_weight_decay"] if config.decoupled_weight_decay and is_adamw else None
+        self._decoupled = (
+            knobs["decoupled_weight_decay"] if config.decoupled_weight_decay and is_adamw else None
+        )
         self._is_adam = config.optimizer != "sgd"
         self._nesterov = config.nesterov
         self._means = [torch.zeros_like(parameter) for parameter in self._parameters]
-        self._squares = [torch.zeros_like(parameter) for parameter in self._parameters] if self._is_adam else []
+        self._squares = (
+            [torch.zeros_like(parameter) for parameter in self._parameters] if self._is_adam else []
+        )
         self._num_steps = torch.zeros((), device=self._lr.device)
 
     def zero_grad(self) -> None:
@@ -159,7 +187,9 @@ class DeviceOptimizer:
             torch._foreach_add_(grads, torch._foreach_mul(self._parameters, self._coupled))
         if self._decoupled is not None:
             torch._foreach_mul_(self._parameters, 1 - self._lr * self._decoupled)
-        updates = self._find_adams_updates(grads) if self._is_adam else self._find_sgds_updates(grads)
+        updates = (
+            self._find_adams_updates(grads) if self._is_adam else self._find_sgds_updates(grads)
+        )
         torch._foreach_sub_(self._parameters, torch._foreach_mul(updates, self._lr))
 
     def _find_sgds_updates(self, grads: list[torch.Tensor]) -> Tensors:

@@ -60,12 +60,19 @@ def run_training(
 
     def end(status: EndStatus, reason: str, **files: Any) -> None:
         score = trial.find_score(status)
-        append(TrialEnded(trial=0, status=status, reason=reason, score=score, time=utc_now(), **files))
+        append(
+            TrialEnded(trial=0, status=status, reason=reason, score=score, time=utc_now(), **files)
+        )
 
     if 0 not in record.state.trials:
         dump = config.model_dump(mode="json")
         started = TrialStarted(
-            trial=0, origin="train", params={}, config=dump, fingerprint=config.fingerprint, time=utc_now()
+            trial=0,
+            origin="train",
+            params={},
+            config=dump,
+            fingerprint=config.fingerprint,
+            time=utc_now(),
         )
         append(started)
     trial = record.state.trials[0]
@@ -81,7 +88,10 @@ def run_training(
             end("complete", "all epochs", **weights)
     except Diverged as exc:
         end("diverged", str(exc))
-    except (RecordError, DiskFullError):  # there is no place to tell: it can be gone on with when there is room
+    except (
+        RecordError,
+        DiskFullError,
+    ):  # there is no place to tell: it can be gone on with when there is room
         raise
     except KeyboardInterrupt:
         if not record.file.closed:
@@ -166,7 +176,9 @@ def open_training(
     changes = compare_numerics(header.numerics, numerics)
     recorded = TrainConfig(**header.baseline)
     if recorded != config:
-        changes += [f"{k}: {getattr(recorded, k)} -> {v}" for k, v in config if getattr(recorded, k) != v]
+        changes += [
+            f"{k}: {getattr(recorded, k)} -> {v}" for k, v in config if getattr(recorded, k) != v
+        ]
     if header.data != data.info:
         changes.append(f"data: {header.data.name} -> {data.info.name}")
     if header.kind != "train":
@@ -174,9 +186,15 @@ def open_training(
     if changes or record.state.is_finished:
         record.close()
         reason = "; ".join(changes) or "a finished training"
-        raise ConfigError(f"--resume: {name} must be unfinished and as it was recorded, got {reason}.")
+        raise ConfigError(
+            f"--resume: {name} must be unfinished and as it was recorded, got {reason}."
+        )
     now, facts = utc_now(), describe_environment()
-    record.append(SearchResumed(time=now, trials=1, changes=[], numerics=numerics, environment=facts, command=command))
+    record.append(
+        SearchResumed(
+            time=now, trials=1, changes=[], numerics=numerics, environment=facts, command=command
+        )
+    )
     return record, data
 
 
@@ -191,7 +209,11 @@ def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource
         raise DataError(
             f"{trial.run_id}: the data must be the recorded {state.header.data.name} with split "
             f"{state.header.data.split_hash}, got {data.info.name} with {data.info.split_hash}. "
-            + ("Give --data shapes." if state.header.data.name == "shapes" else "Point --data at CIFAR-10.")
+            + (
+                "Give --data shapes."
+                if state.header.data.name == "shapes"
+                else "Point --data at CIFAR-10."
+            )
         )
     return data
 

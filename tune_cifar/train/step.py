@@ -77,14 +77,18 @@ class EagerStep:
     def augment(self, images_NCHW: Tensor) -> Tensor:
         """uint8 (N, 3, 32, 32) to what the network sees in training, normalized float32; advances the dice."""
         draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"])
-        batch: Tensor = self._apply_policy(self._policy, images_NCHW, draws, memory_format(self._numerics))
+        batch: Tensor = self._apply_policy(
+            self._policy, images_NCHW, draws, memory_format(self._numerics)
+        )
         return batch
 
     def place(self, settings: Sequence[Settings]) -> Sequence[Settings]:
         """The settings of coming steps, where these read them."""
         return settings
 
-    def train(self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    def train(
+        self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
         """Train on one batch; mean loss and number of right answers, on the device, until the next step."""
         images = self.augment(images_NCHW)
         with autocast(self._numerics):
@@ -122,7 +126,9 @@ class CapturedStep:
             set_drop_probability(model, knobs["dropout"])
         self.model = model.to(self._device, memory_format=memory_format(numerics)).train()  # type: ignore[call-overload]
         self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
-        self._images = torch.zeros(config.batch_size, 3, 32, 32, dtype=torch.uint8, device=self._device)
+        self._images = torch.zeros(
+            config.batch_size, 3, 32, 32, dtype=torch.uint8, device=self._device
+        )
         self._labels = torch.zeros(config.batch_size, dtype=torch.int64, device=self._device)
         self._loss = torch.zeros((), device=self._device)
         self._num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -145,7 +151,9 @@ class CapturedStep:
     def place(self, settings: Sequence[Settings]) -> Sequence[Tensor]:
         return torch.tensor(settings, device=self._device).unbind()
 
-    def train(self, images_NCHW: Tensor, labels_N: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+    def train(
+        self, images_NCHW: Tensor, labels_N: Tensor, settings: Tensor
+    ) -> tuple[Tensor, Tensor]:
         self._memory[len(DEVICE_KNOBS) :] = settings
         if len(images_NCHW) < self._batch_size:
             return self._run(images_NCHW, labels_N)
@@ -173,7 +181,9 @@ class CapturedStep:
         return loss.detach(), (logits.detach().argmax(1) == labels_N).sum()
 
     def _write_knobs(self, config: TrainConfig) -> None:
-        self._memory[: len(DEVICE_KNOBS)] = torch.tensor([*_read_knobs(config).values()], device=self._device)
+        self._memory[: len(DEVICE_KNOBS)] = torch.tensor(
+            [*_read_knobs(config).values()], device=self._device
+        )
 
 
 def _read_knobs(config: TrainConfig) -> dict[str, float]:

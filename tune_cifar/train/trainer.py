@@ -118,10 +118,16 @@ class Trainer:
             loss, correct = self._train_step(indices, settings)
             losses.append(loss * len(indices))
             num_correct += correct
-            if self._device.type == "cpu":  # reading a GPU's loss would wait for it: there the epoch's end tells
+            if (
+                self._device.type == "cpu"
+            ):  # reading a GPU's loss would wait for it: there the epoch's end tells
                 self._check_finite(losses[-1:], self.step)
         self._check_finite(losses, self.step - len(losses) + 1)
-        return torch.stack(losses).sum().item() / num_images, num_correct.item() / num_images, schedule[-1].lr
+        return (
+            torch.stack(losses).sum().item() / num_images,
+            num_correct.item() / num_images,
+            schedule[-1].lr,
+        )
 
     def sweep(self, lrs: Sequence[float]) -> Iterator[float]:
         """Train one step at each of these learning rates and yield its loss, which may be nan or inf: here divergence
@@ -136,13 +142,18 @@ class Trainer:
 
     def _draw_batches(self) -> tuple[Tensor, ...]:
         """The indices of all images in a new order, by batches. Advances the order's generator."""
-        order = torch.randperm(len(self._train), generator=self._generators["order"]).to(self._device)
+        order = torch.randperm(len(self._train), generator=self._generators["order"]).to(
+            self._device
+        )
         return torch.split(order, self.config.batch_size)
 
     def _train_step(self, indices: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
         """One optimizer step under settings that the step has placed; the mean loss and the number of right answers, on
         the device, until the next step."""
-        images_NCHW, labels_N = self._train.images_NCHW.index_select(0, indices), self._train.labels_N[indices]
+        images_NCHW, labels_N = (
+            self._train.images_NCHW.index_select(0, indices),
+            self._train.labels_N[indices],
+        )
         self.step += 1
         return self._step.train(images_NCHW, labels_N, settings)
 
@@ -187,7 +198,9 @@ class Trainer:
         seconds = []
         for i in range(num_steps):
             start = time.perf_counter()
-            self._train_step(order.roll(-i * self.config.batch_size)[: self.config.batch_size], settings)
+            self._train_step(
+                order.roll(-i * self.config.batch_size)[: self.config.batch_size], settings
+            )
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -201,7 +214,9 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self._step.optimizer.state_dict(),
-            "generators": {name: generator.get_state() for name, generator in self._generators.items()},
+            "generators": {
+                name: generator.get_state() for name, generator in self._generators.items()
+            },
             "results": [result.model_dump() for result in self.results],
         }
 

@@ -76,7 +76,9 @@ def train_trial(
 def _is_of_another_cycle(state: dict[str, Any], config: TrainConfig) -> bool:
     """Whether a checkpoint, of the end or from the middle, is the same recipe's over another number of epochs."""
     found, lengths = state["fingerprint"], range(state["epoch"], MAX_EPOCHS + 1)
-    return found != config.fingerprint and any(found == config.shorten(length).fingerprint for length in lengths)
+    return found != config.fingerprint and any(
+        found == config.shorten(length).fingerprint for length in lengths
+    )
 
 
 def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:

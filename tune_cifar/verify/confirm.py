@@ -93,7 +93,9 @@ class Confirmed:
             "scores": {str(seed): score for seed, score in self.scores.items()},
             "mean": self.mean,
             "sd": self.sd,
-            "gain": None if gain is None else {"mean": gain.mean, "interval": gain.interval, "pairs": gain.num_pairs},
+            "gain": None
+            if gain is None
+            else {"mean": gain.mean, "interval": gain.interval, "pairs": gain.num_pairs},
         }
 
 
@@ -111,13 +113,21 @@ def make_confirmation(
     """
     header = state.header
     if header.kind != "search":
-        raise ConfigError(f"--search: a search must be named, got {header.name}, {KIND_WORDS[header.kind]}.")
+        raise ConfigError(
+            f"--search: a search must be named, got {header.name}, {KIND_WORDS[header.kind]}."
+        )
     if "seed" in changes:
-        raise ConfigError("--set: seed must not be pinned, since the seeds are what is varied. Use --seeds.")
+        raise ConfigError(
+            "--set: seed must not be pinned, since the seeds are what is varied. Use --seeds."
+        )
     if changes.get("val_size") == 0:
-        raise ConfigError("--set: val_size >= 1 must hold, got 0. Candidates are compared on it; --final needs none.")
+        raise ConfigError(
+            "--set: val_size >= 1 must hold, got 0. Candidates are compared on it; --final needs none."
+        )
     if not state.ranked:
-        raise ConfigError(f"--search: a search with a complete trial must be named, got {header.name!r}.")
+        raise ConfigError(
+            f"--search: a search with a complete trial must be named, got {header.name!r}."
+        )
     first = next((trial for trial in state.trials.values() if trial.origin == "baseline"), None)
     baseline = Candidate(
         run_id=first.run_id if first else f"{header.name}:baseline",
@@ -127,12 +137,17 @@ def make_confirmation(
     candidates = [baseline]
     for trial in state.ranked:
         config = _change(trial.config.model_dump(mode="json"), changes)
-        if config not in [candidate.config for candidate in candidates] and len(candidates) <= num_top:
+        if (
+            config not in [candidate.config for candidate in candidates]
+            and len(candidates) <= num_top
+        ):
             candidates.append(Candidate(run_id=trial.run_id, score=trial.score, config=config))
     return _settle(state, candidates, num_seeds, changes, is_final=False)
 
 
-def make_final(state: SearchState, confirmation: SearchState, num_seeds: int) -> tuple[SearchSpace, Confirmation]:
+def make_final(
+    state: SearchState, confirmation: SearchState, num_seeds: int
+) -> tuple[SearchSpace, Confirmation]:
     """What is trained on all images for the test set: the baseline, and the candidate of the highest confirmed mean.
 
     Args:
@@ -145,22 +160,32 @@ def make_final(state: SearchState, confirmation: SearchState, num_seeds: int) ->
     assert settled is not None
     chosen = [c for i, c in enumerate(settled.candidates) if i == 0 or c.run_id == best.run_id]
     candidates = [c.model_copy(update={"config": _change(c.config, ALL_IMAGES)}) for c in chosen]
-    return _settle(state, candidates, num_seeds, {**confirmation.header.pinned, **ALL_IMAGES}, is_final=True)
+    return _settle(
+        state, candidates, num_seeds, {**confirmation.header.pinned, **ALL_IMAGES}, is_final=True
+    )
 
 
 def _change(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     changed = TrainConfig(**{**config, "warm_restarts": (), **changes})
     restarts = changes.get("warm_restarts", config.get("warm_restarts", ()))
-    changed = changed.model_copy(update={"warm_restarts": tuple(epoch for epoch in restarts if epoch < changed.epochs)})
+    changed = changed.model_copy(
+        update={"warm_restarts": tuple(epoch for epoch in restarts if epoch < changed.epochs)}
+    )
     return changed.model_dump(mode="json")
 
 
 def _settle(
-    state: SearchState, candidates: list[Candidate], num_seeds: int, changes: Mapping[str, Any], is_final: bool
+    state: SearchState,
+    candidates: list[Candidate],
+    num_seeds: int,
+    changes: Mapping[str, Any],
+    is_final: bool,
 ) -> tuple[SearchSpace, Confirmation]:
     used = state.header.baseline["seed"]
     seeds = [seed for seed in range(num_seeds + 1) if seed != used][:num_seeds]
-    confirmation = Confirmation(search=state.header.name, candidates=candidates, seeds=seeds, final=is_final)
+    confirmation = Confirmation(
+        search=state.header.name, candidates=candidates, seeds=seeds, final=is_final
+    )
     baseline = TrainConfig(**candidates[0].config)
     budget = Budget(
         trials=confirmation.num_trials,
@@ -177,14 +202,19 @@ def _settle(
     return replace(space, distributions={}, dropped={}), confirmation
 
 
-def find_confirmation(states: Sequence[SearchState], search: str, is_final: bool) -> SearchState | None:
+def find_confirmation(
+    states: Sequence[SearchState], search: str, is_final: bool
+) -> SearchState | None:
     """The newest confirmation of a search among these, or the newest with test openings; None without one."""
     found = [
         state
         for state in states
-        if (settled := state.header.confirmation) is not None and (settled.search, settled.final) == (search, is_final)
+        if (settled := state.header.confirmation) is not None
+        and (settled.search, settled.final) == (search, is_final)
     ]
-    return max(found, key=lambda state: (state.header.created, state.header.name)) if found else None
+    return (
+        max(found, key=lambda state: (state.header.created, state.header.name)) if found else None
+    )
 
 
 def check_confirmed(state: SearchState | None, search: str) -> SearchState:
@@ -195,19 +225,27 @@ def check_confirmed(state: SearchState | None, search: str) -> SearchState:
     """
     if state is None:
         way_out = f"First: python -m tune_cifar confirm --search {search}"
-        raise RecordError(f"--final: search {search} must be confirmed, got no confirmation of it. {way_out}")
+        raise RecordError(
+            f"--final: search {search} must be confirmed, got no confirmation of it. {way_out}"
+        )
     if not state.is_finished:
         way_out = f"First: python -m tune_cifar confirm --search {search} --resume"
-        raise RecordError(f"--final: {state.header.name} must have come to its end, got an unfinished one. {way_out}")
+        raise RecordError(
+            f"--final: {state.header.name} must have come to its end, got an unfinished one. {way_out}"
+        )
     if all(found.mean is None for found in summarise(state)):
         way_out = f"See: python -m tune_cifar failures --search {state.header.name}"
-        raise RecordError(f"--final: a training of {state.header.name} must have a score, got none. {way_out}")
+        raise RecordError(
+            f"--final: a training of {state.header.name} must have a score, got none. {way_out}"
+        )
     return state
 
 
 def summarise(state: SearchState) -> list[Confirmed]:
     """The candidates of a confirmation by validation accuracy, the baseline first."""
-    scores = {trial.number: trial.score for trial in state.trials.values() if trial.score is not None}
+    scores = {
+        trial.number: trial.score for trial in state.trials.values() if trial.score is not None
+    }
     return _compare(state, scores)
 
 
@@ -236,7 +274,9 @@ def _compare(state: SearchState, scores: Mapping[int, float]) -> list[Confirmed]
             run_id=candidate.run_id,
             search_score=candidate.score,
             scores=found,
-            gain=None if i == 0 else compare_pairs([(found[s], baseline[s]) for s in found if s in baseline]),
+            gain=None
+            if i == 0
+            else compare_pairs([(found[s], baseline[s]) for s in found if s in baseline]),
             same_recipe=not state.header.pinned,
         )
         for i, (candidate, found) in enumerate(zip(settled.candidates, by_candidate, strict=True))
@@ -245,7 +285,9 @@ def _compare(state: SearchState, scores: Mapping[int, float]) -> list[Confirmed]
 
 def compare_pairs(pairs: Sequence[tuple[float, float]]) -> Gain | None:
     """The mean of first minus second with its interval; None without a pair."""
-    from scipy.special import stdtrit  # Student's t by degrees of freedom and probability; scipy.stats takes longer
+    from scipy.special import (
+        stdtrit,
+    )  # Student's t by degrees of freedom and probability; scipy.stats takes longer
 
     if not pairs:
         return None
@@ -253,5 +295,7 @@ def compare_pairs(pairs: Sequence[tuple[float, float]]) -> Gain | None:
     mean, n = statistics.fmean(differences), len(differences)
     if n < 2:
         return Gain(mean, None, n)
-    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * statistics.stdev(differences) / math.sqrt(n)
+    half = (
+        float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * statistics.stdev(differences) / math.sqrt(n)
+    )
     return Gain(mean, (mean - half, mean + half), n)

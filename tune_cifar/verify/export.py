@@ -83,7 +83,12 @@ class RawNet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: tuple[float, ...] = CIFAR_MEAN, std: tuple[float, ...] = CIFAR_STD):
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: tuple[float, ...] = CIFAR_MEAN,
+        std: tuple[float, ...] = CIFAR_STD,
+    ):
         super().__init__()
         self.network = network
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -108,7 +113,9 @@ def check_format(file_format: Format) -> None:
         )
 
 
-def export_run(state: SearchState, trial: TrialState, data: TrainVal, file_format: Format, path: Path) -> Agreement:
+def export_run(
+    state: SearchState, trial: TrialState, data: TrainVal, file_format: Format, path: Path
+) -> Agreement:
     """Write a run's network with its kept weights, after it has been checked; until then nothing stands at `path`, and
     what stood there stays.
 
@@ -135,7 +142,9 @@ def export_run(state: SearchState, trial: TrialState, data: TrainVal, file_forma
             write = write_onnx if file_format == "onnx" else write_safetensors
             write(written, trainer.model, metadata)
             theirs_NK = answer_images(written, file_format, some.images_NCHW)
-            agreement = compare_logits(logits_NK, theirs_NK, "validation" if data.val else "training")
+            agreement = compare_logits(
+                logits_NK, theirs_NK, "validation" if data.val else "training"
+            )
             check_agreement(agreement, trial.run_id, file_format)
             written.replace(path)
     except OSError as exc:
@@ -186,7 +195,13 @@ def write_onnx(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
     assert program is not None
     graph = program.model.graph
     # The exporter writes down for every node where in the source it comes from, with this machine's paths.
-    for thing in (graph, *graph, *graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
+    for thing in (
+        graph,
+        *graph,
+        *graph.inputs,
+        *graph.initializers.values(),
+        *(v for n in graph for v in n.outputs),
+    ):
         thing.metadata_props.clear()
     how = "images: float32 (N, 3, 32, 32), RGB in [0, 1]; the network normalizes them itself"
     program.model.metadata_props.update({**metadata, "input": how})
@@ -207,7 +222,9 @@ def load_network(path: Path) -> RawNet:
         model.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError) as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
-        raise CheckpointError(f"{path}: weights with their config must be there, got: {reason}") from exc
+        raise CheckpointError(
+            f"{path}: weights with their config must be there, got: {reason}"
+        ) from exc
     return RawNet(model, mean, std).eval()
 
 
@@ -222,10 +239,17 @@ def answer_images(path: Path, file_format: Format, images_NCHW: Tensor) -> Tenso
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return torch.cat([torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]) for images in batches])
+    return torch.cat(
+        [
+            torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+            for images in batches
+        ]
+    )
 
 
-def compare_logits(ours_NK: Tensor, theirs_NK: Tensor, part: Literal["validation", "training"]) -> Agreement:
+def compare_logits(
+    ours_NK: Tensor, theirs_NK: Tensor, part: Literal["validation", "training"]
+) -> Agreement:
     """How logits of one network, computed in two ways, agree. One that is not finite agrees with nothing."""
     tolerance = TOLERANCE * ours_NK.abs().max().item()
     choice_N, theirs_N = ours_NK.argmax(1), theirs_NK.argmax(1)

@@ -99,7 +99,9 @@ def reproduce_run(
         ConfigError: when Numerics differ and the space's seed noise has not been measured.
     """
     if not trial.epochs and trial.status != "diverged":
-        raise RecordError(f"{trial.run_id}: at least one recorded epoch must be there to compare, got none.")
+        raise RecordError(
+            f"{trial.run_id}: at least one recorded epoch must be there to compare, got none."
+        )
     changed = tuple(compare_numerics(trial.driver.numerics, numerics))
     tolerance = _find_tolerance(state, trial, changed)
     trainer = Trainer(trial.config, data, numerics)
@@ -115,15 +117,23 @@ def reproduce_run(
             difference = compare_epoch(recorded, fresh, tolerance)
             on_epoch(recorded, fresh, difference)
         if difference is not None:
-            return Reproduction("different", recorded.epoch, recorded.epoch, difference, changed), trainer
+            return Reproduction(
+                "different", recorded.epoch, recorded.epoch, difference, changed
+            ), trainer
     num_epochs = len(trial.epochs)
     difference = _compare_divergence(trial, epochs, changed) if trial.status == "diverged" else None
     if difference is not None:
-        return Reproduction("different", num_epochs + 1, num_epochs + 1, difference, changed), trainer
-    return Reproduction("within tolerance" if changed else "identical", num_epochs, None, "", changed), trainer
+        return Reproduction(
+            "different", num_epochs + 1, num_epochs + 1, difference, changed
+        ), trainer
+    return Reproduction(
+        "within tolerance" if changed else "identical", num_epochs, None, "", changed
+    ), trainer
 
 
-def _find_tolerance(state: SearchState, trial: TrialState, changed: tuple[str, ...]) -> float | None:
+def _find_tolerance(
+    state: SearchState, trial: TrialState, changed: tuple[str, ...]
+) -> float | None:
     """What `compare_epoch` allows when these Numerics have changed; a ConfigError when it has not been measured."""
     if not changed:
         return None
@@ -170,7 +180,9 @@ def replay_failure(
             now = parse_failure(text)
             if recorded is None and now.kind == failure.kind:
                 verdict: Verdict = "within tolerance" if changed else "identical"
-                return Reproduction(verdict, num_epochs, None, f"It fails again: {now.what}", changed, text)
+                return Reproduction(
+                    verdict, num_epochs, None, f"It fails again: {now.what}", changed, text
+                )
             before = f"failed with {failure.what}" if recorded is None else "finished"
             detail = f"epoch {epoch}: recorded as {before}, now {now.what}"
             return Reproduction("different", epoch, epoch, detail, changed, text)
@@ -188,7 +200,9 @@ def replay_failure(
     return Reproduction("different", last, last, detail, changed)
 
 
-def _compare_divergence(trial: TrialState, epochs: Iterator[EpochResult], changed: tuple[str, ...]) -> str | None:
+def _compare_divergence(
+    trial: TrialState, epochs: Iterator[EpochResult], changed: tuple[str, ...]
+) -> str | None:
     """What differs in the epoch in which the recorded run diverged, or None."""
     try:
         next(epochs)

@@ -25,7 +25,9 @@ def check_testable(trial: TrialState) -> None:
         RecordError: when the training did not run to its last epoch.
     """
     if trial.status != "complete":
-        raise RecordError(f"{trial.run_id}: only a complete training may be tested, got a {trial.status} one.")
+        raise RecordError(
+            f"{trial.run_id}: only a complete training may be tested, got a {trial.status} one."
+        )
 
 
 def open_test(
@@ -44,9 +46,13 @@ def open_test(
     try:
         file = test_log.open("a", newline="", encoding="utf-8")
     except OSError as exc:
-        raise RecordError(f"{test_log}: every opening must be written down, got {exc.strerror!r}.") from exc
+        raise RecordError(
+            f"{test_log}: every opening must be written down, got {exc.strerror!r}."
+        ) from exc
     with file:
-        evaluation = evaluate_logits(trainer.predict(split), split.labels_N, CLASS_NAMES[source.name], "test")
+        evaluation = evaluate_logits(
+            trainer.predict(split), split.labels_N, CLASS_NAMES[source.name], "test"
+        )
         opening = TestEvaluation(
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             commit=describe_environment().get("git_commit", ""),

@@ -24,9 +24,18 @@ def make_parallel_html(slices: pd.DataFrame) -> str:
     dimensions = [_make_axis(wide[knob], knob) for knob in knobs]
     dimensions += [{"label": "trial", "values": list(wide.index)}]
     dimensions += [{"label": "accuracy at the first rung (%)", "values": list(score.round(2))}]
-    colours = {"color": list(score), "colorscale": "Viridis", "reversescale": True, "showscale": True}
+    colours = {
+        "color": list(score),
+        "colorscale": "Viridis",
+        "reversescale": True,
+        "showscale": True,
+    }
     figure = go.Figure(go.Parcoords(line=colours, dimensions=dimensions), layout={"height": 430})
-    return str(figure.to_html(full_html=False, include_plotlyjs=True, div_id="parallel", config={"displaylogo": False}))
+    return str(
+        figure.to_html(
+            full_html=False, include_plotlyjs=True, div_id="parallel", config={"displaylogo": False}
+        )
+    )
 
 
 def _make_axis(values: pd.Series[Any], knob: str) -> dict[str, object]:
@@ -45,4 +54,9 @@ def _make_axis(values: pd.Series[Any], knob: str) -> dict[str, object]:
     places = np.log10(numbers)
     ticks = np.linspace(places.min(), places.max(), 5)
     texts = [f"{10**tick:.2g}" for tick in ticks]
-    return {"label": label_knob(knob), "values": list(places), "tickvals": list(ticks), "ticktext": texts}
+    return {
+        "label": label_knob(knob),
+        "values": list(places),
+        "tickvals": list(ticks),
+        "ticktext": texts,
+    }

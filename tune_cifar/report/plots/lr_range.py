@@ -29,10 +29,14 @@ def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
         axes.plot(sweep["lrs"], sweep["smoothed"], color=str(shade), label=f"seed {sweep['seed']}")
     for (name, found), colour in zip(report["estimators"].items(), MARK_COLOURS, strict=True):
         if found["lr"] is not None:
-            spread = f", seeds within x {found['factor']:.2g}" if found["factor"] is not None else ""
+            spread = (
+                f", seeds within x {found['factor']:.2g}" if found["factor"] is not None else ""
+            )
             axes.axvline(found["lr"], color=colour, label=f"{name}: {found['lr']:.2e}{spread}")
     baseline = report["config"]["max_lr"]
-    axes.axvline(baseline, color="black", linewidth=1, linestyle=":", label=f"baseline: {baseline:.2e}")
+    axes.axvline(
+        baseline, color="black", linewidth=1, linestyle=":", label=f"baseline: {baseline:.2e}"
+    )
     if sweeps:  # the blow-up at a sweep's end would press the fall flat
         starts = [sweep["smoothed"][0] for sweep in sweeps]
         axes.set_ylim(0.9 * min(min(sweep["smoothed"]) for sweep in sweeps), 1.3 * max(starts))
@@ -42,7 +46,9 @@ def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
     label = label_data(report["data"]["name"])
     data = f", {label}" if label else ""
     recipe = f"{report['config']['optimizer']}, batches of {report['config']['batch_size']}"
-    axes.set_title(f"LR range test of {report['space']} ({report['tier']}){data}: {recipe}", fontsize=10)
+    axes.set_title(
+        f"LR range test of {report['space']} ({report['tier']}){data}: {recipe}", fontsize=10
+    )
     axes.legend(fontsize=8)
     axes.grid(alpha=0.2)
     save(figure, path)

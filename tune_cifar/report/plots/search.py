@@ -17,7 +17,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tune_cifar.report.plots.style import BLUE, ORANGE, STATUS_COLOURS, STATUS_MARKERS, is_log_knob, label_knob, tidy
+from tune_cifar.report.plots.style import (
+    BLUE,
+    ORANGE,
+    STATUS_COLOURS,
+    STATUS_MARKERS,
+    is_log_knob,
+    label_knob,
+    tidy,
+)
 
 # Dark is good; readable in grey and by the colour-blind.
 SCORE_COLOURS = "viridis_r"
@@ -40,11 +48,30 @@ def draw_history(history: pd.DataFrame, baseline: float | None, title: str) -> F
     }
     for axes, (column, label) in zip(panels, names.items(), strict=True):
         known = minutes[minutes["best"].notna()]
-        axes.step(known[column], 100 * known["best"], where="post", color=BLUE, linewidth=1.8, label="best so far")
+        axes.step(
+            known[column],
+            100 * known["best"],
+            where="post",
+            color=BLUE,
+            linewidth=1.8,
+            label="best so far",
+        )
         scored = minutes[minutes["score"].notna()]
-        axes.plot(scored[column], 100 * scored["score"], "o", color="black", markersize=4, label="a complete trial")
+        axes.plot(
+            scored[column],
+            100 * scored["score"],
+            "o",
+            color="black",
+            markersize=4,
+            label="a complete trial",
+        )
         if baseline is not None:
-            axes.axhline(100 * baseline, color=ORANGE, linestyle="--", label=f"baseline: {100 * baseline:.2f} %")
+            axes.axhline(
+                100 * baseline,
+                color=ORANGE,
+                linestyle="--",
+                label=f"baseline: {100 * baseline:.2f} %",
+            )
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         tidy(axes)
@@ -63,7 +90,12 @@ def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
     """
     cycles = sorted(curves["cycle"].unique())
     figure, panels = plt.subplots(
-        1, len(cycles), figsize=(3.2 + 2.8 * len(cycles), 4.2), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(cycles),
+        figsize=(3.2 + 2.8 * len(cycles), 4.2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, cycle in zip(panels[0], cycles, strict=True):
         for _, rows in curves[curves["cycle"] == cycle].groupby("trial"):
@@ -85,8 +117,13 @@ def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
         axes.set_title(f"trainings of {cycle} epoch{'s' if cycle > 1 else ''}", fontsize=9)
         tidy(axes)
     panels[0][0].set_ylabel("validation accuracy (%)")
-    handles = [*_list_fates(curves["status"].unique()), Line2D([], [], color="black", linestyle="--", label="baseline")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    handles = [
+        *_list_fates(curves["status"].unique()),
+        Line2D([], [], color="black", linestyle="--", label="baseline"),
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -99,17 +136,29 @@ def draw_fit(curves: pd.DataFrame, title: str) -> Figure:
         curves: tables.make_curves, the rows of one trial.
     """
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    parts = (("train", "training images, augmented, dropout on", "--", ORANGE), ("val", "validation images", "-", BLUE))
+    parts = (
+        ("train", "training images, augmented, dropout on", "--", ORANGE),
+        ("val", "validation images", "-", BLUE),
+    )
     begins = curves[curves["cycle"] != curves["cycle"].shift()]
-    for axes, (what, scale, label) in zip(panels, (("loss", 1, "loss"), ("acc", 100, "accuracy (%)")), strict=True):
+    for axes, (what, scale, label) in zip(
+        panels, (("loss", 1, "loss"), ("acc", 100, "accuracy (%)")), strict=True
+    ):
         for part, text, style, colour in parts:
             look = {"linestyle": style, "color": colour, "marker": "o", "markersize": 4}
             for place, (_, rows) in enumerate(curves.groupby("cycle", sort=False)):
-                axes.plot(rows["epochs_paid"], scale * rows[f"{part}_{what}"], label="" if place else text, **look)
+                axes.plot(
+                    rows["epochs_paid"],
+                    scale * rows[f"{part}_{what}"],
+                    label="" if place else text,
+                    **look,
+                )
         for begin, cycle in zip(begins["epochs_paid"], begins["cycle"], strict=True):
             axes.axvline(begin - 0.5, color="0.6", linewidth=0.8)
             spot = (begin - 0.4, 1.0)
-            axes.annotate(str(cycle), spot, xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+            axes.annotate(
+                str(cycle), spot, xycoords=("data", "axes fraction"), fontsize=8, va="bottom"
+            )
         axes.set_xlim(0.5, len(curves) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epochs paid; above: the length of the training")
@@ -140,18 +189,40 @@ def draw_asha(rung_scores: pd.DataFrame, rungs: pd.DataFrame, title: str) -> Fig
         is_last = places[rung] == len(places) - 1
         went = rows["goes_on"] | is_last
         if not is_last:
-            axes.step(rows["x"], 100 * rows["cutoff"], where="mid", color=ORANGE, linewidth=1.6, zorder=2)
-        axes.plot(rows["x"][went], 100 * rows["score"][went], "o", color=BLUE, markersize=6, zorder=3)
+            axes.step(
+                rows["x"], 100 * rows["cutoff"], where="mid", color=ORANGE, linewidth=1.6, zorder=2
+            )
         axes.plot(
-            rows["x"][~went], 100 * rows["score"][~went], "o", color=BLUE, fillstyle="none", markersize=6, zorder=3
+            rows["x"][went], 100 * rows["score"][went], "o", color=BLUE, markersize=6, zorder=3
         )
-    axes.set_xticks(range(len(rungs)), [_describe_rung(row) for row in rungs.itertuples()], fontsize=8.5)
+        axes.plot(
+            rows["x"][~went],
+            100 * rows["score"][~went],
+            "o",
+            color=BLUE,
+            fillstyle="none",
+            markersize=6,
+            zorder=3,
+        )
+    axes.set_xticks(
+        range(len(rungs)), [_describe_rung(row) for row in rungs.itertuples()], fontsize=8.5
+    )
     axes.set_xlim(-0.5, len(rungs) - 0.5)
     axes.set_ylabel("validation accuracy at the rung (%)")
     axes.set_xlabel("rung; within it in the order of arrival")
     handles = [
-        Line2D([], [], marker="o", linestyle="", color=BLUE, label="goes on, or trained to the end"),
-        Line2D([], [], marker="o", linestyle="", color=BLUE, fillstyle="none", label="below the cut-off"),
+        Line2D(
+            [], [], marker="o", linestyle="", color=BLUE, label="goes on, or trained to the end"
+        ),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            color=BLUE,
+            fillstyle="none",
+            label="below the cut-off",
+        ),
         Line2D([], [], color=ORANGE, label="cut-off when it arrived"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -179,13 +250,29 @@ def draw_slices(slices: pd.DataFrame, title: str) -> Figure:
     num_columns = min(MAX_COLUMNS, len(knobs))
     num_rows = math.ceil(len(knobs) / num_columns)
     size = (3.5 * num_columns + 0.8, 2.9 * num_rows + 0.6)
-    figure, panels = plt.subplots(num_rows, num_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        num_rows, num_columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     shades = Normalize(slices["trial"].min(), max(slices["trial"].max(), 1))
     for axes, knob in zip(panels.flat, knobs, strict=False):
         rows = slices[(slices["knob"] == knob) & slices["rung_score"].notna()]
-        axes.scatter(rows["value"], 100 * rows["rung_score"], c=rows["trial"], cmap=SCORE_COLOURS, norm=shades, s=26)
+        axes.scatter(
+            rows["value"],
+            100 * rows["rung_score"],
+            c=rows["trial"],
+            cmap=SCORE_COLOURS,
+            norm=shades,
+            s=26,
+        )
         base = rows[rows["origin"] == "baseline"]
-        axes.plot(base["value"], 100 * base["rung_score"], "*", color=ORANGE, markeredgecolor="black", markersize=13)
+        axes.plot(
+            base["value"],
+            100 * base["rung_score"],
+            "*",
+            color=ORANGE,
+            markeredgecolor="black",
+            markersize=13,
+        )
         _scale(axes, knob)
         if rows["value"].map(lambda value: isinstance(value, str)).any():
             axes.margins(x=0.25)  # names stand at the ends
@@ -210,15 +297,23 @@ def draw_pair(slices: pd.DataFrame, pair: tuple[str, str], title: str) -> Figure
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     wide = slices[slices["knob"].isin(pair)].pivot(index="trial", columns="knob", values="value")
-    wide = wide.join(slices.drop_duplicates("trial").set_index("trial")["rung_score"]).dropna().astype("float64")
+    wide = (
+        wide.join(slices.drop_duplicates("trial").set_index("trial")["rung_score"])
+        .dropna()
+        .astype("float64")
+    )
     x, y = (np.log10(wide[knob]) if is_log_knob(knob) else wide[knob] for knob in pair)
     shades = _shade(100 * wide["rung_score"])
     colours: dict[str, Any] = {"cmap": SCORE_COLOURS, "norm": shades}
     if len(wide) >= 10 and x.nunique() > 2 and y.nunique() > 2:
         levels = np.linspace(float(shades.vmin or 0), float(shades.vmax or 1), 11)
-        axes.tricontourf(x, y, 100 * wide["rung_score"], levels=levels, extend="min", alpha=0.55, **colours)
+        axes.tricontourf(
+            x, y, 100 * wide["rung_score"], levels=levels, extend="min", alpha=0.55, **colours
+        )
     dots = axes.scatter(x, y, c=100 * wide["rung_score"], edgecolors="black", s=40, **colours)
-    names = [f"log10 of {label_knob(knob)}" if is_log_knob(knob) else label_knob(knob) for knob in pair]
+    names = [
+        f"log10 of {label_knob(knob)}" if is_log_knob(knob) else label_knob(knob) for knob in pair
+    ]
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     figure.colorbar(dots, label="accuracy at the first rung (%)", extend="min")
@@ -242,15 +337,24 @@ def draw_parallel(slices: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(figsize=(1.7 * len(columns) + 1, 4.6), layout="constrained")
     heights = np.empty((len(wide), len(columns)))
     for place, column in enumerate(columns):
-        values = wide[column].to_numpy() if column == "accuracy" else _place_values(wide[column], column)
+        values = (
+            wide[column].to_numpy() if column == "accuracy" else _place_values(wide[column], column)
+        )
         low, high = values.min(), values.max()
         heights[:, place] = (values - low) / (high - low) if high > low else 0.5
         for text, height in _mark_axis(wide[column]):
-            axes.annotate(text, (place, height), (4, 0), textcoords="offset points", fontsize=8, va="center")
+            axes.annotate(
+                text, (place, height), (4, 0), textcoords="offset points", fontsize=8, va="center"
+            )
     shades = _shade(wide["accuracy"])
     colours = plt.get_cmap(SCORE_COLOURS)
     for row in np.argsort(wide["accuracy"].to_numpy()):
-        axes.plot(heights[row], color=colours(shades(wide["accuracy"].iloc[row])), linewidth=1.3, alpha=0.85)
+        axes.plot(
+            heights[row],
+            color=colours(shades(wide["accuracy"].iloc[row])),
+            linewidth=1.3,
+            alpha=0.85,
+        )
     for place in range(len(columns)):
         axes.axvline(place, color="0.4", linewidth=0.8)
     labels = [label_knob(knob) for knob in knobs]
@@ -270,7 +374,13 @@ def draw_importances(importances: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(figsize=(6.6, 1.4 + 0.42 * len(importances)), layout="constrained")
     rows = importances[::-1]
     ends = np.clip([rows["importance"] - rows["low"], rows["high"] - rows["importance"]], 0, None)
-    axes.barh([label_knob(knob) for knob in rows["knob"]], rows["importance"], color=BLUE, xerr=ends, capsize=4)
+    axes.barh(
+        [label_knob(knob) for knob in rows["knob"]],
+        rows["importance"],
+        color=BLUE,
+        xerr=ends,
+        capsize=4,
+    )
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of what sets the best quarter of the trials apart")
     axes.set_title(title, fontsize=10)
@@ -284,10 +394,15 @@ def draw_schedules(schedules: pd.DataFrame, title: str) -> Figure:
     Args:
         schedules: tables.make_schedules.
     """
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7.4, 5.4), sharex=True, layout="constrained")
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7.4, 5.4), sharex=True, layout="constrained"
+    )
     styles = ["-", "--", "-.", ":"]
     for i, (name, rows) in enumerate(schedules.groupby("name", sort=False)):
-        look = {"linestyle": styles[i % len(styles)], "color": list(STATUS_COLOURS.values())[i % len(STATUS_COLOURS)]}
+        look = {
+            "linestyle": styles[i % len(styles)],
+            "color": list(STATUS_COLOURS.values())[i % len(STATUS_COLOURS)],
+        }
         above.plot(rows["epoch"], rows["lr"], label=str(name), **look)
         below.plot(rows["epoch"], rows["momentum"], **look)
     above.set_yscale("log")
@@ -312,19 +427,38 @@ def draw_costs(costs: pd.DataFrame, title: str) -> Figure:
     )
     cycles = sorted(costs["cycle"].unique())
     statuses = [status for status in STATUS_COLOURS if status in set(costs["status"])]
-    for axes, (column, scale, label) in zip(panels, (("epochs", 1, "epochs"), ("seconds", 60, "minutes")), strict=True):
+    for axes, (column, scale, label) in zip(
+        panels, (("epochs", 1, "epochs"), ("seconds", 60, "minutes")), strict=True
+    ):
         begin = np.zeros(len(cycles))
         for status in statuses:
-            rows = costs[costs["status"] == status].set_index("cycle")[column].reindex(cycles, fill_value=0) / scale
-            axes.barh(range(len(cycles)), rows, left=begin, color=STATUS_COLOURS[status], edgecolor="white", height=0.7)
+            rows = (
+                costs[costs["status"] == status]
+                .set_index("cycle")[column]
+                .reindex(cycles, fill_value=0)
+                / scale
+            )
+            axes.barh(
+                range(len(cycles)),
+                rows,
+                left=begin,
+                color=STATUS_COLOURS[status],
+                edgecolor="white",
+                height=0.7,
+            )
             begin += rows.to_numpy()
         axes.set_xlabel(f"{label} of training, {begin.sum():.3g} in all")
         tidy(axes)
     names = [f"{cycle} epoch{'s' if cycle > 1 else ''}" for cycle in cycles]
     panels[0].set_yticks(range(len(cycles)), names)
     panels[0].set_ylabel("trainings of")
-    handles = [Rectangle((0, 0), 1, 1, color=STATUS_COLOURS[status], label=f"{status} trials") for status in statuses]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(statuses), frameon=False, fontsize=9)
+    handles = [
+        Rectangle((0, 0), 1, 1, color=STATUS_COLOURS[status], label=f"{status} trials")
+        for status in statuses
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(statuses), frameon=False, fontsize=9
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -342,7 +476,10 @@ def _mark_axis(values: pd.Series[Any]) -> list[tuple[str, float]]:
     if not isinstance(values.iloc[0], str):
         return [(f"{values.min():.3g}", 0.0), (f"{values.max():.3g}", 1.0)]
     names = sorted(values.unique())
-    return [(name, place / (len(names) - 1) if len(names) > 1 else 0.5) for place, name in enumerate(names)]
+    return [
+        (name, place / (len(names) - 1) if len(names) > 1 else 0.5)
+        for place, name in enumerate(names)
+    ]
 
 
 def _shade(scores: pd.Series[float]) -> Normalize:

@@ -16,9 +16,22 @@ from matplotlib.figure import Figure
 from tune_cifar.schema import TrainConfig
 
 # Okabe and Ito's palette: told apart in every common kind of colour blindness, and mostly in grey.
-BLUE, ORANGE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, VERMILION, GREEN, PURPLE, SKY = (
+    "#0072B2",
+    "#E69F00",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+)
 # What became of a trial; the markers tell them apart without any colour.
-STATUS_COLOURS = {"complete": BLUE, "stopped": ORANGE, "diverged": VERMILION, "failed": PURPLE, "running": SKY}
+STATUS_COLOURS = {
+    "complete": BLUE,
+    "stopped": ORANGE,
+    "diverged": VERMILION,
+    "failed": PURPLE,
+    "running": SKY,
+}
 STATUS_MARKERS = {"complete": "o", "stopped": "s", "diverged": "x", "failed": "v", "running": "^"}
 DPI = 110
 
