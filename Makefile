@@ -1,4 +1,4 @@
-# The two commands: `make search` (the main job) and `make test`. Both set everything up on a fresh machine.
+# The two commands: `make search` (the main job) and `make test`. Both first install everything.
 SPACE ?= s10
 ARGS ?=
 PYTHON ?= python3
@@ -10,7 +10,7 @@ KILLS ?= 20
 
 .PHONY: search test test-default test-faults browser lint bench bench-gpu rows docs clean
 
-# CIFAR-10 where it can be had, else the generated stand-in: the command says so in a banner.
+# On CIFAR-10, or on synthetic data if it cannot be fetched; the command prints a banner then.
 search: $(READY)
 	@if $(TUNE) data fetch; then \
 	  $(TUNE) search --space $(SPACE) $(ARGS); \
@@ -18,8 +18,8 @@ search: $(READY)
 	  $(TUNE) search --space $(SPACE) --data shapes $(ARGS); \
 	fi
 
-# The default tier; what everything rests on must be fully covered by its own tests. Then what needs Ray, MLflow and a
-# fresh environment: four at once, for they wait for processes half of their time.
+# The default tier, then the slow one (Ray, MLflow, a fresh environment): four at once, since these
+# tests wait for processes half of their time. The tests of COVERED must cover it completely.
 COVERED_TESTS := tests/test_schema.py tests/space tests/record
 COVERED := schema space record.events record.state record.journal
 test: test-default
@@ -30,17 +30,18 @@ test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED_TESTS) $(COVERED:%=--cov=tune_cifar.%) --cov-branch \
 	  --cov-report=term-missing --cov-fail-under=100
 
-# Chromium and its driver for the browser tests, where Debian's packages can be had without asking for a password.
+# Chromium and its driver for the browser tests, if apt can install them without a password.
 APT := apt-get -qq -o DPkg::Lock::Timeout=120
 browser:
 	@if command -v chromedriver >/dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
 	if command -v apt-get >/dev/null && $$as true 2>/dev/null && $$as $(APT) update \
-	  && $$as env DEBIAN_FRONTEND=noninteractive $(APT) install --no-install-recommends chromium chromium-driver >/dev/null; \
+	  && $$as env DEBIAN_FRONTEND=noninteractive $(APT) install --no-install-recommends \
+	    chromium chromium-driver >/dev/null; \
 	then exit 0; fi; \
-	echo "No chromedriver here, and none could be installed: the browser tests will be skipped."
+	echo "chromedriver is missing and could not be installed: the browser tests will be skipped."
 
-# Every fault done to whole searches, KILLS of them by kill -9 at random moments; and what else takes minutes.
+# Every fault injected into complete searches, KILLS times kill -9; and all else that takes minutes.
 test-faults: $(READY)
 	KILLS=$(KILLS) $(BIN)/python -m pytest -q -m "not gpu" tests/faults --durations=0
 	$(BIN)/python -m pytest -q -m faults --ignore=tests/faults --durations=0
@@ -50,17 +51,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Ratios against what a user would use instead, about an hour and a half with nothing beside it.
+# Ratios against the usual alternatives; about 90 minutes on an idle machine.
 bench: $(READY)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/vs_stock.py
-	@$(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'Not measured, for want of a GPU:', \
+	@$(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'No GPU here:', \
 	  'make bench-gpu measures what benchmarks/NOTES.md lists under What waits for a GPU.')"
 
-# What waits for a GPU: the tests that need one, then the figures that benchmarks/NOTES.md lists as targets.
+# On a GPU: the tests that need one, then the targets that benchmarks/NOTES.md lists.
 bench-gpu: $(READY)
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/gpu.py --space s10
@@ -69,22 +70,23 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/augment.py
 	$(TUNE) search --space s10 --tier full --trials 100 --execution captured
 
-# Days of trainings that fill README's table of systems; Ctrl-C ends it in order, and it goes on where it was.
+# Days of trainings for the table of docs/method.md; stop it with Ctrl-C, start it to resume.
 rows: $(READY)
 	$(BIN)/python benchmarks/rows.py run $(ARGS)
 
-# What the documents take from the code: the table of knobs. A test fails while it is not up to date.
+# Write the table of knobs into search_spaces/README.md; a test fails while it is out of date.
 docs: $(READY)
-	$(BIN)/python docs/knobs.py
+	$(BIN)/python tools/knobs.py
 
-# The environment: uv where it is there, pip otherwise. Bytecode is compiled now, so that no start pays for it later.
+# The environment, by uv if installed, else by pip. Compiling bytecode now makes later starts fast.
+INSTALL := -c constraints.txt -e '.[dev]'
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then \
 	  test -d .venv || uv venv --quiet --python $(PYTHON) .venv; \
-	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	  uv pip install --quiet --compile-bytecode --python $(BIN)/python $(INSTALL); \
 	else \
 	  test -d .venv || $(PYTHON) -m venv .venv; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(INSTALL); \
 	fi
 	@$(BIN)/python -m compileall -q tune_cifar
 	@touch $(READY)

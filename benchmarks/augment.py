@@ -1,9 +1,10 @@
-"""Augmentation alone on one thread, images/s: the batched engine against albumentations' own Compose.
+"""Measure augmentation alone, images/s: batched on the device against albumentations' own Compose.
 
     python benchmarks/augment.py [--rounds 3] [--seconds 2] [--json FILE]
 
-A row per operation and per policy of the five systems, Normalize included in each. batched: draws and pictures of a
-batch of 128 on the device, channels_last. albumentations: image by image, as a Dataset does it, without collation.
+One thread. A row per operation and per policy of the five systems, Normalize included in each.
+batched: draws and images of a batch of 128 on the device, channels_last. albumentations: image by
+image, as a Dataset does it, without collation.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ NO_OPS = ("crop_pad", "hflip_p", "shift_scale_rotate_p", "cutout_p", "gray_p")
 
 
 def make_configs() -> dict[str, Any]:
-    """A config for every row."""
+    """Make a config for every row."""
     from tune_cifar.space.select import load_space
 
     plain = load_space("s7", "cpu").baseline.model_copy(update=dict.fromkeys(NO_OPS, 0))
@@ -52,7 +53,7 @@ def make_configs() -> dict[str, Any]:
 
 
 def measure(make: Callable[[], object], num_images: int, seconds: float) -> float:
-    """Images/s over so many seconds, after one call that is not counted."""
+    """Return images/s over this many seconds, after one call that is not counted."""
     make()
     start, num_calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -62,7 +63,7 @@ def measure(make: Callable[[], object], num_images: int, seconds: float) -> floa
 
 
 def run_batched(seconds: float) -> Figures:
-    """Batches on the device that the numerics choose."""
+    """Measure every row in batches, on the device that the numerics choose."""
     import torch
 
     from tune_cifar.augment.batched import apply_policy, draw_policy
@@ -70,6 +71,7 @@ def run_batched(seconds: float) -> Figures:
     from tune_cifar.train.numerics import memory_format, resolve_numerics
 
     numerics = resolve_numerics()
+    layout = memory_format(numerics)
     torch.set_num_threads(1)
     images = load_images(BATCH_SIZE).to(numerics.device)
     generator = torch.Generator(numerics.device).manual_seed(0)
@@ -78,9 +80,8 @@ def run_batched(seconds: float) -> Figures:
         policy = make_policy(config)
 
         def make(policy: Any = policy) -> None:
-            apply_policy(
-                policy, images, draw_policy(policy, len(images), generator), memory_format(numerics)
-            )
+            draws = draw_policy(policy, len(images), generator)
+            apply_policy(policy, images, draws, layout)
             if numerics.device == "cuda":
                 torch.cuda.synchronize()
 
@@ -89,21 +90,24 @@ def run_batched(seconds: float) -> Figures:
 
 
 def run_albumentations(seconds: float) -> Figures:
-    """One image after another."""
+    """Measure every row one image after another."""
     from source_loop import compose
 
     images = load_images(BATCH_SIZE).permute(0, 2, 3, 1).contiguous().numpy()
     found = {}
     for name, config in make_configs().items():
-        pipeline = compose(config)
-        found[name] = measure(
-            lambda p=pipeline: [p(image=image) for image in images], BATCH_SIZE, seconds
-        )
+        composed = compose(config)
+
+        def make(pipeline: Any = composed) -> None:
+            for image in images:
+                pipeline(image=image)
+
+        found[name] = measure(make, BATCH_SIZE, seconds)
     return found
 
 
 def load_images(num: int) -> Any:
-    """uint8 (N, 3, 32, 32)."""
+    """Load training images, uint8 (N, 3, 32, 32)."""
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
 
@@ -120,19 +124,12 @@ def main() -> None:
         return
     sides, options = ("batched", "albumentations"), ("--seconds", arguments.seconds)
     rounds = take_turns(sides, arguments.rounds, lambda side: run_side(__file__, side, options))
-    rows = [
-        (
-            name,
-            *(median_figure(rounds, side, name) for side in sides),
-            compare(rounds, *sides, name).describe(),
-        )
-        for name in make_configs()
-    ]
-    print_table(
-        "Augmentation, one thread",
-        ("", "batched, images/s", "albumentations, images/s", "ratio"),
-        rows,
-    )
+    rows = []
+    for name in make_configs():
+        figures = [median_figure(rounds, side, name) for side in sides]
+        rows.append((name, *figures, compare(rounds, *sides, name).describe()))
+    header = ("", "batched, images/s", "albumentations, images/s", "ratio")
+    print_table("Augmentation, one thread", header, rows)
     write_json(arguments.json, {"rounds": rounds})
 
 

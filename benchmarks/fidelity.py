@@ -1,22 +1,25 @@
-"""Which cheap score foretells the full training? The same configurations through every fidelity, on real CIFAR-10.
+"""How well cheap scores predict the full training: configurations at every fidelity, on CIFAR-10.
 
-    python benchmarks/fidelity.py train [--space s8] [--configs 40] [--more 40] [--table FILE]    # resumable; hours
-    python benchmarks/fidelity.py show [--table FILE] [--figure FILE]                             # seconds
+    python benchmarks/fidelity.py train [--space s8] [--configs 40] [--more 40] [--table FILE]
+    python benchmarks/fidelity.py show [--table FILE] [--figure FILE]
 
-`train` draws random configurations of the space's tier cpu (the first is the baseline) and trains each, over 8 epochs
-of 6,000 images, judged on 2,000 (`--epochs --rungs --train-size --val-size` change that):
+`train` takes hours and can be resumed. It draws random configurations of the space's tier cpu (the
+first is the baseline) and trains each over 8 epochs of 6,000 images, evaluated on 2,000 (`--epochs
+--rungs --train-size --val-size` change that):
 
-- `full/0`: the whole schedule; its scores at the rungs are what `fidelity: epochs` compares
-- `full/1`: the same with another training seed: how well a full training foretells itself
+- `full/0`: the full schedule; `fidelity: epochs` compares its scores at the rungs
+- `full/1`: the same with another training seed: how well a full training predicts itself
 - `restart/3` ...: a complete schedule as long as the rung, from scratch (`fidelity: cycles`)
-- `continue`: warm restarts at the rungs (`fidelity: cycles/continue`); up to the first rung this is a restart
-- `--more` further configurations get the second rung's restart only: rows for benchmarks/proposals.py
+- `continue`: warm restarts at the rungs (`fidelity: cycles/continue`); a restart up to the first
+  rung
+- `--more` further configurations have the second rung's restart only, for benchmarks/proposals.py
 
-Under a constant learning rate all variants are the same training, so only the full ones are run. A row of the table is
-one training: {config, job, params, val_acc per epoch, diverged, seconds}.
+Under a constant learning rate all variants are the same training, so only the full ones are run. A
+row of the table is one training: {config, job, params, val_acc per epoch, diverged, seconds}.
 
-`show` prints Kendall's tau (tau-b) of each rung's score against the full score, with bootstrap intervals over the
-configurations; paired differences to `epochs`; and the regret of successive halving at equal epochs.
+`show` prints Kendall's tau (tau-b) of each rung's score against the full score, with bootstrap
+intervals over the configurations; paired differences to `epochs`; and the regret of successive
+halving at equal epochs.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,23 +47,21 @@ Scores = NDArray[np.float64]
 
 
 def make_configs(arguments: argparse.Namespace) -> list[TrainConfig]:
-    """The baseline, then random proposals of the space."""
+    """Return the baseline, then random proposals of the space."""
     from tune_cifar.search.sampler import Sampler
     from tune_cifar.space.select import load_space
 
     sizes = {name: getattr(arguments, name) for name in ("epochs", "train_size", "val_size")}
     space = load_space(arguments.space, "cpu", sizes)
-    budget = space.budget.model_copy(
-        update={"sampler": space.budget.sampler.model_copy(update={"kind": "random"})}
-    )
+    random = space.budget.sampler.model_copy(update={"kind": "random"})
+    budget = space.budget.model_copy(update={"sampler": random})
     sampler = Sampler(replace(space, budget=budget, points=()), CONFIG_SEED)
-    return [
-        space.config(sampler.ask(number)[0]) for number in range(arguments.configs + arguments.more)
-    ]
+    numbers = range(arguments.configs + arguments.more)
+    return [space.config(sampler.ask(number)[0]) for number in numbers]
 
 
 def make_jobs(config: TrainConfig, rungs: tuple[int, ...], is_more: bool) -> dict[str, TrainConfig]:
-    """The trainings of one configuration by name."""
+    """Return the trainings of one configuration by name."""
     constant = config.schedule == "constant"
     if is_more:
         return {f"restart/{rungs[1]}": config.shorten(rungs[1])}
@@ -73,7 +73,7 @@ def make_jobs(config: TrainConfig, rungs: tuple[int, ...], is_more: bool) -> dic
 
 
 def run_job(number: int, job: str, config: TrainConfig) -> dict[str, Any]:
-    """Train once in a worker process; a diverged training has the scores that it got to."""
+    """Train once in a worker process; a diverged training has the scores up to then."""
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.errors import Diverged
@@ -95,15 +95,15 @@ ONECYCLE = ("pct_start", "div_factor", "final_div_factor")
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Run what the table lacks, configuration after configuration, two at a time."""
+    """Run the trainings that the table lacks, configuration after configuration."""
     rows = read_table(arguments.table) if arguments.table.exists() else []
     done = {(row["config"], row["job"]) for row in rows}
-    jobs = [
-        (number, job, config)
-        for number, whole in enumerate(make_configs(arguments))
-        for job, config in make_jobs(whole, arguments.rungs, number >= arguments.configs).items()
-        if (number, job) not in done
-    ]
+    jobs = []
+    for number, full_config in enumerate(make_configs(arguments)):
+        is_more = number >= arguments.configs
+        for job, config in make_jobs(full_config, arguments.rungs, is_more).items():
+            if (number, job) not in done:
+                jobs.append((number, job, config))
     total = sum(config.epochs for _, _, config in jobs)
     start, spent = time.monotonic(), 0
     context = multiprocessing.get_context("spawn")
@@ -117,22 +117,20 @@ def train(arguments: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
             spent += config.epochs
-            left = (time.monotonic() - start) / spent * (total - spent)
+            left = (time.monotonic() - start) / spent * (total - spent) / 60
             last = f"{row['val_acc'][-1]:.4f}" if row["val_acc"] else "diverged"
-            print(
-                f"config {number} {job}: {last}, {row['seconds']} s; {spent}/{total} epochs, {left / 60:.0f} min left"
-            )
-            sys.stdout.flush()
+            progress = f"{spent}/{total} epochs, {left:.0f} min left"
+            print(f"config {number} {job}: {last}, {row['seconds']} s; {progress}", flush=True)
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """All rows, in the order they were trained."""
+    """Read all rows, in the order they were trained."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass(frozen=True)
 class Study:
-    """Scores of every configuration that has all its trainings, diverged ones as chance.
+    """Scores of every configuration with all its trainings; diverged ones have chance.
 
     Attributes:
         rungs: epochs; the last is the full training.
@@ -149,11 +147,10 @@ class Study:
     onecycle: NDArray[np.bool_]
 
     def select(self, chosen: NDArray[Any]) -> Study:
-        """The same study of some of its configurations, or of a resample."""
+        """Return the study of some of the configurations, or of a resample."""
         variants = {name: scores[chosen] for name, scores in self.variants.items()}
-        return Study(
-            self.rungs, variants, self.again[chosen], self.diverged[chosen], self.onecycle[chosen]
-        )
+        arrays = (self.again[chosen], self.diverged[chosen], self.onecycle[chosen])
+        return Study(self.rungs, variants, *arrays)
 
 
 def make_study(rows: list[dict[str, Any]], rungs: tuple[int, ...]) -> Study:
@@ -178,14 +175,12 @@ def make_study(rows: list[dict[str, Any]], rungs: tuple[int, ...]) -> Study:
             return score(jobs["full/0"], rung)
         return score(jobs["continue" if rung == rungs[0] else f"restart/{rung}"], rung)
 
-    variants = {
-        "epochs": [[score(jobs["full/0"], rung) for rung in rungs] for _, jobs in found],
-        "cycles": [[restart(constant, jobs, rung) for rung in rungs] for constant, jobs in found],
-        "cycles/continue": [
-            [score(jobs["full/0" if constant else "continue"], rung) for rung in rungs]
-            for constant, jobs in found
-        ],
-    }
+    variants: dict[str, list[list[float]]] = {"epochs": [], "cycles": [], "cycles/continue": []}
+    for constant, jobs in found:
+        full, continued = jobs["full/0"], jobs["full/0" if constant else "continue"]
+        variants["epochs"].append([score(full, rung) for rung in rungs])
+        variants["cycles"].append([restart(constant, jobs, rung) for rung in rungs])
+        variants["cycles/continue"].append([score(continued, rung) for rung in rungs])
     return Study(
         rungs,
         {name: np.array(scores) for name, scores in variants.items()},
@@ -196,43 +191,39 @@ def make_study(rows: list[dict[str, Any]], rungs: tuple[int, ...]) -> Study:
 
 
 def compute_taus(study: Study) -> dict[tuple[str, int], float]:
-    """Kendall's tau-b of each variant's rung score against the full score of the same seed (of the other seed, for the
-    full length itself: the noise ceiling)."""
+    """Return Kendall's tau-b of each variant's rung score against the full score of the same seed.
+
+    Of the full length it is that of the other seed: the noise ceiling.
+    """
     from scipy.stats import kendalltau
 
-    full = study.variants["epochs"][:, -1]
-    taus = {
-        (name, rung): float(kendalltau(scores[:, i], full).statistic)
-        for name, scores in study.variants.items()
-        for i, rung in enumerate(study.rungs)
-        if rung < study.rungs[-1] or name == "cycles/continue"
-    }
+    def compute_tau(scores: Scores, others: Scores) -> float:
+        return float(kendalltau(scores, others).statistic)
+
+    full, last = study.variants["epochs"][:, -1], study.rungs[-1]
+    taus, other_taus = {}, {}
     for name, scores in study.variants.items():
-        taus |= {
-            (f"{name}, other seed", rung): float(kendalltau(scores[:, i], study.again).statistic)
-            for i, rung in enumerate(study.rungs)
-            if rung < study.rungs[-1]
-        }
-    return taus | {
-        ("full, other seed", study.rungs[-1]): float(kendalltau(full, study.again).statistic)
-    }
+        for i, rung in enumerate(study.rungs):
+            if rung < last or name == "cycles/continue":
+                taus[name, rung] = compute_tau(scores[:, i], full)
+            if rung < last:
+                other_taus[f"{name}, other seed", rung] = compute_tau(scores[:, i], study.again)
+    return taus | other_taus | {("full, other seed", last): compute_tau(full, study.again)}
 
 
 def bootstrap(
     study: Study, compute: Callable[[Study], dict[Any, float]], num_resamples: int
 ) -> dict[Any, Scores]:
-    """What `compute` gives on resamples of the configurations, paired: index i of every entry is the same resample."""
+    """Return `compute` on resamples of the configurations; every entry has the same resamples."""
     random = np.random.default_rng(0)
     num_configs = len(study.again)
-    drawn = [
-        compute(study.select(random.integers(0, num_configs, num_configs)))
-        for _ in range(num_resamples)
-    ]
+    resamples = (random.integers(0, num_configs, num_configs) for _ in range(num_resamples))
+    drawn = [compute(study.select(chosen)) for chosen in resamples]
     return {key: np.array([values[key] for values in drawn]) for key in drawn[0]}
 
 
 def format_interval(values: Scores, sign: str = "") -> str:
-    """The middle 95 %."""
+    """Format the middle 95 %."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return f"{low:{sign}.2f} to {high:{sign}.2f}"
 
@@ -244,19 +235,20 @@ def simulate_halving(
     max_epochs: int,
     reduction_factor: int,
 ) -> tuple[int | None, int]:
-    """Successive halving over the configurations in this order, one after another, until the epochs are spent.
+    """Simulate successive halving over the configurations in this order until the epochs are spent.
 
     Returns:
-        the complete configuration of the best last score (None without one), and how many were begun.
+        the complete configuration of the best last score (None without one), and the number
+        started.
     """
-    from tune_cifar.search.rungs import keep
+    from tune_cifar.search.rungs import is_promoted
 
     arrived: list[list[float]] = [[] for _ in costs]
-    best, best_score, spent, begun = None, -math.inf, 0, 0
+    best, best_score, spent, num_started = None, -math.inf, 0, 0
     for config in order:
         if spent >= max_epochs:
             break
-        begun += 1
+        num_started += 1
         for i, cost in enumerate(costs):
             spent += cost
             score = float(scores[config, i])
@@ -264,17 +256,19 @@ def simulate_halving(
             if i == len(costs) - 1:
                 if score > best_score:
                     best, best_score = int(config), score
-            elif not keep(score, arrived[i], reduction_factor):
+            elif not is_promoted(score, arrived[i], reduction_factor):
                 break
-    return best, begun
+    return best, num_started
 
 
 def simulate_regrets(
     study: Study, max_epochs: int, num_orders: int
 ) -> dict[str, tuple[float, float]]:
-    """Per variant and for random search without stopping: the mean regret of the chosen configuration, in points, over
-    random orders (the same ones for all), and the mean number of configurations begun. Truth is the mean of both full
-    seeds."""
+    """Return mean regret (points) and mean number of configurations started, by variant.
+
+    "no stopping" is random search without rungs. Means are over random orders, the same ones for
+    all variants. The truth is the mean of both full seeds.
+    """
     rungs, truth = study.rungs, (study.variants["epochs"][:, -1] + study.again) / 2
     steps = tuple(b - a for a, b in itertools.pairwise((0, *rungs)))
     searches = {
@@ -287,56 +281,56 @@ def simulate_regrets(
     orders = [random.permutation(len(truth)) for _ in range(num_orders)]
     found = {}
     for name, (scores, costs) in searches.items():
-        ends = [simulate_halving(scores, costs, order, max_epochs, 3) for order in orders]
-        regrets = [
-            truth.max() - (CHANCE_ACCURACY if best is None else truth[best]) for best, _ in ends
-        ]
-        found[name] = (100 * float(np.mean(regrets)), float(np.mean([begun for _, begun in ends])))
+        regrets, nums_started = [], []
+        for order in orders:
+            best, num_started = simulate_halving(scores, costs, order, max_epochs, 3)
+            regrets.append(truth.max() - (CHANCE_ACCURACY if best is None else truth[best]))
+            nums_started.append(num_started)
+        found[name] = (100 * float(np.mean(regrets)), float(np.mean(nums_started)))
     return found
 
 
 def show_taus(title: str, study: Study) -> None:
-    """One table: tau per variant and rung with its interval, and the paired difference to `epochs`."""
-    print(
-        f"\n{title}: {len(study.again)} configurations, {int(study.diverged.sum())} diverged somewhere"
-    )
+    """Print a table: tau per variant and rung with its interval and the difference to `epochs`."""
+    num_diverged = int(study.diverged.sum())
+    print(f"\n{title}: {len(study.again)} configurations, {num_diverged} diverged somewhere")
     print("| score | at epoch | tau | 95 % | minus `epochs` | 95 % |\n|---|---|---|---|---|---|")
     taus, drawn = compute_taus(study), bootstrap(study, compute_taus, 2000)
     for (name, rung), tau in taus.items():
         line = f"| {name} | {rung} | {tau:.2f} | {format_interval(drawn[name, rung])} |"
         base = ("epochs, other seed" if name.endswith("other seed") else "epochs", rung)
         if base in taus and base != (name, rung):
-            line += f" {tau - taus[base]:+.2f} | {format_interval(drawn[name, rung] - drawn[base], '+')} |"
+            interval = format_interval(drawn[name, rung] - drawn[base], "+")
+            line += f" {tau - taus[base]:+.2f} | {interval} |"
         else:
             line += " | |"
         print(line)
 
 
 def show_regrets(study: Study, max_epochs: int) -> None:
-    """One table: regret of the chosen configuration at equal epochs, with intervals over the configurations."""
+    """Print a table: regret at equal epochs, with intervals over the configurations."""
     print(f"\nregret after {max_epochs} epochs (reduction factor 3; mean of 1,000 random orders):")
-    print(
-        "| search | begun | regret, points | 95 % | minus `no stopping` | 95 % | minus `cycles` | 95 % |"
-    )
+    differences = "minus `no stopping` | 95 % | minus `cycles` | 95 %"
+    print(f"| search | begun | regret, points | 95 % | {differences} |")
     print("|---|---|---|---|---|---|---|---|")
     found = simulate_regrets(study, max_epochs, 1000)
 
     def compute(resample: Study) -> dict[str, float]:
-        return {
-            name: regret for name, (regret, _) in simulate_regrets(resample, max_epochs, 25).items()
-        }
+        regrets = simulate_regrets(resample, max_epochs, 25)
+        return {name: regret for name, (regret, _) in regrets.items()}
 
     drawn = bootstrap(study, compute, 400)
-    for name, (regret, begun) in found.items():
-        line = f"| {name} | {begun:.1f} | {regret:.2f} | {format_interval(drawn[name])} |"
+    for name, (regret, num_started) in found.items():
+        line = f"| {name} | {num_started:.1f} | {regret:.2f} | {format_interval(drawn[name])} |"
         for base in ("no stopping", "cycles"):
-            difference = f" {regret - found[base][0]:+.2f} | {format_interval(drawn[name] - drawn[base], '+')} |"
+            interval = format_interval(drawn[name] - drawn[base], "+")
+            difference = f" {regret - found[base][0]:+.2f} | {interval} |"
             line += " | |" if name == base else difference
         print(line)
 
 
 def draw(study: Study, path: Path) -> None:
-    """Rung scores against full scores, a column per rung and a row per variant."""
+    """Plot rung scores against full scores, a column per rung and a row per variant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -344,20 +338,15 @@ def draw(study: Study, path: Path) -> None:
 
     taus = compute_taus(study)
     names, rungs = list(study.variants), study.rungs[:-1]
-    figure, axes = plt.subplots(
-        len(names),
-        len(rungs),
-        figsize=(3.2 * len(rungs), 3 * len(names)),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (3.2 * len(rungs), 3 * len(names))
+    grid = {"nrows": len(names), "ncols": len(rungs), "squeeze": False}
+    figure, axes = plt.subplots(**grid, figsize=size, layout="constrained")
     full = study.variants["epochs"][:, -1]
     for (row, name), (column, rung) in itertools.product(enumerate(names), enumerate(rungs)):
         ax = axes[row, column]
+        scores = study.variants[name][:, column]
         for mask, label in ((study.onecycle, "OneCycle"), (~study.onecycle, "constant")):
-            ax.scatter(
-                100 * study.variants[name][mask, column], 100 * full[mask], s=14, label=label
-            )
+            ax.scatter(100 * scores[mask], 100 * full[mask], s=14, label=label)
         ax.set_title(f"{name}, epoch {rung}: tau {taus[name, rung]:.2f}", fontsize=9)
         ax.set_xlabel("val_acc at the rung, %")
         ax.set_ylabel(f"after {study.rungs[-1]} epochs, %")
@@ -383,9 +372,8 @@ def read_rungs(text: str) -> tuple[int, ...]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("action", choices=["train", "show"])
     parser.add_argument("--space", default="s8")
     parser.add_argument("--configs", type=int, default=40)

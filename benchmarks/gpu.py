@@ -1,11 +1,13 @@
-"""A whole training on a GPU, eager against captured; without a GPU a dry run, which measures nothing.
+"""A complete training on a GPU, eager against captured; without a GPU only a dry run.
 
-    python benchmarks/gpu.py [--space s10] [--epochs 24] [--train-size 50000] [--rounds 3] [--json FILE]
+    python benchmarks/gpu.py [--space s10] [--epochs 24] [--train-size 50000] [--rounds 3]
+        [--json FILE]
     python benchmarks/gpu.py --space s7 --epochs 1 --train-size 1024 --rounds 1      # on a CPU
 
-A side trains the space's baseline twice in one process, under two learning rates, as a warm worker would. Figures:
-seconds from having the images to the end of the first step, for the first and the second training (`start`,
-`warm_start`), seconds of the second training (`train`), epochs/s, and the device's peak memory in MiB (0 off CUDA).
+A side trains the space's baseline twice in one process, with two learning rates, like a warm
+worker. Figures: seconds from the loaded images to the end of the first step, for the first and the
+second training (`start`, `warm_start`), seconds of the second training (`train`), epochs/s, and the
+device's peak memory in MiB (0 off CUDA).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ SIDES = ("eager", "captured")
 
 
 def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
-    """Two trainings, one after the other."""
+    """Run two trainings, one after the other."""
     import torch
 
     from tune_cifar.data.files import find_data
@@ -69,16 +71,14 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(run(arguments.side, **shape)))
         return
-    options = [
-        word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)
-    ]
+    options = ("--space", arguments.space, "--epochs", arguments.epochs)
+    options += ("--train-size", arguments.train_size)
     rounds = take_turns(SIDES, arguments.rounds, lambda side: run_side(__file__, side, options))
     names = ("start", "warm_start", "train", "epochs_per_second", "memory")
     rows = [(side, *(median_figure(rounds, side, name) for name in names)) for side in SIDES]
     print_table(f"{shape}", ("", *names), rows)
-    print(
-        f"captured / eager, epochs/s: {compare(rounds, 'captured', 'eager', 'epochs_per_second').describe()}"
-    )
+    ratio = compare(rounds, "captured", "eager", "epochs_per_second")
+    print(f"captured / eager, epochs/s: {ratio.describe()}")
     write_json(arguments.json, {"shape": shape, "rounds": rounds})
 
 

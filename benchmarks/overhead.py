@@ -1,21 +1,27 @@
-"""What a trial costs that trains nothing: this search against stock Ray Tune and in-process Optuna.
+"""Cost of a trial that trains nothing: this search against stock Ray Tune and in-process Optuna.
 
     python benchmarks/overhead.py [--trials 10 100 1000] [--rounds 1] [--json FILE]
     python benchmarks/overhead.py --trials 10 --rounds 3
 
-One trial at a time, 24 epochs reported by each; seconds per trial from the first trial's start to the end of it all.
-ours: `run_search`, whose worker invents its epochs: TPE, the record synced, MLflow (SQLite) shipped. ours, rungs: the
-same with one epoch, as where only rungs report. stock: a function trainable, a new process per trial, Ray's MLflow
-callback, random points; for the smallest number of trials only. optuna: TPE with its successive halving, in memory.
+One trial at a time, each with 24 epochs; seconds per trial from the first trial's start to the end
+of the run.
 
-Besides, with the smallest number, a `command` as a user types it, two trials of smoke: `running`, seconds from its
-start until the first trial trains, and of `bare`, until the end of `import ray.tune, torch; ray.init()`; `shutdown`,
-from the last trial's end to the command's.
+- ours: `run_search` with a worker that invents its epochs: TPE, a synced record, uploads to MLflow
+  (SQLite)
+- ours, rungs: the same with one epoch, as if only rungs were reported
+- stock: a function trainable, a new process per trial, Ray's MLflow callback, random points;
+  smallest number only
+- optuna: TPE with Optuna's successive halving, in memory
+
+With the smallest number also: a `command` as a user types it, two trials of smoke: `running`,
+seconds from its start until the first trial trains, and of `bare`, until the end of `import
+ray.tune, torch; ray.init()`; `shutdown`, from the last trial's end to the command's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -42,12 +48,12 @@ EPOCHS = 24
 
 
 def since_start() -> float:
-    """Seconds that this process has lived."""
+    """Return the seconds since this process started."""
     return time.time() - psutil.Process().create_time()
 
 
 def make_result(epoch: int) -> Any:
-    """What an epoch might have reported."""
+    """Return a made-up result of an epoch."""
     from tune_cifar.schema import EpochResult
 
     acc = 0.3 + epoch / 100
@@ -57,7 +63,7 @@ def make_result(epoch: int) -> Any:
 
 
 def run_ours(num_trials: int, epochs: int) -> Figures:
-    """One search of s7's cpu tier; nothing stops a trial."""
+    """Run one search of s7's cpu tier; no trial stops early."""
     from tune_cifar.data.files import DataSource
     from tune_cifar.record.events import TrialEnded, TrialStarted
     from tune_cifar.search import run as search
@@ -66,9 +72,9 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
 
     class EmptyWorker(search.TrialWorker):  # type: ignore[misc]
         def _make_results(self) -> Iterator[tuple[int, Any]]:
-            for cycle in self._trial["cycles"]:
-                for epoch in range(1, cycle + 1):
-                    yield cycle, make_result(epoch)
+            for stage in self._trial["stages"]:
+                for epoch in range(1, stage + 1):
+                    yield stage, make_result(epoch)
 
     times: dict[type, list[float]] = {TrialStarted: [], TrialEnded: []}
 
@@ -80,26 +86,23 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
     space = load_space("s7", "cpu", {"train_size": 5000, "val_size": 100})
     changes = {"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
     baseline = space.baseline.model_copy(update={"epochs": epochs})
-    space = dataclasses.replace(
-        space, baseline=baseline, budget=space.budget.model_copy(update=changes)
-    )
+    budget = space.budget.model_copy(update=changes)
+    space = dataclasses.replace(space, baseline=baseline, budget=budget)
+    source, names = DataSource("shapes", None), {"command": "overhead", "name": "empty"}
     with tempfile.TemporaryDirectory() as folder:
-        request = SearchRequest(
-            DataSource("shapes", None), Path(folder), "overhead", name="empty", max_concurrent=1
-        )
+        request = SearchRequest(source, Path(folder), **names, max_concurrent=1)
         state, faults = search.run_search(search.prepare_search(space, request), note)
         end = since_start()
         assert not faults and state.counts["complete"] == num_trials, (faults, state.counts)
-    begin = times[TrialStarted][0]
+    ends = times[TrialEnded]
     return {
-        "seconds_per_trial": (end - begin) / num_trials,
-        "steady_seconds_per_trial": (times[TrialEnded][-1] - times[TrialEnded][0])
-        / max(1, num_trials - 1),
+        "seconds_per_trial": (end - times[TrialStarted][0]) / num_trials,
+        "steady_seconds_per_trial": (ends[-1] - ends[0]) / max(1, num_trials - 1),
     }
 
 
 def run_stock(num_trials: int) -> Figures:
-    """Ray Tune as its tutorial does it, with nothing to train."""
+    """Run Ray Tune as in its tutorial, with nothing to train."""
     from ray import tune
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
@@ -109,9 +112,7 @@ def run_stock(num_trials: int) -> Figures:
             tune.report({name: value for name, value in result.items() if value is not None})
 
     with tempfile.TemporaryDirectory() as folder:
-        callback = MLflowLoggerCallback(
-            tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="stock"
-        )
+        callback = MLflowLoggerCallback(f"sqlite:///{folder}/mlflow.db", experiment_name="stock")
         begin = since_start()
         results = tune.Tuner(
             tune.with_resources(train_nothing, {"cpu": 1}),
@@ -124,7 +125,7 @@ def run_stock(num_trials: int) -> Figures:
 
 
 def run_optuna(num_trials: int) -> Figures:
-    """Optuna's own loop in this process, without parallelism, tracking or anything on disk."""
+    """Run Optuna's own loop in this process, without parallelism, tracking or files."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -137,25 +138,24 @@ def run_optuna(num_trials: int) -> Figures:
             trial.should_prune()
         return float(make_result(EPOCHS).val_acc)
 
-    study = optuna.create_study(
-        direction="maximize", pruner=optuna.pruners.SuccessiveHalvingPruner()
-    )
+    pruner = optuna.pruners.SuccessiveHalvingPruner()
+    study = optuna.create_study(direction="maximize", pruner=pruner)
     begin = time.perf_counter()
     study.optimize(train_nothing, n_trials=num_trials)
     return {"seconds_per_trial": (time.perf_counter() - begin) / num_trials}
 
 
 def run_command() -> Figures:
-    """Real trials, told of line by line as they happen."""
+    """Run a search of real trials and time the lines that it prints."""
     from tune_cifar.record.journal import read_state
 
-    words = "-m tune_cifar search --space smoke --data shapes --trials 2 --max-concurrent 1 --name command --storage"
+    words = [sys.executable, "-m", "tune_cifar", "search", "--space", "smoke", "--data", "shapes"]
+    words += ["--trials", "2", "--max-concurrent", "1", "--name", "command", "--storage"]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         lines: list[tuple[float, str]] = []
-        with subprocess.Popen(
-            [sys.executable, *words.split(), folder], stdout=subprocess.PIPE, text=True
-        ) as process:
+        command = [*words, folder]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append((time.perf_counter() - begin, line))
@@ -168,7 +168,7 @@ def run_command() -> Figures:
 
 
 def run_bare() -> Figures:
-    """What nobody who uses both can do without."""
+    """Import and start what every user of Ray Tune and torch must."""
     import ray
     import torch  # noqa: F401
     from ray import tune  # noqa: F401
@@ -192,7 +192,7 @@ ONCE = ("stock", "command", "bare")
 
 
 def run(side: str, num_trials: int) -> Figures:
-    """A side in a process of its own."""
+    """Run a side in a process of its own."""
     return run_side(__file__, side, ("--trials", num_trials))
 
 
@@ -207,24 +207,17 @@ def main() -> None:
     for num_trials in sorted(arguments.trials):
         print(f"{num_trials} trials", flush=True)
         sides = [side for side in SIDES if not found or side not in ONCE]
-        found[num_trials] = take_turns(
-            sides, arguments.rounds, lambda side, n=num_trials: run(side, n)
-        )  # type: ignore[misc]
-    rows = [
-        (
-            num,
-            side,
-            *(median_figure(rounds, side, figure) for figure in ("seconds_per_trial", "wall")),
-        )
-        for num, rounds in found.items()
-        for side in rounds[0]
-        if side not in ONCE[1:]
-    ]
-    print_table(
-        "Trials that train nothing",
-        ("trials", "side", "seconds per trial", "whole process, s"),
-        rows,
-    )
+        run_one = functools.partial(run, num_trials=num_trials)
+        found[num_trials] = take_turns(sides, arguments.rounds, run_one)
+    rows = []
+    for num, rounds in found.items():
+        for side in rounds[0]:
+            if side not in ONCE[1:]:
+                figures = ("seconds_per_trial", "wall")
+                medians = (median_figure(rounds, side, figure) for figure in figures)
+                rows.append((num, side, *medians))
+    header = ("trials", "side", "seconds per trial", "process, s")
+    print_table("Trials that train nothing", header, rows)
     fewest = next(iter(found.values()))
     print(f"stock / ours: {compare(fewest, 'stock', 'ours', 'seconds_per_trial').describe()}")
     for side, what in (("command", "its first trial trains"), ("bare", "ready")):

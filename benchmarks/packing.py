@@ -1,11 +1,12 @@
-"""Several trainings at once: aggregate epochs/s against their number K, as processes and as threads of one process.
+"""Concurrent trainings: total epochs/s against their number K, as processes and as threads.
 
-    python benchmarks/packing.py [--space s7] [--at-once 1 2 4 8] [--rounds 3] [--seconds 20] [--json FILE]
+    python benchmarks/packing.py [--space s7] [--at-once 1 2 4 8] [--rounds 3] [--seconds 20]
+        [--json FILE]
 
-processes: K workers of one training each, as trials are packed onto a device by fractions. streams: K threads of one
-process; on CUDA each has a stream of its own. On a CPU more trainings than cores are left out. An epoch is one pass
-over the space's baseline training images, augmented as always; what is counted is training steps, after every training
-has taken a few.
+processes: K workers of one training each, as trials are packed onto a device by fractions. streams:
+K threads of one process; on CUDA each has its own stream. On a CPU, K above the number of cores is
+left out. An epoch is one pass over the baseline's augmented training images. Training steps are
+counted, after every training has warmed up.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from pairs import (
 )
 
 WARM_UP_STEPS = 5
-# Long enough for the slowest start.
+# How long a training may take to start.
 START_SECONDS = 300.0
 
 
 def train(space: str, seconds: float, ready: Any, counts: Any) -> None:
-    """Train until the time is up and hand over the epochs per second of this training.
+    """Train for `seconds` and put this training's epochs per second into the queue `counts`.
 
     Args:
         ready: a barrier that all trainings pass together.
@@ -63,14 +64,15 @@ def train(space: str, seconds: float, ready: Any, counts: Any) -> None:
 
 
 def run_packed(kind: str, num: int, space: str, seconds: float) -> Figures:
-    """K trainings at once in this process or below it."""
+    """Run `num` trainings at once, as threads of this process or as its children."""
     context = get_context("spawn")
-    ready, counts = (
-        (threading.Barrier(num) if kind == "streams" else context.Barrier(num)),
-        context.Queue(),
-    )
-    make: Any = threading.Thread if kind == "streams" else context.Process
-    workers = [make(target=train, args=(space, seconds, ready, counts)) for _ in range(num)]
+    counts = context.Queue()
+    ready: Any = context.Barrier(num)
+    make_worker: Any = context.Process
+    if kind == "streams":
+        ready, make_worker = threading.Barrier(num), threading.Thread
+    work = (space, seconds, ready, counts)
+    workers = [make_worker(target=train, args=work) for _ in range(num)]
     for worker in workers:
         worker.start()
     found = [counts.get(timeout=START_SECONDS + 2 * seconds) for _ in workers]
@@ -103,9 +105,8 @@ def main() -> None:
     single = median_figure(rounds, sides[0], "epochs_per_second")
     speeds = {side: median_figure(rounds, side, "epochs_per_second") for side in sides}
     rows = [(side, speed, f"{speed / single:.2f}") for side, speed in speeds.items()]
-    print_table(
-        f"{arguments.space}: trainings at once", ("", "epochs/s in all", "of one process"), rows
-    )
+    columns = ("", "epochs/s in all", "of one process")
+    print_table(f"{arguments.space}: trainings at once", columns, rows)
     write_json(arguments.json, {"space": arguments.space, "rounds": rounds})
 
 

@@ -1,7 +1,7 @@
-"""What the benchmarks share: sides in processes of their own, taken in turn; ratios with median and spread; JSON.
+"""Paired measurements for the benchmarks: run sides in turn, compare their figures, write JSON.
 
-A side is a function of a script that returns its figures. `run_side` runs it as `python SCRIPT OPTIONS --side NAME` in
-a fresh process, so that no side finds warm caches or threads of another.
+A side is a function of a script that returns its figures. `run_side` runs it in a new process, as
+`python SCRIPT OPTIONS --side NAME`, so that no side has warm caches or threads of another.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Round = dict[str, Figures]
 
 @dataclass(frozen=True)
 class Ratio:
-    """A quotient of two sides' figures, taken within each round."""
+    """The ratio of two sides' figures, taken within each round."""
 
     median: float
     low: float
@@ -36,15 +36,16 @@ class Ratio:
     n: int
 
     def describe(self) -> str:
-        """For people."""
+        """Return median, range and number of rounds as text."""
         spread = "" if self.n == 1 else f" ({self.low:.2f} to {self.high:.2f})"
         return f"{self.median:.2f}{spread}, n = {self.n}"
 
 
 def make_parser(docstring: str | None, **rounds: int) -> argparse.ArgumentParser:
-    """A parser with what all benchmarks take: the number of rounds, the file for JSON, and the side to run here.
+    """Make a parser with the options of all benchmarks: number of rounds, JSON file and side.
 
     Args:
+        docstring: of the script; its first line is the description.
         rounds: the option's name and its default, such as pairs=3.
     """
     parser = argparse.ArgumentParser(description=(docstring or "").split("\n")[0])
@@ -58,12 +59,14 @@ def make_parser(docstring: str | None, **rounds: int) -> argparse.ArgumentParser
 def run_side(
     script: str, side: str, options: Iterable[object] = (), package: Path | None = None
 ) -> Figures:
-    """One side in a fresh process: its figures, and `wall`, the seconds of the whole process.
+    """Run one side in a new process; return its figures and `wall`, the seconds of the process.
 
     Args:
         package: a checkout whose tune_cifar is imported instead of the installed one.
     """
-    environment = os.environ | ({} if package is None else {"PYTHONPATH": str(package.resolve())})
+    environment = dict(os.environ)
+    if package is not None:
+        environment["PYTHONPATH"] = str(package.resolve())
     command = [sys.executable, script, *map(str, options), "--side", side]
     start = time.perf_counter()
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -74,7 +77,7 @@ def run_side(
 
 
 def take_turns(sides: Sequence[str], num_rounds: int, run: Callable[[str], Figures]) -> list[Round]:
-    """Every side once a round, in reversed order every other round; each is told when it is done."""
+    """Run every side once a round, in reversed order every other round; print each result."""
     rounds: list[Round] = []
     for i in range(num_rounds):
         found = {}
@@ -87,22 +90,22 @@ def take_turns(sides: Sequence[str], num_rounds: int, run: Callable[[str], Figur
 
 
 def compare(rounds: Sequence[Round], above: str, below: str, figure: str) -> Ratio:
-    """The figure of one side over the other's."""
+    """Return the ratio of a figure of side `above` to that of side `below`."""
     return summarise([found[above][figure] / found[below][figure] for found in rounds])
 
 
 def summarise(values: Sequence[float]) -> Ratio:
-    """Median and extremes."""
+    """Return median, lowest and highest."""
     return Ratio(statistics.median(values), min(values), max(values), len(values))
 
 
 def median_figure(rounds: Sequence[Round], side: str, figure: str) -> float:
-    """Over the rounds."""
+    """Return the median of a side's figure over the rounds."""
     return statistics.median(found[side][figure] for found in rounds)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Rows of figures for people."""
+    """Print figures as a table."""
     table = Table(*columns, title=title, title_justify="left", box=None)
     for row in rows:
         table.add_row(*(f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row))
@@ -110,7 +113,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def describe_machine() -> dict[str, Any]:
-    """Date, processor or GPU with what it can, cores and torch's version."""
+    """Return date, processor or GPU with its capability, cores and torch's version."""
     from tune_cifar.train.numerics import count_cores, resolve_numerics
 
     numerics = resolve_numerics()
@@ -123,8 +126,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def write_json(path: Path | None, facts: Mapping[str, Any]) -> None:
-    """The facts with the machine's description, where a file is asked for."""
+    """Write the facts and the machine's description, unless the path is None."""
     if path is not None:
-        path.write_text(
-            json.dumps(describe_machine() | dict(facts), indent=2, default=asdict) + "\n"
-        )
+        text = json.dumps(describe_machine() | dict(facts), indent=2, default=asdict)
+        path.write_text(text + "\n")

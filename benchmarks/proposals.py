@@ -1,23 +1,27 @@
-"""What does Optuna buy? TPE against random and quasi-random search at equal epochs, on a table of real trainings.
+"""Gain of Optuna's TPE over random and quasi-random search at equal epochs, on real trainings.
 
-    python benchmarks/proposals.py [--table FILE] [--samplers tpe,tpe/6,random,qmc] [--seeds 200] [--figure FILE]
+    python benchmarks/proposals.py [--table FILE] [--samplers tpe,tpe/6,random,qmc] [--seeds 200]
+                                   [--figure FILE]
 
-The table is what benchmarks/fidelity.py wrote. A configuration's score is val_acc at the end of a complete training
-from scratch of as many epochs as the tier cpu has; chance, when it diverged. Nothing is trained here. A search asks our
-own `Sampler`, and each ask is answered by the nearest configuration of the table that the search has not had yet; what
-the sampler is told are that configuration's own knobs and score. Trial 0 is the baseline, the space's points are left
-out, and nothing is stopped, so that equal asks are equal epochs. `tpe` has the tier's startup, `tpe/6` one of 6.
+The table was written by benchmarks/fidelity.py; nothing is trained here. A configuration's score is
+val_acc at the end of a training from scratch of as many epochs as the tier cpu has; chance, when it
+diverged. A search asks our own `Sampler`. Each ask is answered by the nearest configuration of the
+table that the search has not had yet, and the sampler is told that configuration's knobs and score.
+Trial 0 is the baseline, the space's points are left out, and no trial is stopped, so that equal
+asks are equal epochs. `tpe` has the tier's startup, `tpe/6` one of 6.
 
 Two intervals, both 95 %:
 
-- seeds: a bootstrap over the sampler's seeds. What the mean over seeds would vary by on this very table.
-- seeds and table: also for the table being a sample of configurations. The spread over subtables of three quarters of
-  the configurations (the same seeds on all of them, what seeds contribute taken off) is scaled up to the whole table as
-  the delete-d jackknife does, and added to the variance over seeds; normal limits. On 40 made tables (80
-  configurations, random and quasi-random search, 2026-11-21) 85 to 97 % of these intervals held for best and regret, 97
-  to 100 % for the difference to random search, where they are up to twice as wide as need be.
+- seeds: a bootstrap over the sampler's seeds, for this very table.
+- seeds and table: the table is a sample of configurations, too. The spread over subtables of three
+  quarters of the configurations (the same seeds on all of them, less what seeds contribute) is
+  scaled up to the full table as in the delete-d jackknife and added to the variance over seeds;
+  normal limits. On 40 made-up tables (80 configurations, random and quasi-random search,
+  2026-11-21) 85 to 97 % of these intervals held for best and regret, 97 to 100 % for the difference
+  to random search, where they are up to twice as wide as needed.
 
-The end of a search is optimistic for all alike: as the table runs out, a bad ask too is answered by what is left.
+The end of a search is optimistic for all samplers: as the table runs out, a bad ask too gets what
+    is left.
 """
 
 from __future__ import annotations
@@ -41,16 +45,16 @@ from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
 
 HERE = Path(__file__).parent
-# A trial's proposal is seeded with seed + number: seeds of searches must lie further apart than a search is long.
+# A proposal is seeded with seed + number: seeds of searches must differ by more than their trials.
 SEED_STEP = 1000
 NUM_RESAMPLES = 2000
 NUM_TABLES = 50
-SHARE = 0.75
+FRACTION = 0.75
 NUM_TABLE_SEEDS = 32
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Figures = dict[tuple[str, str, int], float]
-"""What is reported, by (quantity, sampler, asks)."""
+"""Results by (quantity, sampler, asks)."""
 
 
 @dataclass(frozen=True)
@@ -61,39 +65,41 @@ class Table:
         params: the searched knobs of each.
         scores: (configs,).
         places: (configs, knobs), see `locate`.
-        alive: (configs, knobs), whether the knob has an effect in the configuration.
+        active: (configs, knobs), whether the knob is active in the configuration.
         is_choice: (knobs,), whether the knob is a choice, not a number.
     """
 
     params: list[dict[str, Any]]
     scores: Array
     places: Array
-    alive: Mask
+    active: Mask
     is_choice: Mask
 
     def select(self, chosen: Sequence[int]) -> Table:
-        """The same table with some of its configurations."""
+        """Return a table of some of the configurations."""
         index = list(chosen)
         params = [self.params[i] for i in index]
-        return Table(
-            params, self.scores[index], self.places[index], self.alive[index], self.is_choice
-        )
+        arrays = (self.scores[index], self.places[index], self.active[index])
+        return Table(params, *arrays, self.is_choice)
 
-    def measure_distances(self, place: Array, alive: Mask) -> Array:
-        """From a point to every configuration: Euclidean in the unit cube, 1 along a choice that differs. A knob that
-        is dead in either of the two says nothing about how alike they are, and does not count."""
+    def measure_distances(self, place: Array, active: Mask) -> Array:
+        """Return the distance from a point to every configuration (configs,).
+
+        Euclidean in the unit cube, 1 along a choice that differs. A knob that is inactive in either
+        of the two does not count.
+        """
         differences = self.places - place
         squares = np.where(self.is_choice, differences != 0, differences**2)
-        distances: Array = np.sqrt(np.where(self.alive & alive, squares, 0.0).sum(axis=1))
+        distances: Array = np.sqrt(np.where(self.active & active, squares, 0.0).sum(axis=1))
         return distances
 
 
 class AnsweredSampler(Sampler):
-    """A Sampler that is told of other knobs than it proposed.
+    """A Sampler that learns from other knobs than it proposed.
 
-    A proposal is told as failed, from which nothing is learned; its answer follows as a trial with given knobs. That
-    proposes what a Sampler with the answers as its history would (tested), in a quarter of the time of rebuilding one
-    for each ask.
+    A proposal counts as failed, from which nothing is learned; its answer follows as a trial with
+    given knobs. So it proposes what a Sampler with the answers as its history would (tested), in a
+    quarter of the time.
     """
 
     def propose(self, number: int) -> dict[str, Any]:
@@ -112,7 +118,7 @@ class Outcome:
     """Simulated searches on one table.
 
     Attributes:
-        curves: best score so far by sampler, (seeds, asks); random search goes on through the whole table.
+        curves: best score so far by sampler, (seeds, asks); random search covers the full table.
         gaps: distance from ask to answer by sampler, (seeds, asks).
         ceiling: the table's best score.
     """
@@ -122,16 +128,18 @@ class Outcome:
     ceiling: float
 
     def select(self, seeds: NDArray[np.int64]) -> Outcome:
-        """The same searches of some of the seeds, or of a resample of them."""
+        """Return the searches of some of the seeds, or of a resample of them."""
         curves = {name: curve[seeds] for name, curve in self.curves.items()}
-        return Outcome(
-            curves, {name: gaps[seeds] for name, gaps in self.gaps.items()}, self.ceiling
-        )
+        gaps = {name: gap[seeds] for name, gap in self.gaps.items()}
+        return Outcome(curves, gaps, self.ceiling)
 
 
 def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
-    """Where a proposal lies: a number as its share of its range (in logarithms, where the scale is), a choice as its
-    index; and which knobs have an effect."""
+    """Return a proposal's place and active knobs, (knobs,) each.
+
+    A number's place is its fraction of its range (in logarithms, where the scale is), a choice's is
+    its index.
+    """
     place = []
     for name, distribution in space.distributions.items():
         found: Any = distribution
@@ -141,22 +149,23 @@ def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
             scale = math.log if found.log else float
             low, high = scale(found.low), scale(found.high)
             place.append((scale(params[name]) - low) / (high - low))
-    dead = inactive_knobs(space.config(params))
-    return np.array(place), np.array([name not in dead for name in space.distributions])
+    inactive = inactive_knobs(space.config(params))
+    return np.array(place), np.array([name not in inactive for name in space.distributions])
 
 
 def make_table(space: SearchSpace, params: list[dict[str, Any]], scores: Sequence[float]) -> Table:
-    """A table of these configurations."""
+    """Return a table of these configurations."""
     located = [locate(space, each) for each in params]
     is_choice = [hasattr(distribution, "choices") for distribution in space.distributions.values()]
-    places, alive = (np.array(part) for part in zip(*located, strict=True))
-    return Table(params, np.array(scores, dtype=float), places, alive, np.array(is_choice))
+    places, active = (np.array(part) for part in zip(*located, strict=True))
+    return Table(params, np.array(scores, dtype=float), places, active, np.array(is_choice))
 
 
 def read_table(space: SearchSpace, path: Path) -> Table:
-    """The configurations whose complete training is in the file, in their order.
+    """Read the configurations whose full training is in the file, in order.
 
-    Under a constant learning rate the first epochs of a longer training are a shorter one, and either may be there.
+    Under a constant learning rate the first epochs of a longer training are a shorter one; either
+    may be there.
     """
     epochs = space.budget.rungs[-1]
     found: dict[int, dict[str, Any]] = {}
@@ -166,19 +175,18 @@ def read_table(space: SearchSpace, path: Path) -> Table:
         if row["job"] == f"restart/{epochs}" or is_first_epochs:
             found[row["config"]] = row
     if 0 not in found:
-        raise SystemExit(
-            f"{path}: the baseline, configuration 0, must be trained, got no such row."
-        )
+        raise SystemExit(f"{path}: no row of the baseline, configuration 0. Train it first.")
     rows = [row for _, row in sorted(found.items())]
     params = [{name: row["params"][name] for name in space.distributions} for row in rows]
-    accs = [row["val_acc"] for row in rows]
-    return make_table(
-        space, params, [acc[epochs - 1] if len(acc) >= epochs else CHANCE_ACCURACY for acc in accs]
-    )
+    scores = []
+    for row in rows:
+        has_ended = len(row["val_acc"]) >= epochs
+        scores.append(row["val_acc"][epochs - 1] if has_ended else CHANCE_ACCURACY)
+    return make_table(space, params, scores)
 
 
 def choose_sampler(space: SearchSpace, name: str) -> SearchSpace:
-    """The space searched by `random`, `qmc`, `tpe` or `tpe/<startup>`, without its points."""
+    """Return the space, without its points, for `random`, `qmc`, `tpe` or `tpe/<startup>`."""
     kind, _, written = name.partition("/")
     startup = (int(written) if written else space.budget.sampler.startup) if kind == "tpe" else 0
     sampler = SamplerBudget.model_validate({"kind": kind, "startup": startup})
@@ -188,12 +196,12 @@ def choose_sampler(space: SearchSpace, name: str) -> SearchSpace:
 class Simulator:
     """Searches on tables, with each of some samplers.
 
-    Random and quasi-random proposals are the same whatever is told: they are asked for once and kept for all tables.
+    Random and quasi-random proposals do not depend on scores: they are made once for all tables.
 
     Args:
-        space: whose distributions and startup are meant.
+        space: with distributions and startup.
         samplers: see `choose_sampler`.
-        num_asks: of a search; random search goes on until it has the whole table.
+        num_asks: of a search; random search has as many as the table.
     """
 
     def __init__(self, space: SearchSpace, samplers: Iterable[str], num_asks: int) -> None:
@@ -202,30 +210,31 @@ class Simulator:
         self._asked: dict[tuple[str, int], tuple[Sampler, list[tuple[Array, Mask]]]] = {}
 
     def run(self, table: Table, num_seeds: int) -> Outcome:
-        """`num_seeds` searches with each sampler; the first seeds are the same ones every time."""
+        """Run `num_seeds` searches with each sampler; the first seeds are always the same."""
         curves, gaps = {}, {}
         for name in self._spaces:
             searches = [self.search(name, table, SEED_STEP * seed) for seed in range(num_seeds)]
-            curves[name] = np.maximum.accumulate(
-                table.scores[np.array([taken for taken, _ in searches])], axis=1
-            )
+            taken = np.array([taken for taken, _ in searches])
+            curves[name] = np.maximum.accumulate(table.scores[taken], axis=1)
             gaps[name] = np.array([gaps for _, gaps in searches])
         return Outcome(curves, gaps, float(table.scores.max()))
 
     def search(self, name: str, table: Table, seed: int) -> tuple[list[int], list[float]]:
-        """One search.
+        """Run one search.
 
         Returns:
-            the configurations in the order of the answers, and each one's distance from what was asked for.
+            the configurations in the order of the answers, and each one's distance from its ask.
         """
         space = self._spaces[name]
         learner = AnsweredSampler(space, seed) if space.budget.sampler.kind == "tpe" else None
         taken, gaps = [0], [0.0]
-        for number in range(1, len(table.scores) if name == "random" else self._num_asks):
+        num_asks = len(table.scores) if name == "random" else self._num_asks
+        for number in range(1, num_asks):
             if learner is None:
                 point = self._find_point(name, seed, number)
             else:
-                learner.answer(number - 1, table.params[taken[-1]], float(table.scores[taken[-1]]))
+                last = taken[-1]
+                learner.answer(number - 1, table.params[last], float(table.scores[last]))
                 point = locate(space, learner.propose(number))
             distances = table.measure_distances(*point)
             distances[taken] = np.inf
@@ -234,7 +243,7 @@ class Simulator:
         return taken, gaps
 
     def _find_point(self, name: str, seed: int, number: int) -> tuple[Array, Mask]:
-        """Where the number-th proposal of a sampler that learns nothing lies."""
+        """Return place and active knobs of proposal `number` of a sampler that learns nothing."""
         space = self._spaces[name]
         if (name, seed) not in self._asked:
             self._asked[name, seed] = Sampler(space, seed), []
@@ -245,7 +254,7 @@ class Simulator:
 
 
 def count_asks(curve: Array, level: float) -> float:
-    """How many asks a rising curve needs to reach a level that it does reach; linear between two asks."""
+    """Return the asks that a rising curve needs to reach a level; linear between two asks."""
     index = int(np.argmax(curve >= level - 1e-12))
     if index == 0:
         return 1.0
@@ -253,8 +262,12 @@ def count_asks(curve: Array, level: float) -> float:
 
 
 def compute_figures(outcome: Outcome, asks: Sequence[int]) -> Figures:
-    """Means over seeds, in points: best so far, regret and the difference to random search after so many asks; and the
-    logarithm of the asks that random search needs for what each sampler has at half of the last."""
+    """Return means over seeds, in points: best so far, regret and difference to random search after
+    each of `asks`.
+
+    Also the logarithm of the asks that random search needs to reach each sampler's score at half of
+    the last.
+    """
     means = {name: curve.mean(axis=0) for name, curve in outcome.curves.items()}
     figures: Figures = {}
     for name, mean in means.items():
@@ -263,45 +276,47 @@ def compute_figures(outcome: Outcome, asks: Sequence[int]) -> Figures:
             figures["regret", name, n] = 100 * (outcome.ceiling - mean[n - 1])
             figures["minus random", name, n] = 100 * (mean[n - 1] - means["random"][n - 1])
         half = asks[-1] // 2
-        figures["log asks of random", name, half] = math.log(
-            count_asks(means["random"], mean[half - 1])
-        )
+        num_asks = count_asks(means["random"], mean[half - 1])
+        figures["log asks of random", name, half] = math.log(num_asks)
     return figures
 
 
 def resample_seeds(
     outcomes: list[Outcome], asks: Sequence[int], num_resamples: int
 ) -> list[list[Figures]]:
-    """Per resample of the seeds, the figures of each outcome; the resample is the same for all of them and pairs the
-    samplers by seed."""
+    """Return the figures of each outcome per resample of the seeds.
+
+    A resample is the same for all outcomes and pairs the samplers by seed.
+    """
     random = np.random.default_rng(0)
     num_seeds = len(outcomes[0].curves["random"])
-    drawn = [random.integers(0, num_seeds, num_seeds) for _ in range(num_resamples)]
-    return [
-        [compute_figures(outcome.select(seeds), asks) for outcome in outcomes] for seeds in drawn
-    ]
+    resamples = []
+    for _ in range(num_resamples):
+        seeds = random.integers(0, num_seeds, num_seeds)
+        resamples.append([compute_figures(outcome.select(seeds), asks) for outcome in outcomes])
+    return resamples
 
 
 def draw_subtables(table: Table, num_tables: int) -> list[Table]:
-    """Subtables of SHARE of the configurations without replacement; the baseline is in all of them."""
+    """Draw subtables of FRACTION of the configurations; the baseline is in all of them."""
     random = np.random.default_rng(1)
     others = np.arange(1, len(table.scores))
-    size = round(SHARE * len(table.scores)) - 1
-    return [
-        table.select([0, *np.sort(random.choice(others, size, replace=False))])
-        for _ in range(num_tables)
-    ]
+    size = round(FRACTION * len(table.scores)) - 1
+    draws = [np.sort(random.choice(others, size, replace=False)) for _ in range(num_tables)]
+    return [table.select([0, *drawn]) for drawn in draws]
 
 
 def compute_table_variance(
     outcomes: list[Outcome], asks: Sequence[int], num_resamples: int = 200
 ) -> Figures:
-    """The variance that each figure has by the table's being a sample, from the outcomes on subtables.
+    """Return each figure's variance due to the table being a sample, from the outcomes on
+    subtables.
 
-    A subtable's figure also varies by its seeds' luck on it. Resampling the seeds adds that luck once more, so the
-    variance over subtables is taken off by as much as the resamples exceed it. A subtable lacks d of n configurations:
-    its variance around the whole table's figure is d / (n - d) of the whole table's around the truth. The estimate's
-    own standard error is added: what is known roughly must not look narrow.
+    A subtable's figure also varies by its seeds' luck on it. Resampling the seeds adds that luck
+    once more, so the variance over subtables is reduced by as much as the resamples exceed it. A
+    subtable lacks d of n configurations: its variance around the full table's figure is d / (n - d)
+    of the full table's around the truth. The estimate's own standard error is added, so that the
+    interval is not too narrow.
     """
     num_seeds = len(outcomes[0].curves["random"])
     own = [compute_figures(outcome, asks) for outcome in outcomes]
@@ -309,12 +324,11 @@ def compute_table_variance(
     variances: Figures = {}
     for key in own[0]:
         variance = statistics.variance(figures[key] for figures in own)
-        resampled = statistics.mean(
-            statistics.variance(figures[key] for figures in each) for each in resamples
-        )
+        by_resample = [[figures[key] for figures in each] for each in resamples]
+        resampled = statistics.mean(map(statistics.variance, by_resample))
         luck = (resampled - variance) * num_seeds / (num_seeds - 1)
         error = variance * math.sqrt(2 / (len(outcomes) - 1))
-        variances[key] = (max(0.0, variance - luck) + error) * SHARE / (1 - SHARE)
+        variances[key] = (max(0.0, variance - luck) + error) * FRACTION / (1 - FRACTION)
     return variances
 
 
@@ -330,7 +344,7 @@ class Estimate:
 def estimate(
     outcome: Outcome, asks: Sequence[int], table_variance: Figures
 ) -> dict[tuple[str, str, int], Estimate]:
-    """All figures with both intervals."""
+    """Return all figures with both intervals."""
     resamples = [figures for [figures] in resample_seeds([outcome], asks, NUM_RESAMPLES)]
     found = {}
     for key, value in compute_figures(outcome, asks).items():
@@ -342,45 +356,46 @@ def estimate(
 
 
 def show_best(found: dict[tuple[str, str, int], Estimate], epochs: int) -> None:
-    """One table: best so far, regret and the paired difference to random search."""
-    print(
-        "\n| asks | epochs | sampler | best, % | 95 %, seeds | regret, points | 95 %, seeds and table "
-        "| minus random, points | 95 %, seeds | 95 %, seeds and table |\n" + "|---" * 10 + "|"
+    """Print a table: best so far, regret and the paired difference to random search."""
+    header = (
+        "asks | epochs | sampler | best, % | 95 %, seeds | regret, points | 95 %, seeds and table"
     )
+    header += " | minus random, points | 95 %, seeds | 95 %, seeds and table"
+    print(f"\n| {header} |\n{'|---' * 10}|")
     for quantity, name, n in sorted(found, key=lambda key: key[2]):
         if quantity == "best":
             best, regret, minus = (
                 found[part, name, n] for part in ("best", "regret", "minus random")
             )
-            line = f"| {n} | {epochs * n} | {name} | {best.value:.2f} | {best.seeds[0]:.2f} to {best.seeds[1]:.2f} "
-            line += f"| {regret.value:.2f} | {max(0, regret.both[0]):.2f} to {regret.both[1]:.2f} "
+            low, high = best.seeds
+            line = f"| {n} | {epochs * n} | {name} | {best.value:.2f} | {low:.2f} to {high:.2f} "
+            low, high = regret.both
+            line += f"| {regret.value:.2f} | {max(0, low):.2f} to {high:.2f} "
             if name == "random":
                 print(line + "| | | |")
             else:
-                intervals = (
+                intervals = [
                     f"{low:+.2f} to {high:+.2f}" for low, high in (minus.seeds, minus.both)
-                )
+                ]
                 print(f"{line}| {minus.value:+.2f} | {' | '.join(intervals)} |")
 
 
 def show_speed(found: dict[tuple[str, str, int], Estimate]) -> None:
-    """One table: asks that random search needs for what each sampler has at half of the asks."""
-    print(
-        "\n| sampler | asks | random search needs | factor | 95 %, seeds | 95 %, seeds and table |"
-    )
-    print("|---|---|---|---|---|---|")
+    """Print a table: asks that random search needs to match each sampler at half of the asks."""
+    header = "sampler | asks | random search needs | factor | 95 %, seeds | 95 %, seeds and table"
+    print(f"\n| {header} |\n{'|---' * 6}|")
     for (quantity, name, n), each in found.items():
         if quantity == "log asks of random" and name != "random":
-            intervals = (
-                f"{math.exp(low) / n:.2f} to {math.exp(high) / n:.2f}"
-                for low, high in (each.seeds, each.both)
-            )
             needs = math.exp(each.value)
+            intervals = []
+            for interval in (each.seeds, each.both):
+                low, high = (math.exp(value) / n for value in interval)
+                intervals.append(f"{low:.2f} to {high:.2f}")
             print(f"| {name} | {n} | {needs:.1f} | {needs / n:.2f} | {' | '.join(intervals)} |")
 
 
 def show_gaps(outcome: Outcome, num_asks: int) -> None:
-    """One table: how far the answers lay from what was asked for."""
+    """Print a table: how far the answers were from the asks."""
     half = num_asks // 2
     print("\nmean distance of the answer from the ask in the unit cube (1: another schedule):")
     print(f"| sampler | asks 2 to {half} | asks {half + 1} to {num_asks} |\n|---|---|---|")
@@ -389,7 +404,7 @@ def show_gaps(outcome: Outcome, num_asks: int) -> None:
 
 
 def draw(outcome: Outcome, num_asks: int, path: Path) -> None:
-    """Best so far against asks: mean over seeds with its 95 % band over seeds."""
+    """Plot the best score so far over asks: mean over seeds with its 95 % band over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -399,12 +414,8 @@ def draw(outcome: Outcome, num_asks: int, path: Path) -> None:
     random, asks = np.random.default_rng(0), np.arange(1, num_asks + 1)
     for name, curve in outcome.curves.items():
         seen = 100 * curve[:, :num_asks]
-        means = np.array(
-            [
-                seen[random.integers(0, len(seen), len(seen))].mean(axis=0)
-                for _ in range(NUM_RESAMPLES)
-            ]
-        )
+        resamples = (random.integers(0, len(seen), len(seen)) for _ in range(NUM_RESAMPLES))
+        means = np.array([seen[index].mean(axis=0) for index in resamples])
         low, high = np.percentile(means, [2.5, 97.5], axis=0)
         (line,) = ax.plot(asks, seen.mean(axis=0), label=name)
         ax.fill_between(asks, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -420,10 +431,10 @@ def show(arguments: argparse.Namespace) -> None:
     space = load_space(arguments.space, "cpu")
     table = read_table(space, arguments.table)
     samplers, num_asks = dict.fromkeys([*arguments.samplers.split(","), "random"]), arguments.asks
-    if round(SHARE * len(table.scores)) < num_asks:
-        raise SystemExit(
-            f"--asks: at most {SHARE:.0%} of the table's {len(table.scores)} must hold, got {num_asks}."
-        )
+    num_configs = len(table.scores)
+    if round(FRACTION * num_configs) < num_asks:
+        rule = f"--asks must be at most {FRACTION:.0%} of the table's {num_configs} configurations"
+        raise SystemExit(f"{rule}, got {num_asks}.")
     asks, epochs = [num_asks * part // 4 for part in (1, 2, 3, 4)], space.budget.rungs[-1]
     simulator = Simulator(space, samplers, num_asks)
     outcome = simulator.run(table, arguments.seeds)
@@ -431,10 +442,13 @@ def show(arguments: argparse.Namespace) -> None:
     outcomes = [simulator.run(each, NUM_TABLE_SEEDS) for each in subtables]
     found = estimate(outcome, asks, compute_table_variance(outcomes, asks))
     scores = 100 * table.scores
+    num_at_chance = (table.scores <= CHANCE_ACCURACY).sum()
     print(
-        f"{space.name}: {len(scores)} configurations of {epochs} epochs; best {scores.max():.2f} %, baseline "
-        f"{scores[0]:.2f} %, median {np.median(scores):.2f} %, {(scores <= 100 * CHANCE_ACCURACY).sum()} at chance; "
-        f"{arguments.seeds} seeds; {NUM_TABLES} subtables of {len(subtables[0].scores)}, {NUM_TABLE_SEEDS} seeds each"
+        f"{space.name}: {num_configs} configurations of {epochs} epochs; "
+        f"best {scores.max():.2f} %, baseline {scores[0]:.2f} %, "
+        f"median {np.median(scores):.2f} %, {num_at_chance} at chance; "
+        f"{arguments.seeds} seeds; {NUM_TABLES} subtables of {len(subtables[0].scores)}, "
+        f"{NUM_TABLE_SEEDS} seeds each"
     )
     show_best(found, epochs)
     show_speed(found)
@@ -444,9 +458,8 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--space", default="s8")
     parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
     parser.add_argument("--samplers", default="tpe,tpe/6,random,qmc")

@@ -1,10 +1,10 @@
-"""What a long search costs when it is taken up again: a record of many finished trials, made through the public code.
+"""Cost of resuming a long search: a record of many finished trials, written by the package's code.
 
     python benchmarks/recovery.py [--trials 1000] [--json FILE]
 
-resume: seconds to open the record, rebuild sampler and rungs and propose the next trial (TPE), beyond what a new search
-of the same space takes for its first. mlflow: seconds to rebuild all its runs in an empty SQLite store; again: the same
-when nothing is missing.
+- resume: seconds to open the record, rebuild sampler and rungs and propose the next trial (TPE),
+  less those of a new search of the same space for its first trial
+- mlflow: seconds to rebuild all its runs in an empty SQLite store; again: when nothing is missing
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tune_cifar.record.journal import Record, read_state
+from tune_cifar.record.state import TrialState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, EpochResult
 from tune_cifar.search.driver import SearchDriver
@@ -31,51 +32,46 @@ from tune_cifar.train.recorded import make_header
 
 
 def make_result(epoch: int, val_acc: float) -> EpochResult:
-    return EpochResult(
-        epoch=epoch,
-        step=47 * epoch,
-        train_loss=2.3 - val_acc,
-        train_acc=val_acc,
-        val_loss=2.3 - val_acc,
-        val_acc=val_acc,
-        lr=0.01,
-        epoch_seconds=40.0,
-        images_per_second=150.0,
-        peak_memory_mb=900.0,
-    )
+    loss = 2.3 - val_acc
+    metrics = {"train_loss": loss, "train_acc": val_acc, "val_loss": loss, "val_acc": val_acc}
+    costs = {"epoch_seconds": 40.0, "images_per_second": 150.0, "peak_memory_mb": 900.0}
+    return EpochResult(epoch=epoch, step=47 * epoch, lr=0.01, **metrics, **costs)
 
 
 def make_driver(record: Record, num_trials: int) -> SearchDriver:
     space = load_space("s10", "full")
     budget = space.budget.model_copy(update={"trials": num_trials, "max_time_seconds": None})
-    return SearchDriver(
-        record, dataclasses.replace(space, budget=budget), lambda state, event: None
-    )
+    space = dataclasses.replace(space, budget=budget)
+    return SearchDriver(record, space, lambda state, event: None)
 
 
 def write_search(storage: Path, name: str, num_trials: int) -> Path:
-    """A search of s10's full tier whose trials report what a dice says; no trial is trained."""
+    """Record a search of s10's full tier whose trials report random accuracies, untrained."""
     space = load_space("s10", "full")
     info = DataInfo(name="cifar10", digest="d", split_hash="s")
-    header = make_header(
-        "search", name, space, 0, info, resolve_numerics("cpu"), "benchmarks/recovery.py"
-    )
-    dice = random.Random(0)
+    numerics, command = resolve_numerics("cpu"), "benchmarks/recovery.py"
+    header = make_header("search", name, space, 0, info, numerics, command)
+    generator = random.Random(0)
     with Record.create(search_folder(storage, name), header) as record:
         driver = make_driver(record, num_trials)
         while (trial := driver.ask()) is not None:
-            epoch = 1
-            while driver.report(
-                trial.number, make_result(epoch, min(0.95, 0.3 + epoch / 50 + dice.random() / 10))
-            ):
-                epoch += 1
+            report_epochs(driver, trial, generator)
         if num_trials > 1:
             driver.finish()
     return record.state.folder
 
 
+def report_epochs(driver: SearchDriver, trial: TrialState, generator: random.Random) -> None:
+    """Report random accuracies, stage by stage, until the trial ends."""
+    for stage in driver.list_remaining_stages(trial):
+        for epoch in range(1, stage + 1):
+            val_acc = min(0.95, 0.3 + epoch / 50 + generator.random() / 10)
+            if not driver.report(trial.number, stage, make_result(epoch, val_acc)):
+                return
+
+
 def time_first_ask(folder: Path, num_trials: int) -> float:
-    """From the closed record to the proposal of the trial that comes next."""
+    """Return the seconds from the closed record to the proposal of the next trial."""
     start = time.perf_counter()
     with Record.open(folder) as record:
         record.state.finished = None  # as a SearchResumed would
@@ -93,17 +89,15 @@ def main() -> None:
         start = time.perf_counter()
         folder = write_search(storage, "long", arguments.trials)
         figures = {"record_seconds": time.perf_counter() - start}
-        figures["epochs"] = float(
-            sum(trial.epochs_done for trial in read_state(folder).trials.values())
-        )
+        trials = read_state(folder).trials.values()
+        figures["epochs"] = float(sum(trial.epochs_done for trial in trials))
         for what in ("mlflow_seconds", "mlflow_again_seconds"):
             start = time.perf_counter()
             sync_search(f"sqlite:///{storage}/mlflow.db", storage, read_state(folder))
             figures[what] = time.perf_counter() - start
         short = write_search(storage, "short", 1)
-        figures["resume_seconds"] = time_first_ask(folder, arguments.trials + 1) - time_first_ask(
-            short, 2
-        )
+        new_seconds = time_first_ask(short, 2)
+        figures["resume_seconds"] = time_first_ask(folder, arguments.trials + 1) - new_seconds
     for what, value in figures.items():
         print(f"{what}: {value:.2f}")
     if arguments.json:

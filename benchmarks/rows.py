@@ -1,22 +1,25 @@
-"""The queue that fills README's table of systems: one training after another, stopped at any time, gone on with later.
+"""A queue of trainings for the table of systems in docs/method.md; it can be stopped and resumed.
 
-    python benchmarks/rows.py run [--space s8] [--seeds 5] [--max-time 30m] [--data DIR]    # `make rows`; days
-    python benchmarks/rows.py show [--write]                                                # the table; into README
+    python benchmarks/rows.py run [--space s8] [--seeds 5] [--max-time 30m] [--data DIR]
+    python benchmarks/rows.py show [--write]
 
-For each space, in steps that only drive the public commands, so that each resumes as they do:
+`run` (`make rows`) takes days. `show` prints the table; `--write` puts it into the page.
 
-1. baseline: for every seed one `train` on all 50,000 images, then `reproduce --test` of it
+For each space, in steps that call the public commands only and resume as these do:
+
+1. baseline: for every seed `train` on all 50,000 images, then `reproduce --test` of it
 2. search: `search --tier full`
 3. confirm: `confirm` of its best 3 beside the baseline, under every seed
-4. best: the best confirmed recipe, trained and tested as the baseline was: what `confirm --final` trains, less the
-   baseline's trainings, which are there from step 1; and each stands in the table as soon as it is tested
+4. best: the best confirmed recipe, trained and tested as the baseline was. `confirm --final` trains
+   the same; here each training appears in the table as soon as it is tested.
 
-What the ledger of test openings has, by fingerprint, is not trained again, whichever command trained it. Every opening
-becomes a line of analysis/ROWS.csv, all of it from records and the ledger. A training of steps 1 and 4 takes all cores
-where there is no GPU.
+A training whose fingerprint is in the log of test evaluations is not repeated, whichever command
+trained it. Every test evaluation becomes a line of analysis/ROWS.csv, made from the records and the
+log alone. Without a GPU a training of steps 1 and 4 uses all cores.
 
-`--data shapes` tries the queue on the stand-in, with names, a ledger and a table of its own; README stays as it is.
-`--tier`, `--set` and other spaces (smoke) are for that alone. All paths are seen from the repository.
+`--data shapes` tries the queue on synthetic data, with its own names, log and table; the page
+stays as it is. `--tier`, `--set` and other spaces (smoke) are for that alone. Paths are relative
+to the repository.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from functools import partial
 from pathlib import Path
 
 from rows_steps import OVER, Queue, Step, estimate_hours, find_commands, find_config, find_stage
-from rows_table import SYSTEMS, load_table, make_row, render_table, write_readme, write_table
+from rows_table import SYSTEMS, load_table, make_row, render_table, write_page, write_table
 
 from tune_cifar.errors import ConfigError, RecordError, TuneCifarError
 from tune_cifar.record.store import find_storage
@@ -44,35 +47,36 @@ from tune_cifar.space.rules import parse_duration
 from tune_cifar.space.select import parse_setting
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "method.md"
 SPACES = ("s8", "s7", "s6", "s10", "s10_postact")  # in this order
 say = partial(print, flush=True)
 
 
 def collect_rows(queue: Queue, steps: Iterable[Step]) -> None:
-    """Append what the ledger has of these steps and the table has not; README follows."""
+    """Append the test evaluations of these steps that the table lacks; then update the page."""
     rows = load_table(queue.table)
     known = {(row["space"], row["part"], row["fingerprint"]) for row in rows}
     num_known = len(rows)
     for step in steps:
         config = None if step.seed is None else find_config(queue, step)
-        if config is not None and (step.space, step.part, config.fingerprint) not in known:
-            opening = queue.find_opening(config)
-            rows += (
-                [] if opening is None else [make_row(step.space, step.part, opening, queue.storage)]
-            )
+        if config is None or (step.space, step.part, config.fingerprint) in known:
+            continue
+        evaluation = queue.find_test_evaluation(config)
+        if evaluation is not None:
+            rows.append(make_row(step.space, step.part, evaluation, queue.storage))
     if len(rows) > num_known:
         write_table(queue.table, rows)
         if not queue.is_synthetic:
-            write_readme(README, rows)
+            write_page(PAGE, rows)
 
 
 class Runner:
-    """Runs one command at a time and hands it every signal that the queue gets, once: it has a session of its own, so a
-    terminal's Ctrl-C does not reach it.
+    """Runs one command at a time and passes every signal of the queue on to it, once.
+
+    The command has its own session, so that a terminal's Ctrl-C reaches the queue alone.
 
     Attributes:
-        stopped: why nothing more is to be run, `interrupted` or `time is up`; empty while there is no reason.
+        stopped: why no more commands may run, `interrupted` or `time is up`; else empty.
     """
 
     def __init__(self, max_seconds: float) -> None:
@@ -80,7 +84,7 @@ class Runner:
         self._num_stops = 0
         self._deadline = time.monotonic() + max_seconds
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, and a shell's &, leave it
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and a shell's & ignore some
                 signal.signal(number, lambda *_: self._stop("interrupted"))
 
     def _stop(self, reason: str) -> None:
@@ -92,41 +96,41 @@ class Runner:
             self._stop("time is up")
 
     def run(self, words: list[str]) -> int:
-        """Run a command of tune_cifar; its exit status, 130 where it is not even begun."""
+        """Run a command of tune_cifar; returns its exit status, 130 if it was not started."""
         self._watch_time()
         if self.stopped:
             return 130
         say(f"$ python -m tune_cifar {shlex.join(words)}")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tune_cifar", *words], start_new_session=True
-        )
-        num_told = 0
+        command = [sys.executable, "-m", "tune_cifar", *words]
+        process = subprocess.Popen(command, start_new_session=True)
+        num_sent = 0
         while process.poll() is None:
             self._watch_time()
-            if num_told < self._num_stops:
-                process.terminate()  # as Ctrl-C to every command; SIGINT may be ignored, which is inherited
-                num_told += 1
+            if num_sent < self._num_stops:
+                # Every command ends as with Ctrl-C. SIGINT may be ignored, which is inherited.
+                process.terminate()
+                num_sent += 1
             time.sleep(0.2)
         return process.returncode
 
 
 def say_plan(queue: Queue, steps: Iterable[Step]) -> None:
-    """A line per space: how many of its steps are where."""
+    """Print a line per space: how many of its steps are at which stage."""
     say("the plan:")
     for space, of_space in itertools.groupby(steps, lambda step: step.space):
         parts = []
         for part, of_part in itertools.groupby(of_space, lambda step: step.part):
-            stages = Counter(find_stage(queue, step) for step in of_part)
-            counts = [
-                f"{count} {stage}" if part in ("baseline", "best") else stage
-                for stage, count in stages.items()
-            ]
-            parts.append(f"{part} {', '.join(counts)}")
+            counts = Counter(find_stage(queue, step) for step in of_part)
+            if part in ("baseline", "best"):
+                stages = [f"{count} {stage}" for stage, count in counts.items()]
+            else:
+                stages = list(counts)
+            parts.append(f"{part} {', '.join(stages)}")
         say(f"  {space}: {'; '.join(parts)}")
 
 
 def run(queue: Queue, steps: Sequence[Step], max_seconds: float) -> int:
-    """Take the steps that are left, one after another; returns the exit status."""
+    """Run the remaining steps one after another; returns the exit status."""
     runner = Runner(max_seconds)
     collect_rows(queue, steps)
     say_plan(queue, steps)
@@ -136,9 +140,7 @@ def run(queue: Queue, steps: Sequence[Step], max_seconds: float) -> int:
             continue
         if stage == "failed":
             way_out = f"See `failures --search {name}`, then `searches delete {name}`."
-            raise RecordError(
-                f"{name}: a training must go on or have ended well, got a failed one. {way_out}"
-            )
+            raise RecordError(f"{name}: the training has failed. {way_out}")
         hours = estimate_hours(queue, [other for other in steps if other.space == step.space])
         left = "" if hours is None else f"; the row of {step.space} takes about {hours:.1f} h more"
         say(f"\nstep {number} of {len(steps)}: {name}{left}")
@@ -146,24 +148,21 @@ def run(queue: Queue, steps: Sequence[Step], max_seconds: float) -> int:
             status = runner.run(words)
             collect_rows(queue, steps)
             if runner.stopped or status != 0:
-                why = runner.stopped or (
-                    "interrupted" if status == 130 else f"{name} failed, for what is said above"
-                )
+                failed = f"{name} failed, see above"
+                why = runner.stopped or ("interrupted" if status == 130 else failed)
                 given = shlex.join(word for word in sys.argv[1:] if word != "run")
-                say(
-                    f"\n{why}; go on with:\n  make rows"
-                    + (f" ARGS={shlex.quote(given)}" if given else "")
-                )
+                arguments = f" ARGS={shlex.quote(given)}" if given else ""
+                say(f"\n{why}; resume with:\n  make rows{arguments}")
                 return {"time is up": 0, "interrupted": 130}.get(why, 1)
-    say(f"\nnothing is left to do; every tested training stands in {queue.table}")
+    say(f"\nnothing is left to do; every tested training is in {queue.table}")
     return 0
 
 
 def make_queue(arguments: argparse.Namespace) -> Queue:
-    """The options, checked.
+    """Check the options and make the queue.
 
     Raises:
-        ConfigError: without a seed, and for what is for the stand-in alone.
+        ConfigError: without a seed, or for options that are for synthetic data alone.
     """
     pins = dict(parse_setting(setting) for setting in arguments.set)
     queue = Queue(
@@ -175,14 +174,13 @@ def make_queue(arguments: argparse.Namespace) -> Queue:
         arguments.accept_changes,
     )
     if queue.seeds < 1:
-        raise ConfigError(f"--seeds: a number >= 1 must be given, got {queue.seeds}.")
-    if not queue.is_synthetic and (
-        not {*arguments.space} <= SYSTEMS.keys() or pins or queue.tier != "full"
-    ):
-        got = f"--space {' '.join(arguments.space) or 'all'}, --tier {queue.tier} and {len(pins)} --set"
-        raise ConfigError(
-            f"rows: {', '.join(SYSTEMS)} in tier full must be trained as they are, got {got}."
-        )
+        raise ConfigError(f"--seeds >= 1 must hold, got {queue.seeds}.")
+    is_as_published = {*arguments.space} <= SYSTEMS.keys() and not pins and queue.tier == "full"
+    if not queue.is_synthetic and not is_as_published:
+        spaces = " ".join(arguments.space) or "all"
+        got = f"--space {spaces}, --tier {queue.tier} and {len(pins)} --set"
+        rule = f"spaces must be {', '.join(SYSTEMS)}, in tier full and without --set"
+        raise ConfigError(f"on CIFAR-10 {rule}, got {got}.")
     return queue
 
 
@@ -196,35 +194,35 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=5, help="from 1")
     parser.add_argument(
-        "--max-time", metavar="30m", help="of this launch; what runs is ended in order then"
+        "--max-time", metavar="30m", help="time limit; the running command is then interrupted"
     )
     parser.add_argument("--data", help="CIFAR-10's folder, or shapes")
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="go on with a search although code has changed",
+        help="resume a search although code has changed",
     )
-    parser.add_argument("--tier", default="full", help="on the stand-in")
+    parser.add_argument("--tier", default="full", help="on synthetic data")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KNOB=VALUE", help="on the stand-in"
+        "--set", action="append", default=[], metavar="KNOB=VALUE", help="on synthetic data"
     )
-    parser.add_argument("--write", action="store_true", help="show: put the table into README")
+    parser.add_argument("--write", action="store_true", help="show: put the table into the page")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    os.chdir(ROOT)  # the ledger of CIFAR-10 is found from here
+    os.chdir(ROOT)  # the log of test evaluations on CIFAR-10 is found from here
     try:
         queue = make_queue(arguments)
         max_seconds = parse_duration(arguments.max_time) if arguments.max_time else math.inf
         if queue.is_synthetic:
-            say("STAND-IN DATA, NOT CIFAR-10")
+            say("SYNTHETIC DATA, NOT CIFAR-10")
         if arguments.action == "run":
             sys.exit(run(queue, queue.list_steps(arguments.space or SPACES), max_seconds))
         rows = load_table(queue.table)
         if arguments.write and not queue.is_synthetic:
-            write_readme(README, rows)
+            write_page(PAGE, rows)
         say(render_table(rows, arguments.space or SYSTEMS))
     except TuneCifarError as exc:
         sys.exit(f"error {exc}")

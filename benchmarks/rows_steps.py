@@ -1,4 +1,4 @@
-"""The steps of benchmarks/rows.py: which there are, what is done of each, what is left to run."""
+"""The steps of benchmarks/rows.py: how far each is, and the commands that finish it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ OVER = ("done", "diverged")
 
 @dataclass(frozen=True)
 class Step:
-    """`part` is baseline, search, confirm or best; `seed` is of a single training, None of a whole search."""
+    """A step of a space's row.
+
+    Attributes:
+        part: baseline, search, confirm or best.
+        seed: that of a single training; None for a search and a confirmation.
+    """
 
     space: str
     part: str
@@ -36,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Queue:
-    """What the steps are taken with; `pins` are the knobs of --set."""
+    """The options of all steps; `pins` are the knobs of --set."""
 
     storage: Path
     seeds: int = 5
@@ -50,48 +55,48 @@ class Queue:
         return (self.data or os.environ.get("TUNE_CIFAR_DATA")) == "shapes"
 
     @property
-    def ledger(self) -> Path:
-        return find_test_log(self.storage, "shapes" if self.is_synthetic else "cifar10")
+    def data_name(self) -> str:
+        return "shapes" if self.is_synthetic else "cifar10"
+
+    @property
+    def test_log(self) -> Path:
+        return find_test_log(self.storage, self.data_name)
 
     @property
     def table(self) -> Path:
-        """Beside the ledger."""
-        return self.ledger.with_name("ROWS.csv")
+        """ROWS.csv, beside the log of test evaluations."""
+        return self.test_log.with_name("ROWS.csv")
 
     def list_steps(self, spaces: Iterable[str]) -> list[Step]:
-        """All of them, in order."""
+        """Return all steps of these spaces, in order."""
+        steps = []
         seeds = range(1, self.seeds + 1)
-        return [
-            step
-            for space in spaces
-            for step in (
-                *(Step(space, "baseline", seed) for seed in seeds),
-                *(Step(space, "search"), Step(space, "confirm")),
-                *(Step(space, "best", seed) for seed in seeds),
-            )
-        ]
+        for space in spaces:
+            steps += [Step(space, "baseline", seed) for seed in seeds]
+            steps += [Step(space, "search"), Step(space, "confirm")]
+            steps += [Step(space, "best", seed) for seed in seeds]
+        return steps
 
     def name(self, step: Step) -> str:
-        """Of the step's record; a confirmation's is what `confirm` calls it."""
-        words = ["shapes-rows" if self.is_synthetic else "rows", step.space]
-        words += [] if step.part == "search" else [step.part]
-        return "-".join([*words, *([] if step.seed is None else [str(step.seed)])])
+        """Return the name of the step's record; `confirm` names a confirmation's the same."""
+        prefix = "shapes-rows" if self.is_synthetic else "rows"
+        part = "" if step.part == "search" else f"-{step.part}"
+        seed = "" if step.seed is None else f"-{step.seed}"
+        return f"{prefix}-{step.space}{part}{seed}"
 
     def read(self, step: Step) -> SearchState | None:
-        """The step's record; None before there is one."""
+        """Return the state of the step's record; None before there is one."""
         folder = search_folder(self.storage, self.name(step))
         return read_state(folder) if folder.exists() else None
 
-    def find_opening(self, config: TrainConfig) -> TestEvaluation | None:
-        """The newest opening of the test set for a training."""
-        found = find_openings(
-            self.ledger, config.fingerprint, "shapes" if self.is_synthetic else "cifar10"
-        )
+    def find_test_evaluation(self, config: TrainConfig) -> TestEvaluation | None:
+        """Return the newest test evaluation of a training of this config."""
+        found = find_openings(self.test_log, config.fingerprint, self.data_name)
         return found[-1] if found else None
 
 
 def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:
-    """What a single training has otherwise than its tier says; None before the best is known."""
+    """Return a training's settings that differ from its tier; None before the best is known."""
     if step.part == "baseline":
         return {**ALL_IMAGES, "seed": step.seed, **queue.pins}
     search, confirmation = (queue.read(Step(step.space, part)) for part in ("search", "confirm"))
@@ -100,31 +105,32 @@ def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:
     _, final = make_final(search, confirmation, queue.seeds)
     wanted = {**final.candidates[-1].config, "seed": step.seed, **queue.pins}
     usual = load_space(step.space, queue.tier).baseline.model_dump(mode="json")
-    dead = inactive_knobs(TrainConfig(**wanted))  # --set refuses them
-    return {
-        name: value for name, value in wanted.items() if value != usual[name] and name not in dead
-    }
+    changed = {name: value for name, value in wanted.items() if value != usual[name]}
+    inactive = inactive_knobs(TrainConfig(**wanted))  # refused by --set
+    return {name: value for name, value in changed.items() if name not in inactive}
 
 
 def find_config(queue: Queue, step: Step) -> TrainConfig | None:
-    """What a single training trains; None before the best is known."""
+    """Return the config of a single training; None before the best is known."""
     settings = find_settings(queue, step)
     return None if settings is None else load_space(step.space, queue.tier, settings).baseline
 
 
 def find_stage(queue: Queue, step: Step) -> str:
-    """done, diverged (the end of a training too), failed, unfinished or not begun, as ledger and record say.
+    """Return done, diverged (an end, too), failed, unfinished or not begun, from log and record.
 
     Raises:
         RecordError: when a record has another recipe than would be trained now.
     """
     state = queue.read(step)
     if step.seed is None:
-        return "not begun" if state is None else "done" if state.is_finished else "unfinished"
+        if state is None:
+            return "not begun"
+        return "done" if state.is_finished else "unfinished"
     config = find_config(queue, step)
     if config is None:
         return "not begun"
-    if queue.find_opening(config):
+    if queue.find_test_evaluation(config):
         return "done"
     if state is None:
         return "not begun"
@@ -137,26 +143,21 @@ def find_stage(queue: Queue, step: Step) -> str:
 
 
 def find_commands(queue: Queue, step: Step) -> Iterator[list[str]]:
-    """What is left to run for a step; ask for the next when the one before has ended well."""
+    """Yield the remaining commands of a step, each once the one before has succeeded."""
     name, state = queue.name(step), queue.read(step)
     data = ["--data", queue.data] if queue.data else []
-    going_on = ["--resume", *(["--accept-changes"] if queue.accept_changes else [])]
+    resume = ["--resume", *(["--accept-changes"] if queue.accept_changes else [])]
     if step.part == "search":
         new = ["--space", step.space, "--tier", queue.tier, *_make_pins(queue.pins)]
-        yield ["search", "--name", name, *(going_on if state else new), *data]
+        yield ["search", "--name", name, *(resume if state else new), *data]
     elif step.part == "confirm":
         search = queue.name(Step(step.space, "search"))
         new = ["--top", str(TOP), "--seeds", str(queue.seeds)]
-        yield ["confirm", "--search", search, *(going_on if state else new), *data]
+        yield ["confirm", "--search", search, *(resume if state else new), *data]
     else:
         if state is None or not state.is_finished:
-            words = [
-                "--space",
-                step.space,
-                "--tier",
-                queue.tier,
-                *_make_pins(find_settings(queue, step) or {}),
-            ]
+            words = ["--space", step.space, "--tier", queue.tier]
+            words += _make_pins(find_settings(queue, step) or {})
             words += ["--name", name, "--cpus-per-trial", str(_choose_threads(state)), *data]
             yield ["train", *words, *(["--resume"] if state else [])]
         state = queue.read(step)
@@ -165,32 +166,33 @@ def find_commands(queue: Queue, step: Step) -> Iterator[list[str]]:
 
 
 def _make_pins(settings: dict[str, Any]) -> list[str]:
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in settings.items()
-    }
-    return [word for name, text in texts.items() for word in ("--set", f"{name}={text}")]
+    words = []
+    for name, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        words += ["--set", f"{name}={text}"]
+    return words
 
 
 def _choose_threads(state: SearchState | None) -> int:
-    """All cores, or one beside a GPU; to go on, as recorded, since --resume takes no others."""
+    """All cores, or one beside a GPU; the recorded number when resuming, which needs the same."""
     if state is not None:
         return (state.resumes[-1] if state.resumes else state.header).numerics.threads
     return 1 if count_gpus("auto") else count_cores()
 
 
 def estimate_hours(queue: Queue, steps: Iterable[Step]) -> float | None:
-    """What is left of these steps of one space, at the mean speed of its single trainings so far; None before one of
-    them has an epoch."""
+    """Estimate the hours that these steps of one space still take.
+
+    At the mean speed of its single trainings so far; None before one of them has an epoch.
+    """
     seconds: list[float] = []
     num_left = 0.0
     for step in steps:
         state = queue.read(step)
         trials = list(state.trials.values()) if state else []
         if step.seed is not None:
-            seconds += [
-                result.epoch_seconds for trial in trials for _, result in trial.trained_epochs
-            ]
+            for trial in trials:
+                seconds += [result.epoch_seconds for _, result in trial.trained_epochs]
         if find_stage(queue, step) not in OVER:
             space = load_space(step.space, queue.tier, queue.pins)
             num_epochs: float = space.baseline.epochs

@@ -1,15 +1,15 @@
-"""The table of benchmarks/rows.py: a line per tested training in analysis/ROWS.csv, and its summary in README."""
+"""The table of benchmarks/rows.py: analysis/ROWS.csv, and its summary in docs/method.md."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.record.files import write_atomically
 from tune_cifar.record.store import find_run
 from tune_cifar.record.test_log import TestEvaluation
 from tune_cifar.space.select import load_header
@@ -19,7 +19,7 @@ COLUMNS = (
     *("space", "part", "seed", "test_acc", "epochs", "train_images", "batch_size", "minutes"),
     *("hardware", "precision", "date", "run_id", "fingerprint"),
 )
-# What was wrong with the published number, and the goal for a search's best on the test set.
+# What was wrong with the published accuracy, and the goal for a search's best on the test set.
 SYSTEMS = {
     "s6": (
         "the best epoch was picked on the test images; flip and warp on the wrong axes",
@@ -38,14 +38,14 @@ SYSTEMS = {
 }
 
 Row = dict[str, str]
-"""By COLUMNS; `part` is baseline or best, accuracies are fractions."""
+"""A tested training, by COLUMNS; `part` is baseline or best, accuracies are fractions."""
 
 
 def load_table(path: Path) -> list[Row]:
-    """The tested trainings, in the order they were appended.
+    """Read the tested trainings, in the order they were appended.
 
     Raises:
-        RecordError: when the columns are others.
+        RecordError: when the columns are not COLUMNS.
     """
     if not path.exists():
         return []
@@ -53,87 +53,76 @@ def load_table(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         rows = list(reader)
     if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise RecordError(
-            f"{path}: the columns must be {', '.join(COLUMNS)}, got {reader.fieldnames}. Mend it."
-        )
+        rule = f"the columns must be {', '.join(COLUMNS)}"
+        raise RecordError(f"{path}: {rule}, got {reader.fieldnames}. Restore the file.")
     return rows
 
 
-def make_row(space: str, part: str, opening: TestEvaluation, storage: Path) -> Row:
-    """The opened training as the run store has it.
+def make_row(space: str, part: str, evaluation: TestEvaluation, storage: Path) -> Row:
+    """Make the row of a tested training from its record in the run store.
 
     Raises:
-        RecordError: when its record is not there.
+        RecordError: when there is no such record.
     """
-    _, trial = find_run(storage, opening.run_id)
+    _, trial = find_run(storage, evaluation.run_id)
     config, numerics = trial.config, trial.driver.numerics
     minutes = sum(result.epoch_seconds for _, result in trial.trained_epochs) / 60
-    row = {"space": space, "part": part, "seed": config.seed, "test_acc": opening.test_acc}
-    row |= {
+    row = {
+        "space": space,
+        "part": part,
+        "seed": config.seed,
+        "test_acc": evaluation.test_acc,
         "epochs": config.epochs,
         "train_images": config.train_size,
         "batch_size": config.batch_size,
-    }
-    row |= {
         "minutes": round(minutes, 1),
         "hardware": numerics.device_name,
         "precision": numerics.precision,
+        "date": evaluation.date,
+        "run_id": evaluation.run_id,
+        "fingerprint": evaluation.fingerprint,
     }
-    row |= {"date": opening.date, "run_id": opening.run_id, "fingerprint": opening.fingerprint}
     return {name: str(value) for name, value in row.items()}
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
-    """Write it whole."""
+    """Replace the table by these rows."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _replace(path, text.getvalue())
+    write_atomically(path, text.getvalue().encode())
 
 
-def write_readme(path: Path, rows: Sequence[Row]) -> None:
-    """Put the summary between README's markers.
+def write_page(path: Path, rows: Sequence[Row]) -> None:
+    """Write the summary between the markers of a page.
 
     Raises:
-        ConfigError: when they do not stand there once each, in order.
+        ConfigError: unless both markers are there once, in order.
     """
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ConfigError(
-            f"{path}: {BEGIN} and then {END} must stand there once, got another order. Mend it."
-        )
-    _replace(path, f"{before}{BEGIN}\n{render_table(rows)}\n{END}{after}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """A kill at any moment leaves the old file or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+        raise ConfigError(f"{path}: {BEGIN} and then {END} must be in it, each once. Restore them.")
+    text = f"{before}{BEGIN}\n{render_table(rows)}\n{END}{after}"
+    write_atomically(path, text.encode())
 
 
 def render_table(rows: Sequence[Row], spaces: Iterable[str] = tuple(SYSTEMS)) -> str:
-    """The summary in Markdown, a line per space."""
+    """Render the summary in Markdown, a line per space."""
     lines = [
         "| space | published | what was wrong | goal | baseline, test | best of a search, test |",
         "|---|---|---|---|---|---|",
     ]
     for space in spaces:
         wrong, goal = SYSTEMS.get(space, ("", ""))
-        baseline, best = (
-            [row for row in rows if (row["space"], row["part"]) == (space, part)]
-            for part in ("baseline", "best")
-        )
+        of_space = [row for row in rows if row["space"] == space]
+        baseline = [row for row in of_space if row["part"] == "baseline"]
+        best = [row for row in of_space if row["part"] == "best"]
+        tested = {row["fingerprint"] for row in baseline}
         found = describe_cell(best)
-        if best and {row["fingerprint"] for row in best} <= {
-            row["fingerprint"] for row in baseline
-        }:
+        if best and all(row["fingerprint"] in tested for row in best):
             found = "the baseline: none that was found was better"
         cells = [space, load_header(space).describe_published(), wrong, goal and f"at least {goal}"]
         cells += [describe_cell(baseline), found]
@@ -142,7 +131,7 @@ def render_table(rows: Sequence[Row], spaces: Iterable[str] = tuple(SYSTEMS)) ->
 
 
 def describe_cell(rows: Sequence[Row]) -> str:
-    """Mean and standard deviation over the seeds, and what they were measured with."""
+    """Return mean and standard deviation over the seeds, with n and the conditions."""
     if not rows:
         return "not yet measured"
     accs = [100 * float(row["test_acc"]) for row in rows]

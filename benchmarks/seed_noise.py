@@ -1,10 +1,10 @@
-"""Seed noise of every space: the standard deviation of val_acc over seeds, baseline of the cpu tier.
+"""Seed noise of every space: standard deviation of val_acc over seeds, baseline of the cpu tier.
 
     python benchmarks/seed_noise.py [SPACE ...] [--seeds 5] [--processes 2]
 
-Writes tune_cifar/verify/seed_noise.json, which `reproduce` reads: accuracies under other Numerics may differ from the
-recorded ones by three of these standard deviations. The deviation kept is the largest over the epochs, since a
-reproduction is compared epoch by epoch. Rows of spaces not named stay as they are.
+Writes tune_cifar/verify/seed_noise.json, which `reproduce` reads: accuracies under other Numerics
+may differ from the recorded ones by three of these standard deviations. It is the largest over the
+epochs, since a reproduction is compared epoch by epoch. Rows of other spaces stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TABLE = Path(__file__).parent.parent / "tune_cifar" / "verify" / "seed_noise.jso
 
 
 def train(space: str, seed: int) -> list[float]:
-    """val_acc after each epoch of the baseline with this seed, one thread."""
+    """Return val_acc after each epoch of the baseline with this seed, one thread."""
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.space.select import load_space
@@ -36,7 +36,7 @@ def train(space: str, seed: int) -> list[float]:
 
 
 def describe(space: str, curves: list[list[float]]) -> dict[str, object]:
-    """A row of the table."""
+    """Return a row of the table."""
     from tune_cifar.space.select import load_space
     from tune_cifar.train.numerics import resolve_numerics
 

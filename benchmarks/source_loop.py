@@ -1,6 +1,7 @@
-"""What a user would write instead: the source systems' own way of training, for the benchmarks to stand beside.
+"""The training loop of the source systems, as a baseline for the benchmarks.
 
-Dataset with albumentations image by image, DataLoader, fp32, NCHW, nn.Dropout.
+It is what a user would write: a Dataset with albumentations image by image, a DataLoader, fp32,
+NCHW, nn.Dropout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from tune_cifar.schema import TrainConfig
 
 
 def compose(config: TrainConfig | None) -> Any:
-    """The config's augmentation as an albumentations pipeline of uint8 HWC images; None is Normalize alone."""
+    """Build a config's augmentation as an albumentations pipeline for uint8 HWC images.
+
+    Without a config it only normalizes.
+    """
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     import albumentations as A
     import cv2
@@ -29,26 +33,19 @@ def compose(config: TrainConfig | None) -> Any:
     cv2.setNumThreads(0)
     ops: list[Any] = []
     if config is not None:
-        side, border = 32 + 2 * config.crop_pad, {"border_mode": cv2.BORDER_REFLECT_101}
-        s, t, r, size = (
-            config.scale_limit,
-            config.shift_limit,
-            config.rotate_limit,
-            config.cutout_size,
-        )
-        hole = {
-            "num_holes_range": (1, 1),
-            "hole_height_range": (size, size),
-            "hole_width_range": (size, size),
-        }
+        border = {"border_mode": cv2.BORDER_REFLECT_101}
         if config.crop_pad:
+            side = 32 + 2 * config.crop_pad
             ops += [A.PadIfNeeded(side, side, **border), A.RandomCrop(32, 32)]
         if config.hflip_p:
             ops.append(A.HorizontalFlip(p=config.hflip_p))
         if config.shift_scale_rotate_p:
+            s, t, r = config.scale_limit, config.shift_limit, config.rotate_limit
             ranges = {"scale": (1 - s, 1 + s), "translate_percent": (-t, t), "rotate": (-r, r)}
             ops.append(A.Affine(**ranges, keep_ratio=True, **border, p=config.shift_scale_rotate_p))
         if config.cutout_p:
+            size = (config.cutout_size, config.cutout_size)
+            hole = {"num_holes_range": (1, 1), "hole_height_range": size, "hole_width_range": size}
             ops.append(A.CoarseDropout(**hole, fill=MEAN_COLOR, p=config.cutout_p))
         if config.gray_p:
             ops.append(A.ToGray(p=config.gray_p))
@@ -56,7 +53,7 @@ def compose(config: TrainConfig | None) -> Any:
 
 
 class AugmentedImages:
-    """A map-style dataset that augments image by image; a config of None is Normalize alone."""
+    """A map-style dataset that augments image by image; without a config it only normalizes."""
 
     def __init__(self, split: Split, config: TrainConfig | None) -> None:
         self._compose = compose(config)
@@ -72,13 +69,13 @@ class AugmentedImages:
 
 
 def make_loader(split: Split, config: TrainConfig) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Augmented and shuffled batches of a training, made in this process."""
+    """Make a loader of augmented and shuffled batches, which works in this process."""
     images: Any = AugmentedImages(split, config)
     return DataLoader(images, batch_size=config.batch_size, shuffle=True)
 
 
 def build_source_model(config: TrainConfig) -> nn.Module:
-    """The config's network of torch's own layers."""
+    """Build the config's network with torch's own layers."""
     model = build_model(config)
     for name, layer in [*model.named_modules()]:
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -101,7 +98,8 @@ def train_batch(
     labels: Tensor,
     smoothing: float,
 ) -> None:
-    """One optimizer step as every tutorial writes it."""
+    """Take one optimizer step, as tutorials write it."""
     optimizer.zero_grad()
-    F.cross_entropy(model(images), labels, label_smoothing=smoothing).backward()  # type: ignore[no-untyped-call]
+    loss = F.cross_entropy(model(images), labels, label_smoothing=smoothing)
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

@@ -1,12 +1,14 @@
-"""One training on one thread, images/s: this engine against the source recipe's loop, or against another checkout.
+"""One training on one thread, images/s: `Trainer` against the source loop or another checkout.
 
-    python benchmarks/train_step.py [--spaces s10 s8 s6 s7] [--rounds 3] [--seconds 10] [--json FILE]
+    python benchmarks/train_step.py [--spaces s10 s8 s6 s7] [--rounds 3] [--seconds 10]
+        [--json FILE]
     python benchmarks/train_step.py --against FOLDER
 
-The sides train a space's baseline on the same images; a side's figure is the batch size over the median step.
-ours: `Trainer` with what `--precision auto` finds. source: DataLoader, albumentations, fp32, NCHW, nn.Dropout.
-FOLDER is a checkout at another commit (`git worktree add FOLDER COMMIT`); it takes the source's place.
-`evaluation / forward`: images/s of `Trainer.evaluate` over those of forward passes in training.
+The sides train a space's baseline on the same images; a side's figure is the batch size over the
+median step. ours: `Trainer`, precision auto. source: DataLoader, albumentations, fp32, NCHW,
+nn.Dropout. FOLDER is a checkout at another commit (`git worktree add FOLDER COMMIT`) and replaces
+the source. `evaluation / forward`: images/s of `Trainer.evaluate` over those of forward passes in
+training.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ WARM_UP_STEPS = 3
 
 
 def load(space: str) -> tuple[Any, Any]:
-    """The baseline of the space's cpu tier and its images."""
+    """Return the baseline of the space's cpu tier and its images."""
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.space.select import load_space
@@ -47,7 +49,7 @@ def load(space: str) -> tuple[Any, Any]:
 
 
 def repeat(step: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each step, for so long and at least five times, after a few that are not counted."""
+    """Return the seconds of each step: at least five steps and `seconds`, after a warm-up."""
     for _ in range(WARM_UP_STEPS):
         step()
     taken: list[float] = []
@@ -59,7 +61,7 @@ def repeat(step: Callable[[], object], seconds: float) -> list[float]:
 
 
 def run_ours(space: str, seconds: float) -> Figures:
-    """The engine's step, its forward passes alone and its evaluation."""
+    """Measure `Trainer`: its training steps, its forward passes alone and its evaluation."""
     from tune_cifar.augment.batched import apply_normalize
     from tune_cifar.train.numerics import autocast, memory_format, resolve_numerics
     from tune_cifar.train.trainer import Trainer
@@ -88,7 +90,7 @@ def run_ours(space: str, seconds: float) -> Figures:
 
 
 def run_source(space: str, seconds: float) -> Figures:
-    """The source recipe's loop, the making of the batch included."""
+    """Measure the source loop, with the making of the batches."""
     import torch
     from source_loop import build_source_model, make_loader, train_batch
 
@@ -126,23 +128,17 @@ def main() -> None:
     for space, rounds in found.items():
         speeds = [median_figure(rounds, side, "images_per_second") for side in ("ours", other)]
         ratio = compare(rounds, "ours", other, "images_per_second").describe()
-        quick = median_figure(rounds, "ours", "evaluation") / median_figure(
-            rounds, "ours", "forward"
-        )
-        rows.append((space, *speeds, ratio, quick))
-    columns = (
-        "space",
-        "ours, images/s",
-        f"{other}, images/s",
-        f"ours / {other}",
-        "evaluation / forward",
-    )
+        forward = median_figure(rounds, "ours", "forward")
+        evaluation = median_figure(rounds, "ours", "evaluation")
+        rows.append((space, *speeds, ratio, evaluation / forward))
+    speed_columns = ("ours, images/s", f"{other}, images/s", f"ours / {other}")
+    columns = ("space", *speed_columns, "evaluation / forward")
     print_table("One training step, one thread", columns, rows)
     write_json(arguments.json, {"rounds": found})
 
 
 def run_space(space: str, arguments: argparse.Namespace) -> list[Round]:
-    """Both sides in turn."""
+    """Run both sides in turn."""
     print(space, flush=True)
     options = ("--spaces", space, "--seconds", arguments.seconds)
     checkouts = {"there": arguments.against}

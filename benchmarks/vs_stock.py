@@ -1,19 +1,22 @@
-"""Whole search against stock Ray Tune: the same given configurations of s7, no early stopping in either.
+"""A search against stock Ray Tune: the same configurations of s7, without early stopping.
 
-    python benchmarks/vs_stock.py [--pairs 3] [--trials 24] [--epochs 3] [--train-size 8000] [--json FILE]
+    python benchmarks/vs_stock.py [--pairs 3] [--trials 24] [--epochs 3] [--train-size 8000] [--json
+    FILE]
 
-stock: Ray Tune as its PyTorch tutorial does it: a function trainable, a DataLoader whose dataset applies albumentations
-image by image, fp32, NCHW, torch's own layers, a new worker process for every trial, Ray's MLflow callback.
+stock: Ray Tune as its PyTorch tutorial does it: a function trainable, a DataLoader whose dataset
+applies albumentations image by image, fp32, NCHW, torch's own layers, a new worker process for
+every trial, Ray's MLflow callback.
 ours: `run_search` with one rung at the last epoch.
-Both train the same network on the same images; both run in a process of their own; pairs are taken in turn.
-Reported per side: wall time of the whole process, wall time from the first trial's start to the last trial's end, and
-training images per second over that span. The ratio is the median over pairs.
+Both train the same network on the same images, each in a process of its own, pair after pair.
+Reported per side: wall time of the process, wall time from the first trial's start to the last
+trial's end, and training images per second over that span. The ratio is the median over pairs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import tempfile
@@ -28,26 +31,24 @@ CONFIG_SEED = 7
 
 
 def make_space(num_trials: int, epochs: int, train_size: int) -> Any:
-    """s7's cpu tier with its trials given: the baseline and random points, no rung before the last epoch."""
+    """Return s7's cpu tier with fixed trials (baseline, random points) and one rung, at the end."""
     from tune_cifar.search.sampler import Sampler
     from tune_cifar.space.select import load_space
 
     sizes = {"epochs": epochs, "train_size": train_size, "val_size": VAL_SIZE}
     space = load_space("s7", "cpu", sizes)
-    budget = space.budget.model_copy(
-        update={"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
-    )
+    changes = {"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
+    budget = space.budget.model_copy(update=changes)
     space = dataclasses.replace(space, budget=budget, points=())
-    random = budget.model_copy(
-        update={"sampler": budget.sampler.model_copy(update={"kind": "random", "startup": 0})}
-    )
+    random_sampler = budget.sampler.model_copy(update={"kind": "random", "startup": 0})
+    random = budget.model_copy(update={"sampler": random_sampler})
     sampler = Sampler(dataclasses.replace(space, budget=random), CONFIG_SEED)
     points = [sampler.ask(number)[0] for number in range(num_trials)]
     return dataclasses.replace(space, points=tuple(points[1:]))
 
 
 def run_ours(arguments: argparse.Namespace) -> Figures:
-    """One search through run_search; returns the span of the trials and the images trained."""
+    """Run one search through run_search; return the trials' time span and mean score."""
     from tune_cifar.data.files import find_data
     from tune_cifar.record.events import EpochReported, TrialStarted
     from tune_cifar.search.plan import SearchRequest
@@ -61,10 +62,8 @@ def run_ours(arguments: argparse.Namespace) -> Figures:
 
     with tempfile.TemporaryDirectory() as folder:
         request = SearchRequest(find_data(None), Path(folder), "vs_stock", name="ours")
-        plan = prepare_search(
-            make_space(arguments.trials, arguments.epochs, arguments.train_size), request
-        )
-        state, faults = run_search(plan, note)
+        space = make_space(arguments.trials, arguments.epochs, arguments.train_size)
+        state, faults = run_search(prepare_search(space, request), note)
         assert not faults, faults
         scores = [trial.score for trial in state.trials.values()]
     assert state.counts["complete"] + state.counts["diverged"] == arguments.trials, state.counts
@@ -75,7 +74,7 @@ def run_ours(arguments: argparse.Namespace) -> Figures:
 
 
 def run_stock(arguments: argparse.Namespace) -> Figures:
-    """The same configurations as a user of Ray Tune's PyTorch tutorial would run them."""
+    """Run the same configurations as in Ray Tune's PyTorch tutorial."""
     from ray import tune
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
@@ -83,9 +82,7 @@ def run_stock(arguments: argparse.Namespace) -> Figures:
     configs = [space.baseline, *(space.config(point) for point in space.points)]
     dumps = [config.model_dump(mode="json") for config in configs]
     with tempfile.TemporaryDirectory() as folder:
-        callback = MLflowLoggerCallback(
-            tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="stock"
-        )
+        callback = MLflowLoggerCallback(f"sqlite:///{folder}/mlflow.db", experiment_name="stock")
         results = tune.Tuner(
             tune.with_resources(train_stock, {"cpu": 1}),
             param_space={"config": tune.grid_search(dumps)},
@@ -99,7 +96,7 @@ def run_stock(arguments: argparse.Namespace) -> Figures:
 
 
 def train_stock(parameters: dict[str, Any]) -> None:
-    """A training loop in the tutorial's shape: Dataset, DataLoader, model, optimizer, report per epoch."""
+    """Train as in the tutorial: Dataset, DataLoader, model, optimizer, a report per epoch."""
     import torch
     from ray import tune
     from source_loop import AugmentedImages, build_source_model, make_loader, train_batch
@@ -128,13 +125,12 @@ def train_stock(parameters: dict[str, Any]) -> None:
             apply_settings(optimizer, next(schedule))
             train_batch(model, optimizer, images, labels, config.label_smoothing)
         model.eval()
+        num_correct = 0.0
         with torch.no_grad():
-            num_correct = sum(
-                (model(images).argmax(1) == labels).sum().item() for images, labels in val
-            )
-        tune.report(
-            {"val_acc": num_correct / config.val_size, "epoch": epoch + 1, "started": started}
-        )
+            for images, labels in val:
+                num_correct += (model(images).argmax(1) == labels).sum().item()
+        val_acc = num_correct / config.val_size
+        tune.report({"val_acc": val_acc, "epoch": epoch + 1, "started": started})
 
 
 def main() -> None:
@@ -149,12 +145,11 @@ def main() -> None:
         print(json.dumps(figures | {"images_per_second": num_images / figures["span"]}))
         return
     shape = {name: getattr(arguments, name) for name in ("trials", "epochs", "train_size")}
-    options = [
-        word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", value)
-    ]
-    pairs = take_turns(
-        ("stock", "ours"), arguments.pairs, lambda side: run_side(__file__, side, options)
-    )
+    options: list[Any] = []
+    for name, value in shape.items():
+        options += [f"--{name.replace('_', '-')}", value]
+    run = functools.partial(run_side, __file__, options=options)
+    pairs = take_turns(("stock", "ours"), arguments.pairs, run)
     ratios = {"whole": compare(pairs, "stock", "ours", "wall")}
     ratios["without_start_up"] = compare(pairs, "stock", "ours", "span")
     for name, ratio in ratios.items():

@@ -1,4 +1,4 @@
-"""Shared by all tests: small trainings on the generated stand-in, and the real CIFAR-10 where it is."""
+"""Fixtures of all tests: small trainings on synthetic data, and the real CIFAR-10 if present."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 import typer.testing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell starts background jobs with Ctrl-C ignored, and their children inherit it: the tests mean to press it.
+# Tests press Ctrl-C. A shell starts background jobs with it ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# typer builds every command anew for each one that a test types.
+# Otherwise typer builds all commands again each time a test runs one.
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
-from tests.builders import FEW, SHAPES
+from tests.builders import FEW_IMAGES, SHAPES, train_small
 from tune_cifar.data.files import DataSource, find_data
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import DataError
@@ -28,25 +28,25 @@ from tune_cifar.train.numerics import resolve_numerics
 
 @pytest.fixture(scope="session")
 def fp32() -> Numerics:
-    """One thread, fp32: the same arithmetic on every processor of one kind."""
+    """CPU, fp32, one thread: the same arithmetic on every processor of one kind."""
     return resolve_numerics("cpu", "fp32", threads=1)
 
 
 @pytest.fixture(scope="session")
 def shapes() -> TrainVal:
-    """The stand-in images that make_config trains on."""
+    """The synthetic images that make_config trains on."""
     return load_train_val(SHAPES, 60, 50)
 
 
 @pytest.fixture(scope="session")
 def few() -> TrainVal:
-    """The stand-in images of `make_config(**FEW)`."""
-    return load_train_val(SHAPES, FEW["train_size"], FEW["val_size"])
+    """The synthetic images of `make_config(**FEW_IMAGES)`."""
+    return load_train_val(SHAPES, FEW_IMAGES["train_size"], FEW_IMAGES["val_size"])
 
 
 @pytest.fixture(scope="session")
 def cifar10() -> DataSource:
-    """The real CIFAR-10; skips where TUNE_CIFAR_DATA does not lead to it."""
+    """The real CIFAR-10; skips if TUNE_CIFAR_DATA does not name its folder."""
     if "TUNE_CIFAR_DATA" not in os.environ:
         pytest.skip("TUNE_CIFAR_DATA is not set: no real CIFAR-10 here")
     try:
@@ -65,14 +65,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
-    """The run "small:0": three epochs on the stand-in, validated on 20 images. Nobody changes what it left on disk."""
-    from tests.builders import train_small
-
+    """The finished run "small:0" of train_small; no test may change its files."""
     return train_small(tmp_path_factory.mktemp("runs"), fp32)
 
 
 @pytest.fixture
 def storage(workplace: Path, trained: SearchState) -> Path:
-    """A run store with a copy of that training, and nothing else."""
+    """A run store with a copy of `trained` and nothing else."""
     shutil.copytree(trained.folder, workplace / "runs" / "searches" / "small")
     return workplace / "runs"

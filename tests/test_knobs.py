@@ -1,4 +1,4 @@
-"""Every knob does something: changing it changes what can be observed, with everything else held still."""
+"""Every knob does something: changing it alone changes what can be observed of a training."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.builders import FEW, SHAPES, make_config
+from tests.builders import FEW_IMAGES, SHAPES, make_config
 from tune_cifar.data.load import load_train_val
 from tune_cifar.schema import KNOBS, Numerics, TrainConfig
 from tune_cifar.train.optim import schedule_steps
 from tune_cifar.train.trainer import Trainer
 
-# For each knob: another value, and what must hold for the knob to be alive.
+# For each knob: another value, and the settings with which the knob is active.
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "model": ("s8", {}),
     "dropout": (0.5, {}),
@@ -57,8 +57,7 @@ observed: dict[str, dict[str, Any]] = {}
 
 
 def observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
-    """Everything visible of a training: shapes, losses, weights and optimizer settings over six of its eight steps,
-    and the sizes of what it reads. The same config is trained once."""
+    """Return what can be observed of a training; equal configs are trained once."""
     dump = config.model_dump_json()
     if dump not in observed:
         observed[dump] = train_and_observe(config, numerics)
@@ -66,6 +65,12 @@ def observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
 
 
 def train_and_observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]:
+    """Train six of the eight steps.
+
+    Returns:
+        optimizer settings and losses of every step, number and sum of the weights, numbers of
+        images.
+    """
     data = load_train_val(SHAPES, config.train_size, config.val_size)
     trainer = Trainer(config, data, numerics)
     groups = []
@@ -74,9 +79,8 @@ def train_and_observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]
     order = torch.arange(config.train_size)
     for step, settings in zip(range(6), schedule_steps(config), strict=False):
         start = step * config.batch_size % max(1, config.train_size - config.batch_size)
-        losses.append(
-            trainer._train_step(order[start : start + config.batch_size], settings)[0].item()
-        )
+        batch = order[start : start + config.batch_size]
+        losses.append(trainer._train_step(batch, settings)[0].item())
         group = {k: v for k, v in trainer._step.optimizer.param_groups[0].items() if k != "params"}
         groups.append(repr(sorted(group.items())))
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
@@ -95,8 +99,8 @@ def test_every_knob_has_a_change() -> None:
 @pytest.mark.parametrize("knob", KNOBS)
 def test_a_changed_knob_changes_something(knob: str, fp32: Numerics) -> None:
     value, context = CHANGES[knob]
-    before = make_config(**FEW, **context)
-    after = make_config(**{**FEW, **context, knob: value})
+    before = make_config(**FEW_IMAGES, **context)
+    after = make_config(**{**FEW_IMAGES, **context, knob: value})
     assert before.fingerprint != after.fingerprint
     assert observe(before, fp32) != observe(after, fp32)
 
@@ -106,26 +110,20 @@ def test_a_changed_knob_changes_something(knob: str, fp32: Numerics) -> None:
 def test_a_changed_knob_changes_something_in_a_captured_step_too(
     knob: str, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same step is taken for both where it may be: a knob that it forgot would keep its value."""
+    """Both trainings share one step if they can: a knob that the step ignores keeps its value."""
     monkeypatch.setattr("tune_cifar.train.step._idle", {})
     captured = fp32.model_copy(update={"execution": "captured"})
 
     def train(config: TrainConfig) -> list[Any]:
-        trainer = Trainer(
-            config, load_train_val(SHAPES, config.train_size, config.val_size), captured
-        )
-        results = [
-            (result.step, result.train_loss, result.val_loss, result.lr) for result in trainer
-        ]
-        return [
-            *results,
-            sum(weights.detach().double().sum().item() for weights in trainer.model.parameters()),
-        ]
+        data = load_train_val(SHAPES, config.train_size, config.val_size)
+        trainer = Trainer(config, data, captured)
+        results = [(epoch.step, epoch.train_loss, epoch.val_loss, epoch.lr) for epoch in trainer]
+        weights = [weight.detach().double().sum().item() for weight in trainer.model.parameters()]
+        return [*results, sum(weights)]
 
     value, context = CHANGES[knob]
-    assert train(make_config(**FEW, **context)) != train(
-        make_config(**{**FEW, **context, knob: value})
-    )
+    before = train(make_config(**FEW_IMAGES, **context))
+    assert before != train(make_config(**{**FEW_IMAGES, **context, knob: value}))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +137,10 @@ def test_a_changed_knob_changes_something_in_a_captured_step_too(
         ("cutout_size", 4, {"cutout_p": 0.0}),
     ],
 )
-def test_a_dead_knob_changes_nothing(
+def test_an_inactive_knob_changes_nothing(
     knob: str, value: Any, context: dict[str, Any], fp32: Numerics
 ) -> None:
-    before = make_config(**FEW, **context)
-    after = make_config(**{**FEW, **context, knob: value})
+    before = make_config(**FEW_IMAGES, **context)
+    after = make_config(**{**FEW_IMAGES, **context, knob: value})
     assert before.fingerprint == after.fingerprint
     assert observe(before, fp32) == observe(after, fp32)

@@ -1,4 +1,4 @@
-"""The notebooks of analysis/: thin, stripped, and running on the recorded sample from a fresh copy."""
+"""The notebooks of analysis/: short, without outputs, and executed on the recorded sample."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def list_code(notebook: Any) -> list[Any]:
 
 
 def parse_code(cell: Any) -> ast.Module:
-    return ast.parse(
-        "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
-    )
+    lines = [line for line in cell.source.splitlines() if not line.startswith("%")]
+    return ast.parse("\n".join(lines))
 
 
 def find_parameters(notebook: Any) -> Any:
-    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    (cell,) = cells
     return cell
 
 
@@ -62,10 +62,8 @@ def test_the_parameters_are_the_first_code_and_nothing_but_plain_values(name: st
     notebook = read_notebook(name)
     first = find_parameters(notebook)
     assert first is list_code(notebook)[0]
-    values = {
-        ast.unparse(node.targets[0]): ast.literal_eval(node.value)
-        for node in parse_code(first).body
-    }
+    nodes: Any = parse_code(first).body
+    values = {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in nodes}
     assert values["storage"] == "sample"
     named = values.get("searches") or [values["search"]]
     assert set(named) <= {folder.name for folder in SAMPLES}
@@ -73,10 +71,9 @@ def test_the_parameters_are_the_first_code_and_nothing_but_plain_values(name: st
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_no_number_of_a_search_stands_in_the_prose(name: str) -> None:
-    """It would be wrong for another search: accuracies come from calls. (70 % explains what a confidence means.)"""
-    prose = "\n".join(
-        cell.source for cell in read_notebook(name).cells if cell.cell_type == "markdown"
-    )
+    """It would be wrong for another search. (70 % explains what a confidence means.)"""
+    cells = [cell for cell in read_notebook(name).cells if cell.cell_type == "markdown"]
+    prose = "\n".join(cell.source for cell in cells)
     assert set(re.findall(r"[\d.]+ ?%", prose)) <= {"70 %"}
 
 
@@ -96,60 +93,58 @@ def test_the_sample_is_of_finished_searches_on_cifar10_with_a_best_trial(folder:
 
 
 def copy_analysis(folder: Path) -> Path:
-    """As a fresh clone has it."""
-    shutil.copytree(
-        ANALYSIS, folder / "analysis", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
-    )
-    return folder / "analysis"
+    """Copy analysis/ as a fresh clone has it."""
+    ignored = shutil.ignore_patterns(".ipynb_checkpoints")
+    return Path(shutil.copytree(ANALYSIS, folder / "analysis", ignore=ignored))
 
 
 def run_notebook(
     notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: Any
 ) -> Any:
-    """The notebook, executed in its own folder with these parameters in the place of those that are there."""
+    """Execute a notebook in its own folder, with these parameters instead of its own."""
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(variable, str(folder.parent / "jupyter"))
     monkeypatch.delenv("MPLBACKEND", raising=False)
     cell = find_parameters(notebook)
     cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, resources=resources).execute()
     return notebook
 
 
 def read_outputs(notebook: Any, kind: str) -> list[str]:
-    """All outputs of a MIME type; what was printed counts as text/plain."""
-    outputs = [output for cell in list_code(notebook) for output in cell.outputs]
-    shown = [output.data[kind] for output in outputs if "data" in output and kind in output.data]
-    return shown + [
-        output.text for output in outputs if output.output_type == "stream" and kind == "text/plain"
-    ]
+    """Return all outputs of a MIME type; printed text counts as text/plain."""
+    outputs = list_outputs(notebook)
+    shown = [output.data[kind] for output in outputs if kind in output.get("data", {})]
+    printed = [output.text for output in outputs if output.output_type == "stream"]
+    return shown + (printed if kind == "text/plain" else [])
+
+
+def list_outputs(notebook: Any) -> list[Any]:
+    return [output for cell in list_code(notebook) for output in cell.outputs]
 
 
 def check_is_clean(notebook: Any) -> None:
-    """No warning, and no figure that stands there as text instead of as a picture."""
-    outputs = [output for cell in list_code(notebook) for output in cell.outputs]
-    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
-    assert not [
-        output
-        for output in outputs
-        if "Figure" in str(output.get("data", {}).get("text/plain")) and PNG not in output.data
-    ]
+    """Check that there is no warning, and no figure as text instead of a picture."""
+    for output in list_outputs(notebook):
+        assert output.get("name") != "stderr", output.text
+        data = output.get("data", {})
+        assert "Figure" not in str(data.get("text/plain")) or PNG in data
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("search", [folder.name for folder in SAMPLES])
-def test_the_search_notebook_tells_of_any_recorded_search(
+def test_the_search_notebook_runs_for_any_recorded_search(
     search: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notebook = run_notebook(
-        read_notebook(SEARCH), copy_analysis(tmp_path), monkeypatch, search=search
-    )
+    folder = copy_analysis(tmp_path)
+    notebook = run_notebook(read_notebook(SEARCH), folder, monkeypatch, search=search)
     check_is_clean(notebook)
     assert len(read_outputs(notebook, PNG)) == 7
     state = read_state(ANALYSIS / "sample" / "searches" / search)
     assert state.best is not None and state.best.score is not None
-    told = "\n".join(read_outputs(notebook, "text/plain"))
-    assert f"python -m tune_cifar confirm --search {search}" in told and "one seed, best of" in told
+    text = "\n".join(read_outputs(notebook, "text/plain"))
+    assert f"python -m tune_cifar confirm --search {search}" in text and "one seed, best of" in text
     assert f"{100 * state.best.score:.2f}%" in "\n".join(read_outputs(notebook, "text/html"))
 
 
@@ -161,16 +156,15 @@ def test_the_table_of_trials_is_the_same_from_mlflow(
     storage, uri = folder / "sample", make_tracking_uri(tmp_path, None)
     sync_search(uri, storage, read_state(search_folder(storage, SAMPLES[0].name)))
     notebook = read_notebook(SEARCH, folder)
-    (place,) = (place for place, cell in enumerate(notebook.cells) if cell.id == "table")
+    place = [cell.id for cell in notebook.cells].index("table")
     table = notebook.cells[place]
     again = nbformat.v4.new_code_cell(f"tracking_uri = None\n{table.source}")
     notebook.cells = [*notebook.cells[: place + 1], again]
     run_notebook(notebook, folder, monkeypatch, search=SAMPLES[0].name, tracking_uri=uri)
     check_is_clean(notebook)
-    shipped, recorded = (
-        re.sub(r"T_[0-9a-f]{5}", "", cell.outputs[0].data["text/html"]) for cell in (table, again)
-    )
-    assert shipped == recorded and "sampler" in recorded
+    tables = [cell.outputs[0].data["text/html"] for cell in (table, again)]
+    uploaded, recorded = (re.sub(r"T_[0-9a-f]{5}", "", html) for html in tables)
+    assert uploaded == recorded and "sampler" in recorded
 
 
 @pytest.mark.slow
@@ -196,5 +190,5 @@ def test_the_best_model_notebook_shows_mistakes_as_pictures_where_cifar10_is(
     notebook = run_notebook(read_notebook(BEST), copy_analysis(tmp_path), monkeypatch)
     check_is_clean(notebook)
     assert len(read_outputs(notebook, PNG)) == 6 + has_data
-    told = "\n".join(read_outputs(notebook, "text/plain"))
-    assert ("No pictures here, the table above is all: " in told) != has_data
+    text = "\n".join(read_outputs(notebook, "text/plain"))
+    assert ("No pictures, only the table above: " in text) != has_data

@@ -94,7 +94,7 @@ def test_a_run_is_reproduced_and_reported(recorded: Path) -> None:
 @pytest.mark.faults
 def test_an_interrupted_search_asks_once_and_goes_on(recorded: Path) -> None:
     words = ("search", "--name", "cut", "--resume", "--data", "shapes")
-    assert "--accept-changes" in refuse(ConfigError, *words)
+    assert "accept_changes=True" in refuse(ConfigError, *words)
     answer = invoke(*words, "--accept-changes")
     assert answer.exit_code == 0, answer.output
     state = read_state(search_folder(recorded, "cut"))

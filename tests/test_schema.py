@@ -1,13 +1,16 @@
-"""TrainConfig: bounds and their messages, dead knobs, the fingerprint; the records beside it."""
+"""TrainConfig: bounds and their messages, inactive knobs, the fingerprint; the other records."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
 
-from tune_cifar.errors import ConfigError
+import tune_cifar
+from tune_cifar.errors import ConfigError, did_you_mean
 from tune_cifar.schema import (
     KNOBS,
     EpochResult,
@@ -15,23 +18,22 @@ from tune_cifar.schema import (
     TrainConfig,
     describe_validation_error,
     inactive_knobs,
-    nearest_name,
 )
 
-# Every op of the augmentation on, so that no strength is dead.
-ONECYCLE: dict[str, Any] = {
+# Every operation of the augmentation is on, so that every strength is active.
+ONECYCLE: dict[str, Any] = (
+    {"model": "s7", "optimizer": "sgd", "schedule": "onecycle", "max_lr": 0.01}
+    | {"batch_size": 128, "epochs": 4, "shift_scale_rotate_p": 0.5, "shift_limit": 0.1}
+    | {"scale_limit": 0.1, "rotate_limit": 30.0, "cutout_p": 0.5, "cutout_size": 8}
+)
+# The fewest knobs that a configuration needs.
+PLAIN: dict[str, Any] = {
     "model": "s7",
     "optimizer": "sgd",
-    "schedule": "onecycle",
-    "max_lr": 0.01,
-    "batch_size": 128,
-    "epochs": 4,
-    "shift_scale_rotate_p": 0.5,
-    "shift_limit": 0.1,
-    "scale_limit": 0.1,
-    "rotate_limit": 30.0,
-    "cutout_p": 0.5,
-    "cutout_size": 8,
+    "schedule": "constant",
+    "max_lr": 0.1,
+    "batch_size": 8,
+    "epochs": 1,
 }
 BASES = {
     "onecycle": ONECYCLE,
@@ -89,56 +91,48 @@ STEP_ONLY = {"milestone_fractions", "gamma"}
 WARP = {"shift_limit", "scale_limit", "rotate_limit"}
 
 
+NO_VALIDATION = "val_size = 0 exactly when train_size = 50000 must hold"
+
+
 def make_config(base: str = "onecycle", **changes: Any) -> TrainConfig:
     return TrainConfig(**{**BASES[base], **changes})
 
 
-@pytest.mark.parametrize(
-    ("base", "dead"),
-    [
-        ("onecycle", {"momentum", "decoupled_weight_decay"} | STEP_ONLY),
-        ("onecycle_adam", {"momentum", "decoupled_weight_decay", "nesterov"} | STEP_ONLY),
-        ("onecycle_fixed_momentum", {"decoupled_weight_decay"} | CYCLED | STEP_ONLY),
-        ("step", {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY),
-        ("cosine", {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY),
-        (
-            "constant_adamw",
-            {"weight_decay", "nesterov", "warm_restarts"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY,
-        ),
-        ("no_warp_probability", {"momentum", "decoupled_weight_decay"} | STEP_ONLY | WARP),
-        (
-            "no_warp_limits",
-            {"momentum", "decoupled_weight_decay", "shift_scale_rotate_p"} | STEP_ONLY,
-        ),
-        (
-            "no_cutout_probability",
-            {"momentum", "decoupled_weight_decay", "cutout_size"} | STEP_ONLY,
-        ),
-        ("no_cutout_size", {"momentum", "decoupled_weight_decay", "cutout_p"} | STEP_ONLY),
-    ],
-)
-def test_dead_knobs_are_exactly_those_that_nothing_uses(base: str, dead: set[str]) -> None:
-    assert set(inactive_knobs(make_config(base))) == dead
+OF_ONECYCLE = {"momentum", "decoupled_weight_decay"} | STEP_ONLY
+OF_ADAMW = {"weight_decay", "nesterov", "warm_restarts"}
+INACTIVE = {
+    "onecycle": OF_ONECYCLE,
+    "onecycle_adam": OF_ONECYCLE | {"nesterov"},
+    "onecycle_fixed_momentum": {"decoupled_weight_decay"} | CYCLED | STEP_ONLY,
+    "step": {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY,
+    "cosine": {"decoupled_weight_decay"} | CYCLED | ONECYCLE_ONLY | STEP_ONLY,
+    "constant_adamw": CYCLED | ONECYCLE_ONLY | STEP_ONLY | OF_ADAMW,
+    "no_warp_probability": OF_ONECYCLE | WARP,
+    "no_warp_limits": OF_ONECYCLE | {"shift_scale_rotate_p"},
+    "no_cutout_probability": OF_ONECYCLE | {"cutout_size"},
+    "no_cutout_size": OF_ONECYCLE | {"cutout_p"},
+}
 
 
-def test_dead_knob_comes_with_its_reason() -> None:
-    dead = inactive_knobs(make_config())
-    assert dead["momentum"] == "OneCycle cycles momentum between base_momentum and max_momentum"
+@pytest.mark.parametrize("base", BASES)
+def test_inactive_knobs_are_exactly_those_that_nothing_uses(base: str) -> None:
+    assert set(inactive_knobs(make_config(base))) == INACTIVE[base]
+
+
+def test_inactive_knob_comes_with_its_reason() -> None:
+    reasons = inactive_knobs(make_config())
+    assert reasons["momentum"] == "OneCycle cycles momentum between base_momentum and max_momentum"
     assert inactive_knobs(make_config("step"))["pct_start"] == "schedule step is not onecycle"
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", KNOBS)
-def test_fingerprint_changes_with_a_living_knob_and_ignores_a_dead_one(
+def test_fingerprint_changes_with_an_active_knob_and_ignores_an_inactive_one(
     base: str, name: str
 ) -> None:
     before, after = make_config(base), make_config(base, **{name: OTHER[name]})
-    if before == after:
-        assert name in (
-            "optimizer",
-            "schedule",
-            "cycle_momentum",
-        )  # the base has the other value already
+    if before == after:  # the base has the other value already
+        assert name in ("optimizer", "schedule", "cycle_momentum")
     elif name in inactive_knobs(before) and name in inactive_knobs(after):
         assert after.fingerprint == before.fingerprint
     else:
@@ -155,7 +149,7 @@ def test_fingerprint_is_16_hexadecimal_digits_that_outlive_a_round_trip() -> Non
 
 
 def test_fingerprint_of_a_known_configuration_stays_what_it_is() -> None:
-    """A changed fingerprint orphans recorded runs: change it knowingly, with a [results] entry in the changelog."""
+    """A changed fingerprint orphans recorded runs; it needs a [results] entry in the changelog."""
     assert make_config().fingerprint == "029dfb26661d5b75"
 
 
@@ -200,17 +194,12 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
         ({"zzz": 0.1}, "zzz is not a known name."),
         (
             {"schedule": "onecylce"},
-            "schedule must be 'onecycle', 'cosine', 'step' or 'constant', got 'onecylce'. Did you mean onecycle?",
+            "schedule must be 'onecycle', 'cosine', 'step' or 'constant', got 'onecylce'. "
+            "Did you mean onecycle?",
         ),
         ({"model": "vgg"}, "model must be 's6', 's7', 's8', 's10' or 's10_postact', got 'vgg'."),
-        (
-            {"train_size": 50_000},
-            "val_size = 0 exactly when train_size = 50000 must hold, got val_size 5000 and train_size 50000.",
-        ),
-        (
-            {"val_size": 0},
-            "val_size = 0 exactly when train_size = 50000 must hold, got val_size 0 and train_size 45000.",
-        ),
+        ({"train_size": 50_000}, f"{NO_VALIDATION}, got val_size 5000 and train_size 50000."),
+        ({"val_size": 0}, f"{NO_VALIDATION}, got val_size 0 and train_size 45000."),
         ({"train_size": 45_001}, "train_size <= 45000 or train_size = 50000 must hold, got 45001."),
         (
             {"batch_size": 128, "train_size": 100},
@@ -218,7 +207,8 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
         ),
         (
             {"base_momentum": 0.96},
-            "base_momentum <= max_momentum must hold, got base_momentum 0.96 and max_momentum 0.95.",
+            "base_momentum <= max_momentum must hold, "
+            "got base_momentum 0.96 and max_momentum 0.95.",
         ),
     ],
 )
@@ -262,7 +252,7 @@ def test_bounds_include_and_exclude_what_they_say(
             make_config(**{name: value})
 
 
-def test_whole_data_set_without_validation_is_a_configuration() -> None:
+def test_full_data_set_without_validation_is_a_configuration() -> None:
     config = make_config(train_size=50_000, val_size=0)
     assert config.num_steps_per_epoch == 391
 
@@ -276,18 +266,22 @@ def test_configuration_cannot_be_changed() -> None:
         make_config().max_lr = 1.0  # type: ignore[misc]
 
 
-def test_every_knob_has_a_label_and_a_room_that_uses_it() -> None:
-    rooms = {"models", "optim", "engine", "data", "augment"}
-    for name in KNOBS:
-        extra = TrainConfig.model_fields[name].json_schema_extra
-        assert isinstance(extra, dict)
-        assert extra["label"]
-        assert extra["used_by"] in rooms
+PACKAGE = Path(tune_cifar.__file__).parent
+# What a module reads in the place of a knob.
+DERIVED = {"warm_restarts": "cycle_epochs"}
 
 
-def test_nearest_name_is_silent_when_nothing_is_close() -> None:
-    assert nearest_name("max_lrr", KNOBS) == " Did you mean max_lr?"
-    assert nearest_name("qqq", KNOBS) == ""
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_knob_has_a_label_and_a_module_that_reads_it(name: str) -> None:
+    extra = TrainConfig.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict) and extra["label"]
+    source = (PACKAGE / f"{extra['used_by']}.py").read_text(encoding="utf-8")
+    assert re.search(rf"\b{DERIVED.get(name, name)}\b", source)
+
+
+def test_did_you_mean_is_silent_when_nothing_is_close() -> None:
+    assert did_you_mean("max_lrr", KNOBS) == " Did you mean max_lr?"
+    assert did_you_mean("qqq", KNOBS) == ""
 
 
 class Inner(Frozen):
@@ -305,9 +299,8 @@ class Outer(Frozen):
 def test_literal_below_the_top_level_is_described_without_a_hint() -> None:
     with pytest.raises(ValidationError) as caught:
         Outer.model_validate({"inner": {"kind": "x"}})
-    assert (
-        describe_validation_error(caught.value, Outer) == "inner.kind must be 'a' or 'b', got 'x'."
-    )
+    sentence = describe_validation_error(caught.value, Outer)
+    assert sentence == "inner.kind must be 'a' or 'b', got 'x'."
 
 
 def test_epoch_result_refuses_what_json_cannot_hold() -> None:
@@ -317,17 +310,15 @@ def test_epoch_result_refuses_what_json_cannot_hold() -> None:
         EpochResult(**{**numbers, "train_loss": float("inf")})
 
 
+WARP_OFF = {"shift_scale_rotate_p": 0.0, "shift_limit": 0.0, "scale_limit": 0.0}
+
+
 @pytest.mark.parametrize(
     ("knobs", "off"),
     [
         ({"cutout_p": 0.0, "cutout_size": 0}, [{"cutout_size": 8}, {"cutout_p": 0.5}]),
         (
-            {
-                "shift_scale_rotate_p": 0.0,
-                "shift_limit": 0.0,
-                "scale_limit": 0.0,
-                "rotate_limit": 0.0,
-            },
+            {**WARP_OFF, "rotate_limit": 0.0},
             [{"rotate_limit": 30.0}, {"shift_scale_rotate_p": 0.5}],
         ),
     ],
@@ -335,41 +326,17 @@ def test_epoch_result_refuses_what_json_cannot_hold() -> None:
 def test_fingerprint_is_the_same_however_an_operation_is_switched_off(
     knobs: dict[str, Any], off: list[dict[str, Any]]
 ) -> None:
-    values = {
-        "model": "s7",
-        "optimizer": "sgd",
-        "schedule": "onecycle",
-        "max_lr": 0.1,
-        "batch_size": 8,
-        "epochs": 1,
-    }
-    fingerprints = {
-        TrainConfig(**{**values, **knobs, **change}).fingerprint for change in ({}, *off)
-    }
-    assert len(fingerprints) == 1
+    configs = [TrainConfig(**{**PLAIN, **knobs, **change}) for change in ({}, *off)]
+    assert len({config.fingerprint for config in configs}) == 1
 
 
 def test_config_refuses_nesterov_without_momentum() -> None:
-    values = {
-        "model": "s7",
-        "optimizer": "sgd",
-        "schedule": "constant",
-        "max_lr": 0.1,
-        "batch_size": 8,
-        "epochs": 1,
-    }
     with pytest.raises(ConfigError, match="momentum > 0 must hold with nesterov, got 0"):
-        TrainConfig(**values, nesterov=True, momentum=0.0)
+        TrainConfig(**PLAIN, nesterov=True, momentum=0.0)
 
 
 def test_config_names_the_misspelt_knob_before_the_missing_one() -> None:
-    values = {
-        "model": "s7",
-        "optimizer": "sgd",
-        "schedule": "constant",
-        "batch_size": 8,
-        "epochs": 1,
-    }
+    values = {name: value for name, value in PLAIN.items() if name != "max_lr"}
     with pytest.raises(ConfigError, match=r"max_l is not a known name\. Did you mean max_lr\?"):
         TrainConfig(**values, max_l=0.1)
 
@@ -387,29 +354,20 @@ def test_a_recipe_over_fewer_epochs_keeps_the_restarts_that_lie_within() -> None
 
 @pytest.mark.parametrize("restarts", [(0,), (3, 3), (5, 2), (9,), (12,), (-1, 4)])
 def test_warm_restarts_lie_in_order_before_the_last_epoch(restarts: tuple[int, ...]) -> None:
-    with pytest.raises(
-        ConfigError, match="warm_restarts increasing from 1 to below epochs must hold, got"
-    ):
+    rule = "warm_restarts increasing from 1 to below epochs must hold, got"
+    with pytest.raises(ConfigError, match=rule):
         make_config("onecycle", epochs=9, warm_restarts=restarts)
 
 
 @pytest.mark.parametrize("restarts", ["2", 2, (2.0,), [True]])
-def test_warm_restarts_are_a_list_of_whole_numbers(restarts: Any) -> None:
+def test_warm_restarts_are_a_list_of_integers(restarts: Any) -> None:
     with pytest.raises(ConfigError, match="warm_restarts"):
         make_config("onecycle", epochs=9, warm_restarts=restarts)
 
 
 def test_warm_restarts_belong_to_the_fingerprint_where_there_are_any() -> None:
     config = make_config("onecycle", epochs=9, warm_restarts=(2, 5))
-    assert (
-        len(
-            {
-                config.fingerprint,
-                config.shorten(8).fingerprint,
-                make_config("onecycle", epochs=9).fingerprint,
-            }
-        )
-        == 3
-    )
+    configs = (config, config.shorten(8), make_config("onecycle", epochs=9))
+    assert len({config.fingerprint for config in configs}) == 3
     constant = make_config("constant_adamw", epochs=9)
     assert "warm_restarts" in inactive_knobs(constant.model_copy(update={"warm_restarts": (2,)}))

@@ -1,22 +1,30 @@
-"""Every error a user can meet. One sentence each: where: rule, got value. Hint.
+"""Every error that a user can meet, each one sentence: `where: rule, got value. Hint.`
 
 TuneCifarError
-├── ConfigError       a training configuration or a runtime option breaks a rule
-├── SpaceError        a search-space file breaks a rule (file, line, rule, nearest name)
-├── DataError         CIFAR-10 is missing, truncated, altered or cannot be downloaded
-├── CheckpointError   a checkpoint is torn or belongs to another configuration
-│   └── DiskFullError  there was no room for one, or for weights
-├── RecordError       a search's record cannot be read, or a name is taken or unknown
-├── TrackingError     MLflow cannot be reached or refuses
-├── ExportError       an exported file does not compute what the network computes
-└── Diverged          the loss stopped being a number: a result of a trial, not a fault of the program
+├── ConfigError        a training configuration or a runtime option breaks a rule
+├── SpaceError         a search-space file breaks a rule (file, line, rule, nearest name)
+├── DataError          CIFAR-10 is missing, truncated, altered or cannot be downloaded
+├── CheckpointError    a checkpoint is damaged or belongs to another configuration
+│   └── DiskFullError  the disk is full: no checkpoint or weights could be written
+├── RecordError        a search's record cannot be read, or a name is taken or unknown
+├── TrackingError      MLflow cannot be reached or refuses
+├── ExportError        an exported file does not compute what the network computes
+└── Diverged           the loss is nan or inf: a result of a trial, not a fault of the program
 """
 
+import difflib
 import re
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ` Did you mean X?` for the closest of the names, or an empty text if none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def hide_credentials(text: str) -> str:
-    """The text with `user:password@` (or `token@`) of every address in it replaced by `***@`."""
+    """Replace `user:password@` (or `token@`) in every address of a text by `***@`."""
     return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
 
 
@@ -37,11 +45,11 @@ class DataError(TuneCifarError):
 
 
 class CheckpointError(TuneCifarError):
-    """A checkpoint is torn or belongs to another configuration."""
+    """A checkpoint is damaged or belongs to another configuration."""
 
 
 class DiskFullError(CheckpointError):
-    """There was no room on the disk for a checkpoint or for weights: no fault of the training."""
+    """The disk is full: no checkpoint or weights could be written."""
 
 
 class RecordError(TuneCifarError):
@@ -56,17 +64,18 @@ class ExportError(TuneCifarError):
     """An exported file does not compute what the network computes."""
 
 
-class Diverged(TuneCifarError):  # noqa: N818  (a result, not a fault: it keeps the field's own word)
-    """The training loss was not finite.
+class Diverged(TuneCifarError):  # noqa: N818  (a result of a trial, not a fault)
+    """The training loss was nan or inf.
 
     Attributes:
         epoch: the epoch in which it happened, from 1.
-        step: the optimizer step counted from the start of the training, from 1.
+        step: the optimizer step in which it happened, from 1 at the start of the training.
     """
 
     def __init__(self, epoch: int, step: int) -> None:
         super().__init__(
-            f"training: the loss must be finite, got nan or inf at epoch {epoch}, step {step}. Lower max_lr."
+            "training: the loss must be finite, "
+            f"got nan or inf at epoch {epoch}, step {step}. Lower max_lr."
         )
         self.epoch = epoch
         self.step = step

@@ -1,4 +1,7 @@
-"""The dice: frequencies, ranges, independence, and what a generator's state promises. Bounds: 5 sigma, fixed seed."""
+"""The draws of a policy: frequencies, ranges, independence, reproducibility.
+
+Bounds are 5 sigma, seeds are fixed.
+"""
 
 import math
 from typing import Any
@@ -36,7 +39,7 @@ def make_generator(seed: int = 20) -> torch.Generator:
 
 
 def draw(policy: Policy = POLICY, num_images: int = NUM_IMAGES, seed: int = 20) -> Any:
-    """Typed Any: each test knows which operation's draws stand at which place."""
+    """Typed Any: each test knows which operation's draws are at which place."""
     return draw_policy(policy, num_images, make_generator(seed))
 
 
@@ -70,7 +73,7 @@ def test_probability_one_selects_every_image() -> None:
     ("place", "name", "num_values"),
     [(0, "top", 9), (0, "left", 9), (3, "top", 25), (3, "left", 25)],
 )
-def test_whole_number_draws_hit_every_place_equally_often(
+def test_integer_draws_hit_every_place_equally_often(
     place: int, name: str, num_values: int
 ) -> None:
     values = getattr(draw()[place], name)
@@ -132,12 +135,12 @@ def test_draws_continue_after_the_generator_state_is_restored() -> None:
     assert not are_equal(*expected)
 
 
-def test_draws_do_not_depend_on_how_images_are_cut_into_batches() -> None:
+def test_draws_do_not_depend_on_how_images_are_divided_into_batches() -> None:
     generator = make_generator()
     parts = [columns(draw_policy(POLICY, size, generator)) for size in (128, 1, 128, 43)]
     joined = [torch.cat(column) for column in zip(*parts, strict=True)]
-    whole = columns(draw(num_images=300))
-    assert all(torch.equal(a, b) for a, b in zip(joined, whole, strict=True))
+    at_once = columns(draw(num_images=300))
+    assert all(torch.equal(a, b) for a, b in zip(joined, at_once, strict=True))
 
 
 def test_draws_of_an_operation_do_not_depend_on_the_other_operations() -> None:

@@ -1,6 +1,7 @@
-"""The two interpreters of a policy give the same pictures for the same draws, and both mean what the words say."""
+"""The two interpreters of a policy give equal images for equal draws, and do what the names say."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import albumentations as A
@@ -48,9 +49,10 @@ S7: Policy = (HFlip(0.3), S7_WARP, Cutout(16, 0.5), Gray(0.5), Normalize())
 S10: Policy = (Crop(4), HFlip(0.5), Cutout(8, 0.5), Normalize())
 EVERYTHING: Policy = (Crop(4), HFlip(0.5), S7_WARP, Cutout(16, 0.5), Gray(0.5), Normalize())
 
-# Measured with OpenCV 5.0 for the three warps below: pixels differ by at most 1 grey level, and 1 in 6,300 to 9,900
-# (1,000 noise images, the hardest) or 1 in 30,000 to 43,000 (4,000 real ones) differs at all: sums next to a half are
-# rounded to either side. Warps whose coordinates are round numbers (scale 1.25) have a hundred times as many.
+# Measured with OpenCV 5.0 for the three warps below: pixels differ by at most 1 level, and 1 in
+# 6,300 to 9,900 (1,000 noise images, the hardest) or 1 in 30,000 to 43,000 (4,000 real ones)
+# differs at all: sums near a half are rounded to either side. Warps whose coordinates are round
+# numbers (scale 1.25) have a hundred times as many.
 WARP_MAX_DIFFERENCE = 1
 WARP_DIFFERING_FRACTION = 1e-3
 
@@ -63,6 +65,14 @@ def noise_images(num_images: int = 200) -> Tensor:
 
 def draw(policy: Policy, num_images: int = 200, seed: int = 7) -> Draws:
     return draw_policy(policy, num_images, torch.Generator().manual_seed(seed))
+
+
+def columns(draws: Draws) -> list[Tensor]:
+    return [column for op_draws in draws for column in op_draws]
+
+
+def map_columns(function: Callable[[Tensor], Tensor], draws: Draws) -> Any:
+    return tuple(type(op_draws)(*map(function, op_draws)) for op_draws in draws)
 
 
 def apply_one(op: PixelOp, image_CHW: Tensor, draws: Any) -> Tensor:
@@ -90,7 +100,7 @@ def check_warp(ours: Tensor, theirs: Tensor) -> None:
     assert (difference > 0).float().mean() < WARP_DIFFERING_FRACTION
 
 
-# Both interpreters, same draws.
+# Both interpreters, equal draws
 
 
 @pytest.mark.parametrize(
@@ -165,18 +175,16 @@ def test_changing_some_images_equals_changing_all_and_choosing(place: int, chang
     assert torch.equal(some[~draws.selected], noise_images()[~draws.selected])
 
 
-# Albumentations' own public transforms, as a user would write them.
+# albumentations' own public transforms, as a user would write them
 
 
 def test_crop_means_pad_if_needed_and_crop() -> None:
     image = noise_images()[0]
-    padded = A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101, p=1.0)(image=to_hwc(image))[
-        "image"
-    ]
+    pad = A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    padded = pad(image=to_hwc(image))["image"]
     for top, left in [(0, 0), (0, 8), (8, 0), (3, 6), (4, 4)]:
-        theirs = A.Crop(x_min=left, y_min=top, x_max=left + 32, y_max=top + 32, p=1.0)(
-            image=padded
-        )["image"]
+        crop = A.Crop(x_min=left, y_min=top, x_max=left + 32, y_max=top + 32, p=1.0)
+        theirs = crop(image=padded)["image"]
         draws = CropDraws(torch.tensor([top]), torch.tensor([left]))
         assert torch.equal(apply_one(Crop(4), image, draws), to_chw(theirs))
 
@@ -207,27 +215,25 @@ def test_warp_means_affine_with_the_same_signs(angle: float, scale: float, x: in
         p=1.0,
     )
     draws = ShiftScaleRotateDraws(YES, number(angle), number(scale), number(x / 32), number(y / 32))
-    ours = torch.stack([apply_one(S7_WARP, image, draws) for image in noise_images()[:20]])
-    theirs = torch.stack(
-        [to_chw(affine(image=to_hwc(image))["image"]) for image in noise_images()[:20]]
-    )
-    check_warp(ours, theirs)
+    images = noise_images()[:20]
+    ours = [apply_one(S7_WARP, image, draws) for image in images]
+    theirs = [to_chw(affine(image=to_hwc(image))["image"]) for image in images]
+    check_warp(torch.stack(ours), torch.stack(theirs))
 
 
-def test_warp_shifts_by_fractions_of_a_pixel_where_albumentations_cuts_them_off() -> None:
+def test_warp_shifts_by_fractions_of_a_pixel_where_albumentations_truncates_them() -> None:
     image = noise_images()[0]
     affine = functools.partial(A.Affine, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
-    percent = affine(translate_percent={"x": (0.1, 0.1), "y": (0.0, 0.0)})(image=to_hwc(image))[
-        "image"
-    ]
-    whole = affine(translate_px={"x": (3, 3), "y": (0, 0)})(image=to_hwc(image))["image"]
-    assert np.array_equal(percent, whole)
+    by_percent = affine(translate_percent={"x": (0.1, 0.1), "y": (0.0, 0.0)})
+    by_pixels = affine(translate_px={"x": (3, 3), "y": (0, 0)})
+    truncated = by_pixels(image=to_hwc(image))["image"]
+    assert np.array_equal(by_percent(image=to_hwc(image))["image"], truncated)
     matrix = np.array([[1.0, 0.0, 3.2], [0.0, 1.0, 0.0]])
     expected = cv2.warpAffine(to_hwc(image), matrix, (32, 32), borderMode=cv2.BORDER_REFLECT_101)
     draws = ShiftScaleRotateDraws(YES, number(0.0), number(1.0), number(0.1), number(0.0))
     ours = apply_one(S7_WARP, image, draws)
     check_warp(ours, to_chw(expected))
-    assert not torch.equal(ours, to_chw(whole))
+    assert not torch.equal(ours, to_chw(truncated))
 
 
 def test_cutout_means_coarse_dropout() -> None:
@@ -252,47 +258,44 @@ def test_normalize_means_normalize() -> None:
     assert (apply_normalize(noise_images()[:1])[0] - to_chw(theirs)).abs().max() < 1e-6
 
 
-# What the words say, on pictures whose answer is known.
+# Images whose result is known
 
 
 @pytest.mark.parametrize(
     "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
 )
 def test_flip_swaps_left_and_right_and_leaves_top_and_channels(apply: Any) -> None:
-    picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    picture[0, 0, :5, :10] = 200
-    expected = torch.zeros_like(picture)
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[0, 0, :5, :10] = 200
+    expected = torch.zeros_like(image)
     expected[0, 0, :5, -10:] = 200
-    assert torch.equal(apply((HFlip(1.0), Normalize()), picture, (HFlipDraws(YES),)), expected)
+    assert torch.equal(apply((HFlip(1.0), Normalize()), image, (HFlipDraws(YES),)), expected)
 
 
 @pytest.mark.parametrize(
     "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
 )
 def test_crop_borders_mirror_without_repeating_the_edge(apply: Any) -> None:
-    ramp = torch.arange(32, dtype=torch.uint8).expand(1, 3, 32, 32).contiguous()
-    columns = apply(
-        (Crop(4), Normalize()), ramp, (CropDraws(torch.tensor([4]), torch.tensor([0])),)
-    )[0, 0, 0]
-    assert columns.tolist() == [4, 3, 2, 1, *range(28)]
-    rows = apply(
-        (Crop(4), Normalize()), ramp.mT, (CropDraws(torch.tensor([8]), torch.tensor([4])),)
-    )[0, 0, :, 0]
-    assert rows.tolist() == [*range(4, 32), 30, 29, 28, 27]
+    policy, ramp = (Crop(4), Normalize()), torch.arange(32, dtype=torch.uint8)
+    to_the_right = ramp.expand(1, 3, 32, 32).contiguous()
+    leftmost = CropDraws(top=torch.tensor([4]), left=torch.tensor([0]))
+    row = apply(policy, to_the_right, (leftmost,))[0, 0, 0]
+    assert row.tolist() == [4, 3, 2, 1, *range(28)]
+    lowest = CropDraws(top=torch.tensor([8]), left=torch.tensor([4]))
+    column = apply(policy, to_the_right.mT, (lowest,))[0, 0, :, 0]
+    assert column.tolist() == [*range(4, 32), 30, 29, 28, 27]
 
 
 @pytest.mark.parametrize(
     "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
 )
 def test_warp_turns_counter_clockwise_and_shifts_right_and_down(apply: Any) -> None:
-    picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    picture[..., 4:8, 20:22] = 255
+    policy, image = (S7_WARP, Normalize()), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[..., 4:8, 20:22] = 255
     quarter = ShiftScaleRotateDraws(YES, number(90.0), number(1.0), number(0.0), number(0.0))
-    assert torch.equal(apply((S7_WARP, Normalize()), picture, (quarter,)), picture.rot90(1, (2, 3)))
+    assert torch.equal(apply(policy, image, (quarter,)), image.rot90(1, (2, 3)))
     shift = ShiftScaleRotateDraws(YES, number(0.0), number(1.0), number(1 / 32), number(3 / 32))
-    assert torch.equal(
-        apply((S7_WARP, Normalize()), picture, (shift,)), picture.roll((3, 1), (2, 3))
-    )
+    assert torch.equal(apply(policy, image, (shift,)), image.roll((3, 1), (2, 3)))
 
 
 def test_warp_that_moves_nothing_returns_the_image() -> None:
@@ -317,14 +320,12 @@ def test_hole_is_zero_after_normalize() -> None:
 
 
 def test_normalize_follows_its_definition() -> None:
-    mean, std = (
-        torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD)
-    )
+    mean, std = torch.tensor([CIFAR_MEAN, CIFAR_STD], dtype=torch.float64).view(2, 1, 3, 1, 1)
     expected = (noise_images().double() / 255 - mean) / std
     assert (apply_normalize(noise_images()) - expected).abs().max() < 1e-6
 
 
-# Purity and refusals.
+# Purity and refusals
 
 
 @pytest.mark.parametrize(
@@ -332,45 +333,40 @@ def test_normalize_follows_its_definition() -> None:
 )
 def test_apply_policy_is_pure(apply: Any) -> None:
     images, draws = noise_images().clone(), draw(EVERYTHING)
-    copies = [column.clone() for op_draws in draws for column in op_draws]
+    copies = [column.clone() for column in columns(draws)]
     state = torch.get_rng_state()
     first, second = apply(EVERYTHING, images, draws), apply(EVERYTHING, images, draws)
     assert torch.equal(first, second)
     assert torch.equal(images, noise_images()) and torch.equal(torch.get_rng_state(), state)
-    assert all(map(torch.equal, copies, (column for op_draws in draws for column in op_draws)))
+    assert all(map(torch.equal, copies, columns(draws)))
 
 
 def test_result_does_not_depend_on_the_other_images_of_the_batch() -> None:
     draws = draw(EVERYTHING)
     parts = []
     for rows in (slice(0, 1), slice(1, 65), slice(65, 200)):
-        part: Any = tuple(
-            type(op_draws)(*(column[rows] for column in op_draws)) for op_draws in draws
-        )
+        part = map_columns(lambda column, rows=rows: column[rows], draws)
         parts.append(apply_policy(EVERYTHING, noise_images()[rows], part))
     assert torch.equal(torch.cat(parts), apply_policy(EVERYTHING, noise_images(), draws))
 
 
 def test_result_does_not_depend_on_the_memory_format_of_the_images() -> None:
     draws = draw(EVERYTHING)
-    other = noise_images().contiguous(memory_format=torch.channels_last)
-    assert torch.equal(
-        apply_policy(EVERYTHING, other, draws), apply_policy(EVERYTHING, noise_images(), draws)
-    )
+    channels_last = noise_images().contiguous(memory_format=torch.channels_last)
+    expected = apply_policy(EVERYTHING, noise_images(), draws)
+    assert torch.equal(apply_policy(EVERYTHING, channels_last, draws), expected)
 
 
 def test_images_that_are_not_uint8_are_refused() -> None:
     normalized = apply_normalize(noise_images())
-    for call in (
-        lambda: apply_normalize(normalized),
-        lambda: apply_policy(S10, normalized, draw(S10)),
-    ):
-        with pytest.raises(TypeError, match="uint8 must be given, got torch"):
-            call()
+    with pytest.raises(TypeError, match="images must be uint8, got torch"):
+        apply_normalize(normalized)
+    with pytest.raises(TypeError, match="images must be uint8, got torch"):
+        apply_policy(S10, normalized, draw(S10))
 
 
 def test_draws_of_another_policy_are_refused() -> None:
-    with pytest.raises(TypeError, match="draws of the same policy"):
+    with pytest.raises(TypeError, match="draws must be this policy's, got GrayDraws for HFlip"):
         apply_policy((HFlip(0.5), Normalize()), noise_images(), draw((Gray(0.5), Normalize())))
 
 
@@ -378,18 +374,15 @@ def test_reference_leaves_opencv_single_threaded() -> None:
     assert cv2.getNumThreads() == 1
 
 
-# CUDA.
-
-
-def to_device(draws: Draws, device: str) -> Any:
-    return tuple(type(op_draws)(*(column.to(device) for column in op_draws)) for op_draws in draws)
+# CUDA
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", [S7, S10, EVERYTHING], ids=["s7", "s10", "everything"])
 def test_cuda_equals_cpu_for_the_same_draws(policy: Policy) -> None:
     draws = draw(policy)
-    on_cuda = apply_pixel_ops(policy, noise_images().cuda(), to_device(draws, "cuda")).cpu()
+    cuda_draws = map_columns(Tensor.cuda, draws)
+    on_cuda = apply_pixel_ops(policy, noise_images().cuda(), cuda_draws).cpu()
     check_warp(on_cuda, apply_pixel_ops(policy, noise_images(), draws))
     if policy is S10:
         assert torch.equal(on_cuda, apply_pixel_ops(policy, noise_images(), draws))
@@ -407,7 +400,5 @@ def test_cuda_never_makes_the_host_wait() -> None:
         result = apply_policy(EVERYTHING, images, draws, torch.channels_last)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert result.device.type == "cuda" and all(
-        column.is_cuda for op_draws in draws for column in op_draws
-    )
+    assert result.is_cuda and all(column.is_cuda for column in columns(draws))
     assert result.isfinite().all()

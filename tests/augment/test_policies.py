@@ -1,4 +1,4 @@
-"""What a configuration's augmentation knobs become, and that a policy is plain data with right constants."""
+"""A config's augmentation knobs become a policy: plain data with the right constants."""
 
 import subprocess
 import sys
@@ -35,16 +35,12 @@ ALL_KNOBS: dict[str, Any] = {
     "cutout_size": 16,
     "gray_p": 0.6,
 }
+LIMITS = ("shift_limit", "scale_limit", "rotate_limit")
 
 
 def make_config(**knobs: Any) -> TrainConfig:
-    required: dict[str, Any] = {
-        "model": "s7",
-        "optimizer": "sgd",
-        "schedule": "constant",
-        "max_lr": 0.01,
-    }
-    return TrainConfig(**required, batch_size=128, epochs=1, **knobs)
+    required: dict[str, Any] = {"model": "s7", "optimizer": "sgd", "schedule": "constant"}
+    return TrainConfig(**required, max_lr=0.01, batch_size=128, epochs=1, **knobs)
 
 
 def test_policy_of_a_configuration_without_augmentation_is_just_normalize() -> None:
@@ -68,7 +64,7 @@ def test_policy_holds_every_knob_in_the_one_order() -> None:
         ({"crop_pad": 0}, Crop),
         ({"hflip_p": 0.0}, HFlip),
         ({"shift_scale_rotate_p": 0.0}, ShiftScaleRotate),
-        ({"shift_limit": 0.0, "scale_limit": 0.0, "rotate_limit": 0.0}, ShiftScaleRotate),
+        (dict.fromkeys(LIMITS, 0.0), ShiftScaleRotate),
         ({"cutout_p": 0.0}, Cutout),
         ({"cutout_size": 0}, Cutout),
         ({"gray_p": 0.0}, Gray),
@@ -78,28 +74,25 @@ def test_policy_drops_exactly_the_operation_whose_strength_is_zero(
     knobs: dict[str, Any], op: type
 ) -> None:
     complete = make_policy(make_config(**ALL_KNOBS))
-    assert make_policy(make_config(**ALL_KNOBS | knobs)) == tuple(
-        o for o in complete if not isinstance(o, op)
-    )
+    expected = tuple(other for other in complete if not isinstance(other, op))
+    assert make_policy(make_config(**ALL_KNOBS | knobs)) == expected
 
 
-@pytest.mark.parametrize("knob", ["shift_limit", "scale_limit", "rotate_limit"])
+@pytest.mark.parametrize("knob", LIMITS)
 def test_warp_stays_when_only_one_of_its_limits_is_left(knob: str) -> None:
-    limits = dict.fromkeys(("shift_limit", "scale_limit", "rotate_limit"), 0.0) | {knob: 0.25}
+    limits = dict.fromkeys(LIMITS, 0.0) | {knob: 0.25}
     warp = make_policy(make_config(**ALL_KNOBS | limits))[2]
     assert warp == ShiftScaleRotate(**limits, p=0.5)
 
 
-def test_each_living_knob_changes_the_policy_and_each_dead_one_does_not() -> None:
-    other = {"cutout_size": 8, "crop_pad": 2} | {
-        name: 0.125 for name in ALL_KNOBS if name.endswith(("_p", "_limit"))
-    }
-    for name, value in other.items():
-        living = make_config(**ALL_KNOBS)
-        assert make_policy(make_config(**ALL_KNOBS | {name: value})) != make_policy(living), name
-        dead = make_config(**{name: value})
-        if name in inactive_knobs(dead):
-            assert make_policy(dead) == (Normalize(),), name
+def test_each_active_knob_changes_the_policy_and_each_inactive_one_does_not() -> None:
+    complete = make_policy(make_config(**ALL_KNOBS))
+    others = dict.fromkeys(ALL_KNOBS, 0.125) | {"cutout_size": 8, "crop_pad": 2}
+    for name, value in others.items():
+        assert make_policy(make_config(**ALL_KNOBS | {name: value})) != complete, name
+        alone = make_config(**{name: value})
+        if name in inactive_knobs(alone):
+            assert make_policy(alone) == (Normalize(),), name
 
 
 def test_backend_does_not_change_the_policy() -> None:
@@ -115,27 +108,24 @@ def test_constants_are_the_pixel_statistics_of_the_50000_training_images(
     images_NCHW = load_train_val(cifar10, NUM_TRAIN_IMAGES, 0).train.images_NCHW
     level = torch.arange(256, dtype=torch.float64) / 255
     for channel, (mean, std) in enumerate(zip(CIFAR_MEAN, CIFAR_STD, strict=True)):
-        share = (
-            images_NCHW[:, channel].flatten().bincount(minlength=256).double()
-            / images_NCHW[:, channel].numel()
-        )
-        measured_mean = (share * level).sum()
-        measured_std = (share * (level - measured_mean) ** 2).sum().sqrt()
+        pixels = images_NCHW[:, channel].flatten()
+        frequency = pixels.bincount(minlength=256).double() / len(pixels)
+        measured_mean = (frequency * level).sum()
+        measured_std = (frequency * (level - measured_mean) ** 2).sum().sqrt()
         assert abs(measured_mean - mean) <= 5e-5 and abs(measured_std - std) <= 5e-5
 
 
 def test_mean_color_is_the_nearest_pixel_to_the_mean() -> None:
     assert MEAN_COLOR == (125, 123, 114)
-    assert all(
-        abs(pixel - 255 * mean) <= 0.5 for pixel, mean in zip(MEAN_COLOR, CIFAR_MEAN, strict=True)
-    )
+    for pixel, mean in zip(MEAN_COLOR, CIFAR_MEAN, strict=True):
+        assert abs(pixel - 255 * mean) <= 0.5
 
 
 @pytest.mark.parametrize(
     "policy", [(), (HFlip(0.5),), (Normalize(), HFlip(0.5)), (Normalize(), Normalize())]
 )
 def test_split_policy_refuses_a_policy_whose_normalize_is_not_once_at_the_end(policy: Any) -> None:
-    with pytest.raises(ValueError, match="Normalize once, at the end, must hold"):
+    with pytest.raises(ValueError, match="Normalize must be there once, at the end, got"):
         split_policy(policy)
 
 

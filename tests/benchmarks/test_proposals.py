@@ -1,4 +1,4 @@
-"""The benchmark that simulates searches on a table of trainings: which configuration answers, and the arithmetic."""
+"""Simulated searches on a table of trainings: which configuration answers, and the arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.builders import Past
+from tests.builders import PastTrial
 from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.select import SearchSpace, load_space
 
@@ -37,9 +37,8 @@ def space() -> SearchSpace:
 
 def measure(params: dict[str, Any]) -> float:
     """A smooth accuracy of at most 50 %, best under OneCycle."""
-    loss: float = (
-        0.1 * (math.log10(params["max_lr"]) + 1) ** 2 + 2 * (params["dropout"] - 0.05) ** 2
-    )
+    loss: float = 0.1 * (math.log10(params["max_lr"]) + 1) ** 2
+    loss += 2 * (params["dropout"] - 0.05) ** 2
     if params["schedule"] == "constant":
         return 0.45 - loss
     loss += (params["pct_start"] - 0.25) ** 2 + 0.02 * (math.log10(params["div_factor"]) - 1) ** 2
@@ -55,30 +54,26 @@ def make_random_table(space: SearchSpace, num_configs: int) -> Any:
 def find_distances(
     space: SearchSpace, ask: dict[str, Any], *configs: dict[str, Any]
 ) -> list[float]:
-    """From an ask to configurations; both are given by what differs from the baseline."""
-    table = proposals.make_table(
-        space, [{**BASELINE, **config} for config in configs], [0.0] * len(configs)
-    )
-    distances: list[float] = table.measure_distances(
-        *proposals.locate(space, {**BASELINE, **ask})
-    ).tolist()
+    """Return the distances from an ask to configurations, given as changes of the baseline."""
+    params = [{**BASELINE, **config} for config in configs]
+    table = proposals.make_table(space, params, [0.0] * len(configs))
+    point = proposals.locate(space, {**BASELINE, **ask})
+    distances: list[float] = table.measure_distances(*point).tolist()
     return distances
 
 
-def test_distance_is_the_share_of_the_range_in_logarithms_where_the_scale_is(
+def test_distance_is_the_fraction_of_the_range_in_logarithms_where_the_scale_is(
     space: SearchSpace,
 ) -> None:
-    found = find_distances(
-        space, {}, {"max_lr": 0.1}, {"dropout": 0.1}, {"max_lr": 0.1, "dropout": 0.1}, {}
-    )
+    lr, dropout = {"max_lr": 0.1}, {"dropout": 0.1}
+    found = find_distances(space, {}, lr, dropout, lr | dropout, {})
     assert found == pytest.approx([1 / 3, 1 / 2, math.hypot(1 / 3, 1 / 2), 0])
 
 
 def test_another_schedule_counts_one(space: SearchSpace) -> None:
     other = {"schedule": "onecycle"}
-    assert find_distances(space, {}, other, {**other, "dropout": 0.1}) == pytest.approx(
-        [1, math.hypot(1, 1 / 2)]
-    )
+    found = find_distances(space, {}, other, {**other, "dropout": 0.1})
+    assert found == pytest.approx([1, math.hypot(1, 1 / 2)])
 
 
 def test_knobs_of_onecycle_count_only_between_two_onecycles(space: SearchSpace) -> None:
@@ -94,9 +89,8 @@ def test_knobs_of_onecycle_count_only_between_two_onecycles(space: SearchSpace) 
 def test_search_begins_with_the_baseline_and_never_gets_an_answer_twice(
     space: SearchSpace, name: str
 ) -> None:
-    taken, gaps = proposals.Simulator(space, [name], 12).search(
-        name, make_random_table(space, 12), 0
-    )
+    table = make_random_table(space, 12)
+    taken, gaps = proposals.Simulator(space, [name], 12).search(name, table, 0)
     assert taken[0] == 0
     assert sorted(taken) == list(range(12))
     assert gaps[0] == 0 < min(gaps[1:])
@@ -108,10 +102,11 @@ def test_answer_is_nearest_of_what_is_left_to_what_a_sampler_with_this_history_a
 ) -> None:
     table = make_random_table(space, 30)
     taken, gaps = proposals.Simulator(space, [name], 12).search(name, table, 5)
-    history: list[Past] = []
+    history: list[PastTrial] = []
     for number in range(1, 12):
         last = taken[number - 1]
-        history.append(Past(number - 1, table.params[last], "complete", float(table.scores[last])))
+        score = float(table.scores[last])
+        history.append(PastTrial(number - 1, table.params[last], "complete", score))
         ask, _ = Sampler(proposals.choose_sampler(space, name), 5, history).ask(number)
         distances = table.measure_distances(*proposals.locate(space, ask))
         left = [config for config in range(30) if config not in taken[:number]]
@@ -119,10 +114,8 @@ def test_answer_is_nearest_of_what_is_left_to_what_a_sampler_with_this_history_a
 
 
 def test_tpe_is_paired_with_random_search_until_it_has_its_startup(space: SearchSpace) -> None:
-    table, simulator = (
-        make_random_table(space, 40),
-        proposals.Simulator(space, ["tpe", "random"], 20),
-    )
+    table = make_random_table(space, 40)
+    simulator = proposals.Simulator(space, ["tpe", "random"], 20)
     tpe, random = (simulator.search(name, table, 3)[0] for name in ("tpe", "random"))
     assert tpe[:12] == random[:12]
     assert tpe[12:] != random[12:20]
@@ -155,9 +148,8 @@ def test_table_holds_the_complete_short_training_of_each_configuration(
     file.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
     table = proposals.read_table(space, file)
     assert table.params == [BASELINE, onecycle, onecycle, BASELINE]
-    assert table.scores.tolist() == [0.4, 0.3, 0.1, 0.35], (
-        "configuration 3 diverged, 2 is not trained yet"
-    )
+    # Configuration 3 diverged, 2 is not trained yet.
+    assert table.scores.tolist() == [0.4, 0.3, 0.1, 0.35]
 
 
 def test_figures_of_a_made_table() -> None:
@@ -168,25 +160,19 @@ def test_figures_of_a_made_table() -> None:
     assert found["best", "tpe", 4] == pytest.approx(50)
     assert found["regret", "random", 2] == pytest.approx(25)
     assert found["minus random", "tpe", 2] == pytest.approx(10)
-    assert math.exp(found["log asks of random", "tpe", 2]) == pytest.approx(3), (
-        "random's mean: 20, 25, 35, 45"
-    )
+    # Random search's means are 20, 25, 35 and 45.
+    assert math.exp(found["log asks of random", "tpe", 2]) == pytest.approx(3)
 
 
 def test_asks_are_counted_between_two_asks_and_to_the_first_that_reaches() -> None:
     curve = np.array([0.2, 0.3, 0.3, 0.5])
-    assert [proposals.count_asks(curve, level) for level in (0.1, 0.2, 0.3, 0.4, 0.5)] == [
-        1,
-        1,
-        2,
-        3.5,
-        4,
-    ]
+    levels = (0.1, 0.2, 0.3, 0.4, 0.5)
+    assert [proposals.count_asks(curve, level) for level in levels] == [1, 1, 2, 3.5, 4]
 
 
 @pytest.mark.slow
 def test_variance_over_tables_leaves_out_what_seeds_contribute() -> None:
-    """Tables differ by a standard deviation of 1 point, the same seeds on them by 4: common luck and luck per table."""
+    """Tables have a standard deviation of 1 point, seeds one of 4 in common and 2 per table."""
     rng = np.random.default_rng(0)
     common = rng.normal(0, 0.04, (8, 1))
     outcomes = []
@@ -194,6 +180,5 @@ def test_variance_over_tables_leaves_out_what_seeds_contribute() -> None:
         curve = 0.5 + shift + common + rng.normal(0, 0.02, (8, 1))
         outcomes.append(proposals.Outcome({"random": curve}, {}, 1.0))
     variances = proposals.compute_table_variance(outcomes, [1], num_resamples=40)
-    assert variances["best", "random", 1] == pytest.approx(3, rel=0.3), (
-        "an eighth of the luck would add 1.5"
-    )
+    # An eighth of the luck would add 1.5.
+    assert variances["best", "random", 1] == pytest.approx(3, rel=0.3)

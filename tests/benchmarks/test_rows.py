@@ -1,4 +1,4 @@
-"""`make rows`: the plan from records, what is run next, and the table from ledger and records."""
+"""`make rows`: the plan, the commands, and the table, all from records and the test log."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ from rows_steps import (
     find_settings,
     find_stage,
 )
-from rows_table import BEGIN, COLUMNS, END, describe_cell, load_table, render_table, write_readme
+from rows_table import BEGIN, COLUMNS, END, describe_cell, load_table, render_table, write_page
 
-from tests.builders import NUMERICS, make_trial, write_record
+from tests.builders import CIFAR10, NUMERICS, ROOT, SHAPES_INFO, make_trial, write_record
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import Confirmation, Event, SearchEnded
 from tune_cifar.record.state import INTERRUPTED, SearchState
 from tune_cifar.record.test_log import OPENINGS_COLUMNS
-from tune_cifar.schema import DataInfo, TrainConfig
+from tune_cifar.schema import TrainConfig
 from tune_cifar.space.select import SearchSpace, load_space, parse_setting, read_space
 from tune_cifar.train.recorded import make_header
 from tune_cifar.verify.confirm import make_confirmation, make_final
 
-ROOT = Path(__file__).parents[2]
-read_once = functools.cache(read_space)  # its files do not change here
-PINS = {"epochs": 2}  # short records of a queue on CIFAR-10, which only the command line refuses
+read_once = functools.cache(read_space)
+PINS = {"epochs": 2}  # for short records; on CIFAR-10 only the command line refuses them
 BASELINE = Step("s8", "baseline", 1)
 BEST = Step("s8", "best", 1)
 SEARCH = Step("s8", "search")
@@ -60,12 +59,13 @@ ENDED = SearchEnded(reason="trained", wall_seconds=1.0)
 
 @pytest.fixture
 def queue(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
-    """A queue over two seeds in a checkout of its own, with a README."""
+    """A queue with two seeds in an empty folder with a page for the table."""
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     monkeypatch.setattr("tune_cifar.space.select.read_space", read_once)
     (workplace / "analysis").mkdir()
-    (workplace / "README.md").write_text(f"before\n{BEGIN}\n{END}\nafter\n")
-    monkeypatch.setattr(rows, "README", workplace / "README.md")
+    page = workplace / "method.md"
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    monkeypatch.setattr(rows, "PAGE", page)
     return Queue(workplace / "runs", seeds=2, pins=PINS)
 
 
@@ -77,40 +77,32 @@ def write(
     confirmation: Confirmation | None = None,
     name: str | None = None,
 ) -> SearchState:
-    """A step's record with these events."""
+    """Write a step's record with these events."""
     kind: Any = "train" if step.seed is not None else step.part
-    data = DataInfo(
-        name="shapes" if queue.is_synthetic else "cifar10", digest="d1", split_hash="h1"
-    )
+    data = SHAPES_INFO if queue.is_synthetic else CIFAR10
     header = make_header(kind, name or queue.name(step), space, 0, data, NUMERICS, "a test")
-    return write_record(
-        queue.storage, header.model_copy(update={"confirmation": confirmation}), events
-    )
+    header = header.model_copy(update={"confirmation": confirmation})
+    return write_record(queue.storage, header, events)
 
 
 def train(
     queue: Queue, step: Step, status: str | None = "complete", name: str | None = None
 ) -> TrainConfig:
-    """A training's record: two epochs and this end, or one epoch and an interruption."""
+    """Write a training's record: two epochs and this status, or one epoch and an interruption."""
     config = find_config(queue, step)
     assert config is not None
+    space = load_space(step.space, "full", find_settings(queue, step))
     events = make_trial(0, [None, None] if status else [None], status, config)
     end = SearchEnded(reason="trained" if status else INTERRUPTED, wall_seconds=1.0)
-    write(
-        queue,
-        step,
-        load_space(step.space, "full", find_settings(queue, step)),
-        [*events, end],
-        name=name,
-    )
+    write(queue, step, space, [*events, end], name=name)
     return config
 
 
-def open_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) -> None:
-    """A line of the ledger."""
-    data = "shapes" if queue.is_synthetic else "cifar10"
-    is_new = not queue.ledger.exists()
-    with queue.ledger.open("a", newline="") as file:
+def log_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) -> None:
+    """Append a test evaluation to the log."""
+    data = queue.data_name
+    is_new = not queue.test_log.exists()
+    with queue.test_log.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(OPENINGS_COLUMNS)
@@ -121,15 +113,16 @@ def open_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) -
 def search_and_confirm(
     queue: Queue, accs: dict[str, float], name: str = "s8"
 ) -> tuple[SearchState, SearchState]:
-    """A finished search of a baseline and a trial under OneCycle, and its confirmation with these last accuracies."""
+    """Write a finished search of two trials and its confirmation with these last accuracies.
+
+    The trials are the baseline and one with OneCycle, `found`.
+    """
     space = load_space(name, "full", queue.pins)
     found = TrainConfig(**{**space.baseline.model_dump(), **ONECYCLE})
     before = [0.2] * (space.baseline.epochs - 1)
-    trials = [
-        make_trial(i, [*before, 0.5], "complete", config)
-        for i, config in enumerate((space.baseline, found))
-    ]
-    search = write(queue, Step(name, "search"), space, [*trials[0], *trials[1], ENDED])
+    baseline_trial = make_trial(0, [*before, 0.5], "complete", space.baseline)
+    found_trial = make_trial(1, [*before, 0.5], "complete", found)
+    search = write(queue, Step(name, "search"), space, [*baseline_trial, *found_trial, ENDED])
     confirmed, settled = make_confirmation(search, TOP, queue.seeds, {})
     events: list[Event] = []
     for number in range(settled.num_trials):
@@ -143,35 +136,26 @@ def search_and_confirm(
 def test_the_queue_takes_the_spaces_in_order_and_trains_the_baseline_before_it_searches() -> None:
     steps = Queue(Path("runs"), seeds=2).list_steps(rows.SPACES)
     assert [step.space for step in steps[::6]] == ["s8", "s7", "s6", "s10", "s10_postact"]
-    assert steps[:6] == [
-        BASELINE,
-        Step("s8", "baseline", 2),
-        SEARCH,
-        CONFIRM,
-        BEST,
-        Step("s8", "best", 2),
-    ]
+    baselines, bests = [BASELINE, Step("s8", "baseline", 2)], [BEST, Step("s8", "best", 2)]
+    assert steps[:6] == [*baselines, SEARCH, CONFIRM, *bests]
     assert len(steps) == 30
 
 
-def test_stages_follow_ledger_and_records(queue: Queue) -> None:
+def test_stages_follow_from_the_test_log_and_the_records(queue: Queue) -> None:
     assert find_stage(queue, BASELINE) == "not begun"
     config = train(queue, BASELINE)
     assert config.train_size == 50_000 and config.val_size == 0 and config.seed == 1
-    assert find_stage(queue, BASELINE) == "unfinished"  # trained, and the test set not opened
-    open_test(queue, config, 0.8, "rows-s8-baseline-1:0")
+    assert find_stage(queue, BASELINE) == "unfinished"  # trained, but not tested
+    log_test(queue, config, 0.8, "rows-s8-baseline-1:0")
     assert find_stage(queue, BASELINE) == "done"
-    seeds = {
-        status: Step("s8", "baseline", seed)
-        for seed, status in enumerate(("diverged", "failed"), 2)
-    }
-    for status, step in seeds.items():
+    for seed, status in enumerate(("diverged", "failed"), 2):
+        step = Step("s8", "baseline", seed)
         train(queue, step, status)
         assert find_stage(queue, step) == status
     assert [find_stage(queue, step) for step in (SEARCH, CONFIRM, BEST)] == ["not begun"] * 3
 
 
-def test_the_plan_tells_the_stages_of_a_row(
+def test_the_plan_shows_the_stages_of_a_row(
     queue: Queue, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(queue, BASELINE, None)
@@ -179,30 +163,26 @@ def test_the_plan_tells_the_stages_of_a_row(
     rows.say_plan(queue, queue.list_steps(["s8", "s7"]))
     assert capsys.readouterr().out.splitlines() == [
         "the plan:",
-        "  s8: baseline 1 unfinished, 1 not begun; search unfinished; confirm not begun; best 2 not begun",
+        "  s8: baseline 1 unfinished, 1 not begun; search unfinished; "
+        "confirm not begun; best 2 not begun",
         "  s7: baseline 2 not begun; search not begun; confirm not begun; best 2 not begun",
     ]
 
 
 def test_a_record_of_another_recipe_is_not_taken_for_the_step(queue: Queue) -> None:
     train(queue, BASELINE, None)
-    with pytest.raises(
-        RecordError,
-        match=r"^rows-s8-baseline-1: the recipe must be that of s8 now, .*, got .*delete",
-    ):
+    rule = r"^rows-s8-baseline-1: the recipe must be that of s8 now, .*, got .*delete"
+    with pytest.raises(RecordError, match=rule):
         find_stage(dataclasses.replace(queue, pins={"epochs": 3}), BASELINE)
 
 
 def test_a_failed_training_ends_the_queue_with_the_way_out(queue: Queue) -> None:
     train(queue, BASELINE, "failed")
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    message = r"the training has failed\. See `failures --search rows-s8-baseline-1`"
     try:
-        with pytest.raises(
-            RecordError, match=r"got a failed one. See `failures --search rows-s8-baseline-1`"
-        ):
+        with pytest.raises(RecordError, match=message):
             rows.run(queue, [BASELINE], 1.0)
     finally:
         for number, handler in before.items():
@@ -211,31 +191,15 @@ def test_a_failed_training_ends_the_queue_with_the_way_out(queue: Queue) -> None
 
 def test_commands_of_a_new_row_are_the_public_ones(queue: Queue) -> None:
     (words,) = find_commands(queue, SEARCH)
-    assert words == [
-        "search",
-        "--name",
-        "rows-s8",
-        "--space",
-        "s8",
-        "--tier",
-        "full",
-        "--set",
-        "epochs=2",
-    ]
+    new = ["--space", "s8", "--tier", "full", "--set", "epochs=2"]
+    assert words == ["search", "--name", "rows-s8", *new]
     (words,) = find_commands(queue, CONFIRM)
     assert words == ["confirm", "--search", "rows-s8", "--top", "3", "--seeds", "2"]
     commands = find_commands(queue, BASELINE)
     words = next(commands)
-    settings = [
-        "--set",
-        "train_size=50000",
-        "--set",
-        "val_size=0",
-        "--set",
-        "seed=1",
-        "--set",
-        "epochs=2",
-    ]
+    settings = []
+    for setting in ("train_size=50000", "val_size=0", "seed=1", "epochs=2"):
+        settings += ["--set", setting]
     assert words[:-1] == [
         *("train", "--space", "s8", "--tier", "full", *settings),
         *("--name", "rows-s8-baseline-1", "--cpus-per-trial"),
@@ -244,22 +208,15 @@ def test_commands_of_a_new_row_are_the_public_ones(queue: Queue) -> None:
     assert list(commands) == [["reproduce", "rows-s8-baseline-1:0", "--test", "--no-retrain"]]
 
 
-def test_what_was_begun_is_gone_on_with(queue: Queue) -> None:
+def test_an_unfinished_step_is_resumed(queue: Queue) -> None:
     train(queue, BASELINE, None)
     write(queue, SEARCH, load_space("s8", "full", PINS), [])
     words = next(find_commands(queue, BASELINE))
     assert words[-3:] == ["--cpus-per-trial", "1", "--resume"]  # the recorded threads
     queue = dataclasses.replace(queue, data="/cifar", accept_changes=True)
     (words,) = find_commands(queue, SEARCH)
-    assert words == [
-        "search",
-        "--name",
-        "rows-s8",
-        "--resume",
-        "--accept-changes",
-        "--data",
-        "/cifar",
-    ]
+    resume = ["--resume", "--accept-changes", "--data", "/cifar"]
+    assert words == ["search", "--name", "rows-s8", *resume]
 
 
 def test_a_diverged_training_is_not_tested(queue: Queue) -> None:
@@ -274,91 +231,67 @@ def test_the_best_is_trained_as_the_final_confirmation_would(queue: Queue) -> No
     wanted = TrainConfig(**{**final.candidates[1].config, "seed": 1})
     assert (wanted.train_size, wanted.schedule) == (50_000, "onecycle")
     words = next(find_commands(queue, BEST))
-    settings = dict(
-        parse_setting(setting) for option, setting in itertools.pairwise(words) if option == "--set"
-    )
+    pairs = itertools.pairwise(words)
+    settings = dict(parse_setting(setting) for option, setting in pairs if option == "--set")
     assert load_space("s8", "full", settings).baseline.fingerprint == wanted.fingerprint
-    assert (
-        "rows-s8-best-1" in words
-        and settings["schedule"] == "onecycle"
-        and "cutout_size" not in settings
-    )
+    assert "rows-s8-best-1" in words
+    assert settings["schedule"] == "onecycle" and "cutout_size" not in settings
 
 
 def test_a_baseline_that_nothing_beat_is_not_trained_again(queue: Queue) -> None:
     search_and_confirm(queue, {"baseline": 0.6, "found": 0.5})
-    open_test(queue, train(queue, BASELINE), 0.8, "rows-s8-baseline-1:0")
+    log_test(queue, train(queue, BASELINE), 0.8, "rows-s8-baseline-1:0")
     assert find_stage(queue, BEST) == "done"
     rows.collect_rows(queue, queue.list_steps(["s8"]))
-    assert [(row["part"], row["run_id"]) for row in load_table(queue.table)] == [
-        ("baseline", "rows-s8-baseline-1:0"),
-        ("best", "rows-s8-baseline-1:0"),
-    ]
-    assert "| the baseline: none that was found was better |" in render_table(
-        load_table(queue.table)
-    )
+    table = load_table(queue.table)
+    assert [row["part"] for row in table] == ["baseline", "best"]
+    assert {row["run_id"] for row in table} == {"rows-s8-baseline-1:0"}
+    assert "| the baseline: none that was found was better |" in render_table(table)
 
 
-def test_an_opening_becomes_a_line_once_and_readme_follows(queue: Queue) -> None:
-    steps, readme = queue.list_steps(["s8"]), queue.ledger.parent.parent / "README.md"
+def test_a_test_evaluation_is_added_to_the_table_and_the_page_once(queue: Queue) -> None:
+    steps = queue.list_steps(["s8"])
     rows.collect_rows(queue, steps)
     assert not queue.table.exists()
     config = train(queue, Step("s8", "baseline", 2))
-    open_test(queue, config, 0.8125, "rows-s8-baseline-2:0")
+    log_test(queue, config, 0.8125, "rows-s8-baseline-2:0")
     train(queue, BASELINE, name="by-hand")  # the same training under another name
-    open_test(queue, find_config(queue, BASELINE), 0.8, "by-hand:0")  # type: ignore[arg-type]
+    log_test(queue, find_config(queue, BASELINE), 0.8, "by-hand:0")  # type: ignore[arg-type]
     rows.collect_rows(queue, steps[1:])
     rows.collect_rows(queue, steps)
     first, second = load_table(queue.table)
     numbers = ("2", "0.8125", "2", "50000", "128", "0.1")
-    origin = (
-        "a processor",
-        "fp32",
-        "2026-11-22T01:02:03Z",
-        "rows-s8-baseline-2:0",
-        config.fingerprint,
-    )
-    assert tuple(first) == COLUMNS and tuple(first.values()) == (
-        "s8",
-        "baseline",
-        *numbers,
-        *origin,
-    )
+    origin = ("a processor", "fp32", "2026-11-22T01:02:03Z", "rows-s8-baseline-2:0")
+    assert tuple(first) == COLUMNS
+    assert tuple(first.values()) == ("s8", "baseline", *numbers, *origin, config.fingerprint)
     assert (second["seed"], second["run_id"]) == ("1", "by-hand:0")
-    written, text = readme.read_text(), queue.table.read_text()
+    written, text = rows.PAGE.read_text(), queue.table.read_text()
     assert written == f"before\n{BEGIN}\n{render_table([first, second])}\n{END}\nafter\n"
     rows.collect_rows(queue, steps)
-    assert (readme.read_text(), queue.table.read_text()) == (written, text)
+    assert (rows.PAGE.read_text(), queue.table.read_text()) == (written, text)
 
 
 def make_row(test_acc: str, **changes: str) -> dict[str, str]:
-    row = {
-        "test_acc": test_acc,
-        "epochs": "40",
-        "minutes": "103.4",
-        "hardware": "AMD EPYC",
-        "precision": "bf16",
-    }
-    return row | changes
+    row = {"test_acc": test_acc, "epochs": "40", "minutes": "103.4"}
+    return row | {"hardware": "AMD EPYC", "precision": "bf16"} | changes
 
 
-def test_a_cell_says_n_and_what_it_was_measured_with() -> None:
+def test_a_cell_has_n_and_the_conditions_of_its_measurement() -> None:
     assert describe_cell([]) == "not yet measured"
     measured = [make_row("0.87"), make_row("0.873", minutes="102")]
-    assert describe_cell(measured[:1]) == "87.00 % (n = 1; 40 epochs; AMD EPYC, bf16; 103 min each)"
-    assert (
-        describe_cell(measured) == "87.15 ± 0.21 % (n = 2; 40 epochs; AMD EPYC, bf16; 103 min each)"
-    )
+    conditions = "40 epochs; AMD EPYC, bf16; 103 min each"
+    assert describe_cell(measured[:1]) == f"87.00 % (n = 1; {conditions})"
+    assert describe_cell(measured) == f"87.15 ± 0.21 % (n = 2; {conditions})"
     mixed = describe_cell([*measured, make_row("0.87", hardware="NVIDIA H200", minutes="2")])
     assert "n = 3; 40 epochs; AMD EPYC, bf16 and NVIDIA H200, bf16; 69 min each" in mixed
 
 
 @pytest.mark.parametrize("text", ["", f"{BEGIN}", f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
-def test_a_readme_without_its_markers_is_left_alone(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "README.md"
+def test_a_page_without_its_markers_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "method.md"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="must stand there once"):
-        write_readme(path, [])
+    with pytest.raises(ConfigError, match="must be in it, each once"):
+        write_page(path, [])
     assert path.read_text() == text
 
 
@@ -368,20 +301,19 @@ def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
         load_table(tmp_path / "ROWS.csv")
 
 
-def test_the_readme_has_what_the_committed_table_says() -> None:
+def test_the_page_has_what_the_committed_table_says() -> None:
     table = render_table(load_table(ROOT / "analysis" / "ROWS.csv"))
-    assert f"{BEGIN}\n{table}\n{END}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{BEGIN}\n{table}\n{END}" in rows.PAGE.read_text(encoding="utf-8")
 
 
-def test_the_stand_in_has_names_a_ledger_and_a_table_of_its_own(queue: Queue) -> None:
-    readme = queue.ledger.parent.parent / "README.md"
-    before = readme.read_text()
-    stand_in = dataclasses.replace(queue, data="shapes")
-    open_test(stand_in, train(stand_in, BASELINE), 0.8, "shapes-rows-s8-baseline-1:0")
-    rows.collect_rows(stand_in, [BASELINE])
-    assert stand_in.table == queue.storage / "ROWS.csv" and len(load_table(stand_in.table)) == 1
+def test_synthetic_data_has_its_own_names_test_log_and_table(queue: Queue) -> None:
+    before = rows.PAGE.read_text()
+    synthetic = dataclasses.replace(queue, data="shapes")
+    log_test(synthetic, train(synthetic, BASELINE), 0.8, "shapes-rows-s8-baseline-1:0")
+    rows.collect_rows(synthetic, [BASELINE])
+    assert synthetic.table == queue.storage / "ROWS.csv" and len(load_table(synthetic.table)) == 1
     assert find_stage(queue, BASELINE) == "not begun"
-    assert readme.read_text() == before and not queue.table.exists()
+    assert rows.PAGE.read_text() == before and not queue.table.exists()
 
 
 @pytest.mark.parametrize(
@@ -390,15 +322,9 @@ def test_the_stand_in_has_names_a_ledger_and_a_table_of_its_own(queue: Queue) ->
 def test_what_would_make_another_row_is_refused_on_cifar10(
     queue: Queue, given: dict[str, Any]
 ) -> None:
-    usual = {
-        "data": None,
-        "space": [],
-        "seeds": 5,
-        "tier": "full",
-        "set": [],
-        "accept_changes": False,
-    }
-    with pytest.raises(ConfigError, match="must be"):
+    usual = {"data": None, "space": [], "seeds": 5, "tier": "full", "set": []}
+    usual["accept_changes"] = False
+    with pytest.raises(ConfigError, match=r"spaces must be|seeds >= 1 must hold"):
         rows.make_queue(argparse.Namespace(**{**usual, **given}))
     assert rows.make_queue(argparse.Namespace(**{**usual, "space": ["s8"]})).seeds == 5
 
@@ -412,28 +338,23 @@ def test_what_is_left_is_estimated_from_the_trainings_so_far(queue: Queue) -> No
     assert estimate_hours(queue, steps) == pytest.approx(expected)
 
 
-@pytest.mark.faults  # it takes long, as these do
+@pytest.mark.faults  # for it takes minutes
 @pytest.mark.slow
-def test_the_queue_is_stopped_gone_on_with_and_trains_nothing_twice(workplace: Path) -> None:
-    """In processes of its own on the stand-in; search and confirmation are there already, so that no Ray is needed. The
-    baseline is the best."""
+def test_a_stopped_queue_is_resumed_and_trains_nothing_twice(workplace: Path) -> None:
+    """In its own process, on synthetic data, without Ray.
+
+    The records of search and confirmation exist already; the baseline is the best.
+    """
     pins = {"epochs": 3, "train_size": 400, "val_size": 100}
     queue = Queue(workplace / "runs", seeds=1, data="shapes", pins=pins)
     search_and_confirm(queue, {"baseline": 0.6, "found": 0.5}, "smoke")
-    words = [
-        "--data",
-        "shapes",
-        "--space",
-        "smoke",
-        "--seeds",
-        "1",
-        *(f"--set={k}={v}" for k, v in pins.items()),
-    ]
+    words = ["--data", "shapes", "--space", "smoke", "--seeds", "1"]
+    words += [f"--set={name}={value}" for name, value in pins.items()]
     command = [sys.executable, str(ROOT / "benchmarks" / "rows.py"), "run", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def launch(last_line: str = "never said") -> tuple[int, str]:
-        """To its end, or with Ctrl-C after this line: exit status and everything said."""
+        """Run the queue, with Ctrl-C after this line; returns its exit status and its output."""
         said = []
         process = subprocess.Popen(
             command,
@@ -455,13 +376,10 @@ def test_the_queue_is_stopped_gone_on_with_and_trains_nothing_twice(workplace: P
                 process.terminate()
 
     status, answer = launch("run shapes-rows-smoke-baseline-1")
-    assert (
-        status == 130
-        and "interrupted; go on with:\n  make rows ARGS='--data shapes --space smoke" in answer
-    ), answer
-    assert (
-        find_stage(queue, Step("smoke", "baseline", 1)) == "unfinished" and not queue.table.exists()
-    )
+    assert status == 130, answer
+    assert "interrupted; resume with:\n  make rows ARGS='--data shapes --space smoke" in answer
+    assert find_stage(queue, Step("smoke", "baseline", 1)) == "unfinished"
+    assert not queue.table.exists()
     status, answer = launch()
     assert status == 0 and "nothing is left to do" in answer, answer
     commands = [line.split()[4] for line in answer.splitlines() if line.startswith("$ ")]

@@ -20,7 +20,7 @@ from tests.builders import (
     COMMANDS,
     EVENTS,
     ROOT,
-    TINY,
+    TINY_SETTINGS,
     invoke,
     make_header,
     make_train_words,
@@ -46,23 +46,28 @@ EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
 
 
 def test_the_commands_are_those_of_the_readme() -> None:
-    assert set(COMMANDS) >= {
-        "search",
-        "train",
-        "lr-range",
-        "confirm",
-        "reproduce",
-        "judge",
-        "export",
-    }
-    assert set(COMMANDS) >= {"leaderboard", "ui", "models", "preview", "plan", "report"}
-    assert set(COMMANDS) >= {
-        "spaces list",
-        "spaces show",
-        "spaces check",
-        "data fetch",
-        "data verify",
-    }
+    assert set(COMMANDS) >= {"search", "train", "lr-range", "confirm", "reproduce", "evaluate"}
+    assert set(COMMANDS) >= {"leaderboard", "ui", "models", "preview", "plan", "report", "export"}
+    assert set(COMMANDS) >= {"spaces list", "spaces show", "spaces check"}
+    assert set(COMMANDS) >= {"data fetch", "data verify"}
+
+
+def test_the_help_groups_the_commands_and_shows_the_most_needed_options_of_search_first() -> None:
+    text = invoke("--help").stdout
+    panels = ["Search", "Look", "Verify", "Spaces and data", "Maintenance"]
+    places = [text.index(f"─ {panel} ─") for panel in panels]
+    assert places == sorted(places) and " judge " not in text
+    first = invoke("search", "--help").stdout.split("─ Hardware ─")[0]
+    assert re.findall(r"│ [* ]*(--[a-z-]+)", first.split("─ Options ─")[1]) == [
+        *("--space", "--tier", "--trials", "--max-time", "--set", "--name", "--resume"),
+        *("--data", "--device", "--gpus-per-trial", "--help"),
+    ]
+
+
+def test_the_old_name_of_evaluate_still_works_and_says_so(workplace: Path) -> None:
+    answer = invoke("judge", "x:0")
+    assert "`judge` is called `evaluate` now" in answer.stderr
+    assert isinstance(answer.exception, RecordError)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -97,99 +102,99 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     (
         "train --space smok",
         SpaceError,
-        "a known name or a path must be given, got 'smok'. Did you mean smoke?",
+        "no search space named 'smok'. Did you mean smoke?",
     ),
     (
         "search --space s77",
         SpaceError,
-        "a known name or a path must be given, got 's77'. Did you mean s7?",
+        "no search space named 's77'. Did you mean s7?",
     ),
     (
         "search --space s7 --max-time 8x",
         ConfigError,
-        "a time such as 90s, 8m or 1h30m must be given, got '8x'.",
+        "a time such as 90s, 8m or 1h30m, got '8x'.",
     ),
     (
         "search --space s7 --trials 0",
         ConfigError,
-        "--trials: a number >= 1 must be given, got '0'.",
+        "`trials` must be a whole number >= 1, got '0'.",
     ),
     (
         "plan --space s77",
         SpaceError,
-        "a known name or a path must be given, got 's77'. Did you mean s7?",
+        "no search space named 's77'. Did you mean s7?",
     ),
     (
         "plan --space s7 --trials +5",
         ConfigError,
-        "--trials: a number >= 1 must be given, got '+5'.",
+        "`trials` must be a whole number >= 1, got '+5'.",
     ),
     (
         "plan --space s7 --device cpu --gpus-per-trial 1",
         ConfigError,
-        "--gpus-per-trial: 0 must hold on a CPU, got 1.",
+        "`gpus_per_trial` must be 0 on a CPU, got 1.",
     ),
-    ("spaces show s11", SpaceError, "a known name or a path must be given, got 's11'."),
+    ("spaces show s11", SpaceError, "no search space named 's11'."),
     (
         "spaces check no/such.yaml",
         SpaceError,
-        "no/such.yaml: a space file must exist there, got none.",
+        "no/such.yaml: no such space file.",
     ),
     (
         "train --space s7 --set maxlr=1",
         ConfigError,
-        "--set: 'maxlr' is not a known knob. Did you mean max_lr?",
+        "`settings`: 'maxlr' is not a known knob. Did you mean max_lr?",
     ),
     (
         "train --space s7 --set max_lr",
         ConfigError,
-        "--set: NAME=VALUE must be given, got 'max_lr'.",
+        "`settings` must be NAME=VALUE, got 'max_lr'.",
     ),
-    ("train --space s7 --set max_lr=-1", ConfigError, "--set: max_lr > 0 must hold, got -1"),
-    ("train --space s7 --set epochs=many", ConfigError, "--set: epochs"),
+    ("train --space s7 --set max_lr=-1", ConfigError, "`settings`: max_lr > 0 must hold, got -1"),
+    ("train --space s7 --set epochs=many", ConfigError, "`settings`: epochs"),
     (
         "train --space s7 --tier ful",
         SpaceError,
-        "tier: full or cpu must be given, got 'ful'. Did you mean full?",
+        "`tier` must be full or cpu, got 'ful'. Did you mean full?",
     ),
     (
         "train --space s7 --device tpu",
         ConfigError,
-        "--device: auto, cpu or cuda must be given, got 'tpu'.",
+        "`device` must be auto, cpu or cuda, got 'tpu'.",
     ),
     (
         "train --space s7 --precision fp8",
         ConfigError,
-        "--precision: auto, fp32 or bf16 must be given, got 'fp8'.",
+        "`precision` must be auto, fp32 or bf16, got 'fp8'.",
     ),
-    ("train --space s7 --resume", ConfigError, "--resume: needs --name, got none."),
-    ("train --space s7 --name ../x", RecordError, "a search's name: it must be 1 to 64 of"),
+    ("train --space s7 --resume", ConfigError, "`resume=True` needs `name`, got none."),
+    ("train --space s7 --name ../x", RecordError, "a search's name must have 1 to 64 of"),
     (
         "lr-range --space s7 --set max_lr=1",
         ConfigError,
-        "--set: max_lr must be left to the sweep, got 1.",
+        "--set: the sweep sets max_lr, got 1.0.",
     ),
     (
         "lr-range --space s7 --set schedule=step",
         ConfigError,
-        "--set: schedule must be left to the sweep, got step.",
+        "--set: the sweep sets schedule, got step.",
     ),
     (
         "lr-range --space s7 --set pct_start=0.2",
         ConfigError,
-        "--set: pct_start must have an effect, got a dead knob",
+        "`settings`: pct_start has no effect here",
     ),
-    ("lr-range --space s7 --low 0", ConfigError, "--low > 0 must hold, got 0.0."),
-    ("lr-range --space s7 --high 1e3", ConfigError, "--high <= 100 must hold, got 1000.0."),
+    ("lr-range --space s7 --low 0", ConfigError, "`low` > 0 must hold, got 0.0."),
+    ("lr-range --space s7 --high 1e3", ConfigError, "`high` <= 100 must hold, got 1000.0."),
     (
         "lr-range --space s7 --low 2",
         ConfigError,
-        "--low: at most a tenth of --high must hold, got 2 and 10.",
+        "`low` must be at most a tenth of `high`, got 2 and 10.",
     ),
     (
         "lr-range --space s7 --steps 30",
         ConfigError,
-        "--steps: at least 35 must hold from 1e-06 to 10 (5 a decade), got",
+        "`steps` must be at least 35 from 1e-06 to 10 (5 a decade), got",
     ),
     ("lr-range --space s7 --seeds 0", ConfigError, "--seeds: a number >= 1 must be given, got 0."),
     (
@@ -202,13 +207,13 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
         ConfigError,
         "--write: the file's own recipe must be swept, got",
     ),
-    ("models s9", ConfigError, "model: 's9' is not a known name."),
+    ("models s9", ConfigError, "no model named 's9'."),
     ("preview --space s7 --out no/x.png", ConfigError, "--out: the folder must be there, got no."),
-    ("leaderboard --search x", RecordError, "a search of the name must be recorded, got 'x'."),
+    ("leaderboard --search x", RecordError, "no search named 'x' in "),
     (
         "ui",
         TrackingError,
-        "mlflow.db: an MLflow database must be there, got none. Run a search first",
+        "mlflow.db: there is no MLflow database. Run a search first",
     ),
 ]
 
@@ -231,9 +236,8 @@ def test_missing_data_are_refused_with_every_way_out(
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
     sentence = refuse(DataError, command, "--space", "smoke")
-    assert (
-        "data fetch" in sentence and "--data shapes" in sentence and "TUNE_CIFAR_DATA" in sentence
-    )
+    assert "data fetch" in sentence and "`data='shapes'`" in sentence
+    assert "TUNE_CIFAR_DATA" in sentence
 
 
 def test_main_shows_our_errors_as_one_line_and_exits_with_1(
@@ -408,7 +412,7 @@ def test_data_verify_exits_with_1_for_a_wrong_file_and_shows_brackets_as_they_ar
 @pytest.mark.usefixtures("workplace")
 def test_data_verify_of_the_stand_in_says_that_it_has_no_files() -> None:
     answer = invoke("data", "verify", "--data", "shapes")
-    assert (answer.exit_code, answer.stdout) == (0, "The stand-in is generated: it has no files.\n")
+    assert (answer.exit_code, answer.stdout) == (0, "Synthetic data are generated: they have no files.\n")
     assert json.loads(invoke("data", "verify", "--data", "shapes", "--json").stdout) == []
 
 
@@ -425,7 +429,7 @@ PLAN = [
     "shapes",
     "--device",
     "cpu",
-    *TINY,
+    *TINY_SETTINGS,
     "--set=pct_start=0.9",
 ]
 
@@ -539,10 +543,10 @@ def test_train_tells_its_epochs_survives_a_dead_tracking_store_and_names_a_next_
     (fault,) = [
         line
         for line in lines
-        if line.startswith("MLflow must take all runs, got 2 left over: TrackingError: ")
+        if line.startswith("MLflow upload incomplete, 2 left over: TrackingError: ")
     ]
     assert (
-        "got: unable to open database file. The record is whole. Complete MLflow from it: " in fault
+        ": unable to open database file. The record is complete. Upload the rest: " in fault
     )
     assert lines[-2] == f"t:0: complete, val_acc {100 * (state.trials[0].val_acc or 0):.2f} %"
     again = paste(lines[-1])
@@ -585,29 +589,22 @@ def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on_to_the_same_curve
         thread.join()
     assert answer.exit_code == 130, answer.output
     lines = answer.stdout.splitlines()
-    assert lines[-2] == "interrupted; go on with:" and lines[-1].endswith(" --resume")
+    assert lines[-2] == "interrupted; continue it with:"
+    assert lines[-1].startswith("  python -m tune_cifar search --name t --resume")
     assert 2 <= read_state(folder).trials[0].epochs_done < 20
     assert paste(lines[-1]).exit_code == 0
     resumed = read_state(folder).trials[0]
     assert (resumed.status, resumed.epochs_done) == ("complete", 20)
-    assert paste("python -m tune_cifar reproduce t:0 --data shapes").exit_code == 0
+    assert paste("python -m tune_cifar reproduce t:0").exit_code == 0
 
 
-def test_the_command_that_goes_on_names_the_training_when_the_user_did_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from tune_cifar.cli.train import _describe_resume
-
-    for typed, more in {
-        "": "--name t --resume",
-        "--name t": "--resume",
-        "--name=t --resume": "",
-    }.items():
-        monkeypatch.setattr(
-            sys, "argv", ["tune_cifar", "train", "--space", "smoke", *typed.split()]
-        )
-        words = " ".join(f"train --space smoke {typed} {more}".split())
-        assert _describe_resume("t") == f"python -m tune_cifar {words}"
+@pytest.mark.usefixtures("storage")
+def test_search_resume_tells_of_a_finished_training_what_it_found() -> None:
+    answer = invoke("search", "--name", "small", "--resume")
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.startswith("small:0: complete, val_acc ")
+    answer = invoke("search", "--name", "small", "--resume", "--trials", "5")
+    assert answer.exit_code == 2 and "--trials" in answer.stderr
 
 
 @pytest.mark.slow
@@ -617,7 +614,7 @@ def test_ui_answers_on_loopback_and_ends_with_ctrl_c(workplace: Path) -> None:
 
     words = make_train_words(workplace, "t")[:-2]  # with the default store
     answer = run_in_a_process(*words)
-    assert answer.returncode == 0 and "MLflow must" not in answer.stdout, (
+    assert answer.returncode == 0 and "MLflow upload" not in answer.stdout, (
         answer.stdout + answer.stderr
     )
     command = [sys.executable, "-m", "tune_cifar", "ui"]

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from tests.builders import (
     CONFIG,
-    COURSES,
+    STAGE_ACCS,
     make_budget,
     make_config,
-    make_cycles,
     make_header,
     make_result,
     make_resume,
+    make_staged_trial,
     make_start,
     make_trial,
 )
@@ -135,8 +135,8 @@ def test_time_left_is_what_the_simulation_says_of_the_present_state() -> None:
     state = tell(
         view,
         [
-            *make_cycles(0, {1: [0.5], 3: [0.1, 0.2, 0.3]}, "complete"),
-            *make_cycles(1, {1: [0.4]}, None),
+            *make_staged_trial(0, {1: [0.5], 3: [0.1, 0.2, 0.3]}, "complete"),
+            *make_staged_trial(1, {1: [0.4]}, None),
         ],
     )
     more = forecast_search(view._budget, 2, 2.0, state, start_seconds=0.0).seconds.mean
@@ -226,9 +226,9 @@ def test_live_table_shows_trials_best_gain_and_time() -> None:
 
 def test_live_table_counts_the_epochs_of_the_cycle_that_a_trial_is_in() -> None:
     events = [
-        *make_cycles(0, COURSES, "complete"),
-        *make_cycles(1, {1: [0.4], 2: [0.3]}, None),
-        *make_cycles(2, {1: [0.3]}, "stopped"),
+        *make_staged_trial(0, STAGE_ACCS, "complete"),
+        *make_staged_trial(1, {1: [0.4], 2: [0.3]}, None),
+        *make_staged_trial(2, {1: [0.3]}, "stopped"),
         make_start(3),
     ]
     budget = {"trials": 6, "rungs": [1, 2, 3], "fidelity": "cycles"}
@@ -244,19 +244,19 @@ def test_live_table_counts_the_epochs_of_the_cycle_that_a_trial_is_in() -> None:
 def test_search_prints_the_epochs_of_a_cycle_beside_its_length() -> None:
     console, text = make_console()
     with make_view(console) as view:
-        tell(view, make_cycles(0, COURSES, None))
+        tell(view, make_staged_trial(0, STAGE_ACCS, None))
     epochs = [line.split("epoch ")[1].split(":")[0] for line in text.getvalue().splitlines()[1:]]
     assert epochs == ["1/1", "1/2", "2/2", "1/3", "2/3", "3/3"]
 
 
 @pytest.mark.parametrize(
-    ("courses", "left"), [({1: [0.5]}, 5), ({1: [0.5], 2: [0.2]}, 4), (COURSES, 0)]
+    ("courses", "left"), [({1: [0.5]}, 5), ({1: [0.5], 2: [0.2]}, 4), (STAGE_ACCS, 0)]
 )
 def test_time_left_counts_every_cycle_that_is_still_to_come(
     courses: dict[int, list[float]], left: int
 ) -> None:
     view = make_view(make_console()[0], num_trials=1, rungs=(1, 2, 3))
-    tell(view, make_cycles(0, courses, None))
+    tell(view, make_staged_trial(0, courses, None))
     assert view.eta_seconds() == 2.0 * left
 
 
@@ -310,7 +310,7 @@ def test_summary_says_when_the_gain_is_within_the_noise_and_when_there_is_none()
     text = summarise(
         [*make_trial(0, [0.3], "stopped"), *make_trial(1, [0.1, 0.1, 0.5], "complete")]
     )
-    assert "The baseline did not finish: no gain can be told." in text
+    assert "The baseline is not complete: the gain is unknown." in text
 
 
 def test_summary_of_a_search_without_a_complete_trial_says_so() -> None:
@@ -330,12 +330,12 @@ def test_summary_tells_pins_drops_failures_and_tracking_faults_as_they_are() -> 
         *make_trial(1, [], "failed"),
         *make_trial(2, [0.1], "failed"),
     ]
-    fault = "MLflow must take all runs, got 2 left over: [/x] [SQL: select]. The record is whole."
+    fault = "MLflow upload incomplete, 2 left over: [/x] [SQL: select]. The record is complete."
     pinned = {"dropout": 0.1, "schedule": "constant"}
     text = summarise(events, [fault, fault], ["pct_start", "div_factor"], pinned=pinned)
     assert "3 trials, 1 complete, 2 failed" in text
-    assert "pinned for all trials: dropout = 0.1, schedule = constant\n" in text
-    assert "not searched, since the pins leave them without effect: pct_start, div_factor\n" in text
+    assert "fixed for all trials: dropout = 0.1, schedule = constant\n" in text
+    assert "not searched, without effect under --set: pct_start, div_factor\n" in text
     folder = "/runs/searches/s7-1/trials"
     assert f"2 failed; tracebacks:\n  {folder}/0001/error.txt\n  {folder}/0002/error.txt\n" in text
     assert text.count(fault) == 1
@@ -346,16 +346,16 @@ def test_summary_of_the_stand_in_says_what_it_is() -> None:
     assert "NOT CIFAR-10 (shapes): these accuracies say nothing about CIFAR-10." in text
 
 
-def test_summary_tells_what_was_paid_beside_what_was_predicted() -> None:
+def test_summary_shows_trained_beside_predicted_epochs() -> None:
     events = [*make_trial(0, [0.3, 0.5, 0.6], "complete"), *make_trial(1, [0.4], "stopped")]
     text = summarise(events, predicted_epochs=5.2)
-    assert "trial-epochs: 4 paid, 5 predicted (error +30 %)\n" in text
-    assert "trial-epochs: 4 paid, 4 predicted (error -5 %)\n" in summarise(
+    assert "trial-epochs: 4 trained, 5 predicted (error +30 %)\n" in text
+    assert "trial-epochs: 4 trained, 4 predicted (error -5 %)\n" in summarise(
         events, predicted_epochs=3.8
     )
     assert "trial-epochs" not in summarise(events), "an older record has no prediction"
     assert "trial-epochs" not in summarise([make_start(0)], predicted_epochs=5.0), (
-        "nothing was paid"
+        "nothing was trained"
     )
 
 
@@ -386,7 +386,7 @@ def test_a_resumed_search_tells_of_its_prediction_only_if_it_was_the_predicted_o
     print_search_summary(
         console, make_state([*first, *again], budget=budget, predicted_epochs=4.0), [], []
     )
-    assert ("trial-epochs: 4 paid, 4 predicted (error +0 %)" in text.getvalue()) is is_told
+    assert ("trial-epochs: 4 trained, 4 predicted (error +0 %)" in text.getvalue()) is is_told
 
 
 def test_summarys_next_commands_repeat_the_options_and_are_never_broken() -> None:
@@ -402,8 +402,7 @@ def test_summarys_next_commands_repeat_the_options_and_are_never_broken() -> Non
     ]
 
 
-def test_summarys_next_commands_name_the_stand_in_although_the_user_did_not() -> None:
-    """After a resume, which has it from the record."""
+def test_summarys_next_commands_need_no_data_option_for_synthetic_data() -> None:
     console, text = make_console()
     end = SearchEnded(reason="all trials", wall_seconds=61.2)
     print_search_summary(
@@ -412,9 +411,7 @@ def test_summarys_next_commands_name_the_stand_in_although_the_user_did_not() ->
         [],
         [],
     )
-    assert (
-        "  python -m tune_cifar reproduce --best --search s7-1 --data shapes\n" in text.getvalue()
-    )
+    assert "  python -m tune_cifar reproduce --best --search s7-1\n" in text.getvalue()
 
 
 def test_summary_breaks_prose_between_words_on_a_terminal_only() -> None:

@@ -14,13 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.builders import (
-    FINISH,
-    INTERRUPT,
     OUT_OF_MEMORY,
+    SEARCH_FINISHED,
+    SEARCH_INTERRUPTED,
     SHAPES_INFO,
     TRIALS,
     invoke,
-    make_failed,
+    make_failed_trial,
     make_header,
     make_trial,
     refuse,
@@ -37,8 +37,12 @@ from tune_cifar.record.store import search_folder
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
     """A run store with a search of every status, and one that is damaged."""
-    write_search(tmp_path, "whole", 1, [*make_trial(0, [0.3, 0.5, 0.7], "complete"), FINISH])
-    write_search(tmp_path, "stopped", 2, [*make_trial(0, [0.3], None), INTERRUPT], data=SHAPES_INFO)
+    write_search(
+        tmp_path, "whole", 1, [*make_trial(0, [0.3, 0.5, 0.7], "complete"), SEARCH_FINISHED]
+    )
+    write_search(
+        tmp_path, "stopped", 2, [*make_trial(0, [0.3], None), SEARCH_INTERRUPTED], data=SHAPES_INFO
+    )
     write_search(tmp_path, "killed", 3, TRIALS)
     damage(write_search(tmp_path, "torn", 4, TRIALS).folder)
     return tmp_path
@@ -99,14 +103,16 @@ def test_the_list_shows_how_far_each_search_came_and_how_to_go_on(storage: Path)
     assert error.startswith(f"{storage}/searches/torn/record.jsonl:") and "fits its CRC" in error
     assert (
         hint
-        == f"killed goes on with: python -m tune_cifar search --name killed --resume --storage {storage}"
+        == f"continue killed: python -m tune_cifar search --name killed --resume --storage {storage}"
     )
 
 
 def test_a_search_on_the_stand_in_goes_on_with_the_stand_in(tmp_path: Path) -> None:
-    write_search(tmp_path, "stopped", 2, [*make_trial(0, [0.3], None), INTERRUPT], data=SHAPES_INFO)
+    write_search(
+        tmp_path, "stopped", 2, [*make_trial(0, [0.3], None), SEARCH_INTERRUPTED], data=SHAPES_INFO
+    )
     lines = invoke("searches", "list", "--storage", str(tmp_path)).stdout.splitlines()
-    assert lines[-1].endswith(f"search --name stopped --resume --data shapes --storage {tmp_path}")
+    assert lines[-1].endswith(f"search --name stopped --resume --storage {tmp_path}")
 
 
 def test_the_list_with_json_is_one_document_in_the_same_order(storage: Path) -> None:
@@ -189,7 +195,7 @@ def test_a_live_search_is_not_deleted_and_its_owner_is_named(
     words = ("searches", "delete", "stopped", "--yes", "--keep-mlflow", "--storage", str(storage))
     with Record.open(search_folder(storage, "stopped")):
         sentence = refuse(RecordError, *words)
-        assert f"one driver alone must hold it, got process {os.getpid()} on " in sentence
+        assert f"in use by process {os.getpid()} on " in sentence
         assert len(list_names(storage)) == 4
     assert invoke(*words).exit_code == 0
 
@@ -213,7 +219,7 @@ def test_a_search_that_starts_while_the_question_stands_is_not_deleted(
 def test_a_damaged_search_is_deleted_only_without_its_runs(storage: Path) -> None:
     (storage / "searches" / "empty").mkdir()
     words = ("--yes", "--storage", str(storage))
-    for name, what in (("torn", "fits its CRC"), ("empty", "a search must be there")):
+    for name, what in (("torn", "fits its CRC"), ("empty", "cannot open its record")):
         sentence = refuse(RecordError, "searches", "delete", name, *words)
         assert what in sentence and sentence.endswith("--keep-mlflow deletes the folder alone.")
         assert name in list_names(storage)
@@ -236,7 +242,7 @@ def test_a_name_that_could_lead_elsewhere_is_refused(storage: Path, name: str) -
         "--",
         name,
     )
-    assert sentence.startswith("a search's name: it must be 1 to 64 of A-Z a-z 0-9 . _ - ")
+    assert sentence.startswith("a search's name must have 1 to 64 of A-Z a-z 0-9 . _ - ")
     assert (storage / "away").is_dir() and len(list_names(storage)) == 4
 
 
@@ -244,7 +250,7 @@ def test_an_unknown_search_is_refused_with_the_nearest_name(storage: Path) -> No
     sentence = refuse(RecordError, "searches", "delete", "wole", "--yes", "--storage", str(storage))
     assert (
         sentence
-        == f"{storage}: a search of the name must be there, got 'wole'. Did you mean whole?"
+        == f"no search named 'wole' in {storage}. Did you mean whole?"
     )
 
 
@@ -257,7 +263,7 @@ def test_no_link_is_followed(storage: Path, tmp_path_factory: pytest.TempPathFac
     sentence = refuse(RecordError, "searches", "delete", "linked", *words)
     assert (
         sentence
-        == f"{folder}: a folder in the run store itself must be there, got a link or a file."
+        == f"{folder} is a link or a file, not a folder. Delete it by hand."
     )
     folder.unlink()
     (storage / "searches" / "whole" / "trials").symlink_to(away)
@@ -293,7 +299,7 @@ def test_when_mlflow_cannot_be_reached_the_folder_goes_only_when_its_runs_may_st
     (storage / "mlflow.db").write_text("this is no database, whatever its name says\n" * 40)
     words = ("searches", "delete", "whole", "--yes", "--storage", str(storage))
     sentence = refuse(TrackingError, *words)
-    assert "a SQLite database must be writable there, got: file is not a database." in sentence
+    assert "cannot write to this SQLite database: file is not a database." in sentence
     assert sentence.endswith("The search is still there; --keep-mlflow deletes its folder alone.")
     assert "whole" in list_names(storage)
     assert invoke(*words, "--keep-mlflow").exit_code == 0 and "whole" not in list_names(storage)
@@ -308,20 +314,20 @@ def failed(tmp_path: Path) -> SearchState:
 
     def make_events() -> list[Any]:
         events = [
-            make_failed(1, OUT_OF_MEMORY.replace("20", "99"), tmp_path),
-            make_failed(2, OUT_OF_MEMORY, tmp_path),
+            make_failed_trial(1, OUT_OF_MEMORY.replace("20", "99"), tmp_path),
+            make_failed_trial(2, OUT_OF_MEMORY, tmp_path),
         ]
         return [
             *make_trial(0, [0.3], None),
             *events[0],
             *events[1],
-            *make_failed(3, "KeyError: [red]", tmp_path),
+            *make_failed_trial(3, "KeyError: [red]", tmp_path),
         ]
 
     return write_failures(tmp_path, make_events)
 
 
-def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_replays_one(
+def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_repeats_one(
     tmp_path: Path, failed: SearchState
 ) -> None:
     answer = invoke("failures", "--search", "s7-1", "--storage", str(tmp_path))
@@ -333,7 +339,7 @@ def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_r
     )
     assert lines[1:3] == ["  in: train/trainer.py:131 in _train_step", "  failed: 1, 2"]
     command = f"python -m tune_cifar reproduce s7-1:1 --storage {tmp_path}"
-    assert lines[3] == f"  replay: {command}"
+    assert lines[3] == f"  repeat: {command}"
     assert OUT_OF_MEMORY.replace("20", "99") in answer.stdout
     assert "1 x KeyError: [red]" in lines
     groups = json.loads(
@@ -346,15 +352,12 @@ def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_r
     assert groups[0]["command"] == command
 
 
-def test_a_search_on_the_stand_in_is_replayed_on_the_stand_in(tmp_path: Path) -> None:
+def test_a_failed_run_on_synthetic_data_is_repeated_without_a_data_option(tmp_path: Path) -> None:
     write_search(tmp_path, "s7-1", 1, make_trial(0, [], "failed"), data=SHAPES_INFO)
     (group,) = json.loads(
         invoke("failures", "--search", "s7-1", "--json", "--storage", str(tmp_path)).stdout
     )
-    assert (
-        group["command"]
-        == f"python -m tune_cifar reproduce s7-1:0 --data shapes --storage {tmp_path}"
-    )
+    assert group["command"] == f"python -m tune_cifar reproduce s7-1:0 --storage {tmp_path}"
     assert group["traceback"] == "it failed", "its error file is gone: the recorded reason"
 
 
@@ -399,7 +402,7 @@ def test_a_store_that_refuses_is_told_once_for_each_search(storage: Path) -> Non
     lines = answer.stderr.splitlines()
     assert len(lines) == 4 and "fits its CRC" in lines[0]
     for line, name in zip(lines[1:], ("killed", "stopped", "whole"), strict=True):
-        assert line.startswith(f"{name}: MLflow must take all runs, got ")
+        assert line.startswith(f"{name}: MLflow upload incomplete, ")
         assert f"python -m tune_cifar sync --search {name} --storage {storage}" in line
 
 
@@ -425,9 +428,9 @@ def test_sync_ships_what_is_missing_once_and_a_deleted_search_takes_its_runs_alo
         "torn is told, the others go on"
     )
     lines = answer.stdout.splitlines()
-    assert lines[0].startswith("killed: 7 trials shipped, 0 already there, ")
-    assert lines[1].startswith("stopped: 1 trial shipped, 0 already there, ")
-    assert lines[2].startswith("whole: 1 trial shipped, 0 already there, ")
+    assert lines[0].startswith("killed: 7 trials uploaded, 0 already there, ")
+    assert lines[1].startswith("stopped: 1 trial uploaded, 0 already there, ")
+    assert lines[2].startswith("whole: 1 trial uploaded, 0 already there, ")
     uri = f"sqlite:///{storage}/mlflow.db"
     runs = list_runs(uri)
     assert len(runs) == 3 + 9 and {run.info.status for run in runs} == {
@@ -437,8 +440,8 @@ def test_sync_ships_what_is_missing_once_and_a_deleted_search_takes_its_runs_alo
     }
     again = json.loads(invoke(*words, "--json").stdout)
     assert [entry["search"] for entry in again] == ["torn", "killed", "stopped", "whole"]
-    report = {"search": "killed", "shipped": 0, "already": 7, "closed": 0, "live": False}
-    assert again[1] == report and [entry["shipped"] for entry in again[2:]] == [0, 0]
+    report = {"search": "killed", "uploaded": 0, "already": 7, "closed": 0, "live": False}
+    assert again[1] == report and [entry["uploaded"] for entry in again[2:]] == [0, 0]
     assert len(list_runs(uri)) == len(runs)
     answer = invoke("searches", "delete", "killed", "--yes", "--storage", str(storage))
     assert answer.exit_code == 0 and answer.stdout.endswith(" 8 runs in MLflow\n")
@@ -465,7 +468,7 @@ def test_a_server_that_is_away_is_one_sentence_and_nothing_is_deleted(storage: P
     answer = invoke("sync", "--search", "whole", *words)
     assert answer.exit_code == 1 and len(answer.stderr.splitlines()) == 1 and answer.stdout == ""
     assert (
-        answer.stderr.startswith("whole: MLflow must take all runs, got ")
+        answer.stderr.startswith("whole: MLflow upload incomplete, ")
         and "secret" not in answer.output
     )
     sentence = refuse(TrackingError, "searches", "delete", "whole", "--yes", *words)

@@ -1,4 +1,4 @@
-"""The generated stand-in: the same pixels everywhere, ten classes told apart by form alone."""
+"""Synthetic data: the same pixels everywhere, ten classes that differ only in their shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from tune_cifar.data import shapes
 from tune_cifar.schema import NUM_CLASSES
 
-# SHA-256 of chunk 0 and of chunk 59 (the last test images). Whoever means to change a pixel bumps GENERATOR_VERSION.
+# SHA-256 of chunk 0 and of chunk 59 (the last test images). A change of a pixel needs a new
+# GENERATOR_VERSION.
 GOLDEN = {
     0: "23f34029eb5e088f45b1f883bead0af5c2239f10587c93646ea70b4c762e65dd",
     59: "2f49f7aa8e9fcf3e7c820fbf103f0ae4b45856709ab3bf2ccad94151f3735749",
@@ -24,14 +25,13 @@ def chunk() -> npt.NDArray[np.uint8]:
 
 
 def render(label: int, degrees: float = 0.0, flip: bool = False) -> npt.NDArray[np.bool_]:
-    """One class's form on a fine grid, without noise, colours or places, turned and mirrored as asked."""
+    """Return one class's shape on a fine grid as a mask, rotated and mirrored on request."""
     grid = (np.arange(64, dtype=np.float32) - 31.5) / 24
     right, down = np.meshgrid(-grid if flip else grid, grid)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     u, v = (cos * right + sin * down)[None], (cos * down - sin * right)[None]
-    mask: npt.NDArray[np.bool_] = (
-        shapes.apply_form(label, u, v, np.array([1 / 24]), np.array([0.5]))[0] > 0.5
-    )
+    coverage = shapes.compute_coverage(label, u, v, np.array([1 / 24]), np.array([0.5]))
+    mask: npt.NDArray[np.bool_] = coverage[0] > 0.5
     return mask
 
 
@@ -68,18 +68,18 @@ def test_validation_images_are_the_first_generated_ones_and_training_follows() -
     assert np.array_equal(images[:10], shapes.draw_shapes(5)[:10])
 
 
-def test_every_class_is_told_from_every_other_when_turned_or_mirrored() -> None:
-    # 1 would be the same form. Ring and frame overlap by 0.66, the most of all pairs.
+def test_every_class_differs_from_every_other_when_rotated_or_mirrored() -> None:
+    # 1 would be the same shape. Ring and frame overlap by 0.66, the most of all pairs.
     for label in range(NUM_CLASSES):
-        turned = [
-            render(label, degrees, flip) for degrees in range(-45, 46, 15) for flip in (False, True)
-        ]
+        variants = []
+        for degrees in range(-45, 46, 15):
+            variants += [render(label, degrees, flip) for flip in (False, True)]
         for other in range(label + 1, NUM_CLASSES):
-            overlap = max(measure_overlap(mask, render(other)) for mask in turned)
+            overlap = max(measure_overlap(mask, render(other)) for mask in variants)
             assert overlap < 0.7, (shapes.SHAPE_NAMES[label], shapes.SHAPE_NAMES[other], overlap)
 
 
-def test_forms_stay_within_the_image_at_their_middle_place(chunk: npt.NDArray[np.uint8]) -> None:
+def test_shapes_in_the_middle_stay_within_the_image(chunk: npt.NDArray[np.uint8]) -> None:
     for label in range(NUM_CLASSES):
         mask = render(label)
         assert 0.1 < mask.mean() < 0.6
@@ -88,31 +88,29 @@ def test_forms_stay_within_the_image_at_their_middle_place(chunk: npt.NDArray[np
 
 
 @pytest.mark.slow
-def test_colours_alone_do_not_tell_the_classes() -> None:
-    images = (
-        np.concatenate([shapes.draw_shapes(number) for number in range(3)]).astype(np.float64) / 255
-    )
-    labels = shapes.make_shapes_labels(len(images))
-    flat = images.reshape(len(images), 3, -1)
-    histograms = np.stack(
-        [np.histogram(channel, 16, (0, 1))[0] / 1024 for channel in flat.reshape(-1, 1024)]
-    )
-    features = np.concatenate(
-        [flat.mean(2), flat.std(2), histograms.reshape(len(images), -1), np.ones((3_000, 1))], 1
-    )
+def test_a_linear_classifier_of_colours_does_not_learn_the_classes() -> None:
+    pixels = np.concatenate([shapes.draw_shapes(number) for number in range(3)])
+    labels, num = shapes.make_shapes_labels(len(pixels)), len(pixels)
+    flat = pixels.reshape(num, 3, 1024).astype(np.float64) / 255
+    channels = flat.reshape(-1, 1024)
+    histograms = np.stack([np.histogram(channel, 16, (0, 1))[0] / 1024 for channel in channels])
+    histograms = histograms.reshape(num, -1)
+    features = np.concatenate([flat.mean(2), flat.std(2), histograms, np.ones((num, 1))], axis=1)
     features = np.concatenate([features, features**2], axis=1)
     weights = np.linalg.lstsq(features[:2_000], np.eye(NUM_CLASSES)[labels[:2_000]], rcond=1e-8)[0]
     accuracy = ((features[2_000:] @ weights).argmax(1) == labels[2_000:]).mean()
-    assert accuracy < 0.25  # chance is 0.1; what remains is how much of the image a form covers
+    assert (
+        accuracy < 0.25
+    )  # chance is 0.1; the rest comes from how much of the image a shape covers
 
 
-def test_forms_stand_out_in_gray_too(chunk: npt.NDArray[np.uint8]) -> None:
+def test_shapes_have_contrast_in_gray_too(chunk: npt.NDArray[np.uint8]) -> None:
     gray = chunk.mean(axis=1).reshape(len(chunk), -1)
     spread = np.percentile(gray, 95, axis=1) - np.percentile(gray, 5, axis=1)
     assert spread.min() > 50
 
 
-def test_form_and_ground_are_both_dark_and_light_in_every_class(
+def test_shape_and_background_are_both_dark_and_light_in_every_class(
     chunk: npt.NDArray[np.uint8],
 ) -> None:
     corner = chunk[:, :, :3, :3].mean(axis=(1, 2, 3)) > 127
@@ -120,9 +118,9 @@ def test_form_and_ground_are_both_dark_and_light_in_every_class(
         assert 0.2 < corner[label::NUM_CLASSES].mean() < 0.8
 
 
-@pytest.mark.faults  # it takes long, as these do
+@pytest.mark.faults  # it takes long
 @pytest.mark.slow
-def test_s7_learns_the_stand_in_in_a_few_epochs() -> None:
+def test_s7_learns_the_synthetic_data_in_a_few_epochs() -> None:
     from tests.builders import SHAPES
     from tune_cifar.data.load import load_train_val
     from tune_cifar.schema import TrainConfig

@@ -1,7 +1,10 @@
-"""Faults, each at the lowest layer that shows it; test_end_to_end.py and test_long.py do them to whole searches."""
+"""Faults, each tested at the lowest layer that shows it.
 
-# Proposals are drawn from (search seed, trial number) alone, so that an interrupted search proposes what an
-# uninterrupted one does, in whatever order its trials end.
+test_end_to_end.py and test_long.py inject them into complete searches.
+"""
+
+# The random sampler draws from (search seed, trial number) alone: an interrupted search proposes
+# what an uninterrupted one does, whatever the order in which its trials end.
 SPACE = """
 space: faulty
 source: the network of s7 on a handful of images

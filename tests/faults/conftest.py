@@ -1,17 +1,17 @@
-"""The search that all end-to-end faults are done to, uninterrupted: once per run of the tests."""
+"""The uninterrupted search that the end-to-end tests compare with."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.faults.lab import Lab, check_whole
+from tests.faults.lab import Lab, check_complete
 from tune_cifar.record.state import SearchState
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
-    """The search of all these tests, uninterrupted."""
+    """The search of SPACE without any fault; once per run of the tests."""
     lab = Lab(tmp_path_factory.mktemp("reference"))
     lab.finish()
-    check_whole(lab)
+    check_complete(lab)
     return lab.state

@@ -1,4 +1,4 @@
-"""Disks that fill up."""
+"""Disks that fill up, and files that may not be read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 
 @contextmanager
 def limit_file_size(num_bytes: int) -> Iterator[None]:
-    """While open, no file of this process grows beyond so many bytes: a write fails in its middle, as on a full disk
-    (with EFBIG for ENOSPC)."""
+    """Limit the size of this process's files: a write beyond it stops in its middle.
+
+    As on a full disk, but with the error EFBIG instead of ENOSPC.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -26,7 +28,7 @@ def limit_file_size(num_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def mount_small_disk(folder: Path, num_kb: int) -> Iterator[Path]:
-    """A disk of its own (tmpfs) of so many kB, mounted at a new folder; skips where mounting is not allowed."""
+    """Mount a disk (tmpfs) of `num_kb` kB at a new folder; skips where mounting is not allowed."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small disk")
     folder.mkdir()
@@ -37,4 +39,17 @@ def mount_small_disk(folder: Path, num_kb: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def drop_root() -> Iterator[None]:
+    """Give up root's permission to read everything; other users have none."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)

@@ -1,4 +1,4 @@
-"""A search in processes of its own that faults are done to, and what must hold of it afterwards."""
+"""A search in its own processes to inject faults into, and the checks of what it left."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from typing import Any
 
 import psutil
 
+from tests.builders import curve
 from tests.faults import SPACE
 from tune_cifar.record.events import EpochReported, Event, TrialEnded, decode_event
 from tune_cifar.record.journal import read_state
-from tune_cifar.record.state import SearchState
+from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import search_folder
-from tune_cifar.schema import REPRODUCIBLE_FIELDS
-from tune_cifar.search.rungs import keep
+from tune_cifar.search.rungs import is_promoted
 
 NAME = "x"
-# A resumed search starts Ray anew, on a machine that may be busy.
+# A resumed search starts Ray again, on a machine that may be busy.
 PATIENCE_SECONDS = 600.0
 
 
 @dataclass
 class Lab:
-    """One search called x of SPACE, on the stand-in, in a folder of its own.
+    """One search of SPACE called x, on synthetic data, in its own folder.
 
     Attributes:
-        variables: environment of its processes, beside ours.
-        options: of every command that searches.
+        variables: environment variables of its processes, added to ours.
+        options: options of every command that searches.
     """
 
     folder: Path
@@ -59,12 +59,9 @@ class Lab:
         return read_state(self.record.parent)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        """A command in a process group of its own, as a terminal starts one."""
-        environment = (
-            os.environ
-            | {"TUNE_CIFAR_RUNS": str(self.storage), "PYTHONUNBUFFERED": "1"}
-            | self.variables
-        )
+        """Start a command in its own process group, as a terminal does."""
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.variables
+        environment["TUNE_CIFAR_RUNS"] = str(self.storage)
         return subprocess.Popen(
             [sys.executable, "-m", "tune_cifar", *words],
             cwd=self.folder,
@@ -76,7 +73,7 @@ class Lab:
         )
 
     def run(self, *words: str, status: int = 0) -> str:
-        """A command to its end; what it printed: a traceback only where it is asked for one."""
+        """Run a command to its end; returns what it printed, no traceback unless of `failures`."""
         process = self.start(*words)
         text, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == status, f"{words}: exit status {process.returncode}\n{text}"
@@ -84,16 +81,12 @@ class Lab:
         return text
 
     def search(self) -> subprocess.Popen[str]:
-        """Start the search, or go on with it."""
-        how = (
-            ("--resume", "--name", NAME)
-            if self.record.exists()
-            else ("--space", "faulty", "--name", NAME)
-        )
-        return self.start("search", *how, "--data", "shapes", *self.options)
+        """Start the search, or resume it once it has a record."""
+        how = ("--resume",) if self.record.exists() else ("--space", "faulty")
+        return self.start("search", *how, "--name", NAME, "--data", "shapes", *self.options)
 
     def finish(self) -> str:
-        """Start the search or go on with it, to its end."""
+        """Start or resume the search and wait for its end; returns what it printed."""
         process = self.search()
         text, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, text
@@ -103,27 +96,23 @@ class Lab:
     def wait_for(
         self, process: subprocess.Popen[str], holds: Callable[[SearchState], bool]
     ) -> None:
-        """Until the record says so."""
+        """Wait until `holds` is true of the record's state."""
         end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end:
             if self.record.exists() and self.record.stat().st_size and holds(self.state):
                 return
-            assert process.poll() is None, (
-                f"the search ended too early:\n{process.communicate()[0]}"
-            )
+            if process.poll() is not None:
+                raise AssertionError(f"the search ended too early:\n{process.communicate()[0]}")
             time.sleep(0.05)
-        raise AssertionError("the record never said so")
+        raise AssertionError("the record never reached the expected state")
 
     def list_events(self) -> list[Event]:
         lines = self.record.read_bytes().splitlines()
-        return [
-            event
-            for number, line in enumerate(lines, 1)
-            if (event := decode_event(number, line)) is not None
-        ]
+        events = [decode_event(number, line) for number, line in enumerate(lines, 1)]
+        return [event for event in events if event is not None]
 
     def list_processes(self) -> list[psutil.Process]:
-        """Everything that still runs with this lab's run store in its environment."""
+        """Return all processes with this lab's run store in their environment."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -134,13 +123,12 @@ class Lab:
         return found
 
     def list_workers(self) -> list[psutil.Process]:
-        """The processes that train."""
-        return [
-            process for process in self.list_processes() if "ray::" in " ".join(process.cmdline())
-        ]
+        """Return the processes that train."""
+        processes = self.list_processes()
+        return [process for process in processes if "ray::" in " ".join(process.cmdline())]
 
     def list_runs(self) -> list[Any]:
-        """All MLflow runs of the run store's database."""
+        """Return all MLflow runs of the run store's database."""
         from mlflow import MlflowClient
 
         client = MlflowClient(f"sqlite:///{self.storage}/mlflow.db")
@@ -149,22 +137,24 @@ class Lab:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the driver alone."""
+    """Send kill -9 to the driver alone."""
     process.kill()
     process.communicate()
 
 
 def interrupt(process: subprocess.Popen[str], number: signal.Signals = signal.SIGINT) -> None:
-    """What Ctrl-C in a terminal does (SIGINT to every process of the group), or `kill` (SIGTERM to the driver)."""
+    """Press Ctrl-C (SIGINT to every process of the group) or send another signal to the driver."""
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
 
 
-def check_whole(lab: Lab) -> None:
-    """No trial is missing or double, every stop follows from the scores that had arrived, no process is left, and
-    MLflow has every trial once and none RUNNING."""
+def check_complete(lab: Lab) -> None:
+    """Check a finished search: its trials, its decisions, its processes and its MLflow runs.
+
+    No trial is missing or double, no process is left, and no run of MLflow is RUNNING.
+    """
     state = lab.state
     assert state.is_finished and list(state.trials) == list(range(state.num_trials))
     assert state.counts["running"] == 0
@@ -181,44 +171,45 @@ def check_whole(lab: Lab) -> None:
 
 
 def check_decisions(lab: Lab) -> None:
-    """Walk through the events: a trial was stopped at a rung if and only if the rule says so of the scores by then."""
+    """Check that exactly those trials were stopped that the rule stops, given the scores so far."""
     state, scores = lab.state, dict[int, dict[int, float]]()
     rungs, factor = state.header.budget["rungs"][:-1], state.header.budget["reduction_factor"]
     must_stop = set()
     for event in lab.list_events():
-        if (
-            isinstance(event, EpochReported)
-            and event.result.epoch in rungs
-            and event.score is not None
-        ):
-            arrived = scores.setdefault(event.result.epoch, {})
-            arrived[event.trial] = event.score
-            is_baseline = state.trials[event.trial].origin == "baseline"
-            if not is_baseline and not keep(event.score, list(arrived.values()), factor):
-                must_stop.add(event.trial)
-        elif isinstance(event, TrialEnded):
+        if isinstance(event, TrialEnded):
             assert (event.status == "stopped") == (event.trial in must_stop), event
+        if not isinstance(event, EpochReported) or event.score is None:
+            continue
+        if event.result.epoch in rungs:
+            at_rung = scores.setdefault(event.result.epoch, {})
+            at_rung[event.trial] = event.score
+            is_baseline = state.trials[event.trial].origin == "baseline"
+            if not is_baseline and not is_promoted(event.score, list(at_rung.values()), factor):
+                must_stop.add(event.trial)
 
 
 def check_equal(state: SearchState, reference: SearchState) -> None:
-    """Every trial has the configuration of the uninterrupted search, and the same curves bit for bit, cycle after
-    cycle, as far as both trained them; those that both trained to the end are equal in the end too."""
-    assert {n: trial.full_config for n, trial in state.trials.items()} == {
-        n: trial.full_config for n, trial in reference.trials.items()
-    }
+    """Check that every trial is the one of the uninterrupted search, bit for bit.
+
+    Configurations are equal, and so are the curves of every stage as far as both trained it.
+    """
+    assert state.trials.keys() == reference.trials.keys()
     num_complete = 0
     for number, trial in state.trials.items():
         other = reference.trials[number]
-        curves = [
-            [(c, [getattr(r, name) for name in REPRODUCIBLE_FIELDS]) for c, r in t.trained_epochs]
-            for t in (trial, other)
-        ]
-        length = min(map(len, curves))
-        assert curves[0][:length] == curves[1][:length], f"trial {number}"
+        assert trial.full_config == other.full_config
+        ours, theirs = list_curve(trial), list_curve(other)
+        length = min(len(ours), len(theirs))
+        assert ours[:length] == theirs[:length], f"trial {number}"
         if trial.status == other.status == "complete":
             assert trial.score == other.score
             num_complete += 1
     assert num_complete >= 1, "no trial was trained to its end by both"
+
+
+def list_curve(trial: TrialState) -> list[Any]:
+    """Return the reproducible values of every epoch, with the length of its stage."""
+    return [(length, curve([result])) for length, result in trial.trained_epochs]
 
 
 def count_epochs(state: SearchState) -> int:
@@ -227,32 +218,19 @@ def count_epochs(state: SearchState) -> int:
 
 @contextmanager
 def serve_mlflow(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A real MLflow server on loopback that keeps its runs in the folder."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = os.environ | {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
+    """Run a real MLflow server on loopback that keeps its runs in the folder."""
+    options = {
+        "host": "127.0.0.1",
+        "port": str(port),
+        "workers": "1",
+        "backend-store-uri": f"sqlite:///{folder}/mlflow.db",
+        "artifacts-destination": str(folder / "files"),
     }
+    words = [f"--{name}={text}" for name, text in options.items()]
+    variables = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     server = subprocess.Popen(
-        command,
-        env=environment,
+        [sys.executable, "-m", "mlflow", "server", *words],
+        env=os.environ | variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -272,9 +250,3 @@ def wait_until_it_answers(port: int) -> None:
                 return
         time.sleep(0.2)
     raise AssertionError("MLflow's server never answered")
-
-
-def find_free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -1,5 +1,7 @@
-"""Checkpoints damaged, hostile, cut off by a kill or by a full disk: the newest whole one is used, and the curve that
-comes out is bitwise that of a training to which nothing happened."""
+"""Checkpoints damaged, hostile, cut off by a kill or by a full disk.
+
+The newest intact one is used, and the curve is bitwise that of an uninterrupted training.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders import SHAPES, curve, make_config, make_hostile, make_state, write_payload
+from tests.builders import SHAPES, curve, make_checkpoint, make_config, make_hostile, write_payload
 from tests.faults.disks import limit_file_size, mount_small_disk
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError
 from tune_cifar.schema import Numerics
 from tune_cifar.train.checkpoint import CheckpointFolder, load_weights, save_weights
+from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import CHECKPOINTS, WEIGHTS, stop_file, train_trial
 
 CONFIG = make_config(train_size=60, val_size=50, batch_size=20, epochs=3)
@@ -34,21 +37,27 @@ CONFIG = make_config(train_size=60, val_size=50, batch_size=20, epochs=3)
 def train(
     storage: Path, numerics: Numerics, num_epochs: int = CONFIG.epochs
 ) -> tuple[list[dict[str, Any]], list[int], Path]:
-    """Train so many epochs, with a checkpoint after each; the curve, the epoch it began at and the trial's folder."""
+    """Train for `num_epochs`, with a checkpoint after each.
+
+    Returns:
+        the curve, the epochs that trainings started from, and the trial's folder.
+    """
     folder = storage / "trials" / "0000"
-    begun_at: list[int] = []
+    starts: list[int] = []
+
+    def note_start(trainer: Trainer) -> None:
+        starts.append(trainer.epoch)
+
     data = load_train_val(SHAPES, CONFIG.train_size, CONFIG.val_size)
-    results = train_trial(
-        CONFIG, data, numerics, folder, lambda trainer: begun_at.append(trainer.epoch), 0.0
-    )
-    return curve(list(itertools.islice(results, num_epochs))), begun_at, folder
+    results = train_trial(CONFIG, data, numerics, folder, note_start, every_seconds=0.0)
+    return curve(list(itertools.islice(results, num_epochs))), starts, folder
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> list[dict[str, Any]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> list[dict[str, Any]]:
     """The uninterrupted training's curve."""
-    results, begun_at, _ = train(tmp_path_factory.mktemp("whole"), fp32)
-    assert begun_at == [0] and len(results) == 3
+    results, starts, _ = train(tmp_path_factory.mktemp("uninterrupted"), fp32)
+    assert starts == [0] and len(results) == 3
     return results
 
 
@@ -70,12 +79,12 @@ def truncate(path: Path, seed: int) -> None:
 
 
 def flip_bit(path: Path, seed: int) -> None:
-    dice, content = random.Random(seed), bytearray(path.read_bytes())
-    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    rng, content = random.Random(seed), bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def take_over(path: Path, seed: int) -> None:
+def inject_command(path: Path, seed: int) -> None:
     """The checksum fits, the pickle would run a command."""
     write_payload(path, make_hostile(path.parents[1] / "ran"))
 
@@ -85,13 +94,13 @@ def take_over(path: Path, seed: int) -> None:
     [
         empty,
         flip_bit,
-        *(pytest.param(harm, marks=pytest.mark.slow) for harm in (truncate, take_over)),
+        *(pytest.param(harm, marks=pytest.mark.slow) for harm in (truncate, inject_command)),
     ],
 )
-def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_curve(
+def test_a_training_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before_it(
     tmp_path: Path,
     fp32: Numerics,
-    whole: list[dict[str, Any]],
+    uninterrupted: list[dict[str, Any]],
     interrupted: Path,
     damage: Callable[[Path, int], None],
 ) -> None:
@@ -99,42 +108,38 @@ def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_befo
     damage(checkpoints / "checkpoint-0002.pt", 0)
     state, notes = CheckpointFolder(checkpoints).load_newest()
     assert state is not None and state["epoch"] == 1
-    assert (
-        len(notes) == 1
-        and notes[0].startswith(f"{checkpoints}/checkpoint-0002.pt: ")
-        and notes[0].endswith(".")
-    )
-    results, begun_at, folder = train(tmp_path / "s", fp32)
-    assert (begun_at, results) == ([1], whole)
+    (note,) = notes
+    assert note.startswith(f"{checkpoints}/checkpoint-0002.pt: ") and note.endswith(".")
+    results, starts, folder = train(tmp_path / "s", fp32)
+    assert (starts, results) == ([1], uninterrupted)
     assert CheckpointFolder(checkpoints).find_newest() == (3, []) and not (folder / "ran").exists()
 
 
-def test_a_training_whose_checkpoints_are_all_damaged_says_so_and_starts_over_to_the_same_curve(
-    tmp_path: Path, fp32: Numerics, whole: list[dict[str, Any]], interrupted: Path
+def test_a_training_whose_checkpoints_are_all_damaged_says_so_and_starts_from_scratch(
+    tmp_path: Path, fp32: Numerics, uninterrupted: list[dict[str, Any]], interrupted: Path
 ) -> None:
     checkpoints = shutil.copytree(interrupted, tmp_path / "s") / "trials" / "0000" / CHECKPOINTS
     truncate(checkpoints / "checkpoint-0001.pt", 1)
     empty(checkpoints / "checkpoint-0002.pt", 1)
     epoch, notes = CheckpointFolder(checkpoints).find_newest()
     assert epoch is None
-    assert [note.split(": ")[0] for note in notes] == [
-        f"{checkpoints}/checkpoint-000{n}.pt" for n in (2, 1)
-    ]
-    results, begun_at, _ = train(tmp_path / "s", fp32, num_epochs=1)
-    assert (begun_at, results) == ([0], whole[:1])
-    results, begun_at, _ = train(tmp_path / "s", fp32)  # its own first checkpoint was kept
-    assert (begun_at, results) == ([1], whole)
+    damaged = [f"{checkpoints}/checkpoint-000{n}.pt" for n in (2, 1)]
+    assert [note.split(": ")[0] for note in notes] == damaged
+    results, starts, _ = train(tmp_path / "s", fp32, num_epochs=1)
+    assert (starts, results) == ([0], uninterrupted[:1])
+    results, starts, _ = train(tmp_path / "s", fp32)  # its own first checkpoint was kept
+    assert (starts, results) == ([1], uninterrupted)
 
 
 @settings(max_examples=25, deadline=None)
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_one_bit_flipped_anywhere_in_the_newest_checkpoint_makes_the_one_before_the_newest(
+def test_after_a_bit_flip_in_the_newest_checkpoint_the_one_before_it_is_used(
     position: float, bit: int
 ) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = CheckpointFolder(Path(place))
-        folder.save(make_state(1))
-        path = folder.save(make_state(2))
+        folder.save(make_checkpoint(1))
+        path = folder.save(make_checkpoint(2))
         content = bytearray(path.read_bytes())
         content[int(position * len(content))] ^= 1 << bit
         path.write_bytes(content)
@@ -146,73 +151,66 @@ def test_one_bit_flipped_anywhere_in_the_newest_checkpoint_makes_the_one_before_
 # A full disk
 
 
-def test_a_checkpoint_that_does_not_fit_the_disk_is_told_in_a_sentence_and_the_old_ones_stay(
+def test_a_checkpoint_that_does_not_fit_the_disk_is_an_error_and_the_old_ones_stay(
     tmp_path: Path,
 ) -> None:
     folder = CheckpointFolder(tmp_path, every_seconds=0)
     for epoch in (1, 2):
-        newest = folder.save(make_state(epoch))
+        newest = folder.save(make_checkpoint(epoch))
     with limit_file_size(newest.stat().st_size - 1), pytest.raises(CheckpointError) as caught:
-        folder.save(make_state(3))
-    assert str(caught.value) == (
-        f"{tmp_path}/checkpoint-0003.pt: the file must reach the disk, got 'File too large'. Make room."
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-0001.pt",
-        "checkpoint-0002.pt",
-    ]
+        folder.save(make_checkpoint(3))
+    problem = f"{tmp_path}/checkpoint-0003.pt: cannot write the file: File too large"
+    assert str(caught.value) == f"{problem}. Make room."
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-0001.pt", "checkpoint-0002.pt"]
     assert folder.find_newest() == (2, [])
-    folder.save(make_state(3))
+    folder.save(make_checkpoint(3))
     assert folder.find_newest() == (3, [])
 
 
-def test_after_a_checkpoint_that_did_not_fit_the_next_try_waits_its_time(tmp_path: Path) -> None:
+def test_after_a_checkpoint_that_did_not_fit_the_next_one_is_due_later(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, every_seconds=0.2)
     time.sleep(0.25)
     assert folder.is_due()
     with limit_file_size(10), pytest.raises(CheckpointError):
-        folder.save(make_state(1))
+        folder.save(make_checkpoint(1))
     assert not folder.is_due()
 
 
 def test_weights_that_do_not_fit_the_disk_leave_the_old_ones(tmp_path: Path) -> None:
     save_weights(tmp_path / "w.safetensors", {"weight": torch.zeros(9)})
-    with (
-        limit_file_size(100),
-        pytest.raises(CheckpointError, match=r"w\.safetensors: the file must reach the disk"),
-    ):
+    problem = r"w\.safetensors: cannot write the file"
+    with limit_file_size(100), pytest.raises(CheckpointError, match=problem):
         save_weights(tmp_path / "w.safetensors", {"weight": torch.ones(9)})
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
     assert torch.equal(load_weights(tmp_path / "w.safetensors")["weight"], torch.zeros(9))
 
 
-def test_on_a_small_disk_the_last_checkpoints_that_fitted_stay_whole(tmp_path: Path) -> None:
+def test_on_a_small_disk_the_last_checkpoints_that_fitted_stay_intact(tmp_path: Path) -> None:
     with mount_small_disk(tmp_path / "disk", num_kb=500) as disk:
         folder = CheckpointFolder(disk / CHECKPOINTS)
         state = {"model": torch.zeros(15_000), "results": []}  # 60 kB
         for epoch in (1, 2, 3):
             folder.save(state | {"epoch": epoch})
         (disk / "ballast").write_bytes(bytes(340_000))
-        with pytest.raises(CheckpointError, match="got 'No space left on device'"):
+        with pytest.raises(CheckpointError, match="No space left on device"):
             folder.save(state | {"epoch": 4})
         assert folder.find_newest() == (3, [])
-        assert sorted(path.name for path in folder.folder.iterdir()) == [
-            "checkpoint-0002.pt",
-            "checkpoint-0003.pt",
-        ]
+        names = sorted(path.name for path in folder.folder.iterdir())
+        assert names == ["checkpoint-0002.pt", "checkpoint-0003.pt"]
         (disk / "ballast").unlink()
         folder.save(state | {"epoch": 4})
         assert folder.find_newest() == (4, [])
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_to_the_same_curve_when_no_checkpoint_reaches_the_disk(
-    tmp_path: Path, fp32: Numerics, whole: list[dict[str, Any]]
+def test_a_training_has_the_same_curve_when_no_checkpoint_can_be_written(
+    tmp_path: Path, fp32: Numerics, uninterrupted: list[dict[str, Any]]
 ) -> None:
     """The weights (355 kB) still fit, a checkpoint (743 kB) does not."""
     with limit_file_size(500_000):
         results, _, folder = train(tmp_path / "s", fp32)
-    assert results == whole
+    assert results == uninterrupted
     assert CheckpointFolder(folder / CHECKPOINTS).find_newest() == (None, [])
     assert load_weights(folder / WEIGHTS) and list((folder / CHECKPOINTS).iterdir()) == []
 
@@ -221,63 +219,60 @@ def test_a_training_goes_on_to_the_same_curve_when_no_checkpoint_reaches_the_dis
 
 
 @pytest.mark.parametrize("every_seconds", [0.0, 60.0])
-def test_a_training_that_is_stopped_ends_after_its_epoch_with_a_checkpoint_however_late_the_word_came(
-    tmp_path: Path, fp32: Numerics, whole: list[dict[str, Any]], every_seconds: float
+def test_a_stopped_training_ends_after_its_epoch_with_a_checkpoint_even_if_stopped_late(
+    tmp_path: Path, fp32: Numerics, uninterrupted: list[dict[str, Any]], every_seconds: float
 ) -> None:
-    """Here it comes when the epoch's result is out already."""
+    """Here the stop comes when the epoch's result has been yielded already."""
     folder = tmp_path / "trials" / "0000"
     data = load_train_val(SHAPES, CONFIG.train_size, CONFIG.val_size)
     results = train_trial(CONFIG, data, fp32, folder, every_seconds=every_seconds)
     first = next(results)
     stop_file(tmp_path).touch()
     assert list(results) == [] and CheckpointFolder(folder / CHECKPOINTS).find_newest() == (1, [])
-    again = list(
-        train_trial(CONFIG, data, fp32, folder)
-    )  # the file still lies there: one epoch more
-    assert curve([first]) == whole[:1] and curve(again) == whole[:2]
+    again = list(train_trial(CONFIG, data, fp32, folder))  # the stop file stays: one epoch more
+    assert curve([first]) == uninterrupted[:1] and curve(again) == uninterrupted[:2]
 
 
 # kill -9
 
 
-def save_until_killed(folder: CheckpointFolder, told: int, state: dict[str, Any]) -> None:
-    """Checkpoint after checkpoint; each epoch is told when `save` has returned."""
+def save_until_killed(folder: CheckpointFolder, pipe: int, state: dict[str, Any]) -> None:
+    """Save checkpoint after checkpoint; write each epoch to the pipe once `save` has returned."""
     for epoch in range(1, 10_000):
         folder.save(state | {"epoch": epoch, "weight": torch.full((100_000,), float(epoch))})
-        os.write(told, epoch.to_bytes(2, "big"))
+        os.write(pipe, epoch.to_bytes(2, "big"))
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_process_killed_in_the_middle_of_a_checkpoint_write_leaves_every_checkpoint_that_it_had_acknowledged(
+def test_a_process_killed_while_it_writes_a_checkpoint_leaves_every_acknowledged_one(
     tmp_path: Path, seed: int
 ) -> None:
     folder = CheckpointFolder(tmp_path / CHECKPOINTS)
-    dice = random.Random(seed)
-    told, tell = os.pipe()
+    rng = random.Random(seed)
+    acknowledged, child_end = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of a fork beside threads, which this child does not touch
+        # A fork beside threads is deprecated; this child does not use them.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         try:
-            save_until_killed(folder, tell, {"results": []})
+            save_until_killed(folder, child_end, {"results": []})
         finally:
             os._exit(1)
-    os.close(tell)
-    for _ in range(dice.randrange(1, 5)):
-        last_told = int.from_bytes(os.read(told, 2), "big")
-        assert last_told > 0
+    os.close(child_end)
+    for _ in range(rng.randrange(1, 5)):
+        last_epoch = int.from_bytes(os.read(acknowledged, 2), "big")
+        assert last_epoch > 0
     while not list(folder.folder.glob("*.tmp")):  # it is writing
         pass
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    while rest := os.read(told, 2):
-        last_told = int.from_bytes(rest, "big")
-    os.close(told)
+    while rest := os.read(acknowledged, 2):
+        last_epoch = int.from_bytes(rest, "big")
+    os.close(acknowledged)
     state, notes = folder.load_newest()
     assert state is not None and notes == [] and state["epoch"] == folder.find_newest()[0]
-    assert last_told <= state["epoch"] <= last_told + 1
+    assert last_epoch <= state["epoch"] <= last_epoch + 1
     assert torch.equal(state["weight"], torch.full((100_000,), float(state["epoch"])))
     folder.save(state | {"epoch": state["epoch"] + 1})
     assert list(folder.folder.glob("*.tmp")) == [] and len(list(folder.folder.iterdir())) == 2

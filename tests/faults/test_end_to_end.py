@@ -1,4 +1,7 @@
-"""Faults done to whole searches, on real Ray and real MLflow; test_long.py has the rest (`make test-faults`)."""
+"""Faults injected into complete searches, with real Ray and real MLflow.
+
+test_long.py has the rest (`make test-faults`).
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.builders import find_free_port
+from tests.faults.disks import mount_small_disk
 from tests.faults.lab import (
     Lab,
+    check_complete,
     check_equal,
-    check_whole,
     count_epochs,
-    find_free_port,
     interrupt,
     kill,
     serve_mlflow,
@@ -26,17 +29,17 @@ from tests.faults.lab import (
 from tune_cifar.record.events import TrialRetried
 from tune_cifar.record.state import SearchState
 
-# In one process of pytest-xdist: the uninterrupted search, which all compare with, is made once.
+# One process of pytest-xdist runs them all: `reference`, which they compare with, is made once.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("end to end")]
 
 
-def kill_at_random(lab: Lab, dice: random.Random) -> None:
-    """Start the search or go on with it, and kill its driver at a random moment: mostly once trials run."""
+def kill_at_random(lab: Lab, generator: random.Random) -> None:
+    """Start or resume the search and kill its driver at a random moment, mostly once trials run."""
     process = lab.search()
-    if dice.random() < 0.7:
+    if generator.random() < 0.7:
         before = count_epochs(lab.state) if lab.record.exists() else 0
         lab.wait_for(process, lambda state: count_epochs(state) > before or state.is_finished)
-    time.sleep(dice.uniform(0.0, 4.0))
+    time.sleep(generator.uniform(0.0, 4.0))
     kill(process)
 
 
@@ -44,25 +47,23 @@ def test_a_search_whose_driver_is_killed_at_random_moments_loses_nothing(
     tmp_path: Path, reference: SearchState
 ) -> None:
     """KILLS=20 in `make test-faults`."""
-    lab, dice = Lab(tmp_path), random.Random(0)
+    lab, generator = Lab(tmp_path), random.Random(0)
     for _ in range(int(os.environ.get("KILLS", "1"))):
-        kill_at_random(lab, dice)
+        kill_at_random(lab, generator)
         if lab.record.exists() and lab.state.is_finished:
-            lab.finish()  # prints the summary and has nothing to do; the next kills hit what is added now
-            lab.options = ("--trials", f"+{dice.randint(2, 4)}")
+            lab.finish()  # prints the summary and does nothing else
+            # The next kills hit the trials that are added now.
+            lab.options = ("--trials", f"+{generator.randint(2, 4)}")
     lab.options = ()
     text = lab.finish()
     assert "0 lost" in text or "ended after" in text
-    check_whole(lab)
-    first = {
-        number: trial for number, trial in lab.state.trials.items() if number in reference.trials
-    }
+    check_complete(lab)
     state = lab.state
-    state.trials = first
+    state.trials = {number: state.trials[number] for number in reference.trials}
     check_equal(state, reference)
 
 
-def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(
+def test_a_trial_whose_worker_is_killed_is_resumed_to_the_same_curve(
     tmp_path: Path, reference: SearchState
 ) -> None:
     lab = Lab(tmp_path)
@@ -75,7 +76,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(
     assert [event.fault for event in retries] == ["worker died"]
     assert "The actor died unexpectedly" in retries[0].text
     assert lab.state.counts["failed"] == 0
-    check_whole(lab)
+    check_complete(lab)
     check_equal(lab.state, reference)
     assert "1 x" in lab.run("failures", "--search", "x")
 
@@ -88,7 +89,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_to_the_same_curve(
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.faults),
     ],
 )
-def test_a_signalled_search_ends_with_130_and_goes_on_to_the_same_curves(
+def test_a_signalled_search_ends_with_130_and_is_resumed_to_the_same_curves(
     tmp_path: Path, reference: SearchState, number: signal.Signals, is_urgent: bool
 ) -> None:
     lab = Lab(tmp_path)
@@ -104,18 +105,18 @@ def test_a_signalled_search_ends_with_130_and_goes_on_to_the_same_curves(
     state = lab.state
     assert state.finished is not None and state.finished.reason == "interrupted"
     assert {run.info.status for run in lab.list_runs()} <= {"FINISHED", "KILLED", "FAILED"}
-    if not is_urgent:  # what ran has a checkpoint of its last epoch
+    if not is_urgent:  # running trials have a checkpoint of their last epoch
         for trial in state.trials.values():
             if trial.status == "running" and trial.epochs:
                 newest = max((state.trial_folder(trial.number) / "checkpoints").iterdir())
                 assert newest.name == f"checkpoint-{len(trial.epochs):04d}.pt"
     assert "0 lost" in lab.finish()
-    check_whole(lab)
+    check_complete(lab)
     check_equal(lab.state, reference)
 
 
 @pytest.mark.faults
-def test_a_search_whose_records_tail_is_torn_goes_on_and_one_flipped_in_the_middle_is_refused(
+def test_a_record_with_a_torn_tail_is_resumed_and_one_with_a_flipped_bit_is_refused(
     tmp_path: Path, reference: SearchState
 ) -> None:
     lab = Lab(tmp_path)
@@ -128,16 +129,16 @@ def test_a_search_whose_records_tail_is_torn_goes_on_and_one_flipped_in_the_midd
     damaged = lab.record.read_bytes()
     text = lab.run("search", "--resume", "--name", "x", "--data", "shapes", status=1)
     line = content.count(b"\n", 0, middle) + 1
-    assert f"record.jsonl:{line}: a line must be JSON that fits its CRC" in text
+    assert f"record.jsonl:{line}: damaged line, not JSON that fits its CRC" in text
     assert lab.record.read_bytes() == damaged
     lab.record.write_bytes(content[:-17])
     assert "was torn" in lab.finish()
-    check_whole(lab)
+    check_complete(lab)
     check_equal(lab.state, reference)
 
 
 @pytest.mark.faults
-def test_a_search_ends_the_same_when_mlflow_is_gone_in_the_middle_and_sync_completes_it(
+def test_a_search_that_loses_its_mlflow_server_ends_the_same_and_sync_completes_it(
     tmp_path: Path, reference: SearchState
 ) -> None:
     port = find_free_port()
@@ -150,48 +151,37 @@ def test_a_search_ends_the_same_when_mlflow_is_gone_in_the_middle_and_sync_compl
         lab.wait_for(process, lambda state: state.counts["complete"] + state.counts["stopped"] >= 2)
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
-    assert "The record is whole" in text and "sync --search x" in text and "Traceback" not in text
+    assert (
+        "The record is complete" in text and "sync --search x" in text and "Traceback" not in text
+    )
     check_equal(lab.state, reference)
     with serve_mlflow(lab.storage, port):
         wait_until_it_answers(port)
-        first = lab.run("sync", "--search", "x", "--tracking-uri", uri)
-        assert "0 shipped" not in first
-        assert "0 trials shipped, 8 already there, 0 runs closed" in lab.run(
-            "sync", "--search", "x", "--tracking-uri", uri
-        )
-    check_whole(lab)
+        sync = ("sync", "--search", "x", "--tracking-uri", uri)
+        assert ": 0 trials uploaded" not in lab.run(*sync)
+        assert "0 trials uploaded, 8 already there, 0 runs closed" in lab.run(*sync)
+    check_complete(lab)
 
 
-def test_a_search_whose_disk_is_full_ends_with_a_sentence_and_goes_on_when_there_is_room(
+def test_a_search_on_a_full_disk_ends_with_a_sentence_and_is_resumed_once_there_is_space(
     tmp_path: Path, reference: SearchState
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a small tmpfs cannot be mounted here: it takes root")
-    try:
+    with mount_small_disk(tmp_path / "disk", num_kb=64 * 1024) as disk:
         lab = Lab(tmp_path / "lab", variables={"TUNE_CIFAR_RUNS": str(disk)})
         process = lab.search()
         lab.wait_for(process, lambda state: count_epochs(state) >= 3)
         with (disk / "ballast").open("wb", buffering=0) as ballast:
-            while process.poll() is None:  # what the search itself deletes is filled, too
+            while process.poll() is None:  # also fill the space of files that the search deletes
                 try:
                     ballast.write(bytes(2**12))
                 except OSError:
                     time.sleep(0.01)
         text, _ = process.communicate()
         assert process.returncode == 1, text
-        assert re.search(
-            r"(must reach the disk|must take it), got 'No space left on device'\. Make room", text
-        ), text
-        assert "Traceback" not in text
+        rule = r"cannot write .*: No space left on device\. Make room"
+        assert re.search(rule, text) and "Traceback" not in text, text
         (disk / "ballast").unlink()
         lab.finish()
-        check_whole(lab)
+        check_complete(lab)
         assert lab.state.counts["failed"] == 0
         check_equal(lab.state, reference)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)

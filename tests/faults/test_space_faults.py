@@ -1,5 +1,7 @@
-"""Space files that are broken, enormous or hostile: refused in one sentence with file and line, quickly, and nothing in
-them is run."""
+"""Space files that are broken, enormous or hostile.
+
+Each is refused quickly, in one sentence with file and line, and nothing in it is run.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ NUM_LINES = MINI.count("\n")
 
 @pytest.fixture
 def folder(workplace: Path) -> Path:
-    """An empty folder that commands are run in: errors name the file from there."""
+    """An empty working folder: errors name files relative to it."""
     return workplace
 
 
 def refuse(folder: Path, content: str | bytes) -> str:
-    """The one sentence against a file of this content."""
+    """Read a file of this content, which must be refused; returns the sentence."""
     raw = content.encode() if isinstance(content, str) else content
     (folder / "mini.yaml").write_bytes(raw)
     with pytest.raises(SpaceError) as caught:
@@ -35,7 +37,7 @@ def refuse(folder: Path, content: str | bytes) -> str:
     return sentence
 
 
-# Anchors and aliases: each level of this file stands for nine times as much as the one before.
+# Anchors and aliases: each level is nine times as large as the one before.
 LEVELS = list(zip("abcdefgh", "bcdefghi", strict=True))
 BOMB = 'a: &a ["ha", "ha"]\n' + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in LEVELS
@@ -49,17 +51,14 @@ BOMB = 'a: &a ["ha", "ha"]\n' + "".join(
 )
 def test_an_anchor_is_refused_before_any_alias_is_multiplied_out(folder: Path, text: str) -> None:
     line = 1 + text[: text.index("&")].count("\n")
-    assert (
-        refuse(folder, text)
-        == f"mini.yaml:{line}: no anchor may be used, got &a. Write the value out."
-    )
+    rule = "no anchor may be used, got &a. Write the value out."
+    assert refuse(folder, text) == f"mini.yaml:{line}: {rule}"
 
 
 def test_an_alias_without_an_anchor_is_refused_at_its_line(folder: Path) -> None:
     sentence = refuse(folder, MINI.replace("max_lr: 0.01", "max_lr: *lr"))
-    assert (
-        sentence == "mini.yaml:12: well-formed YAML must be given, got: found undefined alias 'lr'."
-    )
+    rule = "the file must be well-formed YAML, got: found undefined alias 'lr'."
+    assert sentence == f"mini.yaml:12: {rule}"
 
 
 DEEP: dict[str, tuple[str, int]] = {
@@ -75,20 +74,20 @@ DEEP: dict[str, tuple[str, int]] = {
 @pytest.mark.parametrize("case", DEEP)
 def test_very_deep_nesting_is_refused_without_recursion(folder: Path, case: str) -> None:
     text, line = DEEP[case]
-    sentence = f"at most {MAX_DEPTH} values inside each other must hold, got more."
+    sentence = f"at most {MAX_DEPTH} levels of nesting are allowed, got more."
     assert refuse(folder, text) == f"mini.yaml:{line}: {sentence}"
 
 
 def test_nesting_is_counted_in_values_and_allowed_up_to_the_limit() -> None:
     num_lists = MAX_DEPTH - 1
     assert read_document("[" * num_lists + "1" + "]" * num_lists, "x").data is not None
-    with pytest.raises(SpaceError, match=f"x:1: at most {MAX_DEPTH} values"):
+    with pytest.raises(SpaceError, match=f"x:1: at most {MAX_DEPTH} levels"):
         read_document("[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH, "x")
 
 
 def test_a_file_of_5_mb_is_refused_by_its_size_unread(folder: Path) -> None:
     sentence = refuse(folder, MINI + "#" * (5_000_000 - len(MINI)))
-    assert sentence == "mini.yaml: at most 256000 bytes must hold, got 5000000."
+    assert sentence == "mini.yaml: size <= 256000 bytes must hold, got 5000000."
 
 
 def test_a_sparse_file_of_a_terabyte_is_refused_by_its_size(folder: Path) -> None:
@@ -97,15 +96,14 @@ def test_a_sparse_file_of_a_terabyte_is_refused_by_its_size(folder: Path) -> Non
             file.truncate(2**40)
         except OSError as exc:
             pytest.skip(f"no such file can be made here: {exc}")
-    with pytest.raises(
-        SpaceError, match=r"^mini\.yaml: at most 256000 bytes must hold, got 1099511627776\.$"
-    ):
+    rule = r"size <= 256000 bytes must hold, got 1099511627776\."
+    with pytest.raises(SpaceError, match=rf"^mini\.yaml: {rule}$"):
         read_space("mini.yaml")
 
 
 @pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "/proc", "no\nsuch.yaml"])
 def test_what_is_no_plain_file_is_not_opened(place: str) -> None:
-    with pytest.raises(SpaceError, match="a space file must exist there, got none"):
+    with pytest.raises(SpaceError, match="no such space file"):
         read_space(Path(place))
 
 
@@ -116,116 +114,71 @@ def test_a_tab_for_indentation_is_refused_at_its_line(folder: Path) -> None:
 
 def test_a_repeated_name_is_refused_with_both_lines(folder: Path) -> None:
     sentence = refuse(folder, MINI.replace("  epochs: 4\n", "  epochs: 4\n  max_lr: 0.02\n"))
-    assert (
-        sentence
-        == "mini.yaml:15: max_lr must stand once, got it again. It stands in line 12 already."
-    )
+    rule = "max_lr must appear once, got it again. It is in line 12 already."
+    assert sentence == f"mini.yaml:15: {rule}"
 
 
 def test_a_repeated_section_is_refused_with_both_lines(folder: Path) -> None:
     sentence = refuse(folder, MINI + "space: mini\n")
-    line = NUM_LINES + 1
-    assert (
-        sentence
-        == f"mini.yaml:{line}: space must stand once, got it again. It stands in line 1 already."
-    )
+    rule = "space must appear once, got it again. It is in line 1 already."
+    assert sentence == f"mini.yaml:{NUM_LINES + 1}: {rule}"
 
 
 UNKNOWN = {
-    "section": ("corrects:", "corects:", 6, "corects is not a known name. Did you mean corrects?"),
-    "knob": (
-        "  max_lr: 0.01",
-        "  maxlr: 0.01",
-        12,
-        "maxlr is not a known knob. Did you mean max_lr?",
-    ),
-    "searched knob": ("  max_lr: {low", "  learning: {low", 18, "learning is not a known knob."),
+    "section": ("corrects:", "corects:", "6: corects is not a known name. Did you mean corrects?"),
+    "knob": ("max_lr: 0.01", "maxlr: 0.01", "12: maxlr is not a known knob. Did you mean max_lr?"),
+    "searched knob": ("max_lr: {low", "learning: {low", "18: learning is not a known knob."),
     "word of a range": (
         "high: 0.5}",
         "max: 0.5}",
-        20,
-        "pct_start must be given by low, high, log, step, got max.",
+        "20: pct_start must be given by low, high, log, step, got max.",
     ),
     "budget setting": (
-        "    trials: 9",
-        "    trails: 9",
-        28,
-        "trails is not a known name. Did you mean trials?",
+        "trials: 9",
+        "trails: 9",
+        "28: trails is not a known name. Did you mean trials?",
     ),
 }
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_an_unknown_name_is_refused_at_its_line_with_the_nearest(folder: Path, case: str) -> None:
-    old, new, line, sentence = UNKNOWN[case]
+    old, new, sentence = UNKNOWN[case]
     assert old in MINI
-    assert refuse(folder, MINI.replace(old, new, 1)) == f"mini.yaml:{line}: {sentence}"
+    assert refuse(folder, MINI.replace(old, new, 1)) == f"mini.yaml:{sentence}"
 
 
-WRONG: dict[str, tuple[str, str, int, str]] = {
-    "text for a number": (
-        "epochs: 4",
-        "epochs: four",
-        14,
-        "epochs: input should be a valid integer, got 'four'.",
-    ),
+INTEGER = "14: epochs: input should be a valid integer"
+FINITE = "12: max_lr: input should be a finite number"
+MODEL = "9: model must be 's6', 's7', 's8', 's10' or 's10_postact'"
+WRONG = {
+    "text for a number": ("epochs: 4", "epochs: four", f"{INTEGER}, got 'four'."),
+    "list for a number": ("epochs: 4", "epochs: [4]", f"{INTEGER}, got (4,)."),
+    "truth for a number": ("epochs: 4", "epochs: true", f"{INTEGER}, got True."),
+    "nothing": ("epochs: 4", "epochs:", f"{INTEGER}, got None."),
+    "fraction for a count": ("epochs: 4", "epochs: 4.5", f"{INTEGER}, got 4.5."),
     "quoted number": (
         "max_lr: 0.01",
         "max_lr: '1e-2'",
-        12,
-        "max_lr: input should be a valid number, got '1e-2'.",
+        "12: max_lr: input should be a valid number, got '1e-2'.",
     ),
-    "list for a number": (
-        "epochs: 4",
-        "epochs: [4]",
-        14,
-        "epochs: input should be a valid integer, got (4,).",
-    ),
-    "truth for a number": (
-        "epochs: 4",
-        "epochs: true",
-        14,
-        "epochs: input should be a valid integer, got True.",
-    ),
-    "nothing": ("epochs: 4", "epochs:", 14, "epochs: input should be a valid integer, got None."),
-    "fraction for a count": (
-        "epochs: 4",
-        "epochs: 4.5",
-        14,
-        "epochs: input should be a valid integer, got 4.5.",
-    ),
-    "not a number": (
-        "max_lr: 0.01",
-        "max_lr: .nan",
-        12,
-        "max_lr: input should be a finite number, got nan.",
-    ),
-    "infinite": (
-        "max_lr: 0.01",
-        "max_lr: 1e999",
-        12,
-        "max_lr: input should be a finite number, got inf.",
-    ),
-    "number for a word": (
-        "model: s7",
-        "model: 7",
-        9,
-        "model must be 's6', 's7', 's8', 's10' or 's10_postact', got 7.",
-    ),
+    "not a number": ("max_lr: 0.01", "max_lr: .nan", f"{FINITE}, got nan."),
+    "infinite": ("max_lr: 0.01", "max_lr: 1e999", f"{FINITE}, got inf."),
+    "number for a word": ("model: s7", "model: 7", f"{MODEL}, got 7."),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_value_of_the_wrong_type_is_refused_and_never_converted(folder: Path, case: str) -> None:
-    old, new, line, sentence = WRONG[case]
+    old, new, sentence = WRONG[case]
     assert old in MINI
-    assert refuse(folder, MINI.replace(old, new, 1)).startswith(f"mini.yaml:{line}: {sentence}")
+    assert refuse(folder, MINI.replace(old, new, 1)).startswith(f"mini.yaml:{sentence}")
 
 
 @pytest.mark.parametrize(
     ("written", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("1.e-3", 1e-3), ("5e-1", 0.5)]
 )
-def test_1e_3_is_the_number_that_it_looks_like(folder: Path, written: str, value: float) -> None:
+def test_1e_3_is_a_number(folder: Path, written: str, value: float) -> None:
     (folder / "mini.yaml").write_text(MINI.replace("max_lr: 0.01", f"max_lr: {written}"))
     assert load_space("mini.yaml").baseline.max_lr == value
     assert parse_setting(f"max_lr={written}") == ("max_lr", value)
@@ -235,26 +188,19 @@ def test_1e_3_is_the_number_that_it_looks_like(folder: Path, written: str, value
     "raw", [b"\xff\xfe\x00", "space: höhe".encode("latin-1"), MINI.encode("utf-16")]
 )
 def test_a_file_that_is_not_utf_8_is_refused(folder: Path, raw: bytes) -> None:
-    assert refuse(folder, raw).startswith(
-        "mini.yaml: a readable UTF-8 text must be given, got: 'utf-8' codec can't"
-    )
+    rule = "the file must be readable UTF-8 text, got: 'utf-8' codec can't"
+    assert refuse(folder, raw).startswith(f"mini.yaml: {rule}")
 
 
 def test_forbidden_characters_are_refused(folder: Path) -> None:
-    assert refuse(folder, MINI.replace("a test", "a \x00 test")).startswith(
-        "mini.yaml: readable YAML must be given"
-    )
+    sentence = refuse(folder, MINI.replace("a test", "a \x00 test"))
+    assert sentence.startswith("mini.yaml: the file must be readable as YAML")
 
 
+APPLY, NEW = "python/object/apply:os.system", "python/object/new:os.system"
 HOSTILE = {
-    "call": (
-        "!!python/object/apply:os.system ['touch ran']",
-        "several values (python/object/apply:os.system)",
-    ),
-    "new": (
-        "!!python/object/new:os.system ['touch ran']",
-        "several values (python/object/new:os.system)",
-    ),
+    "call": (f"!!{APPLY} ['touch ran']", f"several values ({APPLY})"),
+    "new": (f"!!{NEW} ['touch ran']", f"several values ({NEW})"),
     "name": ("!!python/name:os.system ''", "'' (python/name:os.system)"),
     "module": ("!!python/module:os ''", "'' (python/module:os)"),
     "own tag": ("!touch ran", "'ran' (!touch)"),
@@ -265,13 +211,12 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_tag_is_refused_at_its_line_and_nothing_is_built_or_run(folder: Path, case: str) -> None:
     text, got = HOSTILE[case]
-    rule = "text, a number, true or false must be given"
+    rule = "a value must be text, a number, true or false"
     assert refuse(folder, MINI.replace("epochs: 4", f"epochs: {text}", 1)) == (
         f"mini.yaml:14: {rule}, got {got}. Quote text."
     )
-    with pytest.raises(
-        ConfigError, match=r"^--set epochs: a number, a word or a list must be given"
-    ):
+    rule = "^`settings`: epochs must be a number, a word or a list"
+    with pytest.raises(ConfigError, match=rule):
         parse_setting(f"epochs={text}")
     assert [path.name for path in folder.iterdir()] == ["mini.yaml"]
 
@@ -283,9 +228,9 @@ def test_a_tag_is_refused_at_its_line_and_nothing_is_built_or_run(folder: Path, 
             MINI.replace("a test", "[" + "x" * 200_000 + "]"),
             "mini.yaml:2: source: input should be a valid string, got",
         ),
-        ("x" * 200_000, "mini.yaml:1: names with values must be given, got 'xxx"),
+        ("x" * 200_000, "mini.yaml:1: the file must hold names with values, got 'xxx"),
         (MINI + '"' + "x" * 900 + '": 1\n', f"mini.yaml:{NUM_LINES + 1}: xxx"),
-        ("- \n" * 20_000, "mini.yaml:1: names with values must be given, got (None,"),
+        ("- \n" * 20_000, "mini.yaml:1: the file must hold names with values, got (None,"),
     ],
     ids=["a value", "a document", "a name", "a list"],
 )
@@ -312,4 +257,4 @@ def test_a_setting_of_the_command_line_has_the_same_limits() -> None:
     for text in settings:
         with pytest.raises(ConfigError) as caught:
             parse_setting(f"max_lr={text}")
-        assert re.match(r"--set(:| max_lr:) ", str(caught.value)), caught.value
+        assert re.match("`settings`: ", str(caught.value)), caught.value

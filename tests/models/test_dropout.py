@@ -1,4 +1,4 @@
-"""Dropout: how often, how strongly, from which dice, in which layout."""
+"""Dropout: its frequency, scale, random numbers and memory formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tune_cifar.models.dropout import (
     CACHED_ACTIVATIONS,
     Dropout,
     ReluDropout,
-    find_scale,
+    compute_scale,
     set_dropout_generator,
 )
 from tune_cifar.models.layers import conv_bn_relu, stack
@@ -42,9 +42,8 @@ def assert_count_is_binomial(count: int, num: int, p: float) -> None:
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
-    return float(
-        torch.corrcoef(torch.stack([first.flatten().double(), second.flatten().double()]))[0, 1]
-    )
+    pair = torch.stack([first.flatten(), second.flatten()]).double()
+    return float(torch.corrcoef(pair)[0, 1])
 
 
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.1, 0.5, 0.9])
@@ -57,10 +56,10 @@ def test_dropout_drops_with_probability_p(p: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_dropout_rounds_p_to_16_bits_and_scales_by_the_rounded_one(p: float) -> None:
     layer = make_dropout(p)
-    rounded = layer.share
+    rounded = layer.drop_p
     assert rounded * 2**16 == int(rounded * 2**16)
     assert abs(rounded - p) <= 2**-17
-    assert find_scale(layer.share) == pytest.approx(1 / (1 - rounded), rel=1e-15)
+    assert compute_scale(layer.drop_p) == pytest.approx(1 / (1 - rounded), rel=1e-15)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5])
@@ -77,7 +76,7 @@ def test_dropout_output_is_zero_or_the_scaled_input_rounded_once(dtype: torch.dt
     layer = make_dropout(0.1)
     output = layer(images)
     kept = output != 0
-    assert torch.equal(output[kept], (images.float() * find_scale(layer.share)).to(dtype)[kept])
+    assert torch.equal(output[kept], (images.float() * compute_scale(layer.drop_p)).to(dtype)[kept])
 
 
 def test_dropout_gradient_is_the_mask_times_the_scale() -> None:
@@ -85,9 +84,8 @@ def test_dropout_gradient_is_the_mask_times_the_scale() -> None:
     output = make_dropout(0.3)(images)
     weights = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
     (output * weights).sum().backward()
-    assert torch.allclose(
-        images.grad, weights * output.detach(), rtol=1e-6
-    )  # the input is 1: output = mask x scale
+    # The input is 1: the output is mask x scale.
+    assert torch.allclose(images.grad, weights * output.detach(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("whole_channels", [False, True])
@@ -99,9 +97,7 @@ def test_dropout_passes_gradcheck(whole_channels: bool) -> None:
         layer.generator.set_state(state)
         return layer(x)
 
-    images = torch.randn(
-        2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).double()
     assert torch.autograd.gradcheck(forward, images.requires_grad_())
 
 
@@ -110,18 +106,15 @@ def test_dropout_of_two_layers_and_two_calls_is_uncorrelated(whole_channels: boo
     generator = torch.Generator().manual_seed(3)
     first, second = Dropout(0.5, whole_channels), Dropout(0.5, whole_channels)
     first.generator = second.generator = generator
-    ones = torch.ones(512, 64, 2, 2) if whole_channels else torch.ones(SHAPE)
-    masks = [
-        layer(ones)[..., :1, :1] if whole_channels else layer(ones)
-        for layer in (first, second, first)
-    ]
+    ones = torch.ones(512, 64, 1, 1) if whole_channels else torch.ones(SHAPE)
+    masks = [first(ones), second(ones), first(ones)]
     bound = 5 / math.sqrt(masks[0].numel())
     pairs = [(masks[0], masks[1]), (masks[0], masks[2]), (masks[1], masks[2])]
     assert all(abs(correlation(*pair)) <= bound for pair in pairs)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 32])
-def test_dropout_of_neighbours_in_the_drawn_words_is_uncorrelated(lag: int) -> None:
+def test_dropout_of_neighbours_in_the_drawn_lanes_is_uncorrelated(lag: int) -> None:
     mask = make_dropout(0.5)(torch.ones(SHAPE)).movedim(1, -1).flatten()
     assert abs(correlation(mask[:-lag], mask[lag:])) <= 5 / math.sqrt(mask.numel() - lag)
 
@@ -142,9 +135,8 @@ def test_dropout_draws_the_same_mask_again_from_the_same_generator_state() -> No
     assert not torch.equal(expected[0], expected[1])
 
 
-def test_dropout_mask_depends_on_neither_precision_nor_memory_format_nor_threads_nor_the_global_generator() -> (
-    None
-):
+def test_dropout_mask_depends_on_the_generator_and_the_shape_alone() -> None:
+    """Not on precision, memory format, threads or the default generator."""
     ones, threads = torch.ones(SHAPE), torch.get_num_threads()
     expected = make_dropout(0.2)(ones) != 0
     variants = (
@@ -161,13 +153,13 @@ def test_dropout_mask_depends_on_neither_precision_nor_memory_format_nor_threads
         torch.set_num_threads(threads)
 
 
-def test_dropout_leaves_the_global_generator_alone_when_given_its_own() -> None:
+def test_dropout_leaves_the_default_generator_alone_when_given_its_own() -> None:
     before = torch.get_rng_state()
     make_dropout(0.2)(torch.ones(SHAPE))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_dropout_draws_from_the_global_generator_when_given_none() -> None:
+def test_dropout_draws_from_the_default_generator_when_given_none() -> None:
     layer = Dropout(0.2)
     with torch.random.fork_rng():
         outputs = []
@@ -238,20 +230,19 @@ def test_dropout_on_cuda_draws_on_the_device_from_the_generator(dtype: torch.dty
 def test_conv_bn_relu_with_dropout_is_conv_bn_relu_then_dropout(
     p: float, memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
-    """Values, gradients and running statistics, to rounding (in any order, of the sums over a channel's 17,152 values);
-    bit for bit where the scale is a power of two."""
+    """Compare values, gradients and running statistics.
+
+    Bit for bit where the scale is a power of two, else to rounding (of the sums over a channel's
+    17,152 values, in any order).
+    """
     shape = (67, 24, 16, 16)
     assert math.prod(shape) > CACHED_ACTIVATIONS, "more than one part must be drawn"
-    images = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        .to(dtype)
-        .to(memory_format=memory_format)
-    )
-    grad = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(2))
-        .to(dtype)
-        .to(memory_format=memory_format)
-    )
+
+    def draw(seed: int) -> Tensor:
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return values.to(dtype).to(memory_format=memory_format)
+
+    images, grad = draw(1), draw(2)
 
     def run(layers: torch.nn.Sequential) -> list[Tensor]:
         bn = layers.get_submodule("bn")
@@ -267,21 +258,17 @@ def test_conv_bn_relu_with_dropout_is_conv_bn_relu_then_dropout(
 
     fused = conv_bn_relu(torch.nn.Conv2d(24, 24, 1), p)
     fused.conv = torch.nn.Identity()
-    apart = stack(
-        conv=torch.nn.Identity(), bn=torch.nn.BatchNorm2d(24), relu=torch.nn.ReLU(), drop=Dropout(p)
-    )
+    conv, bn, relu = torch.nn.Identity(), torch.nn.BatchNorm2d(24), torch.nn.ReLU()
+    apart = stack(conv=conv, bn=bn, relu=relu, drop=Dropout(p))
     if dtype == torch.float64:
         fused, apart = fused.double(), apart.double()
+    eps = torch.finfo(dtype).eps
+    sum_eps = {torch.float64: 1e-11, torch.float32: 2e-3, torch.bfloat16: 1.0}[dtype]
     for one, other in zip(run(fused), run(apart), strict=True):
         if p in (0.0, 0.5):
             assert torch.equal(one, other)
         else:
-            eps = torch.finfo(dtype).eps
-            atol = (
-                {torch.float64: 1e-11, torch.float32: 2e-3, torch.bfloat16: 1.0}[dtype]
-                if one.dim() == 1
-                else eps
-            )
+            atol = sum_eps if one.dim() == 1 else eps
             torch.testing.assert_close(one, other, rtol=8 * eps, atol=8 * atol)
 
 
@@ -290,18 +277,17 @@ def test_relu_dropout_is_a_relu_in_evaluation() -> None:
     assert torch.equal(layer(torch.tensor([[-1.0, 2.0]])), torch.tensor([[0.0, 2.0]]))
 
 
-def test_relu_dropout_lets_nan_through_so_that_divergence_is_seen() -> None:
+def test_relu_dropout_keeps_nan_so_that_divergence_is_seen() -> None:
     layer = ReluDropout(0.5)
     layer.generator = torch.Generator().manual_seed(0)
     assert layer(torch.full((4, 8, 2, 2), math.nan)).isnan().all()
 
 
-def test_a_stream_of_aes_in_counter_mode_is_what_the_dice_are() -> None:
-    """NIST SP 800-38A gives AES as it is; a mask that has once been drawn must be drawn for ever."""
+def test_the_lanes_are_a_stream_of_aes_in_counter_mode() -> None:
+    """NIST SP 800-38A defines it, so a seed gives the same mask in every version."""
     layer = make_dropout(0.5, seed=0)
-    key = int(
-        torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
-    )
+    generator = torch.Generator().manual_seed(0)
+    key = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
     encryptor = Cipher(algorithms.AES(key.to_bytes(16, "little")), modes.CTR(bytes(16))).encryptor()
     num = 2 * CACHED_ACTIVATIONS + 5  # more than one piece of zeros
     lanes = np.frombuffer(encryptor.update(bytes(2 * num)), np.int16)

@@ -1,4 +1,4 @@
-"""The five networks against the facts of their sources: counts, tables, placement of dropout, order of operations."""
+"""The five networks against their sources: counts, tables, place of dropout, order of layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tune_cifar.models.layers import Residual
 from tune_cifar.models.summary import describe_model
 from tune_cifar.schema import ModelName, TrainConfig
 
-# name: parameters, MACs (millions), receptive field with pooling, parameters of BN, number of Dropout layers
+# name: parameters, MACs (millions), receptive field with pooling, parameters of BN, Dropout layers
 FACTS = {
     "s6": (197_498, 77.5, 47, 656, 3),
     "s7": (86_816, 19.2, 83, 832, 8),
@@ -32,7 +32,8 @@ SLOWLY = [
     pytest.param(name, marks=pytest.mark.slow if name.startswith("s10") else ()) for name in NAMES
 ]
 
-# Convs in forward order: kernel, channels in, out, groups, stride, padding, dilation, side of the output, parameters.
+# Convs in forward order: kernel, channels in, out, groups, stride, padding, dilation, side of the
+# output, parameters.
 S6_CONVS = [
     (3, 3, 8, 1, 1, 1, 1, 32, 224),
     (3, 8, 16, 1, 1, 1, 1, 32, 1_168),
@@ -100,7 +101,7 @@ CONVS = {
     "s10_postact": S10_POSTACT_CONVS,
 }
 
-# The layers after each conv (C) in forward order: B BN, R ReLU, D dropout, P pooling, A addition, L linear.
+# The layers in forward order: C conv, B BN, R ReLU, D dropout, P pooling, A addition, L linear.
 CBR, CBRD, CRBD = "C B R", "C B RD", "C R B D"
 ORDERS = {
     "s6": f"{CBR} {CBR} {CBR} {CBR} D {CBR} D C {CBR} {CBR} {CBR} {CBR} {CBR} D C C P",
@@ -126,6 +127,11 @@ def make_images(num: int = 4, side: int = 32) -> Tensor:
     return torch.randn(num, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
+def make_config(name: str, dropout: float = 0.0) -> TrainConfig:
+    recipe = {"optimizer": "sgd", "schedule": "constant", "max_lr": 0.1, "batch_size": 8}
+    return TrainConfig(model=name, **recipe, epochs=1, dropout=dropout)
+
+
 def make_model(name: str, dropout: float = 0.0, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -135,17 +141,16 @@ def make_model(name: str, dropout: float = 0.0, seed: int = 0) -> nn.Module:
 
 
 def list_convs(name: str) -> list[tuple[int, ...]]:
-    """The rows of `name`'s table that are convs, in the form of S6_CONVS."""
+    """Return the rows of the network's table that are convs, in the form of S6_CONVS."""
     modules = dict(MODELS[name]().named_modules())
-    rows = [(modules[row.name], row) for row in describe_model(name).layers]
-    return [
-        (
-            *(conv.kernel_size[0], conv.in_channels, conv.out_channels, conv.groups),
-            *(conv.stride[0], conv.padding[0], conv.dilation[0], row.output_shape[1], row.params),
-        )
-        for conv, row in rows
-        if isinstance(conv, nn.Conv2d)
-    ]
+    convs = []
+    for row in describe_model(name).layers:
+        conv = modules[row.name]
+        if isinstance(conv, nn.Conv2d):
+            channels = (conv.kernel_size[0], conv.in_channels, conv.out_channels, conv.groups)
+            places = (conv.stride[0], conv.padding[0], conv.dilation[0], row.output_shape[1])
+            convs.append((*channels, *places, row.params))
+    return convs
 
 
 def test_the_table_has_every_model_of_the_schema() -> None:
@@ -168,9 +173,8 @@ def test_images_become_ten_logits_and_every_parameter_gets_a_gradient(name: str)
     F.cross_entropy(logits, torch.arange(4)).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     without = [n for n, p in model.named_parameters() if not p.grad.abs().sum() > 0]
-    assert all(
-        n.endswith("bias") for n in without
-    )  # a bias before BN moves nothing, up to rounding
+    # A bias before BN has no effect, up to rounding.
+    assert all(n.endswith("bias") for n in without)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,7 +190,7 @@ def test_convs_are_the_sources_row_by_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layers_stand_in_the_sources_order(name: str) -> None:
+def test_layers_are_in_the_sources_order(name: str) -> None:
     kinds = [row.kind for row in describe_model(name).layers if row.kind != "Flatten"]
     assert [LETTERS.get(kind, "C") for kind in kinds] == ORDERS[name].split()
 
@@ -195,11 +199,8 @@ def test_layers_stand_in_the_sources_order(name: str) -> None:
 def test_the_summary_has_the_sources_totals(name: str) -> None:
     summary = describe_model(name)
     params, macs, receptive_field, _, _ = FACTS[name]
-    assert (summary.name, summary.params, summary.receptive_field) == (
-        name,
-        params,
-        receptive_field,
-    )
+    assert (summary.name, summary.params) == (name, params)
+    assert summary.receptive_field == receptive_field
     assert round(summary.macs / 1e6, 1) == macs
     assert sum(row.params for row in summary.layers) == summary.params
     assert sum(row.macs for row in summary.layers) == summary.macs
@@ -227,16 +228,14 @@ def test_macs_of_a_conv_are_its_weights_times_its_positions(name: str) -> None:
 def test_receptive_fields_of_the_convs_are_those_computed_by_hand(
     name: str, expected: list[int]
 ) -> None:
-    assert [
-        row.receptive_field for row in describe_model(name).layers if row.kind == "Conv2d"
-    ] == expected
+    convs = [row for row in describe_model(name).layers if row.kind == "Conv2d"]
+    assert [row.receptive_field for row in convs] == expected
 
 
 def make_transparent(model: nn.Module) -> nn.Sequential:
-    """The layers before the flattening, made so that a gradient reaches every pixel that a feature may depend on."""
-    features = nn.Sequential(
-        *list(model.children())[: [type(m) for m in model.children()].index(nn.Flatten)]
-    )
+    """Return the layers before Flatten, changed so that gradients reach all pixels in reach."""
+    children = list(model.children())
+    features = nn.Sequential(*children[: [type(child) for child in children].index(nn.Flatten)])
     for module in list(features.modules()):
         for key, child in list(module.named_children()):
             if isinstance(child, nn.MaxPool2d):
@@ -262,22 +261,11 @@ def test_the_receptive_field_is_the_extent_of_the_gradient_in_a_large_image(name
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_summary_is_plain_data_and_the_same_for_name_and_configuration(name: str) -> None:
-    config = TrainConfig(
-        model=name,
-        optimizer="sgd",
-        schedule="constant",
-        max_lr=0.1,
-        batch_size=8,
-        epochs=1,
-        dropout=0.5,
-    )
-    assert describe_model(config) == describe_model(name)
+    assert describe_model(make_config(name, 0.5)) == describe_model(name)
     table = json.loads(json.dumps(describe_model(name).to_dict()))
     assert set(table) == {"name", "params", "macs", "receptive_field", "layers"}
-    assert all(
-        set(row) == {"name", "kind", "output_shape", "params", "macs", "receptive_field"}
-        for row in table["layers"]
-    )
+    columns = {"name", "kind", "output_shape", "params", "macs", "receptive_field"}
+    assert all(set(row) == columns for row in table["layers"])
     assert table["layers"][-1]["output_shape"] == [10]
 
 
@@ -291,12 +279,12 @@ def test_describe_model_draws_no_random_number() -> None:
     ("name", "hint"), [("s10_post", r"Did you mean s10_postact\?"), ("vgg", "Choose from s6, s7")]
 )
 def test_describe_model_names_the_nearest_model_for_an_unknown_one(name: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^model: '{name}' is not a known name\. {hint}"):
+    with pytest.raises(ConfigError, match=rf"^no model named '{name}'\. {hint}"):
         describe_model(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dropout_stands_as_often_as_in_the_source_and_takes_channels_only_in_s6(name: str) -> None:
+def test_dropout_occurs_as_often_as_in_the_source_and_drops_channels_only_in_s6(name: str) -> None:
     drops = [module for module in make_model(name, 0.1).modules() if isinstance(module, Dropout)]
     assert len(drops) == FACTS[name][4]
     assert {drop.p for drop in drops} == {0.1}
@@ -315,23 +303,13 @@ def test_dropout_changes_training_and_never_evaluation(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dropout_layer_draws_from_the_generator_given_in_forward_order(name: str) -> None:
-    config = TrainConfig(
-        model=name,
-        optimizer="sgd",
-        schedule="constant",
-        max_lr=0.1,
-        batch_size=8,
-        epochs=1,
-        dropout=0.3,
-    )
     generator = torch.Generator().manual_seed(5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(config)
+        model = build_model(make_config(name, 0.3))
     set_dropout_generator(model, generator)
-    assert all(
-        module.generator is generator for module in model.modules() if isinstance(module, Dropout)
-    )
+    drops = [module for module in model.modules() if isinstance(module, Dropout)]
+    assert all(drop.generator is generator for drop in drops)
     before = torch.get_rng_state()
     logits = model(make_images())
     assert torch.equal(torch.get_rng_state(), before)
@@ -339,28 +317,24 @@ def test_every_dropout_layer_draws_from_the_generator_given_in_forward_order(nam
     assert torch.equal(model(make_images()), logits)
 
 
-def test_build_model_draws_the_weights_from_the_global_generator() -> None:
-    config = TrainConfig(
-        model="s7", optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=8, epochs=1
-    )
+def test_build_model_draws_the_weights_from_the_default_generator() -> None:
     weights = []
     with torch.random.fork_rng():
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            weights.append(
-                torch.cat([p.detach().flatten() for p in build_model(config).parameters()])
-            )
+            model = build_model(make_config("s7"))
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_a_model_with_a_generator_can_be_copied() -> None:
     model = make_model("s7", 0.3)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(make_images()), model(make_images()))
+    other = copy.deepcopy(model)
+    assert torch.equal(other(make_images()), model(make_images()))
 
 
 @pytest.mark.parametrize("name", ["s10", "s10_postact"])
-def test_the_relu_of_a_residual_block_stands_inside_s10_and_after_the_addition_in_s10_postact(
+def test_the_relu_of_a_residual_block_is_in_the_body_in_s10_and_after_the_sum_in_s10_postact(
     name: str,
 ) -> None:
     model = make_model(name).eval()
@@ -380,9 +354,8 @@ def test_bf16_channels_last_training_gives_nearly_the_gradient_of_fp32(name: str
     for bf16 in (False, True):
         model, images = make_model(name), make_images(32)
         if bf16:
-            model, images = (
-                thing.to(memory_format=torch.channels_last) for thing in (model, images)
-            )
+            model = model.to(memory_format=torch.channels_last)
+            images = images.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(model(images).float(), torch.arange(32) % 10)
         loss.backward()
@@ -391,7 +364,7 @@ def test_bf16_channels_last_training_gives_nearly_the_gradient_of_fp32(name: str
 
 
 def compare_convs(ours: nn.Conv2d, plain: nn.Conv2d, images: Tensor) -> None:
-    """Outputs and all three gradients agree in float64."""
+    """Check that outputs and all three gradients agree in float64."""
     plain.load_state_dict(ours.state_dict())
     results = []
     for conv in (ours.double(), plain.double()):
@@ -420,9 +393,8 @@ def test_the_strided_and_dilated_conv_of_s8_has_the_gradients_of_an_ordinary_con
     memory_format: torch.memory_format, stride: int
 ) -> None:
     options = {"stride": stride, "dilation": stride, "padding": stride, "bias": False}
-    images = torch.randn(3, 5, 11, 14, generator=torch.Generator().manual_seed(0)).to(
-        memory_format=memory_format
-    )
+    images = torch.randn(3, 5, 11, 14, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=memory_format)
     conv = SubsamplingConv2d(5, 4, stride)
     compare_convs(conv, nn.Conv2d(5, 4, 3, **options), images)
     x = images.double().requires_grad_()
@@ -434,32 +406,23 @@ def test_the_strided_and_dilated_conv_of_s8_has_the_gradients_of_an_ordinary_con
 def test_the_strided_depthwise_of_s7_has_the_gradients_of_an_ordinary_conv_in_bf16_too(
     memory_format: torch.memory_format,
 ) -> None:
-    """Under autocast, where its backward is its own; to bf16's rounding."""
+    """Under autocast, where it has a backward of its own; to bf16's rounding."""
     conv = StridedDepthwiseConv2d(64, stride=2)
-    draws = torch.Generator().manual_seed(0)
-    images = (
-        torch.randn(4, 64, 16, 16, generator=draws)
-        .bfloat16()
-        .to(memory_format=memory_format)
-        .requires_grad_()
-    )
-    weights = torch.randn(4, 64, 8, 8, generator=draws)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 64, 16, 16, generator=generator).bfloat16()
+    images = images.to(memory_format=memory_format).requires_grad_()
+    weights = torch.randn(4, 64, 8, 8, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         output = conv(images)
     (output * weights).sum().backward()
-    assert (
-        output.dtype == images.grad.dtype == torch.bfloat16
-        and conv.weight.grad.dtype == torch.float32
-    )
+    assert output.dtype == images.grad.dtype == torch.bfloat16
+    assert conv.weight.grad.dtype == torch.float32
     assert images.grad.stride() == images.stride()
-    wide, weight = (
-        images.detach().float().requires_grad_(),
-        conv.weight.detach().bfloat16().float().requires_grad_(),
-    )
+    wide = images.detach().float().requires_grad_()
+    weight = conv.weight.detach().bfloat16().float().requires_grad_()
     exact = F.conv2d(wide, weight, stride=2, padding=1, groups=64)
     (exact * weights.bfloat16()).sum().backward()
     pairs = [(output, exact), (images.grad, wide.grad), (conv.weight.grad, weight.grad)]
-    for mine, theirs in pairs:
-        torch.testing.assert_close(
-            mine.float(), theirs, rtol=2**-7, atol=2**-7 * float(theirs.detach().abs().max())
-        )
+    for ours, theirs in pairs:
+        atol = 2**-7 * float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours.float(), theirs, rtol=2**-7, atol=atol)

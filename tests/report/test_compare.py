@@ -1,4 +1,4 @@
-"""Searches beside each other and beside their sources: the tables, and that the figures show them."""
+"""Tables and figures of several searches and of their sources."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.builders import (
     evaluate_answers,
     make_header,
     make_trial,
-    run_search,
     score_by_lr,
+    simulate_search,
     write_record,
 )
 from tune_cifar.errors import SpaceError
@@ -41,25 +41,22 @@ from tune_cifar.space.select import describe_distribution, load_space
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
-    return run_search(tmp_path_factory.mktemp("runs"), 12)
+    return simulate_search(tmp_path_factory.mktemp("runs"), 12)
 
 
 @pytest.fixture(scope="module")
 def states(searched: SearchState, tmp_path_factory: pytest.TempPathFactory) -> list[SearchState]:
-    """Two searches whose trials compare, the better one second, and a third of longer trainings in between."""
-    better = run_search(
-        tmp_path_factory.mktemp("runs"), 8, lambda trial, cycle: score_by_lr(trial, cycle) + 0.1
-    )
+    """Two searches whose trials compare, the better one last, and a longer one between them."""
+    folder = tmp_path_factory.mktemp("runs")
+    better = simulate_search(folder, 8, lambda trial, stage: score_by_lr(trial, stage) + 0.1)
     better.header = better.header.model_copy(update={"name": "y"})
-    longer = write_record(
-        tmp_path_factory.mktemp("runs"),
-        make_header("z", space_text=searched.header.space_text, space="smoke"),
-        [*make_trial(0, [0.3, 0.5, 0.7], "complete"), *make_trial(1, [0.2], "stopped")],
-    )
+    header = make_header("z", space_text=searched.header.space_text, space="smoke")
+    trials = [*make_trial(0, [0.3, 0.5, 0.7], "complete"), *make_trial(1, [0.2], "stopped")]
+    longer = write_record(tmp_path_factory.mktemp("runs"), header, trials)
     return [searched, longer, better]
 
 
-def test_facts_tell_what_was_done_in_words(searched: SearchState) -> None:
+def test_facts_say_what_was_done_in_words(searched: SearchState) -> None:
     facts = make_facts(searched).set_index("fact")["value"]
     assert facts["space"] == "smoke (cpu)" and facts["data"] == "cifar10"
     assert facts["rungs"] == "1, 3 epochs, fidelity cycles" and facts["trials"].startswith("12: ")
@@ -68,26 +65,22 @@ def test_facts_tell_what_was_done_in_words(searched: SearchState) -> None:
 
 def test_facts_of_an_unfinished_single_training_have_no_end(tmp_path: Path) -> None:
     header = make_header("t", kind="train", distributions={}, budget={})
-    facts = make_facts(write_record(tmp_path, header, make_trial(0, [0.3], None))).set_index(
-        "fact"
-    )["value"]
-    assert (
-        facts["ended"] == "not ended"
-        and facts["sampler"] == "none, seed 1"
-        and facts["epochs paid"] == "1"
-    )
+    state = write_record(tmp_path, header, make_trial(0, [0.3], None))
+    facts = make_facts(state).set_index("fact")["value"]
+    assert (facts["ended"], facts["sampler"]) == ("not ended", "none, seed 1")
+    assert facts["epochs trained"] == "1"
 
 
 def test_knobs_stand_with_range_baseline_and_best(searched: SearchState) -> None:
     table = make_knobs(searched)
     best = searched.best
     assert best is not None and list(table["knob"]) == list(searched.header.distributions)
+    distributions = list_distributions(searched.header)
     for row in table.to_dict("records"):
-        assert row["baseline"] == searched.header.baseline[row["knob"]]
-        assert row["best"] == best.params[row["knob"]]
-        assert row["searched"] == describe_distribution(
-            list_distributions(searched.header)[row["knob"]]
-        )
+        knob = row["knob"]
+        assert row["baseline"] == searched.header.baseline[knob]
+        assert row["best"] == best.params[knob]
+        assert row["searched"] == describe_distribution(distributions[knob])
 
 
 def test_histories_follow_one_another(states: list[SearchState]) -> None:
@@ -107,27 +100,21 @@ def test_searches_that_compare_stand_together_the_better_one_first(
     row = table.set_index("search").loc["x"]
     best, baseline = states[0].best, states[0].baseline_score
     assert best is not None and best.score is not None and baseline is not None
-    assert (row["best"], row["baseline"], row["gain"]) == (
-        best.score,
-        baseline,
-        best.score - baseline,
-    )
+    assert (row["best"], row["baseline"]) == (best.score, baseline)
+    assert row["gain"] == best.score - baseline
     assert row["scatter"] == pytest.approx(estimate_scatter(best.score, best.config.val_size))
     assert (row["trials"], row["complete"]) == (12, states[0].counts["complete"])
     published = load_space("smoke", "cpu").header.published
     assert (row["published"], row["measured"]) == (published.accuracy, published.measured)
 
 
-def test_a_search_on_the_stand_in_says_so_and_one_without_a_complete_trial_has_no_gain(
+def test_a_search_on_synthetic_data_says_so_and_one_without_a_complete_trial_has_no_gain(
     searched: SearchState, tmp_path: Path
 ) -> None:
     data = make_header().data.model_copy(update={"name": "shapes"})
     header = make_header("s", data=data, space_text=searched.header.space_text, space="smoke")
-    state = write_record(
-        tmp_path,
-        header,
-        [*make_trial(0, [0.3], "stopped"), SearchEnded(reason="x", wall_seconds=1)],
-    )
+    events = [*make_trial(0, [0.3], "stopped"), SearchEnded(reason="x", wall_seconds=1)]
+    state = write_record(tmp_path, header, events)
     (row,) = make_comparison([state]).to_dict("records")
     assert row["group"].startswith("NOT CIFAR-10 (shapes), 3 epochs of 500 images")
     assert all(math.isnan(row[name]) for name in ("baseline", "best", "gain", "scatter"))
@@ -138,42 +125,28 @@ def test_the_scatter_of_a_difference_is_root_two_of_one_accuracys() -> None:
 
 
 def test_sources_stand_beside_the_means_of_their_tested_trainings() -> None:
-    tested = pd.DataFrame(
-        [
-            ("s8", "baseline", 0.80),
-            ("s8", "baseline", 0.82),
-            ("s8", "best", 0.9),
-            ("s7", "baseline", 0.5),
-        ],
-        columns=["space", "part", "test_acc"],
-    )
+    rows = [("s8", "baseline", 0.80), ("s8", "baseline", 0.82), ("s8", "best", 0.9)]
+    rows.append(("s7", "baseline", 0.5))
+    tested = pd.DataFrame(rows, columns=["space", "part", "test_acc"])
     table = make_sources(["s7", "s8", "s10"], tested).set_index("space")
     assert list(table.index) == ["s7", "s8", "s10"]
-    assert (
-        table.loc["s8", "baseline_test"] == pytest.approx(0.81)
-        and table.loc["s8", "baseline_seeds"] == 2
-    )
-    assert table.loc["s8", "best_test"] == pytest.approx(0.9) and math.isnan(
-        table.loc["s7", "best_test"]
-    )
-    assert table.loc["s10", "baseline_seeds"] == 0 and table.loc["s10", "published"] == 0.9307
+    assert table.loc["s8", "baseline_test"] == pytest.approx(0.81)
+    assert table.loc["s8", "best_test"] == pytest.approx(0.9)
+    assert math.isnan(table.loc["s7", "best_test"])
+    assert list(table["baseline_seeds"]) == [1, 2, 0] and table.loc["s10", "published"] == 0.9307
     assert "black" in table.loc["s7", "corrects"] and "by mistake" in table.loc["s7", "measured"]
     with pytest.raises(SpaceError):
         make_sources(["s77"], tested)
 
 
 def test_confusions_come_by_their_frequency_and_mistakes_by_their_confidence() -> None:
-    evaluation = evaluate_answers(
-        [0, 2, 2, 5, 5, 1], [0, 0, 0, 3, 5, 1], [0.9, 0.6, 0.7, 0.8, 0.9, 0.9]
-    )
+    predicted, labels = [0, 2, 2, 5, 5, 1], [0, 0, 0, 3, 5, 1]
+    evaluation = evaluate_answers(predicted, labels, [0.9, 0.6, 0.7, 0.8, 0.9, 0.9])
     pairs = [tuple(row) for row in make_confusions(evaluation).itertuples(index=False)]
     assert pairs == [("airplane", "bird", 2, pytest.approx(2 / 3)), ("cat", "dog", 1, 1.0)]
     mistakes = make_mistakes(evaluation)
-    assert list(mistakes["image"]) == [3, 2, 1] and list(mistakes["taken_for"]) == [
-        "dog",
-        "bird",
-        "bird",
-    ]
+    assert list(mistakes["image"]) == [3, 2, 1]
+    assert list(mistakes["taken_for"]) == ["dog", "bird", "bird"]
     assert list(mistakes["confidence"]) == pytest.approx([0.8, 0.7, 0.6], abs=1e-6)
 
 
@@ -201,27 +174,20 @@ def test_the_standing_has_a_panel_for_each_group_and_calls_the_published_figure_
 ) -> None:
     comparison = make_comparison(states)
     figure = draw_standing(comparison, "title")
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(
-        comparison["group"].unique()
-    )
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == list(comparison["group"].unique())
     places = sum(len(axes.lines[1].get_xdata()) for axes in figure.axes)
-    assert places == 3 and "published: does not compare" in list_texts(figure)
+    assert places == 3 and "published: not comparable" in list_texts(figure)
     plt.close(figure)
 
 
-def test_the_fit_has_a_piece_for_each_cycle_of_the_trial(searched: SearchState) -> None:
+def test_the_fit_has_a_piece_for_each_stage_of_the_trial(searched: SearchState) -> None:
     curves, best = make_curves(searched), searched.best
     assert best is not None
     rows = curves[curves["trial"] == best.number]
     figure = draw_fit(rows, "title")
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "3"]
-    drawn = [
-        value
-        for line in figure.axes[1].lines
-        if line.get_linestyle() == "-"
-        for value in line.get_ydata()
-    ]
-    assert [value for value in drawn if value not in (0, 1)] == pytest.approx(
-        list(100 * rows["val_acc"])
-    )
+    solid = [line for line in figure.axes[1].lines if line.get_linestyle() == "-"]
+    drawn = [value for line in solid for value in line.get_ydata() if value not in (0, 1)]
+    assert drawn == pytest.approx(list(100 * rows["val_acc"]))
     plt.close(figure)

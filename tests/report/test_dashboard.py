@@ -1,4 +1,4 @@
-"""Recorded searches as Optuna studies: the copy says what the record says, and optuna-dashboard shows it."""
+"""Recorded searches as Optuna studies, and that optuna-dashboard shows them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from urllib.request import urlopen
 import optuna
 import psutil
 import pytest
+from optuna.distributions import FloatDistribution, distribution_to_json
 from optuna.trial import TrialState
 
 from tests.builders import (
     CONFIG,
     ROOT,
     invoke,
-    make_cycles,
     make_header,
+    make_staged_trial,
     make_start,
     make_trial,
     refuse,
-    run_search,
+    simulate_search,
     write_record,
 )
 from tune_cifar.errors import ConfigError, RecordError
@@ -36,7 +37,7 @@ from tune_cifar.report.dashboard import make_studies
 from tune_cifar.search.sampler import Sampler, list_distributions
 from tune_cifar.space.select import load_space
 
-MAX_LR = '{"name": "FloatDistribution", "attributes": {"step": null, "low": 0.001, "high": 1.0, "log": true}}'
+MAX_LR = distribution_to_json(FloatDistribution(0.001, 1.0, log=True))
 
 
 def load_study(states: list[SearchState], name: str) -> optuna.Study:
@@ -45,17 +46,16 @@ def load_study(states: list[SearchState], name: str) -> optuna.Study:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
-    """A search by the driver: 12 trials in cycles, the fifth diverged."""
-    return run_search(tmp_path_factory.mktemp("runs"), 12, diverging=5)
+    """A simulated search of 12 trials in stages; trial 5 diverged."""
+    return simulate_search(tmp_path_factory.mktemp("runs"), 12, diverging=5)
 
 
 def test_a_study_says_of_every_trial_what_the_record_says(
     searched: SearchState, tmp_path: Path
 ) -> None:
     study = load_study([searched], "x")
-    assert study.direction == optuna.study.StudyDirection.MAXIMIZE and study.metric_names == [
-        "score"
-    ]
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+    assert study.metric_names == ["score"]
     assert study.user_attrs["space"] == "smoke" and study.user_attrs["data"] == "cifar10"
     assert len(study.trials) == 12
     states = {
@@ -67,21 +67,12 @@ def test_a_study_says_of_every_trial_what_the_record_says(
         trial = searched.trials[number]
         assert found.state == states[trial.status] and found.params == trial.params
         assert found.distributions == list_distributions(searched.header)
-        assert found.intermediate_values == (
-            {0: 0.1} if trial.status == "diverged" else trial.scores
-        )
-        assert (
-            found.value
-            == {"complete": trial.score, "stopped": trial.val_acc, "diverged": 0.1}[trial.status]
-        )
-        about = {
-            "run_id": f"x:{number}",
-            "status": trial.status,
-            "origin": trial.origin,
-            "reason": trial.reason,
-        }
-        about |= {"epochs_done": trial.epochs_done, "fingerprint": trial.fingerprint}
-        assert found.user_attrs == about
+        scores = {0: 0.1} if trial.status == "diverged" else trial.scores
+        assert found.intermediate_values == scores
+        values = {"complete": trial.score, "stopped": trial.val_acc, "diverged": 0.1}
+        assert found.value == values[trial.status]
+        names = ("run_id", "status", "origin", "reason", "epochs_done", "fingerprint")
+        assert found.user_attrs == {name: getattr(trial, name) for name in names}
         assert trial.started is not None and trial.ended is not None
         assert found.datetime_start is not None and found.datetime_complete is not None
         assert found.datetime_start.astimezone() == datetime.fromisoformat(trial.started)
@@ -93,21 +84,16 @@ def test_a_study_says_of_every_trial_what_the_record_says(
 def test_a_study_is_the_one_that_the_sampler_rebuilds(
     searched: SearchState, tmp_path: Path
 ) -> None:
-    """Else what the page shows of ranges and importances would not be what the search learnt."""
+    """So the page shows ranges and importances of what the search has learnt from."""
     study = load_study([searched], "x")
     sampler = Sampler(load_space("smoke", "cpu"), searched.header.seed, searched.trials.values())
-    for found, told in zip(study.trials, sampler._study.trials, strict=True):
-        assert (found.number, found.state, found.params, found.values) == (
-            told.number,
-            told.state,
-            told.params,
-            told.values,
-        )
-        assert found.distributions == told.distributions
+    for found, rebuilt in zip(study.trials, sampler._study.trials, strict=True):
+        for name in ("number", "state", "params", "values", "distributions"):
+            assert getattr(found, name) == getattr(rebuilt, name), name
 
 
 def test_every_ending_and_none_has_its_state(tmp_path: Path) -> None:
-    """By hand, as the driver rarely writes them: cut before the first rung, cut between two, failed, still running."""
+    """Written by hand: stopped before the first rung and between two, failed, still running."""
     header = make_header(distributions={"max_lr": MAX_LR}, budget={"trials": 6, "rungs": [2, 3]})
     events = [
         *make_trial(0, [0.3, 0.5, 0.7], "complete"),
@@ -128,27 +114,18 @@ def test_every_ending_and_none_has_its_state(tmp_path: Path) -> None:
         ("PRUNED", 0.1, {0: 0.1}),
     ]
     assert trials[4].datetime_complete is None
-    assert [trial.user_attrs["status"] for trial in trials] == [
-        trial.status for trial in state.trials.values()
-    ]
+    statuses = [trial.status for trial in state.trials.values()]
+    assert [trial.user_attrs["status"] for trial in trials] == statuses
 
 
 def test_only_searches_have_studies_and_all_of_them_stand_on_one_page(tmp_path: Path) -> None:
-    ranges = {"max_lr": MAX_LR}
-    states = [
-        write_record(
-            tmp_path,
-            make_header("a", distributions=ranges),
-            make_trial(0, [0.3, 0.5, 0.7], "complete"),
-        ),
-        write_record(
-            tmp_path, make_header("b", distributions=ranges), make_cycles(0, {1: [0.5]}, None)
-        ),
-        write_record(
-            tmp_path, make_header("t", kind="train", distributions={}), make_trial(0, [0.4], None)
-        ),
-        write_record(tmp_path, make_header("new", distributions=ranges), []),
-    ]
+    complete, running = make_trial(0, [0.3, 0.5, 0.7], "complete"), make_trial(0, [0.4], None)
+    events = {"a": complete, "b": make_staged_trial(0, {1: [0.5]}, None), "new": []}
+    training = make_header("t", kind="train", distributions={})
+    states = [write_record(tmp_path, training, running)]
+    for name, found in events.items():
+        header = make_header(name, distributions={"max_lr": MAX_LR})
+        states.append(write_record(tmp_path, header, found))
     assert optuna.get_all_study_names(make_studies(states)) == ["a", "b", "new"]
     assert load_study(states, "b").trials[0].intermediate_values == {1: 0.5}
     assert load_study(states, "new").trials == []
@@ -162,33 +139,23 @@ def test_a_record_without_times_is_exported_too(tmp_path: Path) -> None:
     state = write_record(tmp_path, header, [start, *rest])
     (trial,) = load_study([state], "s7-1").trials
     created = datetime.fromisoformat(header.created).astimezone().replace(tzinfo=None)
-    assert trial.datetime_start == trial.datetime_complete == created and trial.params == {
-        "max_lr": CONFIG.max_lr
-    }
+    assert trial.datetime_start == trial.datetime_complete == created
+    assert trial.params == {"max_lr": CONFIG.max_lr}
 
 
-def test_what_cannot_be_looked_at_is_told_in_a_sentence(
+def test_what_cannot_be_shown_is_refused_in_a_sentence(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    none = "--optuna: a search must be recorded, got"
-    assert (
-        refuse(RecordError, "ui", "--optuna") == f"{none} none. Run one first, or give --storage."
-    )
-    write_record(
-        workplace / "runs",
-        make_header("t", kind="train", distributions={}),
-        make_trial(0, [0.4], None),
-    )
-    assert (
-        refuse(RecordError, "ui", "--optuna")
-        == f"{none} t (a single training). Run one first, or give --storage."
-    )
-    assert "a search of the name must be recorded, got 'u'." in refuse(
-        RecordError, "ui", "--optuna", "--search", "u"
-    )
+    hint = "Run a search first, or give another `storage`."
+    assert refuse(RecordError, "ui", "--optuna") == f"`optuna`: nothing is recorded. {hint}"
+    training = make_header("t", kind="train", distributions={})
+    write_record(workplace / "runs", training, make_trial(0, [0.4], None))
+    rule = "no search is recorded, only t (a single training)"
+    assert refuse(RecordError, "ui", "--optuna") == f"`optuna`: {rule}. {hint}"
+    assert "'u'" in refuse(RecordError, "ui", "--optuna", "--search", "u")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    sentence = "--optuna: optuna-dashboard must be installed, got none. Run `python -m pip install optuna-dashboard`"
-    assert refuse(ConfigError, "ui", "--optuna").startswith(sentence)
+    sentence = refuse(ConfigError, "ui", "--optuna")
+    assert sentence.startswith("optuna-dashboard is not installed. Run `python -m pip install opt")
 
 
 @pytest.mark.parametrize(
@@ -205,16 +172,9 @@ def test_options_of_the_other_page_are_wrong_usage(workplace: Path, words: tuple
 def test_ui_optuna_shows_the_search_and_ends_with_ctrl_c(
     searched: SearchState, tmp_path: Path
 ) -> None:
-    """The whole command in a process of its own; it leaves no file."""
-    command = [
-        sys.executable,
-        "-m",
-        "tune_cifar",
-        "ui",
-        "--optuna",
-        "--storage",
-        str(searched.folder.parent.parent),
-    ]
+    """The command in a process of its own; it leaves no file."""
+    words = ("ui", "--optuna", "--storage", str(searched.storage))
+    command = [sys.executable, "-m", "tune_cifar", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         command,
@@ -227,9 +187,8 @@ def test_ui_optuna_shows_the_search_and_ends_with_ctrl_c(
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(
-            r"optuna-dashboard: (http://127\.0\.0\.1:\d+)  \(Ctrl-C ends it\)\n", line
-        )
+        address = r"(http://127\.0\.0\.1:\d+)"
+        found = re.fullmatch(rf"optuna-dashboard: {address}  \(Ctrl-C ends it\)\n", line)
         assert found is not None, line
         with urlopen(found[1], timeout=120) as page:
             assert page.status == 200 and b"Optuna Dashboard" in page.read()
@@ -238,10 +197,9 @@ def test_ui_optuna_shows_the_search_and_ends_with_ctrl_c(
         assert study["study_name"] == "x"
         with urlopen(f"{found[1]}/api/studies/{study['study_id']}", timeout=120) as answer:
             trials = json.load(answer)["trials"]
-        words = {"complete": "Complete", "stopped": "Pruned", "diverged": "Pruned"}
-        assert [trial["state"] for trial in trials] == [
-            words[trial.status] for trial in searched.trials.values()
-        ]
+        names = {"complete": "Complete", "stopped": "Pruned", "diverged": "Pruned"}
+        states = [names[trial.status] for trial in searched.trials.values()]
+        assert [trial["state"] for trial in trials] == states
         assert psutil.Process(process.pid).children(recursive=True) == []
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         out, err = process.communicate(timeout=120)

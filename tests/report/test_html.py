@@ -1,4 +1,4 @@
-"""The report of a search, and what it says of the space."""
+"""The report of a search, and its evaluation of the space."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from optuna.distributions import FloatDistribution, distribution_to_json
 
 from tests.builders import (
     EVENTS,
+    SHAPES_INFO,
     invoke,
     make_header,
     make_start,
     refuse,
-    run_search,
+    simulate_search,
     train_small,
     write_record,
 )
@@ -26,7 +27,7 @@ from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.health import examine_space
 from tune_cifar.report.html import make_report, write_report
 from tune_cifar.report.tables import make_importances, make_slices
-from tune_cifar.schema import DataInfo, Numerics
+from tune_cifar.schema import Numerics
 from tune_cifar.space.layout import Range
 from tune_cifar.space.reader import parse_space
 
@@ -36,14 +37,14 @@ def examine(state: SearchState) -> tuple[tuple[str, ...], str]:
     return found.sentences, found.diff
 
 
-def at_the_bottom(trial: TrialState, cycle: int) -> float:
-    """The smaller max_lr, the better."""
+def score_at_the_bottom(trial: TrialState, stage: int) -> float:
+    """Return a score that rises as max_lr falls."""
     return 0.6 - 0.1 * math.log10(trial.full_config.max_lr / 3e-3)
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
-    return run_search(tmp_path_factory.mktemp("runs"), 30)
+    return simulate_search(tmp_path_factory.mktemp("runs"), 30)
 
 
 def test_a_narrower_range_is_proposed_around_the_best_and_the_files_own_values(
@@ -52,9 +53,8 @@ def test_a_narrower_range_is_proposed_around_the_best_and_the_files_own_values(
     sentences, diff = examine(searched)
     (added,) = (line for line in diff.splitlines() if line.startswith("+  max_lr"))
     low, high = (float(text) for text in re.findall(r"(?:low|high): ([^,}]+)", added))
-    assert 3e-3 < low < 0.05 and 0.1 <= high < 1.0, (
-        "0.05 is the baseline and the best, 0.1 a point of the file"
-    )
+    # 0.05 is the baseline and the best, 0.1 a point of the file.
+    assert 3e-3 < low < 0.05 and 0.1 <= high < 1.0
     assert not any(sentence.startswith("max_lr") for sentence in sentences)
 
 
@@ -63,9 +63,9 @@ def test_the_proposal_is_a_space_file_that_differs_in_that_range_alone(
 ) -> None:
     _, diff = examine(searched)
     before = searched.header.space_text
-    removed, added = (
-        [line[1:] for line in diff.splitlines() if re.match(rf"\{sign} ", line)] for sign in "-+"
-    )
+    lines = diff.splitlines()
+    removed = [line[1:] for line in lines if line.startswith("- ")]
+    added = [line[1:] for line in lines if line.startswith("+ ")]
     after = before
     for old, new in zip(removed, added, strict=True):
         assert after.count(old) == 1
@@ -74,49 +74,39 @@ def test_the_proposal_is_a_space_file_that_differs_in_that_range_alone(
     assert isinstance(space.search["max_lr"], Range) and space.search["max_lr"].log
 
 
-def test_the_best_trials_at_an_edge_are_told_of_and_that_side_stays(tmp_path: Path) -> None:
-    sentences, diff = examine(run_search(tmp_path, 30, at_the_bottom))
+def test_best_trials_at_an_edge_are_reported_and_that_end_stays(tmp_path: Path) -> None:
+    sentences, diff = examine(simulate_search(tmp_path, 30, score_at_the_bottom))
     (sentence,) = (found for found in sentences if found.startswith("max_lr"))
-    assert (
-        "best trials lie in the lower tenth of its range, at 0.003; the best may lie beyond it."
-        in sentence
-    )
+    where = "best trials lie in the lower tenth of its range, at 0.003"
+    assert f"{where}; the best may lie beyond it." in sentence
     assert all("low: 3.0e-3" in line for line in diff.splitlines() if line.startswith("+  max_lr"))
 
 
 def test_at_the_schemas_own_bound_nothing_lies_beyond(tmp_path: Path) -> None:
-    sentences, _ = examine(
-        run_search(tmp_path, 30, lambda trial, cycle: 0.6 - 2 * trial.full_config.dropout)
-    )
+    state = simulate_search(tmp_path, 30, lambda trial, _: 0.6 - 2 * trial.full_config.dropout)
+    sentences, _ = examine(state)
     (sentence,) = (found for found in sentences if found.startswith("dropout"))
     assert sentence.endswith("lie in the lower tenth of its range, at 0; nothing lies beyond it.")
 
 
 def test_a_knob_without_effect_is_named_and_not_narrowed(searched: SearchState) -> None:
     importances = make_importances(searched, num_resamples=5)
-    importances.loc[importances["knob"] == "dropout", ["importance", "low", "high"]] = [
-        0.01,
-        0.0,
-        0.05,
-    ]
+    columns = ["importance", "low", "high"]
+    importances.loc[importances["knob"] == "dropout", columns] = [0.01, 0.0, 0.05]
     found = examine_space(searched, make_slices(searched), importances)
-    assert (
-        "dropout: no effect was seen; a pinned value would leave the trials to the other knobs."
-        in found.sentences
-    )
+    hint = "a pinned value would leave the trials to the other knobs."
+    assert f"dropout: no effect was seen; {hint}" in found.sentences
     assert "+  dropout" not in found.diff
 
 
-def test_of_few_trials_nothing_is_said(tmp_path: Path) -> None:
-    sentences, diff = examine(run_search(tmp_path, 11))
-    assert (
-        sentences == ("11 scored trials are too few to judge the space; 12 are needed.",)
-        and diff == ""
-    )
+def test_few_trials_are_not_evaluated(tmp_path: Path) -> None:
+    sentences, diff = examine(simulate_search(tmp_path, 11))
+    rule = "11 scored trials are too few to evaluate the space; 12 are needed."
+    assert sentences == (rule,) and diff == ""
 
 
 class Page(HTMLParser):
-    """What a reader without JavaScript has, and what the page would fetch."""
+    """The text that is shown without JavaScript, and what the page would fetch."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -126,10 +116,10 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.open.append(tag)
-        self.ids += [found["id"]] if "id" in found else []
-        self.fetched += [found[name] for name in ("src",) if name in found] + (
-            [tag] if tag == "link" else []
-        )
+        if "id" in found:
+            self.ids.append(found["id"])
+        if "src" in found or tag == "link":
+            self.fetched.append(found.get("src") or tag)
 
     def handle_endtag(self, tag: str) -> None:
         while self.open and self.open.pop() != tag:
@@ -141,7 +131,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
-def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its_words(
+def test_the_report_has_every_part_and_needs_neither_network_nor_javascript(
     searched: SearchState,
 ) -> None:
     html = make_report(searched)
@@ -153,7 +143,7 @@ def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its
         "Figures",
         "The best trials",
         "Health of the space",
-        "Faults",
+        "Failures",
         "To reproduce",
         "Environment",
     ]
@@ -173,46 +163,41 @@ def test_the_report_has_every_part_reads_offline_and_needs_no_javascript_for_its
 
 
 @pytest.mark.slow
-def test_a_report_on_the_stand_in_says_so_and_nothing_in_a_record_becomes_markup(
+def test_a_report_on_synthetic_data_says_so_and_nothing_in_a_record_becomes_markup(
     tmp_path: Path,
 ) -> None:
-    state = run_search(tmp_path, 3)
-    state.header = state.header.model_copy(
-        update={
-            "data": DataInfo(name="shapes", digest="d", split_hash="h"),
-            "command": "search <b>&",
-        }
-    )
+    state = simulate_search(tmp_path, 3)
+    changes = {"data": SHAPES_INFO, "command": "search <b>&"}
+    state.header = state.header.model_copy(update=changes)
     html = make_report(state)
     assert "NOT CIFAR-10 (shapes): these accuracies say nothing about CIFAR-10." in html
     assert "search &lt;b&gt;&amp;" in html and "search <b>" not in html
 
 
 @pytest.mark.slow
-def test_the_best_trial_is_judged_where_its_weights_and_the_data_are(
+def test_the_best_trial_is_evaluated_where_its_weights_and_the_data_are(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     trained = train_small(tmp_path, fp32)
     distributions = {"max_lr": distribution_to_json(FloatDistribution(1e-3, 0.1, log=True))}
-    trained.header = trained.header.model_copy(
-        update={"kind": "search", "distributions": distributions}
-    )
+    changes = {"kind": "search", "distributions": distributions}
+    trained.header = trained.header.model_copy(update=changes)
     path = tmp_path / "x.html"
     assert write_report(trained, path, "shapes") is None
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     for name in ("Confusion", "Classes", "Calibration", "Most confident mistakes", "Augmentation"):
         assert f"{name}." in page.text and f'aria-label="{name}"' in html
-    assert "Nothing is shown." not in page.text and len(page.ids) == len(set(page.ids))
+    assert "Not shown:" not in page.text and len(page.ids) == len(set(page.ids))
     missing = write_report(trained, path, str(tmp_path / "nowhere"))
     assert missing is not None and "nowhere" in missing
     page = Page(path.read_text(encoding="utf-8"))
-    assert f"Nothing is shown. {missing}" in page.text and "Confusion." not in page.text
+    assert f"Not shown: {missing}" in page.text and "Confusion." not in page.text
 
 
 @pytest.mark.slow
 def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workplace: Path) -> None:
-    run_search(workplace / "runs", 3)
+    simulate_search(workplace / "runs", 3)
     path = workplace / "runs" / "reports" / "x.html"
     answer = invoke("report", "--search", "x", "--data", "nowhere")
     assert answer.exit_code == 0 and path.name in answer.stdout.replace("\n", "")
@@ -224,20 +209,18 @@ def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workpl
     assert Path("mine.html").read_text(encoding="utf-8") == first
 
 
-def test_what_has_nothing_to_report_is_refused(workplace: Path) -> None:
+def test_a_record_without_anything_to_report_is_refused(workplace: Path) -> None:
     write_record(workplace / "runs", make_header("t", kind="train", distributions={}), EVENTS)
     write_record(workplace / "runs", make_header("early"), [make_start(0)])
-    assert refuse(ConfigError, "report", "--search", "t").startswith(
-        "t: a search must be reported on, got a train"
-    )
-    assert "a trial must have reached a rung, got none" in refuse(
-        ConfigError, "report", "--search", "early"
-    )
+    rule = "only a search with ranges has a report, this is a single training."
+    assert refuse(ConfigError, "report", "--search", "t") == f"t: {rule}"
+    sentence = refuse(ConfigError, "report", "--search", "early")
+    assert sentence == "early: no trial has reached a rung yet. Wait, or give `resume=True`."
 
 
 def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(
     searched: SearchState, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"the report must be writable there, got '"):
+    with pytest.raises(ConfigError, match="the report cannot be written: File exists"):
         write_report(searched, tmp_path / "file" / "x.html", None)

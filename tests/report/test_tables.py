@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tests.builders import run_search
+from tests.builders import simulate_search
 from tune_cifar.record.state import SearchState
 from tune_cifar.report.plots import search as figures
 from tune_cifar.report.plots.style import STATUS_COLOURS, label_knob, save
@@ -32,71 +33,63 @@ from tune_cifar.report.tables import (
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     """30 trials, the twentieth of which diverged."""
-    return run_search(tmp_path_factory.mktemp("runs"), 30, diverging=20)
+    return simulate_search(tmp_path_factory.mktemp("runs"), 30, diverging=20)
 
 
 def test_the_history_follows_the_ends_and_its_best_is_the_highest_score_so_far(
     searched: SearchState,
 ) -> None:
     history = make_history(searched)
-    assert list(history["trial"]) == list(range(30)) and list(history["order"]) == list(
-        range(1, 31)
-    )
+    assert list(history["trial"]) == list(range(30))
+    assert list(history["order"]) == list(range(1, 31))
     assert history["wall_seconds"].is_monotonic_increasing and (history["wall_seconds"] >= 0).all()
     complete = [trial.score for trial in searched.trials.values() if trial.status == "complete"]
     assert history["best"].iloc[-1] == max(score for score in complete if score is not None)
     assert (history["score"].notna() == (history["status"] == "complete")).all()
 
 
-def test_the_curves_count_the_epochs_over_all_cycles_of_a_trial(searched: SearchState) -> None:
+def test_the_curves_count_the_epochs_over_all_stages_of_a_trial(searched: SearchState) -> None:
     curves = make_curves(searched)
     for number, rows in curves.groupby("trial"):
-        assert list(rows["epochs_paid"]) == list(
-            range(1, searched.trials[int(str(number))].epochs_done + 1)
-        )
+        trial = searched.trials[int(str(number))]
+        assert list(rows["epochs_trained"]) == list(range(1, trial.epochs_done + 1))
     best = searched.best
     assert best is not None
-    assert list(curves[curves["trial"] == best.number]["cycle"]) == [1, 3, 3, 3]
+    assert list(curves[curves["trial"] == best.number]["stage"]) == [1, 3, 3, 3]
     assert set(curves["status"]) == {"complete", "stopped"}  # the diverged trial reported nothing
 
 
-def test_a_rungs_table_says_who_went_on_as_the_driver_decided(searched: SearchState) -> None:
+def test_a_rungs_table_has_the_promotions_of_the_driver(searched: SearchState) -> None:
     scores = make_rung_scores(searched)
     first = scores[scores["rung"] == 1].set_index("trial")
-    for number, goes_on in first["goes_on"].items():
+    for number, promoted in first["is_promoted"].items():
         trial = searched.trials[int(str(number))]
-        assert goes_on == (trial.status == "complete") or trial.origin == "baseline"
-    assert (first["goes_on"] == (first["score"] >= first["cutoff"])).all()
-    assert (
-        list(first["order"]) == list(range(1, 30))
-        and not scores[scores["rung"] == 3]["goes_on"].any()
-    )
-    rungs = make_rungs(searched)
+        assert promoted == (trial.status == "complete") or trial.origin == "baseline"
+    assert (first["is_promoted"] == (first["score"] >= first["cutoff"])).all()
+    assert list(first["order"]) == list(range(1, 30))
+    assert not scores[scores["rung"] == 3]["is_promoted"].any()
+    rungs = make_rungs(searched)[["rung", "num_arrived", "num_promoted"]]
     num_complete = searched.counts["complete"]
-    assert rungs[["rung", "num_arrived", "num_went_on"]].to_numpy().tolist() == [
-        [1, 29, num_complete],
-        [3, num_complete, 0],
-    ]
+    assert rungs.to_numpy().tolist() == [[1, 29, num_complete], [3, num_complete, 0]]
     assert list_rungs(searched) == (1, 3)
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, 1.0), (-1, -1.0)])
-def test_a_rungs_rank_correlation_is_that_of_the_survivors_scores(
+def test_a_rungs_rank_correlation_is_that_of_the_complete_trials(
     sign: int, expected: float, tmp_path: Path
 ) -> None:
-    state = run_search(
-        tmp_path, 12, lambda trial, cycle: 0.5 + (sign if cycle == 3 else 1) * trial.number / 100
+    signs = {1: 1, 3: sign}
+    state = simulate_search(
+        tmp_path, 12, lambda trial, stage: 0.5 + signs[stage] * trial.number / 100
     )
     rungs = make_rungs(state).set_index("rung")
-    assert (
-        rungs.loc[1, "rank_correlation"] == pytest.approx(expected)
-        and rungs.loc[1, "num_pairs"] == 12
-    )
+    assert rungs.loc[1, "rank_correlation"] == pytest.approx(expected)
+    assert rungs.loc[1, "num_pairs"] == 12
     assert rungs.loc[3, "rank_correlation"] == pytest.approx(1.0)
 
 
-def test_fewer_than_three_survivors_have_no_rank_correlation(tmp_path: Path) -> None:
-    state = run_search(tmp_path, 2)
+def test_fewer_than_three_complete_trials_have_no_rank_correlation(tmp_path: Path) -> None:
+    state = simulate_search(tmp_path, 2)
     assert make_rungs(state)["rank_correlation"].isna().all()
 
 
@@ -125,8 +118,8 @@ def test_the_one_knob_that_matters_is_the_most_important_beyond_its_interval(
 
 
 def test_too_few_or_equal_trials_have_no_importances(tmp_path: Path) -> None:
-    few = make_importances(run_search(tmp_path / "few", 9))
-    equal = make_importances(run_search(tmp_path / "equal", 12, lambda trial, cycle: 0.5))
+    few = make_importances(simulate_search(tmp_path / "few", 9))
+    equal = make_importances(simulate_search(tmp_path / "equal", 12, lambda trial, stage: 0.5))
     for table in (few, equal):
         assert len(table) == 5 and table[["importance", "low", "high"]].isna().all(axis=None)
 
@@ -134,22 +127,20 @@ def test_too_few_or_equal_trials_have_no_importances(tmp_path: Path) -> None:
 def test_schedules_rise_to_max_lr_and_fall_step_by_step(searched: SearchState) -> None:
     config = searched.trials[0].full_config
     table = make_schedules({"baseline": config})
-    assert len(table) == config.epochs * config.num_steps_per_epoch and table[
-        "lr"
-    ].max() == pytest.approx(config.max_lr)
+    assert len(table) == config.epochs * config.num_steps_per_epoch
+    assert table["lr"].max() == pytest.approx(config.max_lr)
     assert table["epoch"].iloc[-1] == pytest.approx(config.epochs - 1 / config.num_steps_per_epoch)
     peak = table["lr"].idxmax()
     assert table["momentum"][peak] == table["momentum"].min() == config.base_momentum
     assert list(table["step"]) == list(range(1, len(table) + 1))
 
 
-def test_costs_add_up_to_everything_that_was_paid(searched: SearchState) -> None:
+def test_costs_add_up_to_everything_that_was_trained(searched: SearchState) -> None:
     costs = make_costs([searched])
-    paid = [pair for trial in searched.trials.values() for pair in trial.trained_epochs]
-    assert costs["epochs"].sum() == len(paid) and costs["seconds"].sum() == pytest.approx(
-        2.0 * len(paid)
-    )
-    ones = costs[costs["cycle"] == 1].set_index("status")
+    num_epochs = sum(trial.epochs_done for trial in searched.trials.values())
+    assert costs["epochs"].sum() == num_epochs
+    assert costs["seconds"].sum() == pytest.approx(2.0 * num_epochs)
+    ones = costs[costs["stage"] == 1].set_index("status")
     assert ones.loc["stopped", "trials"] == searched.counts["stopped"]
 
 
@@ -179,31 +170,23 @@ def test_every_figure_shows_its_table_and_can_be_saved_as_svg(
     best, baseline = drawn["history"].axes[0].lines[0], drawn["history"].axes[0].lines[2]
     assert list(best.get_ydata()) == pytest.approx(list(100 * history["best"].dropna()))
     assert baseline.get_ydata()[0] == pytest.approx(100 * (searched.baseline_score or 0))
-    assert [axes.get_title() for axes in drawn["curves"].axes] == [
-        "trainings of 1 epoch",
-        "trainings of 3 epochs",
-    ]
+    titles = [axes.get_title() for axes in drawn["curves"].axes]
+    assert titles == ["stage of 1 epoch", "stage of 3 epochs"]
     lines = drawn["curves"].axes[1].lines
     assert len(lines) == searched.counts["complete"]
-    assert {to_hex(line.get_color()).upper() for line in lines} == {
-        STATUS_COLOURS["complete"].upper()
-    }
-    dots = sum(
-        len(line.get_xdata()) for line in drawn["asha"].axes[0].lines if line.get_marker() == "o"
-    )
-    assert dots == len(make_rung_scores(searched))
-    labels = [axes.get_xlabel() for axes in drawn["slices"].axes if axes.get_xlabel()]
+    colours = {to_hex(line.get_color()).upper() for line in lines}
+    assert colours == {STATUS_COLOURS["complete"].upper()}
+    dots = [line for line in drawn["asha"].axes[0].lines if line.get_marker() == "o"]
+    assert sum(len(line.get_xdata()) for line in dots) == len(make_rung_scores(searched))
+    panels = drawn["slices"].axes
+    labels = [axes.get_xlabel() for axes in panels if axes.get_xlabel()]
     assert labels == [label_knob(knob) for knob in searched.header.distributions]
-    assert (
-        drawn["slices"].axes[0].get_xscale() == "log"
-        and drawn["slices"].axes[1].get_xscale() == "linear"
-    )
+    assert [axes.get_xscale() for axes in panels[:2]] == ["log", "linear"]
     rows = [line for line in drawn["parallel"].axes[0].lines if len(line.get_xdata()) == 6]
     assert len(rows) == 30 and all(np.nanmax(line.get_ydata()) <= 1 for line in rows)
     widths = [bar.get_width() for bar in drawn["importances"].axes[0].patches]
-    assert widths == pytest.approx(
-        list(make_importances(searched, num_resamples=10)["importance"])[::-1]
-    )
+    importances = make_importances(searched, num_resamples=10)["importance"]
+    assert widths == pytest.approx(list(importances)[::-1])
     assert drawn["schedules"].axes[0].get_yscale() == "log"
     costs = make_costs([searched])
     bars = sum(bar.get_width() for bar in drawn["costs"].axes[0].patches)
@@ -215,21 +198,15 @@ def test_every_figure_shows_its_table_and_can_be_saved_as_svg(
 
 
 def test_choices_are_named_on_their_axis_and_keep_off_the_panels_edges() -> None:
-    rows = [
-        ("schedule", name, i, "sampler", 0.2 + i / 10)
-        for i, name in enumerate(["step", "cosine", "onecycle"])
-    ]
+    names = ["step", "cosine", "onecycle"]
+    rows: list[Any] = [("schedule", names[i], i, "sampler", 0.2 + i / 10) for i in range(3)]
     rows += [("dropout", 0.1 * i, i, "sampler", 0.2 + i / 10) for i in range(3)]
-    slices = pd.DataFrame(rows, columns=["knob", "value", "trial", "origin", "rung_score"]).astype(
-        {"value": "object"}
-    )
+    slices = pd.DataFrame(rows, columns=["knob", "value", "trial", "origin", "rung_score"])
+    slices = slices.astype({"value": "object"})
     parallel, sliced = figures.draw_parallel(slices, "x"), figures.draw_slices(slices, "x")
-    names = {
-        text.get_text(): text.xy
-        for text in parallel.axes[0].texts
-        if not text.get_text()[0].isdigit()
-    }
-    assert names == {"cosine": (0, 0.0), "onecycle": (0, 0.5), "step": (0, 1.0)}
+    places = {text.get_text(): text.xy for text in parallel.axes[0].texts}
+    places = {text: place for text, place in places.items() if text in names}
+    assert places == {"cosine": (0, 0.0), "onecycle": (0, 0.5), "step": (0, 1.0)}
     low, high = sliced.axes[0].get_xlim()
     assert low < -0.4 and high > 2.4
     plt.close("all")
@@ -237,7 +214,7 @@ def test_choices_are_named_on_their_axis_and_keep_off_the_panels_edges() -> None
 
 @pytest.mark.slow
 def test_figures_of_a_search_with_a_single_trial_can_be_drawn(tmp_path: Path) -> None:
-    state = run_search(tmp_path, 1)
+    state = simulate_search(tmp_path, 1)
     for name, figure in draw_all(state).items():
         save(figure, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000

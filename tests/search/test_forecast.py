@@ -1,18 +1,25 @@
-"""The simulated search: exact where the answer is known, the same every time, and from where a real one stands."""
+"""The simulated search: exact where the answer is known, repeatable, and from any record."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
-from tests.builders import COURSES, make_budget, make_cycles, make_header, make_start, make_trial
+from tests.builders import (
+    STAGE_ACCS,
+    make_budget,
+    make_header,
+    make_staged_trial,
+    make_start,
+    make_trial,
+)
 from tune_cifar.record.events import Event
 from tune_cifar.record.state import SearchState
 from tune_cifar.search.forecast import START_SECONDS, Forecast, Spread, forecast_search
-from tune_cifar.search.rungs import keep
+from tune_cifar.search.rungs import is_promoted
 from tune_cifar.space.layout import Fidelity
 
 
@@ -31,7 +38,7 @@ def exactly(value: float) -> Spread:
 @pytest.mark.parametrize(
     ("num_workers", "seconds"), [(1, 240.0), (2, 120.0), (3, 96.0), (99, 24.0)]
 )
-def test_without_a_rung_on_the_way_every_trial_pays_for_all_epochs(
+def test_without_a_rung_on_the_way_every_trial_trains_all_epochs(
     fidelity: Fidelity, num_workers: int, seconds: float
 ) -> None:
     found = forecast_search(make_budget((24,), fidelity, trials=10), num_workers, 1.0)
@@ -39,15 +46,16 @@ def test_without_a_rung_on_the_way_every_trial_pays_for_all_epochs(
 
 
 @pytest.mark.parametrize(
-    ("fidelity", "paid"), [("cycles", 1 + 3 + 8), ("cycles/continue", 8), ("epochs", 8)]
+    ("fidelity", "num_epochs"), [("cycles", 1 + 3 + 8), ("cycles/continue", 8), ("epochs", 8)]
 )
-def test_the_baseline_alone_is_never_stopped(fidelity: Fidelity, paid: int) -> None:
+def test_the_baseline_alone_is_never_stopped(fidelity: Fidelity, num_epochs: int) -> None:
     found = forecast_search(make_budget((1, 3, 8), fidelity, trials=1), 2, 0.5)
-    assert found == Forecast(exactly(paid), exactly(START_SECONDS + 0.5 * paid), 1, 1, (1, 1, 1))
+    seconds = START_SECONDS + 0.5 * num_epochs
+    assert found == Forecast(exactly(num_epochs), exactly(seconds), 1, 1, (1, 1, 1))
 
 
 @pytest.mark.parametrize("fidelity", get_args(Fidelity))
-def test_the_second_of_two_goes_on_every_other_time(fidelity: Fidelity) -> None:
+def test_the_second_of_two_is_promoted_every_other_time(fidelity: Fidelity) -> None:
     found = forecast_search(make_budget((2, 6), fidelity, trials=2), 1, 1.0)
     longer = 6 if fidelity == "cycles" else 4
     assert (found.epochs.low, found.epochs.high) == (4 + longer, 4 + 2 * longer)
@@ -57,44 +65,43 @@ def test_the_second_of_two_goes_on_every_other_time(fidelity: Fidelity) -> None:
 
 @pytest.mark.parametrize(("trials", "factor"), [(9, 2), (30, 3), (30, 100)])
 def test_as_many_pass_a_first_rung_as_chance_lets_pass(trials: int, factor: int) -> None:
-    """The n-th to arrive is among the best ceil(n / factor) of n with that many chances in n; with a large factor only
-    a new best goes on. The baseline is the first."""
+    """The n-th to arrive is among the best ceil(n / factor) of n with that many chances in n.
+
+    With a large factor only a new best is promoted. The baseline is the first.
+    """
     exact = sum(-(-n // factor) / n for n in range(1, trials + 1))
     found = forecast_search(make_budget((1, 4), reduction_factor=factor, trials=trials), 1, 1.0)
-    assert found.reached[0] == trials and found.reached[1] == found.complete == pytest.approx(
-        exact, rel=0.05
-    )
+    assert found.reached == (trials, found.complete)
+    assert found.complete == pytest.approx(exact, rel=0.05)
     assert found.epochs.mean == pytest.approx(trials + 4 * found.complete)
 
 
-def test_trials_are_judged_by_the_rule_that_judges_real_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whatever the rule says is done; and what it is asked is the place among those that arrived."""
+def test_trials_are_compared_by_the_rule_for_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule decides, and it is given the rank among those that arrived."""
     asked: list[tuple[int, int, int]] = []
 
     def note(rank: int, num_scores: int, factor: int) -> bool:
         asked.append((rank, num_scores, factor))
-        assert keep(-rank, range(-num_scores, 0), factor) == (rank <= -(-num_scores // factor))
+        is_best = rank <= -(-num_scores // factor)
+        assert is_promoted(-rank, range(-num_scores, 0), factor) == is_best
         return False
 
-    monkeypatch.setattr("tune_cifar.search.forecast.goes_on", note)
+    monkeypatch.setattr("tune_cifar.search.forecast.is_promoted_rank", note)
     found = forecast_search(make_budget((1, 4), trials=9), 2, 1.0)
     assert found.epochs == exactly(9 + 4) and {factor for _, _, factor in asked} == {3}
     assert all(1 <= rank <= count for rank, count, _ in asked)
     assert [count for _, count, _ in asked[:8]] == list(range(2, 10))
 
 
-def test_the_same_dice_are_thrown_every_time() -> None:
+def test_equal_arguments_give_equal_forecasts() -> None:
     budget = make_budget((1, 3, 8), trials=20)
     assert forecast_search(budget, 2, 1.0) == forecast_search(budget, 2, 1.0)
 
 
 def test_more_trials_cost_more_and_a_larger_factor_less() -> None:
     def expect(trials: int, factor: int) -> float:
-        return forecast_search(
-            make_budget((1, 3, 8), reduction_factor=factor, trials=trials), 2, 1.0
-        ).epochs.mean
+        budget = make_budget((1, 3, 8), reduction_factor=factor, trials=trials)
+        return forecast_search(budget, 2, 1.0).epochs.mean
 
     means = [expect(trials, 3) for trials in (1, 2, 5, 10, 50, 100, 500)]
     assert all(less < more for less, more in itertools.pairwise(means))
@@ -105,14 +112,12 @@ def test_the_range_holds_the_mean_and_most_searches() -> None:
     found = forecast_search(make_budget((3, 8, 24), trials=100), 2, 10.0)
     for spread in (found.epochs, found.seconds):
         assert 0.75 * spread.mean < spread.low < spread.mean < spread.high < 1.25 * spread.mean
-    assert (
-        found.started == 100
-        and found.reached[0] == 100 > found.reached[1] > found.reached[2] == found.complete
-    )
+    assert found.started == found.reached[0] == 100
+    assert 100 > found.reached[1] > found.reached[2] == found.complete
 
 
-def test_the_time_limit_cuts_what_runs_and_only_whole_epochs_count() -> None:
-    """Two at once, epochs of 10 s, 35 s of training: one trial of 2 epochs each, then one epoch each."""
+def test_the_time_limit_cuts_running_trials_and_only_complete_epochs_count() -> None:
+    """Two at once, epochs of 10 s, 35 s of training: 2 epochs each, then one epoch each."""
     budget = make_budget((2,), trials=9, max_time_seconds=START_SECONDS + 35.0)
     found = forecast_search(budget, 2, 10.0)
     assert found == Forecast(exactly(6), exactly(START_SECONDS + 35.0), 4, 2, (2,))
@@ -131,45 +136,38 @@ def test_a_time_limit_beyond_the_end_changes_nothing() -> None:
     assert forecast_search(budget, 2, 1.0) == forecast_search(limited, 2, 1.0)
 
 
-def test_time_bounds_what_is_paid() -> None:
+def test_the_time_limit_bounds_the_epochs_trained() -> None:
     for seconds in (10.0, 60.0, 300.0):
         found = forecast_search(make_budget((1, 3), trials=200, max_time_seconds=seconds), 2, 2.0)
-        assert (
-            found.seconds.high <= seconds
-            and found.epochs.high <= 2 * (seconds - START_SECONDS) / 2.0
-        )
+        assert found.seconds.high <= seconds
+        assert found.epochs.high <= 2 * (seconds - START_SECONDS) / 2.0
 
 
 @pytest.mark.parametrize(
-    ("courses", "left"),
-    [({}, 6), ({1: [0.5]}, 5), ({1: [0.5], 2: [0.4]}, 4), ({**COURSES, 3: [0.1]}, 2)],
+    ("stages", "left"),
+    [({}, 6), ({1: [0.5]}, 5), ({1: [0.5], 2: [0.4]}, 4), ({**STAGE_ACCS, 3: [0.1]}, 2)],
 )
-def test_a_search_goes_on_from_where_it_stands(courses: dict[int, list[float]], left: int) -> None:
-    """Trial 0 alone is left: cycles of 1, 2 and 3 epochs."""
-    state = make_state(*make_cycles(0, courses, None))
+def test_a_forecast_starts_from_the_record(stages: dict[int, list[float]], left: int) -> None:
+    """Trial 0 alone is left: stages of 1, 2 and 3 epochs."""
+    state = make_state(*make_staged_trial(0, stages, None))
     found = forecast_search(make_budget((1, 2, 3), trials=1), 2, 2.0, state, start_seconds=0.0)
     assert (found.epochs, found.seconds, found.started) == (exactly(left), exactly(2.0 * left), 1)
 
 
-def test_what_has_ended_costs_nothing_more() -> None:
-    state = make_state(
-        *make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [0.1], "stopped")
-    )
+def test_ended_trials_take_no_more_epochs() -> None:
+    complete = make_trial(0, [0.1, 0.2, 0.3], "complete")
+    state = make_state(*complete, *make_trial(1, [0.1], "stopped"))
     found = forecast_search(make_budget((1, 3), "epochs", trials=2), 2, 1.0, state)
     assert found == Forecast(exactly(0), exactly(0), 0, 0, (0, 0))
 
 
 @pytest.mark.parametrize("num_stopped", [0, 1, 3, 12])
-def test_scores_that_arrived_are_those_to_be_beaten(num_stopped: int) -> None:
-    """Only a new best goes on: of n that came by, the next in one case of n + 1. It is in its first epoch."""
-    events = [
-        event
-        for number in range(1, 1 + num_stopped)
-        for event in make_trial(number, [0.5], "stopped")
-    ]
-    state = make_state(
-        *make_trial(0, [0.1, 0.2, 0.3], "complete"), *events, make_start(1 + num_stopped)
-    )
+def test_recorded_scores_are_compared_with(num_stopped: int) -> None:
+    """Only a new best is promoted: after n scores the next in one case of n + 1."""
+    events = make_trial(0, [0.1, 0.2, 0.3], "complete")
+    for number in range(1, 1 + num_stopped):
+        events += make_trial(number, [0.5], "stopped")
+    state = make_state(*events, make_start(1 + num_stopped))
     budget = make_budget((1, 3), "epochs", reduction_factor=100, trials=2 + num_stopped)
     found = forecast_search(budget, 1, 1.0, state)
     assert found.started == found.reached[0] == 1
@@ -177,10 +175,9 @@ def test_scores_that_arrived_are_those_to_be_beaten(num_stopped: int) -> None:
 
 
 def test_a_long_search_is_simulated_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    draws: list[Any] = []
-    monkeypatch.setattr(
-        "tune_cifar.search.forecast._find_spread", lambda values: draws.append(len(values))
-    )
+    draws: list[int] = []
+    find_spread = "tune_cifar.search.forecast._find_spread"
+    monkeypatch.setattr(find_spread, lambda values: draws.append(len(values)))
     for trials, effort in ((100, 40_000), (1000, 40_000), (9, 400), (1000, 400)):
         forecast_search(make_budget((1,), trials=trials), 1, 1.0, effort=effort)
     assert draws[::2] == [200, 40, 44, 1]

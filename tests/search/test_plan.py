@@ -1,4 +1,4 @@
-"""What is settled and said before a search starts."""
+"""The plan of a search: its cost, its description, its advice."""
 
 from __future__ import annotations
 
@@ -21,54 +21,49 @@ from tune_cifar.search.plan import (
 from tune_cifar.space.select import load_space
 
 GB = 1024.0
+SIZES = {"train_size": 40, "val_size": 20, "batch_size": 10}
 
 
 def describe(device: str, cost: Cost, resources: Resources) -> str:
     numerics = NUMERICS.model_copy(update={"device": device})
     request = SearchRequest(SHAPES, Path("runs"), "search")
-    return SearchPlan(
-        load_space("s10"), request, "n", CIFAR10, numerics, resources, cost
-    ).describe()
+    plan = SearchPlan(load_space("s10"), request, "n", CIFAR10, numerics, resources, cost)
+    return plan.describe()
 
 
 @pytest.mark.parametrize(
     ("memory_gb", "gpus_per_trial", "advice"),
     [
-        (2.0, 1.0, " (--gpus-per-trial 0.06 has room for 16 at once)"),  # the cores allow no more
-        (20.0, 1.0, " (--gpus-per-trial 0.16 has room for 6 at once)"),  # nor the memory
-        (20.0, 0.05, " (--gpus-per-trial 0.16 has room for 6 at once)"),
+        (2.0, 1.0, " (`gpus_per_trial=0.06` would fit 16 at once)"),  # the cores allow no more
+        (20.0, 1.0, " (`gpus_per_trial=0.16` would fit 6 at once)"),  # nor the memory
+        (20.0, 0.05, " (`gpus_per_trial=0.16` would fit 6 at once)"),
         (20.0, 0.16, ""),
         (80.0, 1.0, ""),
-        (80.0, 0.5, " (--gpus-per-trial 1 has room for 1 at once)"),
+        (80.0, 0.5, " (`gpus_per_trial=1` would fit 1 at once)"),
         (0.1, 0.01, ""),
     ],
 )
-def test_a_gpus_share_is_advised_by_memory_and_cores(
+def test_a_fraction_of_a_gpu_is_advised_by_memory_and_cores(
     memory_gb: float, gpus_per_trial: float, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tune_cifar.search.plan.count_cores", lambda: 16)
-    at_once = int(1 / gpus_per_trial)
-    text = describe(
-        "cuda", Cost(1.0, memory_gb * GB, 140 * GB), Resources(1, gpus_per_trial, at_once, 1)
-    )
+    resources = Resources(1, gpus_per_trial, int(1 / gpus_per_trial), 1)
+    text = describe("cuda", Cost(1.0, memory_gb * GB, 140 * GB), resources)
     assert f" s; a trial holds {memory_gb:.2g} of 140 GB{advice}: about " in text
 
 
-def test_too_many_trainings_for_the_machines_memory_are_told_of() -> None:
-    assert "; a trial holds 4 of 16 GB (--max-concurrent 3 has room)" in describe(
-        "cpu", Cost(1.0, 4 * GB, 16 * GB), Resources(1, 0.0, 4, 0)
-    )
-    assert "room" not in describe("cpu", Cost(1.0, 4 * GB, 16 * GB), Resources(1, 0.0, 3, 0))
+def test_fewer_trials_at_once_are_advised_where_memory_is_short() -> None:
+    cost = Cost(1.0, 4 * GB, 16 * GB)
+    advice = "; a trial holds 4 of 16 GB (`max_concurrent=3` would fit)"
+    assert advice in describe("cpu", cost, Resources(1, 0.0, 4, 0))
+    assert "would fit" not in describe("cpu", cost, Resources(1, 0.0, 3, 0))
 
 
 @pytest.mark.parametrize(
     ("trials", "limit", "expected"),
     [
-        (
-            9,
-            START_SECONDS + 19.0,
-            "the time is enough for about 8 trials.",
-        ),  # three rounds of two, and two are cut
+        # Three rounds of two, and two are cut.
+        (9, START_SECONDS + 19.0, "the time is enough for about 8 trials."),
         (2, 1000.0, "the time is enough for about 2 trials."),
         (9, None, "about 9 trial-epochs in 0:00:29."),
     ],
@@ -79,26 +74,17 @@ def test_a_plan_says_how_much_fits_into_the_time_or_how_long_it_takes(
     assert make_plan(trials, limit).describe().endswith(f" GB: {expected}")
 
 
-def test_a_plan_of_a_resumed_search_speaks_of_what_is_still_to_come(tmp_path: Path) -> None:
-    past = write_record(
-        tmp_path,
-        make_header(),
-        [*make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [], None)],
-    )
-    assert (
-        replace(make_plan(4, 1000.0), past=past)
-        .describe()
-        .endswith("the time is enough for about 3 more trials.")
-    )
-    assert (
-        replace(make_plan(4, None), past=past)
-        .describe()
-        .endswith(": about 3 more trial-epochs in 0:00:14.")
-    )
+def test_a_plan_of_a_resumed_search_describes_the_rest(tmp_path: Path) -> None:
+    events = [*make_trial(0, [0.1, 0.2, 0.3], "complete"), *make_trial(1, [], None)]
+    past = write_record(tmp_path, make_header(), events)
+    text = replace(make_plan(4, 1000.0), past=past).describe()
+    assert text.endswith("the time is enough for about 3 more trials.")
+    text = replace(make_plan(4, None), past=past).describe()
+    assert text.endswith(": about 3 more trial-epochs in 0:00:14.")
 
 
 def make_plan(trials: int, limit: float | None) -> SearchPlan:
-    """Of trials of one epoch of 5 s, two at once."""
+    """A plan of trials of one epoch of 5 s, two at once."""
     space = load_space("smoke", "cpu", {"epochs": 1})
     budget = space.budget.model_copy(update={"trials": trials, "max_time_seconds": limit})
     request, cost = SearchRequest(SHAPES, Path("runs"), "search"), Cost(5.0, GB, 16 * GB)
@@ -107,17 +93,13 @@ def make_plan(trials: int, limit: float | None) -> SearchPlan:
 
 
 def test_a_cost_is_measured_by_training(fp32: Numerics) -> None:
-    config = load_space("smoke").baseline.model_copy(
-        update={"train_size": 40, "val_size": 20, "batch_size": 10}
-    )
+    config = load_space("smoke").baseline.model_copy(update=SIZES)
     cost = measure_cost(config, SHAPES, fp32, num_steps=2)
     assert 0 < cost.epoch_seconds < 60 and 100 < cost.memory_mb < cost.device_mb
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_the_process_holds_there_is_measured(fp32: Numerics) -> None:
-    config = load_space("smoke").baseline.model_copy(
-        update={"train_size": 40, "val_size": 20, "batch_size": 10}
-    )
+    config = load_space("smoke").baseline.model_copy(update=SIZES)
     cost = measure_cost(config, SHAPES, fp32.model_copy(update={"device": "cuda"}), num_steps=2)
     assert CONTEXT_MB < cost.memory_mb < CONTEXT_MB + 1000 and cost.device_mb > 1000

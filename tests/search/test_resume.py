@@ -1,8 +1,9 @@
-"""Going on with a recorded search, without Ray: its space, what has changed, what is there, and warm starts."""
+"""Resuming a recorded search without Ray: its space, changes, what is restored; and warm starts."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from tests.builders import make_cycles_driver, make_space, result_of
+from tests.builders import make_result, make_space, make_stages_driver
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.environment import (
     DECIDING_PACKAGES,
@@ -31,7 +32,7 @@ from tune_cifar.search.resume import (
     restore_space,
     warm_start,
 )
-from tune_cifar.space.reader import parse_space
+from tune_cifar.space.reader import parse_recorded, parse_space
 from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.recorded import make_header
@@ -42,24 +43,23 @@ DATA = DataInfo(name="shapes", digest="d", split_hash="s")
 def run_driver(
     storage: Path, numerics: Numerics, accs: list[list[float]], space: SearchSpace | None = None
 ) -> SearchState:
-    """A search of make_space whose trials report these accuracies; a trial with too few goes on running."""
+    """Record a search whose trials report these accuracies; a trial with too few is unfinished."""
     space = space or make_space()
     header = make_header("search", "x", space, 0, DATA, numerics, "test")
     with Record.create(search_folder(storage, "x"), header) as record:
         driver = SearchDriver(record, space, lambda state, event: None)
         for _ in accs:
             driver.ask()
-        for number, course in enumerate(accs):
-            for epoch, acc in enumerate(course, 1):
-                if not driver.report(number, 3, result_of(epoch, acc)):
+        for number, curve in enumerate(accs):
+            for epoch, acc in enumerate(curve, 1):
+                if not driver.report(number, 3, make_result(epoch, acc)):
                     break
         return record.state
 
 
 def test_the_recorded_space_is_the_searched_one(tmp_path: Path, fp32: Numerics) -> None:
-    space = dataclasses.replace(
-        make_space(5), points=({**make_space().baseline_params, "max_lr": 0.3},)
-    )
+    point = {**make_space().baseline_params, "max_lr": 0.3}
+    space = dataclasses.replace(make_space(5), points=(point,))
     state = run_driver(tmp_path, fp32, [[0.5]], space)
     restored = restore_space(read_state(state.folder).header)
     for name in ("name", "tier", "text", "baseline", "distributions", "points", "budget", "pinned"):
@@ -77,10 +77,10 @@ def test_an_unchanged_machine_has_no_changes(tmp_path: Path, fp32: Numerics) -> 
     state = run_driver(tmp_path, fp32, [])
     changes = find_changes(state, DATA, fp32, describe_environment())
     assert changes.deciding == () and changes.harmless == ()
-    check_accepted(changes, accepts=False)
+    check_accepted(changes, accept_changes=False)
 
 
-def test_what_decides_results_must_be_accepted_and_the_rest_is_told(
+def test_what_decides_results_must_be_accepted_and_the_rest_is_listed(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     state = run_driver(tmp_path, fp32, [])
@@ -90,16 +90,14 @@ def test_what_decides_results_must_be_accepted_and_the_rest_is_told(
     assert changes.deciding == (
         "threads: 1 -> 2",
         f"torch: {fp32.versions['torch']} -> 9.9",
-        "data: shapes, split s -> shapes, t",
+        "data: shapes, split s -> shapes, split t",
         f"code: {digest_code()} -> 0123",
     )
     assert [change.split(":")[0] for change in changes.harmless] == ["ray"]
-    with pytest.raises(
-        ConfigError,
-        match=r"--resume: what decides results must be as recorded, got threads: 1 -> 2; .*",
-    ):
-        check_accepted(changes, accepts=False)
-    check_accepted(changes, accepts=True)
+    rule = "`resume`: what decides results must be as recorded, got threads: 1 -> 2; .*"
+    with pytest.raises(ConfigError, match=rule):
+        check_accepted(changes, accept_changes=False)
+    check_accepted(changes, accept_changes=True)
 
 
 @pytest.mark.parametrize("name", DECIDING_PACKAGES)
@@ -115,8 +113,8 @@ def test_a_changed_file_of_each_deciding_package_must_be_accepted(
     state = run_driver(tmp_path, fp32, [])
     changes = find_changes(state, DATA, fp32, describe_environment() | {"code": digest_code(copy)})
     assert [change.split(":")[0] for change in changes.deciding] == ["code"]
-    with pytest.raises(ConfigError, match=r"--accept-changes"):
-        check_accepted(changes, accepts=False)
+    with pytest.raises(ConfigError, match="accept_changes=True"):
+        check_accepted(changes, accept_changes=False)
 
 
 def test_a_changed_file_of_another_package_is_no_change(tmp_path: Path) -> None:
@@ -128,23 +126,21 @@ def test_a_changed_file_of_another_package_is_no_change(tmp_path: Path) -> None:
     assert digest_code(copy) == digest_code()
 
 
-def test_a_changed_space_file_is_told_and_changes_nothing(
+def test_a_changed_space_file_is_listed_and_changes_nothing(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = run_driver(tmp_path, fp32, [])
-    (tmp_path / "search_spaces").mkdir()
-    (tmp_path / "search_spaces" / "smoke.yaml").write_text(
-        state.header.space_text + "\n# another text\n"
-    )
+    file = tmp_path / "search_spaces" / "smoke.yaml"
+    file.parent.mkdir()
+    file.write_text(state.header.space_text + "\n# another text\n")
     monkeypatch.chdir(tmp_path)
     changes = find_changes(state, DATA, fp32, describe_environment())
-    assert changes.deciding == () and changes.harmless == (
-        "space: the file of smoke -> another text; the recorded one is searched",
-    )
+    change = "space: the file of smoke -> another text; the recorded one is searched"
+    assert changes.deciding == () and changes.harmless == (change,)
     assert restore_space(state.header).text == state.header.space_text
 
 
-def test_what_is_restored_is_told_with_the_epochs_that_trials_go_on_from(
+def test_the_description_of_what_is_restored_names_the_epochs_of_checkpoints(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     state = run_driver(tmp_path, fp32, [[0.5, 0.6, 0.7], [0.6], [0.1], [0.7, 0.8], []])
@@ -153,30 +149,30 @@ def test_what_is_restored_is_told_with_the_epochs_that_trials_go_on_from(
         CheckpointFolder(state.trial_folder(number) / "checkpoints").save({"epoch": epoch})
     (sentence,) = describe_restored(state, (1, 3))
     assert sentence == (
-        "5 trials, 2 rungs with 5 scores, 2 go on from epochs 1, 2, 1 without a checkpoint yet begins again, 0 lost"
+        "5 trials; 2 rungs with 5 scores; 2 resumed from epochs 1, 2; "
+        "1 restarted without a checkpoint; 0 lost"
     )
     newest = state.trial_folder(3) / "checkpoints" / "checkpoint-0002.pt"
     newest.write_bytes(newest.read_bytes()[:-1])
     sentence, damaged = describe_restored(state, (1, 3))
-    assert "2 go on from epochs 1, 1," in sentence and "checkpoint-0002.pt" in damaged
+    assert "2 resumed from epochs 1, 1;" in sentence and "checkpoint-0002.pt" in damaged
     assert folder.find_newest() == (1, [])
 
 
-def test_a_trial_at_the_end_of_a_cycle_begins_the_next(tmp_path: Path, fp32: Numerics) -> None:
-    driver = make_cycles_driver(tmp_path, fp32)
-    for number, told in enumerate([[(1, 1)], [(1, 1), (2, 1)], []]):
+def test_a_trial_at_the_end_of_a_stage_starts_the_next(tmp_path: Path, fp32: Numerics) -> None:
+    driver = make_stages_driver(tmp_path, fp32)
+    for number, reported in enumerate([[(1, 1)], [(1, 1), (2, 1)], []]):
         driver.ask()
-        for cycle, epoch in told:
-            driver.report(number, cycle, result_of(epoch, 0.5))
-        if told:
-            CheckpointFolder(driver.record.state.trial_folder(number) / "checkpoints").save(
-                {"epoch": told[-1][1]}
-            )
+        for stage, epoch in reported:
+            driver.report(number, stage, make_result(epoch, 0.5))
+        if reported:
+            checkpoints = driver.record.state.trial_folder(number) / "checkpoints"
+            CheckpointFolder(checkpoints).save({"epoch": reported[-1][1]})
     driver.record.close()
     (sentence,) = describe_restored(driver.record.state, (1, 2, 3))
     assert sentence == (
-        "3 trials, 1 rung with 2 scores, 1 goes on from epoch 1, 1 begins its next cycle, "
-        "1 without a checkpoint yet begins again, 0 lost"
+        "3 trials; 1 rung with 2 scores; 1 resumed from epoch 1; 1 at the start of the next stage; "
+        "1 restarted without a checkpoint; 0 lost"
     )
 
 
@@ -185,7 +181,9 @@ space: old
 source: a test
 published: {accuracy: 0.5, measured: nowhere}
 corrects: []
-baseline: {model: s7, optimizer: sgd, schedule: onecycle, max_lr: 0.1, batch_size: 100, epochs: 4, train_size: 400}
+baseline:
+  {model: s7, optimizer: sgd, schedule: onecycle, max_lr: 0.1,
+   batch_size: 100, epochs: 4, train_size: 400}
 search:
   max_lr: {low: 0.01, high: 1.0, log: true}
   pct_start: {low: 0.1, high: 0.5}
@@ -195,18 +193,14 @@ budget:
 """
 
 
-def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(
+def test_a_record_without_a_fidelity_is_resumed_as_one_schedule(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    """Its text would be refused today: in the first cycle the shortest warm-up would be 0.4 steps long. So would its
-    pins be."""
-    with pytest.raises(
-        SpaceError, match=r"pct_start x steps of the shortest cycle > 1 must hold, got 0\.1 x 4"
-    ):
+    """Its text and pins are refused today: the first stage's shortest warm-up has 0.4 steps."""
+    rule = r"pct_start x steps of the shortest cycle > 1 must hold, got 0\.1 x 4"
+    with pytest.raises(SpaceError, match=rule):
         parse_space(OLD_TEXT, Path("old.yaml"))
-    space = select_tier(
-        parse_space(OLD_TEXT, Path("old.yaml"), is_recorded=True), "cpu", {"val_size": 50}
-    )
+    space = select_tier(parse_recorded(OLD_TEXT, "old"), "cpu", {"val_size": 50})
     assert space.obstacle is not None
     header = make_header("search", "x", space, 0, DATA, fp32, "test")
     budget, baseline = dict(header.budget), dict(header.baseline)
@@ -218,13 +212,10 @@ def test_a_record_from_before_there_were_cycles_goes_on_as_one_schedule(
         driver = SearchDriver(record, restored, lambda state, event: None)
         driver.ask()
         for epoch in (1, 2, 3, 4):
-            driver.report(0, 4, result_of(epoch, 0.5))
+            driver.report(0, 4, make_result(epoch, 0.5))
     trial = read_state(record.state.folder).trials[0]
-    assert (trial.status, trial.stage, trial.scores) == (
-        "complete",
-        None,
-        dict.fromkeys((1, 2, 3, 4), 0.5),
-    )
+    scores = dict.fromkeys((1, 2, 3, 4), 0.5)
+    assert (trial.status, trial.stage, trial.scores) == ("complete", None, scores)
 
 
 def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(
@@ -235,23 +226,22 @@ def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(
     space, notes = warm_start(make_space(), state, 2)
     names = list(space.distributions)
     assert notes == []
-    assert list(space.points[:2]) == [
-        {name: getattr(trial.config, name) for name in names} for trial in best
-    ]
+    found = [{name: getattr(trial.config, name) for name in names} for trial in best]
+    assert list(space.points[:2]) == found
     assert len({str(point) for point in space.points}) == len(space.points)
     narrow = dict(make_space().distributions)
     limit = best[0].config.max_lr * (1 + 1e-9)
     narrow["max_lr"] = FloatDistribution(limit, 1.0, log=True)
     fewer, notes = warm_start(dataclasses.replace(make_space(), distributions=narrow), state, 1)
-    assert notes == ["x:3 is not taken over: a knob lies outside of this space"]
+    assert notes == ["x:3 is left out: a value lies outside of this space"]
     assert len(fewer.points) == len(make_space().points)
 
 
 def test_a_warm_start_needs_a_complete_trial(tmp_path: Path, fp32: Numerics) -> None:
-    with pytest.raises(
-        ConfigError, match="--warm-start: a search with a complete trial must be named, got 'x'"
-    ):
-        warm_start(make_space(), run_driver(tmp_path, fp32, [[0.5]]), 3)
+    state = run_driver(tmp_path, fp32, [[0.5]])
+    rule = "`warm_start` must be a search with a complete trial, got 'x'"
+    with pytest.raises(ConfigError, match=rule):
+        warm_start(make_space(), state, 3)
 
 
 @pytest.mark.parametrize(
@@ -267,14 +257,14 @@ def test_trials_are_counted_in_all_or_on_top(
 @pytest.mark.parametrize(
     ("text", "num_started", "sentence"),
     [
-        ("0", None, "--trials: a number >= 1 must be given, got '0'"),
-        ("+5", None, "--trials: a number >= 1 must be given, got '\\+5'"),
-        ("1e3", 4, "--trials: a number such as 40 or \\+50 must be given with --resume, got '1e3'"),
-        ("3", 4, "--trials: at least the 4 trials that there are must hold, got 3"),
+        ("0", None, "`trials` must be a whole number >= 1, got '0'."),
+        ("+5", None, "`trials` must be a whole number >= 1, got '+5'."),
+        ("1e3", 4, "`trials` must be a number such as 40 or +50 with `resume=True`, got '1e3'."),
+        ("3", 4, "`trials` >= 4 (those recorded) must hold, got 3."),
     ],
 )
 def test_trials_that_make_no_sense_are_refused(
     text: str, num_started: int | None, sentence: str
 ) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
         count_trials(text, num_started)

@@ -1,4 +1,4 @@
-"""A whole search on real Ray and real MLflow: what it records, stops, keeps and refuses; and the driver without Ray."""
+"""Searches on real Ray and real MLflow: what they record, stop, keep, refuse; the driver alone."""
 
 from __future__ import annotations
 
@@ -16,43 +16,44 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from tests.builders import (
-    SEARCH,
-    SETTINGS,
+    SEARCH_WORDS,
     SHAPES,
+    SHAPES_INFO,
     SMALL_SEARCH,
+    SMALL_SETTINGS,
     curve,
-    make_cycles_driver,
-    make_info,
+    ignore_event,
+    make_result,
+    make_resume,
     make_space,
+    make_stages_driver,
     make_tiny_driver,
-    result_of,
-    run_cli,
+    run_in_a_process,
     run_trials,
 )
 from tests.faults.disks import limit_file_size
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.record.events import EpochReported, SearchResumed, utc_now
+from tune_cifar.record.events import EpochReported
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
+from tune_cifar.schema import REPRODUCIBLE_FIELDS, Numerics, TrainConfig
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.search.plan import SearchRequest, resolve_resources
+from tune_cifar.search.plan import SearchRequest, estimate_disk_needs, resolve_resources
 from tune_cifar.search.resume import restore_space
 from tune_cifar.search.run import _guard, _Scheduler
-from tune_cifar.search.worker import TrialWorker
+from tune_cifar.search.worker import TrialWorker, pack_epochs, unpack_epochs
 from tune_cifar.train.recorded import make_header
 from tune_cifar.train.trial import CHECKPOINTS, stop_file, train_trial
+
+TRAIN_TRIAL = "tune_cifar.search.worker.train_trial"
 
 
 @pytest.fixture
 def driver(tmp_path: Path, fp32: Numerics) -> Any:
     space = make_space()
-    info = {"name": "shapes", "digest": "d", "split_hash": "s"}
-    header = make_header("search", "x", space, 0, make_info(info), fp32, "test")
-    driver = SearchDriver(
-        Record.create(search_folder(tmp_path, "x"), header), space, lambda state, event: None
-    )
+    header = make_header("search", "x", space, 0, SHAPES_INFO, fp32, "test")
+    driver = SearchDriver(Record.create(search_folder(tmp_path, "x"), header), space, ignore_event)
     yield driver
     driver.record.close()
 
@@ -67,10 +68,10 @@ def test_driver_asks_for_the_baseline_first_and_then_the_points(driver: SearchDr
 def test_driver_stops_the_worse_at_a_rung_and_never_the_baseline(driver: SearchDriver) -> None:
     for _ in range(4):
         driver.ask()
-    assert driver.report(1, 3, result_of(1, 0.5))  # the first at the rung goes on
-    assert driver.report(0, 3, result_of(1, 0.2))  # the baseline goes on although it is worse
-    assert not driver.report(2, 3, result_of(1, 0.3))
-    assert driver.report(3, 3, result_of(1, 0.6))
+    assert driver.report(1, 3, make_result(1, 0.5))  # the first at the rung is promoted
+    assert driver.report(0, 3, make_result(1, 0.2))  # the baseline never stops
+    assert not driver.report(2, 3, make_result(1, 0.3))
+    assert driver.report(3, 3, make_result(1, 0.6))
     trials = driver.record.state.trials
     assert [trials[n].status for n in range(4)] == ["running", "running", "stopped", "running"]
     assert trials[2].reason == "rung 1: 1 of 3 scores were better"
@@ -78,17 +79,17 @@ def test_driver_stops_the_worse_at_a_rung_and_never_the_baseline(driver: SearchD
 
 def test_driver_completes_a_trial_at_its_last_epoch_only(driver: SearchDriver) -> None:
     driver.ask()
-    assert driver.report(0, 3, result_of(1, 0.9))
-    assert driver.report(0, 3, result_of(2, 0.8))
-    assert not driver.report(0, 3, result_of(3, 0.7))
+    assert driver.report(0, 3, make_result(1, 0.9))
+    assert driver.report(0, 3, make_result(2, 0.8))
+    assert not driver.report(0, 3, make_result(3, 0.7))
     trial = driver.record.state.trials[0]
     assert (trial.status, trial.score) == ("complete", 0.7)
 
 
-def test_driver_passes_over_epochs_that_a_resumed_trial_tells_again(driver: SearchDriver) -> None:
+def test_driver_ignores_epochs_that_a_resumed_trial_repeats(driver: SearchDriver) -> None:
     driver.ask()
-    driver.report(0, 3, result_of(1, 0.4))
-    assert driver.report(0, 3, result_of(1, 0.4))
+    driver.report(0, 3, make_result(1, 0.4))
+    assert driver.report(0, 3, make_result(1, 0.4))
     assert driver.record.state.trials[0].epochs_done == 1
 
 
@@ -103,276 +104,245 @@ def test_driver_keeps_only_the_best_trials_weights(
         weights.write_bytes(b"weights")
     for number in order:
         for epoch in (1, 2, 3):
-            driver.report(number, 3, result_of(epoch, (0.5, 0.7)[number] + epoch / 100))
-    kept = [
-        n for n in (0, 1) if (driver.record.state.trial_folder(n) / "weights.safetensors").exists()
-    ]
-    assert kept == [1]
+            driver.report(number, 3, make_result(epoch, (0.5, 0.7)[number] + epoch / 100))
+    folders = [driver.record.state.trial_folder(number) for number in (0, 1)]
+    assert [(folder / "weights.safetensors").exists() for folder in folders] == [False, True]
 
 
-def go_on(driver: SearchDriver, trials: int = 9) -> SearchDriver:
-    """What a new driver on the record of this one would be; the record is read again from disk."""
+def restart(driver: SearchDriver, trials: int = 9) -> SearchDriver:
+    """Return a new driver on this one's record, which is read again from disk."""
     folder = driver.record.state.folder
     driver.record.close()
     driver.record = Record.open(folder)
     space = restore_space(driver.record.state.header).limit(trials)
-    return SearchDriver(driver.record, space, lambda state, event: None)
+    return SearchDriver(driver.record, space, ignore_event)
 
 
 def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(
     driver: SearchDriver,
 ) -> None:
     driver.ask(), driver.ask()
-    driver.report(0, 3, result_of(1, 0.4))
+    driver.report(0, 3, make_result(1, 0.4))
     driver.interrupt()
     assert stop_file(driver.record.state.folder).exists()
     assert driver.ask() is None and not driver.is_exhausted and not driver.is_cut
-    assert driver.report(0, 3, result_of(2, 0.5)) and driver.report(1, 3, result_of(1, 0.6))
+    assert driver.report(0, 3, make_result(2, 0.5)) and driver.report(1, 3, make_result(1, 0.6))
     assert not driver.is_exhausted and not driver.is_cut
     driver.pause(0), driver.pause(1)  # the workers have saved them
     assert driver.is_exhausted and driver.is_cut
     driver.finish()
     state = read_state(driver.record.state.folder)
-    assert (
-        state.finished is not None
-        and state.finished.reason == "interrupted"
-        and not state.is_finished
-    )
+    assert state.finished is not None and state.finished.reason == "interrupted"
+    assert not state.is_finished
     assert [trial.status for trial in state.trials.values()] == ["running", "running"]
     assert not stop_file(state.folder).exists()
 
 
 def test_driver_cuts_running_trials_when_the_time_is_over(driver: SearchDriver) -> None:
     driver.ask()
-    driver.report(0, 3, result_of(1, 0.4))
+    driver.report(0, 3, make_result(1, 0.4))
     driver._deadline = time.monotonic()
     assert driver.is_cut and driver.ask() is None
     driver.finish()
     state = read_state(driver.record.state.folder)
-    assert (
-        state.is_finished and state.finished is not None and state.finished.reason == "time limit"
-    )
-    assert (
-        state.trials[0].status == "stopped"
-        and state.trials[0].reason == "cut after epoch 1: time limit"
-    )
+    assert state.is_finished
+    assert state.finished is not None and state.finished.reason == "time limit"
+    trial = state.trials[0]
+    assert (trial.status, trial.reason) == ("stopped", "cut after epoch 1: time limit")
 
 
-def test_a_new_driver_asks_for_the_unfinished_first_and_then_for_what_the_old_one_would_have(
+def test_a_new_driver_runs_the_unfinished_first_and_then_what_the_old_one_would_have_run(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     def play(name: str, breaks: bool) -> SearchState:
-        header = make_header(
-            "search",
-            name,
-            make_space(),
-            0,
-            make_info({"name": "shapes", "digest": "d", "split_hash": "s"}),
-            fp32,
-            "test",
-        )
-        driver = SearchDriver(
-            Record.create(search_folder(tmp_path, name), header), make_space(), lambda s, e: None
-        )
+        header = make_header("search", name, make_space(), 0, SHAPES_INFO, fp32, "test")
+        record = Record.create(search_folder(tmp_path, name), header)
+        driver = SearchDriver(record, make_space(), ignore_event)
         numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
-        driver.report(1, 3, result_of(1, 0.5))
-        driver.report(1, 3, result_of(2, 0.6))
+        driver.report(1, 3, make_result(1, 0.5))
+        driver.report(1, 3, make_result(2, 0.6))
         if breaks:
-            driver = go_on(driver)
+            driver = restart(driver)
             numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
         assert numbers == [0, 1, 2]
-        driver.report(2, 3, result_of(1, 0.4))
+        driver.report(2, 3, make_result(1, 0.4))
         while (trial := driver.ask()) is not None:
-            driver.report(trial.number, 3, result_of(1, 0.3 + trial.number / 100))
+            driver.report(trial.number, 3, make_result(1, 0.3 + trial.number / 100))
         driver.record.close()
         return driver.record.state
 
-    whole, broken = play("whole", False), play("broken", True)
-    assert len(whole.trials) == 9
-    for trial, other in zip(whole.trials.values(), broken.trials.values(), strict=True):
-        assert (trial.params, trial.status, trial.epochs, trial.reason) == (
-            other.params,
-            other.status,
-            other.epochs,
-            other.reason,
-        )
+    expected, found = play("uninterrupted", False), play("interrupted", True)
+    assert len(expected.trials) == 9
+    for trial, other in zip(expected.trials.values(), found.trials.values(), strict=True):
+        for name in ("params", "status", "epochs", "reason"):
+            assert getattr(trial, name) == getattr(other, name), name
 
 
-def test_a_trial_in_cycles_is_judged_at_the_end_of_each_and_complete_after_the_longest(
+def test_a_trial_is_compared_at_the_end_of_each_stage_and_complete_after_the_last(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    driver = make_cycles_driver(tmp_path, fp32)
+    driver = make_stages_driver(tmp_path, fp32)
     for _ in range(3):
         driver.ask()
     trials = driver.record.state.trials
     assert driver.list_remaining_stages(trials[1]) == (1, 2, 3)
-    assert driver.report(1, 1, result_of(1, 0.5))
+    assert driver.report(1, 1, make_result(1, 0.5))
     assert driver.list_remaining_stages(trials[1]) == (2, 3)
-    assert not driver.report(2, 1, result_of(1, 0.4))
-    assert driver.report(1, 2, result_of(1, 0.1))  # within a cycle nothing is compared
+    assert not driver.report(2, 1, make_result(1, 0.4))
+    assert driver.report(1, 2, make_result(1, 0.1))  # within a stage nothing is compared
     assert driver.list_remaining_stages(trials[1]) == (2, 3)
-    assert driver.report(1, 2, result_of(2, 0.6))
-    assert driver.report(1, 3, result_of(1, 0.2)) and driver.report(1, 3, result_of(2, 0.3))
-    assert not driver.report(1, 3, result_of(3, 0.7))
+    assert driver.report(1, 2, make_result(2, 0.6))
+    assert driver.report(1, 3, make_result(1, 0.2)) and driver.report(1, 3, make_result(2, 0.3))
+    assert not driver.report(1, 3, make_result(3, 0.7))
     driver.record.close()
     for state in (driver.record.state, read_state(driver.record.state.folder)):
         best, stopped = state.trials[1], state.trials[2]
         assert (best.status, best.score, best.scores) == ("complete", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})
         assert (best.epochs_done, [epoch.epoch for epoch in best.epochs]) == (6, [1, 2, 3])
-        assert [(cycle, epoch.epoch) for cycle, epoch in best.trained_epochs] == [
-            (1, 1),
-            (2, 1),
-            (2, 2),
-            (3, 1),
-            (3, 2),
-            (3, 3),
-        ]
+        trained = [(stage, epoch.epoch) for stage, epoch in best.trained_epochs]
+        assert trained == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
         assert best.config == best.full_config and best.fingerprint == best.full_config.fingerprint
-        assert (stopped.status, stopped.config.epochs, stopped.full_config.epochs) == (
-            "stopped",
-            1,
-            3,
-        )
+        assert stopped.status == "stopped"
+        assert (stopped.config.epochs, stopped.full_config.epochs) == (1, 3)
         assert stopped.fingerprint == stopped.full_config.shorten(1).fingerprint != best.fingerprint
         assert state.arrivals == {1: {1: 0.5, 2: 0.4}, 2: {1: 0.6}, 3: {1: 0.7}}
 
 
-def test_a_trial_in_cycles_passes_over_what_a_checkpoint_tells_again(
+def test_driver_ignores_epochs_of_stages_that_a_checkpoint_repeats(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    driver = make_cycles_driver(tmp_path, fp32)
+    driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
-    told = [(1, 1), (1, 1), (2, 1), (2, 1), (1, 1), (2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
-    assert all(driver.report(0, cycle, result_of(epoch, 0.5)) for cycle, epoch in told)
+    reported = [(1, 1), (1, 1), (2, 1), (2, 1), (1, 1), (2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
+    assert all(driver.report(0, stage, make_result(epoch, 0.5)) for stage, epoch in reported)
+    trained = driver.record.state.trials[0].trained_epochs
     expected = [(1, 1), (2, 1), (2, 2), (3, 1)]
-    assert [
-        (cycle, epoch.epoch) for cycle, epoch in driver.record.state.trials[0].trained_epochs
-    ] == expected
+    assert [(stage, epoch.epoch) for stage, epoch in trained] == expected
     driver.record.close()
 
 
 @pytest.mark.parametrize(
-    ("told", "left"), [([], (1, 2, 3)), ([1], (2, 3)), ([1, 1], (2, 3)), ([1, 1, 2], (3,))]
+    ("epochs", "left"), [([], (1, 2, 3)), ([1], (2, 3)), ([1, 1], (2, 3)), ([1, 1, 2], (3,))]
 )
-def test_a_new_driver_goes_on_in_the_cycle_that_the_old_one_died_in(
-    told: list[int], left: tuple[int, ...], tmp_path: Path, fp32: Numerics
+def test_a_new_driver_resumes_a_trial_in_the_stage_that_the_old_one_died_in(
+    epochs: list[int], left: tuple[int, ...], tmp_path: Path, fp32: Numerics
 ) -> None:
-    driver = make_cycles_driver(tmp_path, fp32)
+    driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
-    for cycle, epoch in zip((1, 2, 2), told, strict=False):
-        driver.report(0, cycle, result_of(epoch, 0.5))
-    again = go_on(driver)
+    for stage, epoch in zip((1, 2, 2), epochs, strict=False):
+        driver.report(0, stage, make_result(epoch, 0.5))
+    again = restart(driver)
     trial = again.ask()
     again.record.close()
     assert trial is not None and again.list_remaining_stages(trial) == left
 
 
-@pytest.mark.parametrize(("num_told", "cycle"), [(0, 1), (1, 2), (2, 2), (3, 3)])
-def test_a_trial_that_diverges_did_so_in_the_cycle_it_was_in(
-    num_told: int, cycle: int, tmp_path: Path, fp32: Numerics
+@pytest.mark.parametrize(("num_epochs", "stage"), [(0, 1), (1, 2), (2, 2), (3, 3)])
+def test_a_trial_that_diverges_does_so_in_the_stage_it_is_in(
+    num_epochs: int, stage: int, tmp_path: Path, fp32: Numerics
 ) -> None:
-    driver = make_cycles_driver(tmp_path, fp32)
+    driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
-    for told in [(1, 1), (2, 1), (2, 2)][:num_told]:
-        driver.report(0, told[0], result_of(told[1], 0.5))
+    for length, epoch in [(1, 1), (2, 1), (2, 2)][:num_epochs]:
+        driver.report(0, length, make_result(epoch, 0.5))
     driver.end(0, "diverged", "epoch 1, step 3: the loss must be finite")
     trial = driver.record.state.trials[0]
-    assert (trial.config.epochs, trial.epochs_done, trial.score) == (cycle, num_told, 0.1)
-    assert len(trial.epochs) == (1 if num_told == 2 else 0)
+    assert (trial.config.epochs, trial.epochs_done, trial.score) == (stage, num_epochs, 0.1)
+    assert len(trial.epochs) == (1 if num_epochs == 2 else 0)
     driver.record.close()
     assert read_state(driver.record.state.folder).trials[0] == trial
 
 
 @pytest.fixture
 def epoch_by_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker tells of every epoch by itself, as it does of long ones."""
+    """Workers report every epoch in a message of its own, as they do with long ones."""
     monkeypatch.setattr("tune_cifar.search.worker.REPORT_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("epoch_by_epoch")
-def test_a_worker_trains_every_cycle_from_scratch_and_a_long_one_as_if_it_were_alone(
+def test_a_worker_trains_every_stage_from_scratch_and_a_long_one_as_if_it_were_alone(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     space = make_space()
     tiny = {"train_size": 10, "val_size": 10, "batch_size": 5, "pct_start": 0.9}
     config = space.baseline.model_copy(update=tiny)
 
-    def step_all(name: str, cycles: tuple[int, ...]) -> list[dict[str, Any]]:
+    def train_stages(name: str, stages: tuple[int, ...]) -> list[tuple[int, list[Any]]]:
+        """The stage's length and the reproducible fields of each epoch."""
         worker = object.__new__(TrialWorker)
         folder = tmp_path / "search" / "trials" / name
         folder.mkdir(parents=True)
-        trial = {
-            "trial": 0,
-            "config": config.model_dump(mode="json"),
-            "cycles": cycles,
-            "folder": str(folder),
-        }
-        worker.setup(
-            trial
-            | {
-                "rungs": (1, 3),
-                "source": ("shapes", None),
-                "numerics": fp32.model_dump(mode="json"),
-            }
-        )
-        words = []
-        while (word := worker.step())["outcome"] == "epochs":
-            words.append(word)
-        assert word["outcome"] == "paused", word["text"]
-        return words
+        worker.setup(make_task(config, fp32, folder, stages, rungs=(1, 3)))
+        epochs = []
+        while (message := worker.step())["outcome"] == "epochs":
+            ((stage, result),) = unpack_epochs(message["text"])
+            epochs.append((stage, [getattr(result, name) for name in REPRODUCIBLE_FIELDS]))
+        assert message["outcome"] == "paused", message["text"]
+        return epochs
 
-    def tell(word: dict[str, Any]) -> tuple[int, Any]:
-        cycle, dump = word["text"].split(" ", 1)
-        result = EpochResult.model_validate_json(dump)
-        return int(cycle), [getattr(result, name) for name in REPRODUCIBLE_FIELDS]
-
-    words = [tell(word) for word in step_all("0000", (1, 3))]
-    assert words == [
-        tell(word)
-        for name, cycle in (("0001", 1), ("0002", 3))
-        for word in step_all(name, (cycle,))
-    ]
-    assert [(cycle, fields[0]) for cycle, fields in words] == [(1, 1), (3, 1), (3, 2), (3, 3)]
+    epochs = train_stages("0000", (1, 3))
+    assert epochs == train_stages("0001", (1,)) + train_stages("0002", (3,))
+    assert [(stage, fields[0]) for stage, fields in epochs] == [(1, 1), (3, 1), (3, 2), (3, 3)]
 
 
-def test_a_worker_tells_of_short_epochs_together_up_to_a_rung_and_then_of_the_end(
+def make_task(
+    config: TrainConfig,
+    numerics: Numerics,
+    folder: Path,
+    stages: tuple[int, ...],
+    rungs: tuple[int, ...],
+) -> dict[str, Any]:
+    """What Tune hands to the worker of trial 0."""
+    dumps = {"config": config.model_dump(mode="json"), "numerics": numerics.model_dump(mode="json")}
+    task = {"trial": 0, "stages": stages, "rungs": rungs, "source": ("shapes", None)}
+    return task | dumps | {"folder": str(folder)}
+
+
+def test_packed_epochs_come_back_as_they_were() -> None:
+    odd = make_result(2, None, lr=1e-300, train_loss=1 / 3)
+    epochs = [(1, make_result(1, 0.5)), (3, make_result(1, 0.1)), (3, odd)]
+    assert unpack_epochs(pack_epochs(epochs)) == epochs
+    assert unpack_epochs(pack_epochs([])) == []
+
+
+def test_a_worker_reports_short_epochs_together_up_to_a_rung_and_then_the_end(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = make_tiny_driver(tmp_path, fp32, (2, 5), fidelity="epochs")
-    words = hear_words(driver, monkeypatch, fp32, seconds=1000.0)
-    assert [(word["outcome"], word["text"].count("\n")) for word in words] == [
-        ("epochs", 1),
-        ("epochs", 2),
-    ]
-    together = read_paid(driver)
+    messages = run_and_collect(driver, monkeypatch, fp32, seconds=1000.0)
+    assert [message["outcome"] for message in messages] == ["epochs", "epochs"]
+    assert [len(unpack_epochs(message["text"])) for message in messages] == [2, 3]
+    together = read_trained(driver)
     alone = make_tiny_driver(tmp_path / "alone", fp32, (2, 5), fidelity="epochs")
-    assert len(hear_words(alone, monkeypatch, fp32, seconds=0.0)) == 5
-    assert read_paid(alone) == together
+    assert len(run_and_collect(alone, monkeypatch, fp32, seconds=0.0)) == 5
+    assert read_trained(alone) == together
 
     broken = make_tiny_driver(tmp_path / "broken", fp32, (5,))
-    first, second = hear_words(broken, monkeypatch, fp32, seconds=1000.0, breaks_after=3)
-    assert (first["outcome"], first["text"].count("\n"), second["outcome"]) == (
-        "epochs",
-        2,
-        "failed",
-    )
+    first, second = run_and_collect(broken, monkeypatch, fp32, seconds=1000.0, breaks_after=3)
+    assert (first["outcome"], second["outcome"]) == ("epochs", "failed")
+    assert len(unpack_epochs(first["text"])) == 3
     (trial,) = broken.record.state.trials.values()
     assert (trial.status, trial.epochs_done) == ("failed", 3)
 
 
-def hear_words(
+def run_and_collect(
     driver: SearchDriver,
     monkeypatch: pytest.MonkeyPatch,
     numerics: Numerics,
     seconds: float,
     breaks_after: int = 99,
 ) -> list[dict[str, Any]]:
-    """What the worker of trial 0 says, when it may gather epochs for so long and training breaks after so many."""
-    words, on_result = [], _Scheduler._on_result
+    """Run trial 0 and return its worker's messages.
 
-    def note(self: _Scheduler, word: dict[str, Any]) -> bool:
-        words.append(word)
-        return on_result(self, word)
+    Args:
+        seconds: the worker's REPORT_SECONDS.
+        breaks_after: epoch after which the training raises an exception.
+    """
+    messages, on_result = [], _Scheduler._on_result
+
+    def collect(self: _Scheduler, message: dict[str, Any]) -> bool:
+        messages.append(message)
+        return on_result(self, message)
 
     def train_some(*args: Any) -> Any:
         for result in train_trial(*args):
@@ -382,20 +352,19 @@ def hear_words(
 
     with monkeypatch.context() as patch:
         patch.setattr("tune_cifar.search.worker.REPORT_SECONDS", seconds)
-        patch.setattr("tune_cifar.search.worker.train_trial", train_some)
-        patch.setattr(_Scheduler, "_on_result", note)
+        patch.setattr(TRAIN_TRIAL, train_some)
+        patch.setattr(_Scheduler, "_on_result", collect)
         run_trials(driver, numerics)
     driver.record.close()
-    return words
+    return messages
 
 
-def read_paid(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
-    """What trial 0 trained, as the record on disk has it: the cycle of every epoch, and the curve."""
+def read_trained(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
+    """Return the stage of every epoch of trial 0 and the curve, from the record on disk."""
     trial = read_state(driver.record.state.folder).trials[0]
     assert trial.status == "complete", trial.reason
-    return [cycle for cycle, _ in trial.trained_epochs], curve(
-        [result for _, result in trial.trained_epochs]
-    )
+    stages, results = zip(*trial.trained_epochs, strict=True)
+    return list(stages), curve(list(results))
 
 
 @pytest.mark.usefixtures("epoch_by_epoch")
@@ -407,45 +376,40 @@ def read_paid(driver: SearchDriver) -> tuple[list[int], list[dict[str, Any]]]:
     ],
 )
 @pytest.mark.parametrize("death", ["driver", "driver before the record", "worker"])
-def test_a_trial_in_cycles_goes_on_to_the_same_curves_wherever_it_was_left(
+def test_a_trial_with_stages_resumes_to_the_same_curves_wherever_it_was_left(
     death: str,
     every_seconds: float,
     tmp_path: Path,
     fp32: Numerics,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the middle of a cycle, at its end, and with a result that the driver did not hear of."""
-    monkeypatch.setattr(
-        "tune_cifar.search.worker.train_trial",
-        functools.partial(train_trial, every_seconds=every_seconds),
-    )
-    whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 2))
-    run_trials(whole, fp32)
-    whole.record.close()
-    assert read_paid(whole)[0] == [1, 2, 2]
+    """In the middle of a stage, at its end, and with a result that the driver did not record."""
+    monkeypatch.setattr(TRAIN_TRIAL, functools.partial(train_trial, every_seconds=every_seconds))
+    expected = make_tiny_driver(tmp_path / "expected", fp32, (1, 2))
+    run_trials(expected, fp32)
+    expected.record.close()
+    assert read_trained(expected)[0] == [1, 2, 2]
     for num_steps in (1, 2, 3):
         driver = make_tiny_driver(tmp_path / str(num_steps), fp32, (1, 2))
-        run_trials(driver, fp32, num_steps, is_last_heard=death == "driver")
+        run_trials(driver, fp32, num_steps, is_last_recorded=death == "driver")
         if death == "worker":
             driver.retry(0, "worker died", "killed")
         else:
-            driver = go_on(driver, trials=1)
+            driver = restart(driver, trials=1)
         run_trials(driver, fp32)
         driver.record.close()
-        assert read_paid(driver) == read_paid(whole), num_steps
+        assert read_trained(driver) == read_trained(expected), num_steps
 
 
 @pytest.mark.slow
-def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_same(
+def test_a_stage_whose_last_checkpoint_was_lost_is_followed_by_the_next(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one before it, from the middle of that cycle, is no beginning of the longer one."""
-    monkeypatch.setattr(
-        "tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0)
-    )
-    whole = make_tiny_driver(tmp_path / "whole", fp32, (2, 3))
-    run_trials(whole, fp32)
-    whole.record.close()
+    """The checkpoint before it, from the middle of that stage, does not start the longer one."""
+    monkeypatch.setattr(TRAIN_TRIAL, functools.partial(train_trial, every_seconds=0.0))
+    expected = make_tiny_driver(tmp_path / "expected", fp32, (2, 3))
+    run_trials(expected, fp32)
+    expected.record.close()
     driver = make_tiny_driver(tmp_path, fp32, (2, 3))
     run_trials(driver, fp32, num_steps=2)
     checkpoints = driver.record.state.trial_folder(0) / CHECKPOINTS
@@ -454,82 +418,81 @@ def test_a_cycle_whose_last_checkpoint_was_lost_is_followed_by_the_next_all_the_
         "checkpoint-0002.pt",
     ]
     (checkpoints / "checkpoint-0002.pt").write_bytes(b"torn")
-    driver = go_on(driver, trials=1)
+    driver = restart(driver, trials=1)
     run_trials(driver, fp32)
     driver.record.close()
-    assert read_paid(driver) == read_paid(whole)
+    assert read_trained(driver) == read_trained(expected)
 
 
 @pytest.mark.slow
-def test_a_trial_in_continued_cycles_goes_on_over_a_restart(
+def test_a_trial_with_warm_restarts_resumes_across_one(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One training: what was before the restart is not trained again."""
-    monkeypatch.setattr(
-        "tune_cifar.search.worker.train_trial", functools.partial(train_trial, every_seconds=0.0)
-    )
-    whole = make_tiny_driver(tmp_path / "whole", fp32, (1, 3), "cycles/continue", warm_restarts=[1])
-    run_trials(whole, fp32)
-    whole.record.close()
-    assert read_paid(whole)[0] == [3, 3, 3]
+    """It is one training: the epochs before the warm restart are not trained again."""
+    monkeypatch.setattr(TRAIN_TRIAL, functools.partial(train_trial, every_seconds=0.0))
+
+    def make(name: str) -> SearchDriver:
+        fidelity = "cycles/continue"
+        return make_tiny_driver(tmp_path / name, fp32, (1, 3), fidelity, warm_restarts=[1])
+
+    expected = make("expected")
+    run_trials(expected, fp32)
+    expected.record.close()
+    assert read_trained(expected)[0] == [3, 3, 3]
     for num_steps in (1, 2):
-        driver = make_tiny_driver(
-            tmp_path / str(num_steps), fp32, (1, 3), "cycles/continue", warm_restarts=[1]
-        )
+        driver = make(str(num_steps))
         run_trials(driver, fp32, num_steps)
-        driver = go_on(driver, trials=1)
-        run_trials(
-            driver, fp32, num_steps=3 + num_steps
-        )  # as many are told again from the checkpoint
+        driver = restart(driver, trials=1)
+        run_trials(driver, fp32, num_steps=3 + num_steps)  # as many are repeated
         driver.record.close()
-        assert read_paid(driver) == read_paid(whole)
+        assert read_trained(driver) == read_trained(expected)
 
 
 @pytest.mark.parametrize(
-    ("told", "cycle", "reason"),
+    ("reported", "stage", "reason"),
     [
         ([], None, "cut after epoch 0: time limit"),
-        ([(1, 1), (2, 1), (2, 2), (3, 1)], 3, "cut after epoch 1 of a cycle of 3: time limit"),
+        (
+            [(1, 1), (2, 1), (2, 2), (3, 1)],
+            3,
+            "cut after epoch 1 of the stage of 3 epochs: time limit",
+        ),
     ],
 )
-def test_a_trial_in_cycles_that_is_cut_says_in_which(
-    told: list[tuple[int, int]], cycle: int | None, reason: str, tmp_path: Path, fp32: Numerics
+def test_the_reason_of_a_trial_cut_at_the_time_limit_names_its_stage(
+    reported: list[tuple[int, int]], stage: int | None, reason: str, tmp_path: Path, fp32: Numerics
 ) -> None:
-    driver = make_cycles_driver(tmp_path, fp32)
+    driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
-    for length, epoch in told:
-        driver.report(0, length, result_of(epoch, 0.5))
+    for length, epoch in reported:
+        driver.report(0, length, make_result(epoch, 0.5))
     driver._deadline = time.monotonic()
     driver.finish()
     trial = driver.record.state.trials[0]
-    assert (trial.status, trial.stage, trial.reason) == ("stopped", cycle, reason)
+    assert (trial.status, trial.stage, trial.reason) == ("stopped", stage, reason)
     driver.record.close()
 
 
-def test_a_trial_whose_worker_died_too_often_between_two_cycles_failed_in_the_second(
+def test_a_trial_whose_worker_died_too_often_between_two_stages_failed_in_the_second(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    driver = make_cycles_driver(tmp_path, fp32)
+    driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
-    driver.report(0, 1, result_of(1, 0.5))
+    driver.report(0, 1, make_result(1, 0.5))
     for _ in range(3):
         driver.retry(0, "worker died", "killed")
     trial = driver.record.state.trials[0]
-    assert (trial.status, trial.reason, trial.config.epochs, trial.epochs) == (
-        "failed",
-        "worker died, 3 times",
-        2,
-        [],
-    )
+    assert (trial.status, trial.reason) == ("failed", "worker died, 3 times")
+    assert (trial.config.epochs, trial.epochs) == (2, [])
     driver.record.close()
     assert read_state(driver.record.state.folder).trials[0] == trial
 
 
-def test_what_cannot_be_deleted_of_a_failed_trial_ends_no_search(driver: SearchDriver) -> None:
-    """A folder where its weights would lie: what failed it, too."""
+def test_weights_that_cannot_be_deleted_do_not_end_the_search(driver: SearchDriver) -> None:
+    """A folder lies where the weights would; it made the trial fail, too."""
     driver.ask()
     (driver.record.state.trial_folder(0) / "weights.safetensors" / "x").mkdir(parents=True)
-    _guard(driver, lambda: driver.fail(0, "CheckpointError: the file must reach the disk"), None)
+    _guard(driver, lambda: driver.fail(0, "CheckpointError: cannot write the file"), None)
     assert driver.fault is None and driver.record.state.trials[0].status == "failed"
 
 
@@ -537,13 +500,13 @@ def test_what_cannot_be_deleted_of_a_failed_trial_ends_no_search(driver: SearchD
 def test_a_new_driver_takes_the_decision_that_the_old_one_died_before(
     driver: SearchDriver, val_acc: float
 ) -> None:
-    """The old driver recorded trial 1's score at rung 1 and died; trial 2's later score must not count for it."""
+    """The old one recorded trial 1's score at rung 1 and died; trial 2's later one is ignored."""
     for _ in range(3):
         driver.ask()
-    driver.report(0, 3, result_of(1, 0.5))
+    driver.report(0, 3, make_result(1, 0.5))
     for number, acc in ((1, val_acc), (2, 0.99)):
-        driver.record.append(EpochReported(trial=number, result=result_of(1, acc)))
-    state = go_on(driver).record.state
+        driver.record.append(EpochReported(trial=number, result=make_result(1, acc)))
+    state = restart(driver).record.state
     assert state.trials[1].status == ("stopped" if val_acc < 0.5 else "running")
     assert state.trials[2].status == "running"
     if val_acc < 0.5:
@@ -553,8 +516,8 @@ def test_a_new_driver_takes_the_decision_that_the_old_one_died_before(
 def test_a_new_driver_ends_a_trial_whose_last_epoch_was_recorded(driver: SearchDriver) -> None:
     driver.ask()
     for epoch in (1, 2, 3):
-        driver.record.append(EpochReported(trial=0, result=result_of(epoch, 0.5)))
-    assert go_on(driver).record.state.trials[0].status == "complete"
+        driver.record.append(EpochReported(trial=0, result=make_result(epoch, 0.5)))
+    assert restart(driver).record.state.trials[0].status == "complete"
 
 
 def test_a_resumed_search_may_have_more_trials(driver: SearchDriver) -> None:
@@ -565,20 +528,12 @@ def test_a_resumed_search_may_have_more_trials(driver: SearchDriver) -> None:
         driver.fail(number, "ValueError: no")
     assert driver.is_exhausted
     driver.finish()
-    event = SearchResumed(
-        time=utc_now(),
-        trials=11,
-        changes=[],
-        numerics=driver.record.state.header.numerics,
-        environment={},
-        command="",
-    )
-    driver.record.append(event)
-    again = go_on(driver, trials=11)
+    driver.record.append(make_resume(trials=11))
+    again = restart(driver, trials=11)
     assert [trial.number for trial in iter(again.ask, None)] == [9, 10]
 
 
-def test_a_trial_whose_worker_died_is_taken_up_twice_and_then_failed(driver: SearchDriver) -> None:
+def test_a_trial_whose_worker_died_is_retried_twice_and_then_fails(driver: SearchDriver) -> None:
     driver.ask(), driver.ask()
     for _ in range(2):
         driver.retry(0, "worker died", "the worker process of the trial died\nkilled by signal 9")
@@ -588,14 +543,12 @@ def test_a_trial_whose_worker_died_is_taken_up_twice_and_then_failed(driver: Sea
     driver.retry(0, "worker died", "the worker process of the trial died\nkilled by signal 9")
     trial = driver.record.state.trials[0]
     assert trial.status == "failed" and trial.reason == "worker died, 3 times"
-    assert (
-        trial.error_file is not None
-        and "signal 9" in (driver.record.state.folder / trial.error_file).read_text()
-    )
+    assert trial.error_file is not None
+    assert "signal 9" in (driver.record.state.folder / trial.error_file).read_text()
     assert driver.ask().number == 2  # type: ignore[union-attr]
 
 
-def test_a_trial_that_ran_out_of_memory_is_taken_up_once_and_alone(driver: SearchDriver) -> None:
+def test_a_trial_that_ran_out_of_memory_is_retried_once_and_alone(driver: SearchDriver) -> None:
     for _ in range(3):
         driver.ask()
     checkpoints = driver.record.state.trial_folder(1) / "checkpoints"
@@ -603,15 +556,14 @@ def test_a_trial_that_ran_out_of_memory_is_taken_up_once_and_alone(driver: Searc
     (checkpoints / "checkpoint-0001.pt").touch()
     driver.retry(1, "out of memory", "CUDA out of memory")
     first_line, damage = driver.record.state.trials[1].retries[0].text.splitlines()
-    assert first_line == "CUDA out of memory" and damage.startswith(
-        f"{checkpoints}/checkpoint-0001.pt: "
-    )
+    assert first_line == "CUDA out of memory"
+    assert damage.startswith(f"{checkpoints}/checkpoint-0001.pt: ")
     assert driver.ask() is None and not driver.is_exhausted  # trials 0 and 2 still run
     driver.fail(0, "ValueError: no")
     assert driver.ask() is None
     driver.retry(2, "worker died", "killed")
     first = driver.ask()
-    assert first is not None and first.number == 2  # what needs no machine of its own goes first
+    assert first is not None and first.number == 2  # trials that need not run alone come first
     driver.fail(2, "ValueError: no")
     alone = driver.ask()
     assert alone is not None and alone.number == 1
@@ -621,44 +573,28 @@ def test_a_trial_that_ran_out_of_memory_is_taken_up_once_and_alone(driver: Searc
     assert driver.ask().number == 3  # type: ignore[union-attr]
 
 
-def test_weights_that_find_no_room_end_the_search_and_leave_their_trial_unfinished(
+def test_weights_on_a_full_disk_end_the_search_and_leave_their_trial_unfinished(
     driver: SearchDriver, tmp_path: Path
 ) -> None:
-    """Judged by the worker itself, in this process: the weights of s7 take 355 kB."""
+    """The worker itself, in this process: the weights of s7 take 355 kB."""
     trial = driver.ask()
     assert trial is not None
     worker = object.__new__(TrialWorker)
-    numerics = driver.record.state.header.numerics.model_dump(mode="json")
-    small = trial.config.model_dump(mode="json") | {
-        "train_size": 40,
-        "val_size": 20,
-        "epochs": 1,
-        "batch_size": 8,
-    }
-    worker.setup(
-        {
-            "trial": 0,
-            "config": small,
-            "cycles": (1,),
-            "rungs": (1,),
-            "folder": str(tmp_path / "0000"),
-            "source": ("shapes", None),
-            "numerics": numerics,
-        }
-    )
+    numerics = driver.record.state.header.numerics
+    small = {"train_size": 40, "val_size": 20, "epochs": 1, "batch_size": 8}
+    config = trial.config.model_copy(update=small)
+    worker.setup(make_task(config, numerics, tmp_path / "0000", stages=(1,), rungs=(1,)))
     with limit_file_size(100_000):
         answer = worker.step()
     assert answer["outcome"] == "disk full"
     assert _Scheduler(driver).on_trial_result(None, None, answer) == TrialScheduler.STOP
     path = tmp_path / "0000" / "weights.safetensors"
-    sentence = (
-        f"{path}: the file must reach the disk, got 'File too large'. Make room. Then --resume."
-    )
-    assert driver.is_cut and str(driver.fault) == sentence
+    cause = f"{path}: cannot write the file: File too large"
+    assert driver.is_cut and str(driver.fault) == f"{cause}. Make room. Then give `resume=True`."
     assert driver.record.state.trials[0].status == "running"
 
 
-def test_whatever_the_run_store_does_not_take_ends_the_search_in_a_sentence(
+def test_a_run_store_that_cannot_be_written_ends_the_search_in_a_sentence(
     driver: SearchDriver,
 ) -> None:
     def write() -> None:
@@ -667,7 +603,8 @@ def test_whatever_the_run_store_does_not_take_ends_the_search_in_a_sentence(
     assert _guard(driver, write, "otherwise") == "otherwise"
     assert isinstance(driver.fault, RecordError)
     assert str(driver.fault) == (
-        "runs/x/error.txt: the run store must take it, got 'No space left on device'. Make room, then --resume."
+        "runs/x/error.txt: the run store must be writable, got 'No space left on device'. "
+        "Make room, then give `resume=True`."
     )
 
 
@@ -680,16 +617,16 @@ def test_a_record_that_cannot_be_written_ends_the_driver_without_a_second_fault(
     assert read_state(driver.record.state.folder).finished is None
 
 
+CPUS_RULE = r"`cpus_per_trial` must be 1 to \d+ \(the cores here\)"
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"cpus_per_trial": 0}, r"--cpus-per-trial: 1 to \d+ \(the cores here\) must hold, got 0"),
-        (
-            {"cpus_per_trial": 9999},
-            r"--cpus-per-trial: 1 to \d+ \(the cores here\) must hold, got 9999",
-        ),
-        ({"gpus_per_trial": 0.5}, "--gpus-per-trial: 0 must hold on a CPU, got 0.5"),
-        ({"max_concurrent": 0}, "--max-concurrent: a number >= 1 must be given, got 0"),
+        ({"cpus_per_trial": 0}, rf"{CPUS_RULE}, got 0"),
+        ({"cpus_per_trial": 9999}, rf"{CPUS_RULE}, got 9999"),
+        ({"gpus_per_trial": 0.5}, "`gpus_per_trial` must be 0 on a CPU, got 0.5"),
+        ({"max_concurrent": 0}, "`max_concurrent` >= 1 must hold, got 0"),
     ],
 )
 def test_resources_that_do_not_fit_are_refused(
@@ -720,11 +657,11 @@ def test_a_gpu_count_that_is_neither_a_fraction_nor_whole_is_refused(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     on_gpu = fp32.model_copy(update={"device": "cuda"})
-    with pytest.raises(ConfigError, match=r"a whole number must be given, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"a fraction up to 1 or a whole number, got 1\.5"):
         resolve_resources(SearchRequest(SHAPES, tmp_path, "test", gpus_per_trial=1.5), on_gpu, 2)
 
 
-# From here on: whole searches.
+# From here on: searches on Ray.
 
 
 # The search below is made once for all that look at it, not once in each process of pytest-xdist.
@@ -733,22 +670,11 @@ ONE_PROCESS = pytest.mark.xdist_group("searched")
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchState, str]:
-    """One finished search of 6 trials on the stand-in: its folder, its record and what it printed."""
+    """One finished search of 6 trials on synthetic data: folder, record and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
-    # One at a time, so that scores reach a rung in one order and the same trials are stopped every time.
-    words = (
-        "--set",
-        "epochs=3",
-        "--trials",
-        "6",
-        "--name",
-        "demo",
-        "--seed",
-        "3",
-        "--max-concurrent",
-        "1",
-    )
-    answer = run_cli(folder, *SEARCH, *SETTINGS, *words)
+    # One at a time: scores always reach a rung in the same order, and the same trials stop.
+    words = ("--set=epochs=3", "--trials=6", "--name=demo", "--seed=3", "--max-concurrent=1")
+    answer = run_in_a_process(*SEARCH_WORDS, *SMALL_SETTINGS, *words, folder=folder)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return folder, read_state(search_folder(folder / "runs", "demo")), answer.stdout + answer.stderr
 
@@ -767,19 +693,9 @@ def test_a_search_records_every_trial_to_its_end(searched: tuple[Path, SearchSta
 
 @pytest.mark.gpu
 def test_two_trials_at_once_share_a_gpu(tmp_path: Path) -> None:
-    words = (
-        "--set",
-        "epochs=3",
-        "--trials",
-        "2",
-        "--name",
-        "shared",
-        "--device",
-        "cuda",
-        "--gpus-per-trial",
-        "0.5",
-    )
-    answer = run_cli(tmp_path, *SEARCH, *SETTINGS, *words)
+    words = ("--set=epochs=3", "--trials=2", "--name=shared")
+    on_gpu = ("--device=cuda", "--gpus-per-trial=0.5")
+    answer = run_in_a_process(*SEARCH_WORDS, *SMALL_SETTINGS, *words, *on_gpu, folder=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     state = read_state(search_folder(tmp_path / "runs", "shared"))
     assert state.header.numerics.device == "cuda" and state.counts["complete"] == 2
@@ -797,24 +713,26 @@ def test_a_search_says_what_it_does_and_what_comes_next(
     assert "An epoch of the baseline takes about" in text
     assert "gain over the baseline (" in text or "No trial beat the baseline" in text
     assert "reproduce --best --search demo --data shapes" in text
-    assert "pinned for all trials: " in text and "epochs = 3" in text
+    assert "fixed for all trials: " in text and "epochs = 3" in text
     assert "ray" not in text.lower() and "Traceback" not in text
 
 
 @pytest.mark.slow
 @ONE_PROCESS
-def test_a_search_tells_how_far_off_its_prediction_was(
+def test_a_search_prints_the_error_of_its_prediction(
     searched: tuple[Path, SearchState, str],
 ) -> None:
-    """Six trials in cycles of 1 and 3 epochs, the n-th of which goes on with ceil(n / 2) chances in n: two standard
-    deviations of this luck are 6.6 epochs of about 17."""
+    """Six trials with stages of 1 and 3 epochs; the n-th is promoted with ceil(n / 2) chances in n.
+
+    Two standard deviations of this luck are 6.6 epochs of about 17.
+    """
     _, state, text = searched
     predicted = state.header.predicted_epochs
-    paid = sum(trial.epochs_done for trial in state.trials.values())
+    trained = sum(trial.epochs_done for trial in state.trials.values())
     chances = [-(-n // 2) / n for n in range(1, 7)]
     luck = 3 * sum(chance * (1 - chance) for chance in chances) ** 0.5
-    assert predicted is not None and abs(predicted - paid) <= 2 * luck
-    assert f"trial-epochs: {paid} paid, {predicted:.0f} predicted (error " in text
+    assert predicted is not None and abs(predicted - trained) <= 2 * luck
+    assert f"trial-epochs: {trained} trained, {predicted:.0f} predicted (error " in text
 
 
 @pytest.mark.slow
@@ -825,6 +743,17 @@ def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(
     _, state, _ = searched
     assert {trial.config.batch_size for trial in state.trials.values()} == {8}
     assert "batch_size" not in state.header.distributions
+
+
+@pytest.mark.slow
+@ONE_PROCESS
+def test_a_search_takes_at_most_the_disk_space_that_was_planned(
+    searched: tuple[Path, SearchState, str],
+) -> None:
+    folder, state, _ = searched
+    needs = estimate_disk_needs(restore_space(state.header), max_concurrent=1, keep_weights=3)
+    taken = sum(path.lstat().st_blocks * 512 for path in (folder / "runs").rglob("*"))
+    assert needs.total / 10 < taken < needs.weights + needs.records
 
 
 @pytest.mark.slow
@@ -852,9 +781,8 @@ def test_the_best_trial_comes_back_bit_for_bit_in_a_fresh_process(
     searched: tuple[Path, SearchState, str],
 ) -> None:
     folder, state, _ = searched
-    answer = run_cli(
-        folder, "reproduce", "--best", "--search", "demo", "--data", "shapes", "--json"
-    )
+    words = ("reproduce", "--best", "--search", "demo", "--data", "shapes", "--json")
+    answer = run_in_a_process(*words, folder=folder)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["verdict"] == "identical"
     assert state.best is not None and json.loads(answer.stdout)["run_id"] == state.best.run_id
@@ -864,48 +792,30 @@ def test_the_best_trial_comes_back_bit_for_bit_in_a_fresh_process(
 @ONE_PROCESS
 def test_the_leaderboard_lists_every_trial(searched: tuple[Path, SearchState, str]) -> None:
     folder, state, _ = searched
-    rows = json.loads(run_cli(folder, "leaderboard", "--search", "demo", "--json").stdout)
-    assert {row["run_id"]: row["status"] for row in rows} == {
-        trial.run_id: trial.status for trial in state.trials.values()
-    }
+    answer = run_in_a_process("leaderboard", "--search", "demo", "--json", folder=folder)
+    rows = json.loads(answer.stdout)
+    found = {row["run_id"]: row["status"] for row in rows}
+    assert found == {trial.run_id: trial.status for trial in state.trials.values()}
 
 
 @pytest.mark.slow
 @ONE_PROCESS
 def test_a_taken_name_is_refused(searched: tuple[Path, SearchState, str]) -> None:
     folder, _, _ = searched
-    answer = run_cli(folder, *SEARCH, "--name", "demo")
+    answer = run_in_a_process(*SEARCH_WORDS, "--name", "demo", folder=folder)
     assert answer.returncode == 1
-    assert (
-        "demo" in answer.stderr
-        and answer.stderr.count("error") == 1
-        and "Traceback" not in answer.stderr
-    )
+    assert "demo" in answer.stderr and answer.stderr.count("error") == 1
+    assert "Traceback" not in answer.stderr
 
 
 @pytest.mark.faults  # it takes long, as these do
 @pytest.mark.slow
 def test_ctrl_c_ends_a_search_cleanly_with_a_summary(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tune_cifar",
-        *SEARCH,
-        *SETTINGS,
-        "--set",
-        "epochs=200",
-        "--name",
-        "cut",
-    ]
+    command = [sys.executable, "-m", "tune_cifar", *SEARCH_WORDS, *SMALL_SETTINGS]
+    command += ["--set", "epochs=200", "--name", "cut"]
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(tmp_path / "runs")}
-    search = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    search = subprocess.Popen(command, text=True, cwd=tmp_path, env=environment, **streams)
     record = search_folder(tmp_path / "runs", "cut") / "record.jsonl"
     end = time.monotonic() + 600
     while time.monotonic() < end and not (record.exists() and '"epoch"' in record.read_text()):
@@ -921,7 +831,7 @@ def test_ctrl_c_ends_a_search_cleanly_with_a_summary(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_have_the_priority_of_who_started_them() -> None:
-    """Ray's default, nice 15, starves them beside any other work, and the steps that were measured foretell nothing."""
+    """At Ray's default, nice 15, they starve beside other work: measured steps predict nothing."""
     script = (
         "import os\n"
         "from tune_cifar.search.run import ray, start_ray\n"
@@ -944,13 +854,14 @@ def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_
     (runs / "searches").mkdir(parents=True)
     script = (
         "from pathlib import Path\n"
-        "from tune_cifar.data.load import find_data\n"
+        "from tune_cifar.data.files import find_data\n"
         "from tune_cifar.search.plan import SearchRequest\n"
         "from tune_cifar.search.run import prepare_search, run_search\n"
         "from tune_cifar.space.select import load_space\n"
         "from tune_cifar.record.events import TrialStarted\n"
         f"space = load_space('smoke', 'cpu', {dict(SMALL_SEARCH, epochs=2)!r}).limit(4, None)\n"
-        f"request = SearchRequest(find_data('shapes'), Path({str(runs)!r}), 'test', name='faulty')\n"
+        f"runs = Path({str(runs)!r})\n"
+        "request = SearchRequest(find_data('shapes'), runs, 'test', name='faulty')\n"
         "def block(state, event):\n"
         "    if isinstance(event, TrialStarted) and event.trial == 0:\n"
         "        (state.trial_folder(0) / 'weights.safetensors' / 'x').mkdir(parents=True)\n"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import make_budget
-from tune_cifar.search.rungs import keep, list_stages, list_steps
+from tune_cifar.search.rungs import is_promoted, list_stages, list_steps
 from tune_cifar.space.layout import Fidelity
 
 SCORES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=50)
@@ -17,68 +17,70 @@ FACTORS = st.integers(2, 10)
 
 
 @given(SCORES, FACTORS)
-def test_best_score_is_always_kept(scores: list[float], factor: int) -> None:
-    assert keep(max(scores), scores, factor)
+def test_best_score_is_always_promoted(scores: list[float], factor: int) -> None:
+    assert is_promoted(max(scores), scores, factor)
 
 
 @given(SCORES, FACTORS)
-def test_no_score_is_dropped_while_a_worse_one_is_kept(scores: list[float], factor: int) -> None:
-    decisions = [keep(score, scores, factor) for score in sorted(scores)]
+def test_no_score_stops_while_a_worse_one_is_promoted(scores: list[float], factor: int) -> None:
+    decisions = [is_promoted(score, scores, factor) for score in sorted(scores)]
     assert decisions == sorted(decisions)
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=50, unique=True), FACTORS)
-def test_number_kept_of_different_scores_is_a_factor_th_rounded_up(
+def test_number_promoted_of_different_scores_is_a_factor_th_rounded_up(
     scores: list[float], factor: int
 ) -> None:
-    assert sum(keep(score, scores, factor) for score in scores) == math.ceil(len(scores) / factor)
+    num_promoted = sum(is_promoted(score, scores, factor) for score in scores)
+    assert num_promoted == math.ceil(len(scores) / factor)
 
 
 @given(st.floats(0.0, 1.0), st.integers(1, 50), FACTORS)
-def test_equal_scores_are_all_kept(score: float, count: int, factor: int) -> None:
-    assert keep(score, [score] * count, factor)
+def test_equal_scores_are_all_promoted(score: float, count: int, factor: int) -> None:
+    assert is_promoted(score, [score] * count, factor)
 
 
 @given(SCORES, FACTORS)
 def test_order_of_arrival_of_the_others_does_not_matter(scores: list[float], factor: int) -> None:
-    assert keep(scores[0], scores, factor) == keep(scores[0], sorted(scores), factor)
+    first = scores[0]
+    assert is_promoted(first, scores, factor) == is_promoted(first, sorted(scores), factor)
 
 
 @given(st.floats(0.0, 1.0), FACTORS)
-def test_first_trial_at_a_rung_is_kept(score: float, factor: int) -> None:
-    assert keep(score, [score], factor)
+def test_first_trial_at_a_rung_is_promoted(score: float, factor: int) -> None:
+    assert is_promoted(score, [score], factor)
 
 
-def test_second_trial_is_kept_only_when_it_is_better() -> None:
-    assert keep(0.6, [0.5, 0.6], 3)
-    assert not keep(0.4, [0.5, 0.4], 3)
+def test_second_trial_is_promoted_only_when_it_is_better() -> None:
+    assert is_promoted(0.6, [0.5, 0.6], 3)
+    assert not is_promoted(0.4, [0.5, 0.4], 3)
 
 
 def test_nan_is_a_fault_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="a score must be a number"):
-        keep(0.5, [0.5, math.nan], 3)
+        is_promoted(0.5, [0.5, math.nan], 3)
 
 
 def test_own_score_must_be_among_the_rungs_scores() -> None:
     with pytest.raises(AssertionError, match="own score"):
-        keep(0.5, [0.4], 3)
+        is_promoted(0.5, [0.4], 3)
 
 
 def test_reduction_factor_one_is_a_fault_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="below 2"):
-        keep(0.5, [0.5], 1)
+        is_promoted(0.5, [0.5], 1)
 
 
 @pytest.mark.parametrize(
-    ("fidelity", "cycles"), [("cycles", (1, 3, 8)), ("cycles/continue", (8,)), ("epochs", (8,))]
+    ("fidelity", "stages"), [("cycles", (1, 3, 8)), ("cycles/continue", (8,)), ("epochs", (8,))]
 )
 def test_trial_trains_from_scratch_once_or_once_for_every_rung(
-    fidelity: Fidelity, cycles: tuple[int, ...]
+    fidelity: Fidelity, stages: tuple[int, ...]
 ) -> None:
-    assert list_stages(make_budget((1, 3, 8), fidelity)) == cycles
+    assert list_stages(make_budget((1, 3, 8), fidelity)) == stages
 
 
-def test_from_rung_to_rung_a_trial_pays_for_a_whole_cycle_or_for_what_is_missing() -> None:
+def test_from_rung_to_rung_a_trial_trains_a_stage_or_the_epochs_in_between() -> None:
     assert list_steps(make_budget((1, 3, 8), "cycles")) == (1, 3, 8)
     assert list_steps(make_budget((1, 3, 8), "cycles/continue")) == (1, 2, 5)
     assert list_steps(make_budget((1, 3, 8), "epochs")) == (1, 2, 5)

@@ -1,4 +1,4 @@
-"""What the sampler proposes, what it learns, and that an interrupted search goes on as if nothing had happened."""
+"""Proposals of the sampler, what it learns, and that a resumed search proposes the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import optuna
 import pytest
 
-from tests.builders import Past
+from tests.builders import PastTrial
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import Status
-from tune_cifar.search.rungs import keep
+from tune_cifar.search.rungs import is_promoted
 from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
@@ -34,17 +34,15 @@ def make_space(sampler: SamplerBudget, name: str = "s10", points: bool = True) -
 
 def measure(params: dict[str, Any]) -> float:
     """A smooth accuracy with its optimum away from the baseline of s10, at max_lr 5e-3."""
-    loss: float = (
-        0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2 + 2 * (params["dropout"] - 0.1) ** 2
-    )
-    loss += (
-        2 * (params["pct_start"] - 0.25) ** 2 + 0.02 * (math.log10(params["div_factor"]) - 1) ** 2
-    )
+    loss: float = 0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2
+    loss += 2 * (params["dropout"] - 0.1) ** 2
+    loss += 2 * (params["pct_start"] - 0.25) ** 2
+    loss += 0.02 * (math.log10(params["div_factor"]) - 1) ** 2
     return 0.8 - loss - 0.01 * (math.log10(params["final_div_factor"]) - 3) ** 2
 
 
-def end_trial(sampler: Sampler, past: Past) -> None:
-    """End a trial in a way that depends on its number, and note what a record would."""
+def end_trial(sampler: Sampler, past: PastTrial) -> None:
+    """End a trial in a way that depends on its number, and store what a record would."""
     value = measure(past.params)
     past.status = ("complete", "stopped", "complete", "diverged", "failed", "stopped")[
         past.number % 6
@@ -63,11 +61,11 @@ def end_trial(sampler: Sampler, past: Past) -> None:
     sampler.tell(past.number, past.status, rungs, past.score)
 
 
-def run_search(sampler: Sampler, trials: list[Past], until: int) -> None:
-    """Go on to `until` trials, always three running: they end out of order, the second oldest first."""
+def run_search(sampler: Sampler, trials: list[PastTrial], until: int) -> None:
+    """Run up to `until` trials, three at once; they end out of order, the second oldest first."""
     while len(trials) < until:
         params, _ = sampler.ask(len(trials))
-        trials.append(Past(len(trials), params))
+        trials.append(PastTrial(len(trials), params))
         running = [trial for trial in trials if trial.status == "running"]
         if len(running) > 3:
             end_trial(sampler, running[1])
@@ -76,25 +74,24 @@ def run_search(sampler: Sampler, trials: list[Past], until: int) -> None:
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
 def test_rebuilt_sampler_proposes_what_the_uninterrupted_one_does(budget: SamplerBudget) -> None:
     space = make_space(budget)
-    whole: list[Past] = []
-    run_search(Sampler(space, seed=7), whole, 32)
+    uninterrupted: list[PastTrial] = []
+    run_search(Sampler(space, seed=7), uninterrupted, 32)
 
-    first: list[Past] = []
+    first: list[PastTrial] = []
     run_search(Sampler(space, seed=7), first, 19)
     assert [trial.status for trial in first].count("running") == 3
     run_search(Sampler(space, seed=7, history=reversed(first)), first, 32)
 
-    assert [trial.params for trial in first] == [trial.params for trial in whole]
+    assert [trial.params for trial in first] == [trial.params for trial in uninterrupted]
 
 
-def test_tpe_would_not_repeat_itself_without_the_history() -> None:
+def test_tpe_does_not_repeat_itself_without_the_history() -> None:
     """The control of the test above: TPE's proposals do depend on what was told."""
     space = make_space(KINDS[0])
-    trials: list[Past] = []
+    trials: list[PastTrial] = []
     run_search(Sampler(space, seed=7), trials, 20)
-    blank = Sampler(
-        space, seed=7, history=[Past(trial.number, trial.params) for trial in trials[:-1]]
-    )
+    history = [PastTrial(trial.number, trial.params) for trial in trials[:-1]]
+    blank = Sampler(space, seed=7, history=history)
     assert blank.ask(19)[0] != trials[19].params
 
 
@@ -113,11 +110,10 @@ def test_every_proposal_is_a_training_within_the_distributions(
         assert all(getattr(config, knob) == value for knob, value in params.items())
         for knob, found in space.distributions.items():
             low, high = getattr(found, "low", 0), getattr(found, "high", 0)
-            assert (
-                params[knob] in found.choices
-                if hasattr(found, "choices")
-                else low <= params[knob] <= high
-            )
+            if hasattr(found, "choices"):
+                assert params[knob] in found.choices
+            else:
+                assert low <= params[knob] <= high
 
 
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
@@ -135,7 +131,7 @@ def test_seed_decides_the_proposals(budget: SamplerBudget) -> None:
     space = make_space(budget)
     proposals = []
     for seed in (0, 0, 1):
-        trials: list[Past] = []
+        trials: list[PastTrial] = []
         run_search(Sampler(space, seed), trials, 12)
         proposals.append([trial.params for trial in trials])
     assert proposals[0] == proposals[1]
@@ -144,13 +140,13 @@ def test_seed_decides_the_proposals(budget: SamplerBudget) -> None:
 
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
 def test_no_proposal_repeats_another(budget: SamplerBudget) -> None:
-    trials: list[Past] = []
+    trials: list[PastTrial] = []
     run_search(Sampler(make_space(budget), seed=3), trials, 40)
     assert len({tuple(trial.params.values()) for trial in trials}) == 40
 
 
 def test_quasi_random_points_fill_every_dimension_evenly() -> None:
-    """Sobol': of the first 32 points one lies in each 32nd of every axis. Trial 1 has the first point."""
+    """Of the first 32 points (trials 1 to 32) one lies in each 32nd of every axis."""
     space = make_space(KINDS[2], points=False)
     sampler = Sampler(space, seed=11)
     params = [sampler.ask(number)[0] for number in range(33)][1:]
@@ -160,7 +156,7 @@ def test_quasi_random_points_fill_every_dimension_evenly() -> None:
         assert cells == list(range(32))
 
 
-def test_stopped_trials_teach_tpe_through_their_rung_scores() -> None:
+def test_tpe_learns_from_the_rung_scores_of_stopped_trials() -> None:
     """No trial completes; proposals still move to where the rung scores were high."""
     space = make_space(KINDS[0], points=False)
     sampler = Sampler(space, seed=0)
@@ -198,7 +194,7 @@ def test_diverged_trials_drive_tpe_away() -> None:
 
 
 def test_tpe_keeps_away_where_most_of_a_range_diverges() -> None:
-    """Few trials pass three rungs: diverged ones must not fill up the best tenth that TPE learns from."""
+    """Few trials pass three rungs; diverged ones must not be in TPE's best tenth."""
     num_diverged = 0
     for seed in range(3):
         sampler = Sampler(make_space(KINDS[0], points=False), 1000 * seed)
@@ -213,21 +209,17 @@ def test_tpe_keeps_away_where_most_of_a_range_diverges() -> None:
             for rung, passed in found.items():
                 scores[rung] = value
                 passed.append(value)
-                if not keep(value, passed, 3):
+                if not is_promoted(value, passed, 3):
                     break
             is_complete = len(scores) == 3
-            sampler.tell(
-                number,
-                "complete" if is_complete else "stopped",
-                scores,
-                value if is_complete else None,
-            )
+            status: Status = "complete" if is_complete else "stopped"
+            sampler.tell(number, status, scores, value if is_complete else None)
     assert num_diverged < 45, "of 90, half"
 
 
 @pytest.mark.slow
 def test_tpe_beats_random_search_on_a_known_function() -> None:
-    """Median over 20 seeds of the best of 40 trials, the baseline (worse than both medians) included."""
+    """Median over 20 seeds of the best of 40 trials, with the baseline (below both medians)."""
     best: dict[str, list[float]] = {"tpe": [], "random": []}
     for budget in KINDS[:2]:
         space = make_space(budget, points=False)
@@ -244,20 +236,21 @@ def test_tpe_beats_random_search_on_a_known_function() -> None:
 
 def test_trials_must_be_asked_for_in_order() -> None:
     sampler = Sampler(make_space(KINDS[1]), seed=0)
-    with pytest.raises(ValueError, match="0 comes next, got 1"):
+    with pytest.raises(ValueError, match="0 next, got 1"):
         sampler.ask(1)
 
 
 def test_history_with_a_gap_is_refused() -> None:
     space = make_space(KINDS[1])
-    with pytest.raises(ValueError, match="1 comes next, got 2"):
-        Sampler(space, 0, [Past(0, space.baseline_params), Past(2, space.baseline_params)])
+    history = [PastTrial(number, space.baseline_params) for number in (0, 2)]
+    with pytest.raises(ValueError, match="1 next, got 2"):
+        Sampler(space, 0, history)
 
 
 def test_running_trial_cannot_be_told() -> None:
     sampler = Sampler(make_space(KINDS[1]), seed=0)
     sampler.ask(0)
-    with pytest.raises(ValueError, match="must have ended, got running"):
+    with pytest.raises(ValueError, match="must have ended before its outcome is told, got running"):
         sampler.tell(0, "running", {}, None)
 
 
@@ -269,7 +262,7 @@ def test_space_whose_knobs_are_all_pinned_is_refused() -> None:
         "div_factor": 25,
         "final_div_factor": 10,
     }
-    with pytest.raises(ConfigError, match="at least one searched knob must be left"):
+    with pytest.raises(ConfigError, match="`settings` must leave a searched knob, got none"):
         Sampler(load_space("s10", "cpu", pins), seed=0)
 
 
@@ -280,7 +273,7 @@ def test_optuna_says_nothing_and_keeps_its_verbosity(
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(logging.INFO)
     try:
-        trials: list[Past] = []
+        trials: list[PastTrial] = []
         run_search(Sampler(make_space(budget), seed=0), trials, 12)
         assert optuna.logging.get_verbosity() == logging.INFO
     finally:

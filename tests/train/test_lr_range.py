@@ -1,4 +1,4 @@
-"""The LR range test: curves whose answers are known, the sweep on the engine, what is written and asked for."""
+"""The LR range test: curves with known answers, the sweep, its files, MLflow and the command."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.builders import FEW, SHAPES, invoke, make_config, refuse, train_here
-from tune_cifar.cli.lr_range import _propose
+from tests.builders import FEW_IMAGES, SHAPES, invoke, make_config, refuse, train_here
+from tests.faults.disks import limit_file_size
+from tune_cifar.cli.lr_range import _propose, _write
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, SpaceError, TrackingError
 from tune_cifar.report.lr_range import make_report, save_report
@@ -46,21 +47,21 @@ from tune_cifar.train.lr_range import (
 from tune_cifar.train.trainer import Trainer
 
 LRS = make_lrs(1e-6, 10.0, 200)
-# Of the bowl below, from its formula: where the fall is steepest, where a tenth of it is done, where it is lowest.
+# Of the bowl below, from its formula: where it falls fastest, where a tenth of the fall is done,
+# and where it is lowest.
 STEEPEST, FIRST, LOWEST = 1e-3, 10 ** (-3 - 0.25 * math.log(9)), 10**-1.5
 
 Curve = Callable[[float], float]
 
 
 def bowl(lr: float, steepest: float = -3.0, blow_up: float = 0.0, depth: float = 1.0) -> float:
-    """A logistic fall by `depth` around 10**steepest and an exponential blow-up, both in log10 of the learning rate.
-    With depth 1 the tails cancel half way between the two places: there the loss is lowest."""
+    """A logistic fall by `depth` at 10**steepest and an exponential blow-up at 10**blow_up.
+
+    Both are in log10 of the learning rate. With depth 1 the loss is lowest half way between them.
+    """
     x = math.log10(lr)
-    return (
-        2.3
-        - depth / (1 + math.exp(-(x - steepest) / 0.25))
-        + math.exp(min(50.0, (x - blow_up) / 0.25))
-    )
+    fallen = depth / (1 + math.exp(-(x - steepest) / 0.25))
+    return 2.3 - fallen + math.exp(min(50.0, (x - blow_up) / 0.25))
 
 
 def fall(lr: float) -> float:
@@ -71,8 +72,8 @@ def fall(lr: float) -> float:
 def sweep_over(
     curve: Curve, seed: int = 0, noise: float = 0.0, lrs: tuple[float, ...] = LRS
 ) -> Sweep:
-    dice = np.random.default_rng(seed)
-    return follow_sweep(seed, lrs, (curve(lr) + noise * dice.normal() for lr in lrs))
+    rng = np.random.default_rng(seed)
+    return follow_sweep(seed, lrs, (curve(lr) + noise * rng.normal() for lr in lrs))
 
 
 def estimate(curve: Curve) -> dict[str, Estimate]:
@@ -81,9 +82,8 @@ def estimate(curve: Curve) -> dict[str, Estimate]:
 
 
 def summarise_over(*curves: Curve, noise: float = 0.0) -> Summary:
-    return summarise(
-        [fit_curve(sweep_over(curve, seed, noise)) for seed, curve in enumerate(curves)]
-    )
+    sweeps = (sweep_over(curve, seed, noise) for seed, curve in enumerate(curves))
+    return summarise([fit_curve(sweep) for sweep in sweeps])
 
 
 def within(value: float | None, factor: float, known: float) -> bool:
@@ -96,9 +96,8 @@ def within(value: float | None, factor: float, known: float) -> bool:
 def test_smoothing_gives_a_straight_line_back_also_at_its_ends() -> None:
     log_lrs = np.log10(LRS)
     smoothed, slopes = smooth(log_lrs, 2 - 0.3 * log_lrs)
-    assert smoothed == pytest.approx(2 - 0.3 * log_lrs, abs=1e-9) and slopes == pytest.approx(
-        -0.3, abs=1e-9
-    )
+    assert smoothed == pytest.approx(2 - 0.3 * log_lrs, abs=1e-9)
+    assert slopes == pytest.approx(-0.3, abs=1e-9)
 
 
 def test_smoothing_moves_neither_a_symmetric_dip_nor_the_middle_of_a_symmetric_fall() -> None:
@@ -126,21 +125,18 @@ def test_a_sweep_that_never_diverges_is_taken_to_its_end() -> None:
     assert (sweep.lrs, sweep.diverged_at, len(sweep.losses)) == (LRS, None, len(LRS))
 
 
-def test_a_sweep_stops_where_its_smoothed_loss_is_so_many_times_its_lowest_and_asks_no_further() -> (
-    None
-):
-    asked = []
+def test_a_sweep_stops_training_once_its_smoothed_loss_is_a_multiple_of_its_lowest() -> None:
+    trained = []
 
     def train() -> Iterator[float]:
         for lr in LRS:
-            asked.append(lr)
+            trained.append(lr)
             yield bowl(lr)
 
     sweep = follow_sweep(0, LRS, train())
-    assert sweep.diverged_at == sweep.lrs[-1] == asked[-1] < LRS[-1]
-    assert (
-        sweep.losses[-1] > DIVERGENCE_FACTOR * 1.3 > sweep.losses[-4]
-    )  # the bowl's lowest loss is near 1.3
+    assert sweep.diverged_at == sweep.lrs[-1] == trained[-1] < LRS[-1]
+    # The bowl's lowest loss is near 1.3.
+    assert sweep.losses[-1] > DIVERGENCE_FACTOR * 1.3 > sweep.losses[-4]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -149,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_the_sweep_as_a_measurement(value: float)
     assert follow_sweep(7, LRS, losses) == Sweep(7, LRS[:2], (2.3, 2.2), diverged_at=LRS[2])
 
 
-def test_one_wild_batch_ends_no_sweep() -> None:
+def test_a_single_high_loss_does_not_end_a_sweep() -> None:
     assert sweep_over(lambda lr: 6.0 if lr == LRS[80] else fall(lr)).diverged_at is None
 
 
@@ -187,7 +183,7 @@ def test_a_nan_right_behind_the_minimum_changes_nothing_before_it() -> None:
     assert within(found["minimum/10"].lr, 1.25, LOWEST / 10)
 
 
-def test_the_size_of_the_blow_up_does_not_reach_the_minimum() -> None:
+def test_the_size_of_the_blow_up_does_not_move_the_minimum() -> None:
     known = estimate(bowl)["minimum/10"].lr
     assert known is not None
     assert within(estimate(lambda lr: 1e9 if lr > 2 else bowl(lr))["minimum/10"].lr, 1.1, known)
@@ -197,18 +193,18 @@ def test_a_sweep_that_never_diverges_has_a_steepest_fall_but_no_minimum() -> Non
     found = estimate(fall)
     assert within(found["steepest"].lr, 1.05, STEEPEST)
     for name in ("valley", "minimum/10"):
-        assert found[name].lr is None and "raise --high" in found[name].reason
+        assert found[name].lr is None and "raise `high`" in found[name].reason
 
 
 def test_a_fall_that_is_steepest_at_the_sweeps_end_gives_nothing() -> None:
     found = estimate(lambda lr: bowl(lr, steepest=1.0, blow_up=99.0))
-    assert all(value.lr is None and "raise --high" in value.reason for value in found.values())
+    assert all(value.lr is None and "raise `high`" in value.reason for value in found.values())
 
 
 def test_a_sweep_that_starts_within_the_fall_has_no_valley() -> None:
     found = fit_curve(sweep_over(bowl, lrs=make_lrs(1e-3, 10.0, 200)))
     assert find_steepest(found).reason == find_valley(found).reason
-    assert "lower --low" in find_valley(found).reason
+    assert "lower `low`" in find_valley(found).reason
     assert within(find_minimum_tenth(found).lr, 1.2, LOWEST / 10)
 
 
@@ -216,7 +212,7 @@ def test_a_sweep_that_starts_within_the_fall_has_no_valley() -> None:
 def test_a_sweep_that_diverges_at_once_gives_nothing(losses: list[float]) -> None:
     curve = fit_curve(follow_sweep(0, LRS, losses))
     for find in ESTIMATORS.values():
-        assert find(curve).lr is None and "before the loss diverges" in find(curve).reason
+        assert find(curve).lr is None and "the loss diverges after" in find(curve).reason
 
 
 @pytest.mark.parametrize(
@@ -227,10 +223,8 @@ def test_a_sweep_that_diverges_at_once_gives_nothing(losses: list[float]) -> Non
 def test_a_curve_that_does_not_fall_gives_nothing(curve: Curve, noise: float) -> None:
     for seed in range(20):
         fitted = fit_curve(sweep_over(curve, seed, noise))
-        assert all(
-            find(fitted).lr is None and "must fall" in find(fitted).reason
-            for find in ESTIMATORS.values()
-        )
+        for find in ESTIMATORS.values():
+            assert find(fitted).lr is None and "to stand out from its noise" in find(fitted).reason
 
 
 # Over the seeds
@@ -255,7 +249,7 @@ def test_an_estimator_that_most_seeds_do_not_give_has_no_median() -> None:
     found = summarise_over(bowl, fall, fall).estimators
     assert found["steepest"].num_seeds == 3 and found["steepest"].lr is not None
     assert (found["valley"].lr, found["valley"].num_seeds) == (None, 1)
-    assert "raise --high" in found["valley"].reason
+    assert "raise `high`" in found["valley"].reason
 
 
 def test_estimators_that_agree_suggest_the_middle_one() -> None:
@@ -271,25 +265,21 @@ def test_estimators_more_than_a_decade_apart_suggest_nothing_and_say_so() -> Non
         return bowl(lr, steepest=-5.0) - 0.1 * max(0.0, math.log10(lr / 1e-5))
 
     summary = summarise_over(two_falls)
-    assert (
-        summary.disagreement is not None
-        and summary.disagreement > 10
-        and summary.suggestion is None
-    )
+    assert summary.disagreement is not None and summary.disagreement > 10
+    assert summary.suggestion is None
     assert summary.verdict.startswith("no suggestion: the estimators disagree by a factor of ")
     assert "more than 10: steepest 1." in summary.verdict and "minimum/10" in summary.verdict
 
 
-def test_a_single_estimator_agrees_with_nobody() -> None:
+def test_a_single_estimator_suggests_nothing() -> None:
     summary = summarise_over(fall)
     assert (summary.disagreement, summary.suggestion) == (None, None)
-    assert summary.verdict.startswith(
-        "no suggestion: two estimators or more must give a value, got steepest "
-    )
+    rule = "no suggestion: two estimators or more must give a value"
+    assert summary.verdict.startswith(f"{rule}, got steepest ")
 
 
 @pytest.mark.parametrize(
-    ("medians", "keep", "proposed"),
+    ("medians", "include", "proposed"),
     [
         ([1e-3], [1e-3], (1e-4, 1e-2)),
         ([5e-4, 2e-3, 1e-3], [1e-3], (5e-5, 2e-2)),
@@ -298,10 +288,10 @@ def test_a_single_estimator_agrees_with_nobody() -> None:
         ([50.0], [1.0], (1.0, 100.0)),  # the schema's bound
     ],
 )
-def test_the_proposed_range_is_a_decade_around_all_medians_and_holds_what_must_stay(
-    medians: list[float], keep: list[float], proposed: tuple[float, float]
+def test_the_proposed_range_is_a_decade_around_all_medians_and_includes_the_given_values(
+    medians: list[float], include: list[float], proposed: tuple[float, float]
 ) -> None:
-    assert propose_range(medians, keep) == proposed
+    assert propose_range(medians, include) == proposed
 
 
 def test_learning_rates_are_evenly_spaced_in_log() -> None:
@@ -310,28 +300,24 @@ def test_learning_rates_are_evenly_spaced_in_log() -> None:
     assert np.diff(np.log10(lrs)) == pytest.approx(0.2)
 
 
-# The sweep on the engine
+# The sweep
 
 
 def make_small(**changes: Any) -> TrainConfig:
     """Four steps an epoch of 8 images or fewer."""
-    return make_config(**{**FEW, **changes})
+    return make_config(**{**FEW_IMAGES, **changes})
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
-    return torch.cat(
-        [parameter.detach().flatten().clone() for parameter in trainer.model.parameters()]
-    )
+    return torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
 
 
 def test_a_sweep_at_one_learning_rate_is_the_constant_training_bit_by_bit(
     few: TrainVal, fp32: Numerics
 ) -> None:
     config = make_small(schedule="constant", max_lr=0.02, label_smoothing=0.1, momentum=0.8)
-    trained, swept = (
-        Trainer(config, few, fp32),
-        Trainer(config.model_copy(update={"max_lr": 5.0}), few, fp32),
-    )
+    trained = Trainer(config, few, fp32)
+    swept = Trainer(config.model_copy(update={"max_lr": 5.0}), few, fp32)
     results = list(trained)
     losses = list(swept.sweep([0.02] * trained.total_steps))
     assert torch.equal(weights(swept), weights(trained))
@@ -424,34 +410,30 @@ def mini(workplace: Path) -> Path:
 
 
 def report_on(space: Path, numerics: Numerics, *curves: Curve) -> dict[str, Any]:
-    """What a test would have found on these curves."""
-    info = load_train_val(SHAPES, 10, 0).info
+    """The report of a test with a seed for each of these curves."""
+    recipe, info = load_space(str(space)), load_train_val(SHAPES, 10, 0).info
     sweeps = [sweep_over(curve, seed, 0.05) for seed, curve in enumerate(curves)]
-    return make_report(
-        "lr-range-mini", load_space(str(space)), info, numerics, sweeps, "python -m tune_cifar"
-    )
+    return make_report("lr-range-mini", recipe, info, numerics, sweeps, "python -m tune_cifar")
 
 
 @pytest.mark.slow
 def test_the_saved_document_is_enough_to_draw_the_same_figure(
     mini: Path, fp32: Numerics, tmp_path: Path
 ) -> None:
-    save_report(report_on(mini, fp32, bowl, fall, lambda lr: math.nan), tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
+    save_report(report_on(mini, fp32, bowl, fall, lambda lr: math.nan), folder)
     document = json.loads((folder / "sweeps.json").read_text())
     assert TrainConfig(**document["config"]).fingerprint == document["fingerprint"]
     assert Numerics(**document["numerics"]) == fp32 and document["data"]["name"] == "shapes"
-    assert [len(sweep["losses"]) == len(sweep["smoothed"]) for sweep in document["sweeps"]] == [
-        True
-    ] * 3
+    assert len(document["sweeps"]) == 3
+    for sweep in document["sweeps"]:
+        assert len(sweep["losses"]) == len(sweep["smoothed"])
     save_lr_range(document, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (folder / "curve.png").read_bytes()
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(mini: Path, fp32: Numerics) -> None:
-    with pytest.raises(
-        ConfigError, match="the test's files must be writable there, got 'Not a directory'"
-    ):
+def test_a_folder_that_cannot_be_made_is_refused_in_a_sentence(mini: Path, fp32: Numerics) -> None:
+    with pytest.raises(ConfigError, match="the test's files cannot be written: Not a directory"):
         save_report(report_on(mini, fp32, bowl), mini / "folder")
 
 
@@ -470,27 +452,21 @@ def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("lr-range-mini", "FINISHED")
     assert run.data.tags["kind"] == "lr_range" and run.data.tags["verdict"] == report["verdict"]
-    assert run.data.params["optimizer"] == "adam" and not {"max_lr", "nesterov"} & set(
-        run.data.params
-    )
+    params = run.data.params
+    assert params["optimizer"] == "adam" and not {"max_lr", "nesterov"} & set(params)
     assert run.data.metrics["lr_minimum_over_10"] == report["estimators"]["minimum/10"]["lr"]
     points = client.get_metric_history(run.info.run_id, "loss_seed_1")
-    assert {point.step: point.value for point in points} == dict(
-        enumerate(report["sweeps"][1]["losses"], 1)
-    )
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
-        "curve.png",
-        "sweeps.json",
-    }
+    losses = dict(enumerate(report["sweeps"][1]["losses"], 1))
+    assert {point.step: point.value for point in points} == losses
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert files == {"curve.png", "sweeps.json"}
 
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mlflow.MlflowClient.log_artifacts", fail)
-    with pytest.raises(
-        TrackingError,
-        match=r"^lr-range-mini: MLflow must take the run, got OSError: .*No space left",
-    ):
+    problem = "^lr-range-mini: uploading the run to MLflow.* OSError: .*No space left"
+    with pytest.raises(TrackingError, match=problem):
         upload_lr_range(uri, store, report, tmp_path / "found")
     statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
     assert sorted(statuses) == ["FAILED", "FINISHED"]
@@ -500,20 +476,11 @@ def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_
 
 
 def sweep_words(space: Path, *more: str) -> list[str]:
-    """A sweep of half a second whose estimators agree, with an MLflow store that cannot be reached."""
-    dead = f"sqlite:///{space.parent}/no/such/folder/mlflow.db"
-    words = [
-        "lr-range",
-        "--space",
-        str(space),
-        "--data",
-        "shapes",
-        "--precision",
-        "fp32",
-        "--seeds",
-        "1",
-    ]
-    return [*words, "--low", "1e-5", "--steps", "30", "--tracking-uri", dead, *more]
+    """A sweep of half a second whose estimators agree; its MLflow store cannot be reached."""
+    recipe = ["--space", str(space), "--data", "shapes", "--precision", "fp32"]
+    sweep = ["--seeds", "1", "--low", "1e-5", "--steps", "30"]
+    unreachable = f"sqlite:///{space.parent}/no/such/folder/mlflow.db"
+    return ["lr-range", *recipe, *sweep, "--tracking-uri", unreachable, *more]
 
 
 @pytest.mark.slow
@@ -528,7 +495,7 @@ def test_the_command_shows_saves_and_writes_exactly_one_line(mini: Path) -> None
     assert (
         "seed 0: " in text and "suggestion: max_lr " in text and "baseline: max_lr 2.00e-03" in text
     )
-    assert text.count("got: unable to open database file. MLflow lacks the test; ") == 1
+    assert text.count("unable to open database file. MLflow lacks the test; ") == 1
     (folder,) = (mini.parent / "runs" / "lr_range").iterdir()
     assert folder.name.startswith("mini-full-") and f"curve: {folder}/curve.png" in text
     assert {path.name for path in folder.iterdir()} == {"curve.png", "sweeps.json"}
@@ -623,6 +590,50 @@ def test_what_could_not_be_written_is_refused_before_anything_is_trained(mini: P
         in refuse(SpaceError, *sweep_words(mini, "--write"))
     )
     assert not os.path.lexists(mini.parent / "runs")
+
+
+def test_the_packages_own_spaces_are_not_changed_but_named(
+    mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_cifar.space.select.PACKAGED", mini.parent)
+    sentence = refuse(SpaceError, *sweep_words(mini, "--write"))
+    assert sentence.startswith("mini.yaml: the package's own spaces are not changed. Copy the file")
+    assert sentence.endswith("mini.yaml search_spaces/).")
+    assert not os.path.lexists(mini.parent / "runs")
+
+
+def test_writing_keeps_mode_byte_order_mark_and_link_and_leaves_nothing_else(mini: Path) -> None:
+    mini.write_bytes(b"\xef\xbb\xbf" + SPACE.encode())
+    mini.chmod(0o640)
+    link = mini.parent / "links" / "mini.yaml"
+    link.parent.mkdir()
+    link.symlink_to(mini)
+    _write(read_space(link), SPACE + "# more\r\n")
+    assert link.is_symlink()
+    assert mini.read_bytes() == b"\xef\xbb\xbf" + SPACE.encode() + b"# more\r\n"
+    assert mini.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in sorted(mini.parent.iterdir())] == ["links", "mini.yaml"]
+
+
+def test_a_file_that_has_changed_or_is_gone_is_not_overwritten(mini: Path) -> None:
+    file = read_space(mini)
+    mini.write_text(SPACE + "# edited\n")
+    with pytest.raises(SpaceError, match=r"^mini.yaml: the file has changed since it was read\."):
+        _write(file, SPACE)
+    assert mini.read_text() == SPACE + "# edited\n"
+    mini.unlink()
+    rule = "the file must be writable, got 'No such file or directory'"
+    with pytest.raises(SpaceError, match=rf"^mini.yaml: {rule}\.$"):
+        _write(file, SPACE)
+    assert list(mini.parent.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(mini: Path) -> None:
+    file, rule = read_space(mini), "the file must be writable, got '.*'"
+    with limit_file_size(len(SPACE) // 2), pytest.raises(SpaceError, match=f"mini.yaml: {rule}"):
+        _write(file, SPACE + "# more\n")
+    assert mini.read_text() == SPACE
+    assert list(mini.parent.iterdir()) == [mini]
 
 
 def test_yes_belongs_to_write(mini: Path) -> None:

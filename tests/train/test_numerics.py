@@ -1,4 +1,4 @@
-"""What changes bits: chosen, refused, compared, applied; and the description of the machine beside it."""
+"""Numerics are chosen, refused, compared and applied; the machine is described beside them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tune_cifar.train.numerics import (
     restore_numerics,
 )
 
-needs_no_gpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="this machine has a CUDA device"
-)
+HAS_GPU = torch.cuda.is_available()
+needs_no_gpu = pytest.mark.skipif(HAS_GPU, reason="this machine has a CUDA device")
+CPUS_RULE = f"`cpus_per_trial` must be 1 to {count_cores()} (the cores here)"
 
 
 @pytest.fixture
 def flags() -> Iterator[None]:
-    """Puts torch's process-wide settings back after a test."""
+    """Restore torch's process-wide settings after a test."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     yield
@@ -44,7 +44,7 @@ def flags() -> Iterator[None]:
 
 
 def read_cpu_flags() -> set[str]:
-    """The kernel's own words for what the processor can do."""
+    """Read the processor's flags as the Linux kernel names them."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -77,29 +77,23 @@ def test_auto_takes_the_gpu_where_one_is() -> None:
 def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: str) -> None:
     numerics = resolve_numerics("cpu", precision, threads=1)
     assert (numerics.precision, numerics.memory_format, numerics.threads) == (precision, layout, 1)
-    assert memory_format(numerics) is getattr(
-        torch, f"{layout}_format" if layout == "contiguous" else layout
-    )
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    assert memory_format(numerics) is formats[layout]
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"device": "gpu"}, "--device: auto, cpu or cuda must be given, got 'gpu'."),
-        ({"precision": "fp16"}, "--precision: auto, fp32 or bf16 must be given, got 'fp16'."),
-        ({"execution": "graph"}, "--execution: eager or captured must be given, got 'graph'."),
+        ({"device": "gpu"}, "`device` must be auto, cpu or cuda, got 'gpu'."),
+        ({"precision": "fp16"}, "`precision` must be auto, fp32 or bf16, got 'fp16'."),
+        ({"execution": "graph"}, "`execution` must be eager or captured, got 'graph'."),
         (
             {"device": "cpu", "execution": "captured"},
-            "--execution: captured needs a CUDA device, got a training on the CPU. Leave it out.",
+            "`execution='captured'` needs a CUDA device, but the training runs on the CPU. "
+            "Leave it out.",
         ),
-        (
-            {"threads": 0},
-            f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 0.",
-        ),
-        (
-            {"threads": 4096},
-            f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got 4096.",
-        ),
+        ({"threads": 0}, f"{CPUS_RULE}, got 0."),
+        ({"threads": 4096}, f"{CPUS_RULE}, got 4096."),
     ],
 )
 def test_unknown_settings_are_refused_in_one_sentence(
@@ -111,24 +105,17 @@ def test_unknown_settings_are_refused_in_one_sentence(
 
 
 @needs_no_gpu
-def test_cuda_without_a_gpu_is_refused_with_the_way_out(fp32: Numerics) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"--device: cuda needs a CUDA device, got a machine without one\. Use --device",
-    ):
+def test_cuda_without_a_gpu_is_refused_with_a_remedy(fp32: Numerics) -> None:
+    problem = r"but this machine has none\. Use `device='cpu'`\."
+    with pytest.raises(ConfigError, match=f"`device='cuda'` needs a CUDA device, {problem}"):
         resolve_numerics("cuda")
-    with pytest.raises(ConfigError, match="the recorded device is cuda, got a machine without one"):
+    with pytest.raises(ConfigError, match=f"the recorded device is cuda, {problem}"):
         apply_numerics(fp32.model_copy(update={"device": "cuda"}))
 
 
 def test_versions_are_those_of_the_libraries_that_compute(fp32: Numerics) -> None:
-    assert set(fp32.versions) == {
-        "python",
-        "torch",
-        "numpy",
-        "albumentations",
-        "opencv-python-headless",
-    }
+    libraries = {"torch", "numpy", "albumentations", "opencv-python-headless"}
+    assert set(fp32.versions) == {"python"} | libraries
     assert fp32.versions["torch"] == version("torch")
 
 
@@ -137,17 +124,15 @@ def test_numerics_come_back_equal_through_json(fp32: Numerics) -> None:
 
 
 def test_recorded_numerics_are_restored_where_they_can_be(fp32: Numerics) -> None:
-    recorded = fp32.model_copy(
-        update={
-            "precision": "bf16",
-            "execution": "captured",
-            "threads": 2,
-            "memory_format": "contiguous",
-            "device_name": "elsewhere",
-            "versions": {"torch": "1.0"},
-        }
-    )
-    here = restore_numerics(recorded)
+    changes = {
+        "precision": "bf16",
+        "execution": "captured",
+        "threads": 2,
+        "memory_format": "contiguous",
+        "device_name": "elsewhere",
+        "versions": {"torch": "1.0"},
+    }
+    here = restore_numerics(fp32.model_copy(update=changes))
     assert (here.precision, here.threads, here.memory_format) == ("bf16", 2, "contiguous")
     assert (here.versions, here.device_name) == (fp32.versions, fp32.device_name)
     assert here.execution == "eager"
@@ -167,10 +152,9 @@ OTHER_VALUES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_comparison_names_what_differs_before_and_now(fp32: Numerics, name: str) -> None:
-    other = fp32.model_copy(update={name: OTHER_VALUES[name]})
-    assert compare_numerics(fp32, other) == [
-        f"{name}: {getattr(fp32, name)} -> {OTHER_VALUES[name]}"
-    ]
+    value = OTHER_VALUES[name]
+    other = fp32.model_copy(update={name: value})
+    assert compare_numerics(fp32, other) == [f"{name}: {getattr(fp32, name)} -> {value}"]
 
 
 def test_comparison_covers_every_field(fp32: Numerics) -> None:
@@ -195,9 +179,8 @@ def test_applying_sets_the_flags_and_the_next_application_restores_them(fp32: Nu
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     apply_numerics(fp32)
     assert torch.get_num_threads() == 1
-    assert (
-        not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
-    )
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
 
 
 @pytest.mark.parametrize(
@@ -216,7 +199,5 @@ def test_environment_is_text_and_names_versions_machine_and_commit() -> None:
     if not (root / ".git").exists():
         assert "git_commit" not in facts
         return
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-    ).stdout
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=root, text=True)
     assert facts["git_commit"].removesuffix("+changes") == head.strip()

@@ -28,27 +28,20 @@ def anneal(start: float, end: float, fraction: float) -> float:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_onecycle_follows_its_definition_at_every_step(optimizer: str) -> None:
-    config = make_config(
-        optimizer=optimizer,
-        max_lr=0.02,
-        pct_start=0.25,
-        div_factor=10.0,
-        final_div_factor=100.0,
-        epochs=5,
-    )
+    cycle = {"pct_start": 0.25, "div_factor": 10.0, "final_div_factor": 100.0}
+    config = make_config(optimizer=optimizer, max_lr=0.02, **cycle, epochs=5)
     lrs, momenta = run_schedule(config)
     peak = 0.25 * 20 - 1  # 20 steps in all; the peak is the last step of the warm-up
     for step, (lr, momentum) in enumerate(zip(lrs, momenta, strict=True)):
         up = step <= peak
         fraction = step / peak if up else (step - peak) / (19 - peak)
-        ends = (0.002, 0.02) if up else (0.02, 0.002 / 100)
-        assert lr == pytest.approx(anneal(*ends, fraction), rel=1e-9)
-        assert momentum == pytest.approx(
-            anneal(*((0.95, 0.85) if up else (0.85, 0.95)), fraction), rel=1e-9
-        )
+        lr_ends = (0.002, 0.02) if up else (0.02, 0.002 / 100)
+        momentum_ends = (0.95, 0.85) if up else (0.85, 0.95)
+        assert lr == pytest.approx(anneal(*lr_ends, fraction), rel=1e-9)
+        assert momentum == pytest.approx(anneal(*momentum_ends, fraction), rel=1e-9)
 
 
-def test_onecycle_leaves_momentum_alone_when_told_so() -> None:
+def test_onecycle_without_cycle_momentum_keeps_the_momentum() -> None:
     _, momenta = run_schedule(make_config(cycle_momentum=False, momentum=0.7))
     assert set(momenta) == {0.7}
 
@@ -59,14 +52,9 @@ def test_cosine_follows_its_definition_at_every_step() -> None:
 
 
 def test_step_schedule_falls_at_the_fractions_whatever_the_batch_size() -> None:
+    recipe = {"schedule": "step", "milestone_fractions": (0.375, 0.75), "gamma": 0.1}
     for batch_size in (32, 7):
-        config = make_config(
-            schedule="step",
-            epochs=8,
-            milestone_fractions=(0.375, 0.75),
-            gamma=0.1,
-            batch_size=batch_size,
-        )
+        config = make_config(**recipe, epochs=8, batch_size=batch_size)
         lrs, _ = run_schedule(config)
         per_epoch = config.num_steps_per_epoch
         want = [0.01] * 3 * per_epoch + [0.001] * 3 * per_epoch + [0.0001] * 2 * per_epoch
@@ -75,18 +63,18 @@ def test_step_schedule_falls_at_the_fractions_whatever_the_batch_size() -> None:
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "step"])
 def test_a_restarted_schedule_is_that_of_a_training_as_long_as_its_cycle(schedule: str) -> None:
-    whole = list(schedule_steps(make_config(schedule=schedule, epochs=5, warm_restarts=(2,))))
-    cycles = [
-        list(schedule_steps(make_config(schedule=schedule, epochs=length))) for length in (2, 3)
-    ]
-    assert whole == cycles[0] + cycles[1]
+    def list_steps(epochs: int, restarts: tuple[int, ...] = ()) -> list[Settings]:
+        config = make_config(schedule=schedule, epochs=epochs, warm_restarts=restarts)
+        return list(schedule_steps(config))
+
+    assert list_steps(5, restarts=(2,)) == list_steps(2) + list_steps(3)
 
 
-def test_a_resumed_training_asks_for_the_rest_of_its_schedule() -> None:
+def test_a_resumed_training_takes_the_rest_of_its_schedule() -> None:
     config = make_config(epochs=5, warm_restarts=(2,))
-    whole = list(schedule_steps(config))
+    steps = list(schedule_steps(config))
     for num_done in (0, 1, 7, 8, 9, 19, 20):
-        assert list(schedule_steps(config, num_done)) == whole[num_done:]
+        assert list(schedule_steps(config, num_done)) == steps[num_done:]
 
 
 def test_constant_schedule_never_moves() -> None:
@@ -135,7 +123,5 @@ def test_coupled_decay_enters_adams_gradient_and_decoupled_decay_does_not() -> N
         weight.grad = torch.zeros(1)
         make_optimizer([weight], make_config(optimizer=optimizer, max_lr=0.1, **{name: 0.1})).step()
         shrunk[optimizer] = 1 - weight.item()
-    assert shrunk["adam"] == pytest.approx(
-        0.1, rel=1e-4
-    )  # a normalised gradient: the whole learning rate
-    assert shrunk["adamw"] == pytest.approx(0.01, rel=1e-4)  # learning rate x decay
+    assert shrunk["adam"] == pytest.approx(0.1, rel=1e-4)  # a normalised gradient: max_lr
+    assert shrunk["adamw"] == pytest.approx(0.01, rel=1e-4)  # max_lr x decay

@@ -1,8 +1,7 @@
-"""A single training with a record: what it leaves, how it ends, and how it goes on after an interruption."""
+"""A single training with a record: what it writes, how it ends and how it is resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.builders import (
-    EXPLODING,
+    EXPLODING_KNOBS,
     SHAPES,
-    SMALL,
+    SMALL_KNOBS,
     curve,
     ignore_event,
     interrupt_small,
@@ -33,24 +32,22 @@ from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import CHECKPOINTS, ERROR, WEIGHTS, train_trial
 
 
-def test_every_event_is_on_disk_before_the_listener_hears_of_it(
-    tmp_path: Path, fp32: Numerics
-) -> None:
+def test_every_event_is_on_disk_before_on_event_is_called(tmp_path: Path, fp32: Numerics) -> None:
     record, data = open_small(tmp_path, fp32)
-    heard: list[tuple[str, int]] = []
+    events: list[tuple[str, int]] = []
 
     def on_event(state: SearchState, event: Event) -> None:
         on_disk = read_state(state.folder)
         assert (on_disk.num_events, on_disk.trials) == (state.num_events, state.trials)
-        heard.append((type(event).__name__, on_disk.trials[0].epochs_done))
+        events.append((type(event).__name__, on_disk.trials[0].epochs_done))
 
     with record:
         run_training(record, data, fp32, on_event)
     epochs = [("EpochReported", epoch) for epoch in (1, 2, 3)]
-    assert heard == [("TrialStarted", 0), *epochs, ("TrialEnded", 3), ("SearchEnded", 3)]
+    assert events == [("TrialStarted", 0), *epochs, ("TrialEnded", 3), ("SearchEnded", 3)]
 
 
-def test_a_training_ends_complete_with_its_score_and_the_weights_that_earned_it(
+def test_a_training_ends_complete_with_its_score_and_the_weights_that_reached_it(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     state = train_small(tmp_path, fp32)
@@ -66,6 +63,11 @@ def test_a_training_ends_complete_with_its_score_and_the_weights_that_earned_it(
     assert trainer.evaluate(data.val) == (trial.epochs[-1].val_loss, trial.epochs[-1].val_acc)
 
 
+def save_checkpoints(monkeypatch: pytest.MonkeyPatch, every_seconds: float) -> None:
+    train = partial(train_trial, every_seconds=every_seconds)
+    monkeypatch.setattr("tune_cifar.train.recorded.train_trial", train)
+
+
 @pytest.mark.parametrize(("every_seconds", "epochs_kept"), [(60.0, 0), (0.0, 1)])
 def test_a_resumed_training_has_the_curve_of_the_uninterrupted_one(
     tmp_path: Path,
@@ -74,45 +76,33 @@ def test_a_resumed_training_has_the_curve_of_the_uninterrupted_one(
     every_seconds: float,
     epochs_kept: int,
 ) -> None:
-    """With a checkpoint it goes on from there; without one yet (they come once a minute) it starts again."""
-    monkeypatch.setattr(
-        "tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=every_seconds)
-    )
-    whole = train_small(tmp_path / "whole", fp32)
+    """It starts from its checkpoint, or from scratch if none was due yet."""
+    save_checkpoints(monkeypatch, every_seconds)
+    uninterrupted = train_small(tmp_path / "uninterrupted", fp32)
     interrupt_small(tmp_path, fp32, epoch=1)
-    broken = read_state(search_folder(tmp_path, "small"))
-    assert (broken.trials[0].status, broken.trials[0].epochs_done) == ("running", 1)
-    assert (
-        broken.finished is not None
-        and broken.finished.reason == "interrupted"
-        and not broken.is_finished
-    )
+    interrupted = read_state(search_folder(tmp_path, "small"))
+    trial, end = interrupted.trials[0], interrupted.finished
+    assert (trial.status, trial.epochs_done) == ("running", 1)
+    assert end is not None and end.reason == "interrupted" and not interrupted.is_finished
     record, data = open_small(tmp_path, fp32, resume=True)
-    begun_at: list[int] = []
+    starts: list[int] = []
     with record:
-        run_training(
-            record,
-            data,
-            fp32,
-            ignore_event,
-            on_trainer=lambda trainer: begun_at.append(trainer.epoch),
-        )
+        run_training(record, data, fp32, ignore_event, lambda trainer: starts.append(trainer.epoch))
     resumed = read_state(search_folder(tmp_path, "small"))
-    assert begun_at == [epochs_kept]
-    assert curve(resumed.trials[0].epochs) == curve(whole.trials[0].epochs)
+    assert starts == [epochs_kept]
+    assert curve(resumed.trials[0].epochs) == curve(uninterrupted.trials[0].epochs)
     assert resumed.trials[0].status == "complete" and resumed.finished is not None
-    weights, wanted = (load_weights(state.trial_folder(0) / WEIGHTS) for state in (resumed, whole))
+    weights = load_weights(resumed.trial_folder(0) / WEIGHTS)
+    wanted = load_weights(uninterrupted.trial_folder(0) / WEIGHTS)
     assert all((weights[name] == wanted[name]).all() for name in wanted)
 
 
 def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint knows two epochs, the record one: the second is told again from the checkpoint."""
-    monkeypatch.setattr(
-        "tune_cifar.train.recorded.train_trial", partial(train_trial, every_seconds=0.0)
-    )
-    whole = train_small(tmp_path / "whole", fp32)
+    """The checkpoint has two epochs, the record one: the second comes from the checkpoint."""
+    save_checkpoints(monkeypatch, every_seconds=0.0)
+    uninterrupted = train_small(tmp_path / "uninterrupted", fp32)
     interrupt_small(tmp_path, fp32, epoch=2)
     path = search_folder(tmp_path, "small") / "record.jsonl"
     *lines, last, end = path.read_bytes().splitlines(keepends=True)
@@ -121,38 +111,37 @@ def test_a_training_killed_between_its_checkpoint_and_its_record_loses_no_epoch(
     record, data = open_small(tmp_path, fp32, resume=True)
     with record:
         run_training(record, data, fp32, ignore_event)
-    assert curve(read_state(path.parent).trials[0].epochs) == curve(whole.trials[0].epochs)
+    epochs = read_state(path.parent).trials[0].epochs
+    assert curve(epochs) == curve(uninterrupted.trials[0].epochs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("left", ["the end", "the middle, for the end is torn", "a longer one"])
-def test_what_another_cycle_left_is_deleted_and_the_training_begins_from_scratch(
+def test_checkpoints_of_another_stage_are_deleted_and_the_training_starts_from_scratch(
     tmp_path: Path, fp32: Numerics, left: str
 ) -> None:
-    config = load_space("smoke", "full", {**SMALL, "epochs": 4}).baseline
-    before, after = (
-        (config, config.shorten(2)) if left == "a longer one" else (config.shorten(2), config)
-    )
+    config = load_space("smoke", "full", {**SMALL_KNOBS, "epochs": 4}).baseline
+    before, after = config.shorten(2), config
+    if left == "a longer one":
+        before, after = after, before
     data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
     for result in train_trial(before, data, fp32, folder, every_seconds=0.0):
         if result.epoch == 2:
             break
     if "torn" in left:
         (folder / CHECKPOINTS / "checkpoint-0002.pt").write_bytes(b"torn")
-    begun_at: list[int] = []
-    results = train_trial(
-        after, data, fp32, folder, on_trainer=lambda trainer: begun_at.append(trainer.epoch)
-    )
+    starts: list[int] = []
+    results = train_trial(after, data, fp32, folder, lambda trainer: starts.append(trainer.epoch))
     first = next(results)
     assert list((folder / CHECKPOINTS).iterdir()) == []
-    assert begun_at == [0]
+    assert starts == [0]
     assert curve([first, *results]) == curve(list(Trainer(after, data, fp32)))
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_and_stays(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    config = load_space("smoke", "full", {**SMALL, "schedule": "constant"}).baseline
+    config = load_space("smoke", "full", {**SMALL_KNOBS, "schedule": "constant"}).baseline
     data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
     list(train_trial(config.shorten(1), data, fp32, folder))
     other = config.model_copy(update={"max_lr": 0.01})
@@ -167,7 +156,7 @@ def test_resume_with_a_changed_knob_is_refused_with_what_changed_and_frees_the_r
     interrupt_small(tmp_path, fp32, epoch=1)
     with pytest.raises(ConfigError) as caught:
         open_small(tmp_path, fp32, resume=True, max_lr=0.02, seed=3)
-    rule = "--resume: small must be unfinished and as it was recorded"
+    rule = "`resume=True`: small must be unfinished and its settings as recorded"
     recorded = load_space("smoke").baseline.max_lr
     assert str(caught.value) == f"{rule}, got max_lr: {recorded} -> 0.02; seed: 0 -> 3."
     record, _ = open_small(tmp_path, fp32, resume=True)
@@ -184,27 +173,23 @@ def test_resume_under_other_numerics_is_refused_with_what_changed(
 
 def test_resume_of_a_finished_training_is_refused(tmp_path: Path, fp32: Numerics) -> None:
     train_small(tmp_path, fp32, epochs=2)
-    with pytest.raises(
-        ConfigError, match=r"small must be unfinished .* got a finished training\.$"
-    ):
+    with pytest.raises(ConfigError, match=r"small must be unfinished .* a finished training\.$"):
         open_small(tmp_path, fp32, resume=True, epochs=2)
 
 
 def test_resume_needs_the_name_of_a_record(tmp_path: Path, fp32: Numerics) -> None:
-    with pytest.raises(ConfigError, match="--resume: needs --name, got none"):
+    with pytest.raises(ConfigError, match="`resume=True` needs `name`, got none"):
         open_small(tmp_path, fp32, name=None, resume=True)
-    with pytest.raises(
-        RecordError, match=r"small: a search must be there, got 'No such file or directory'\."
-    ):
+    with pytest.raises(RecordError, match="small: cannot open its record: No such file"):
         open_small(tmp_path, fp32, resume=True)
 
 
-def test_a_name_in_use_is_refused_and_a_name_is_made_when_none_is_given(
+def test_a_name_in_use_is_refused_and_without_a_name_one_is_made(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     record, _ = open_small(tmp_path, fp32)
     record.close()
-    with pytest.raises(RecordError, match="small: a search's name must be new"):
+    with pytest.raises(RecordError, match="small: a search of this name exists already"):
         open_small(tmp_path, fp32)
     record, _ = open_small(tmp_path, fp32, name=None)
     with record:
@@ -214,13 +199,12 @@ def test_a_name_in_use_is_refused_and_a_name_is_made_when_none_is_given(
 def test_a_diverged_training_is_a_result_with_chance_as_its_score(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    state = train_small(tmp_path, fp32, **EXPLODING)
+    state = train_small(tmp_path, fp32, **EXPLODING_KNOBS)
     trial = state.trials[0]
     assert (trial.status, trial.score, trial.epochs_done) == ("diverged", 0.1, 1)
     assert state.finished is not None
-    assert trial.reason.startswith(
-        "training: the loss must be finite, got nan or inf at epoch 2, step "
-    )
+    problem = "training: the loss must be finite, got nan or inf at epoch 2, step "
+    assert trial.reason.startswith(problem)
     assert not (state.trial_folder(0) / WEIGHTS).exists()
 
 
@@ -231,39 +215,39 @@ def test_an_exception_is_recorded_as_failed_with_its_traceback_and_raised_again(
     ended: list[TrialEnded] = []
 
     def on_event(state: SearchState, event: Event) -> None:
-        ended.extend([event] if isinstance(event, TrialEnded) else [])
+        if isinstance(event, TrialEnded):
+            ended.append(event)
 
     def break_down(trainer: Trainer) -> None:
         raise OSError("[Errno 28] no space left")
 
-    listener: Callable[[SearchState, Event], None] = on_event
     with record, pytest.raises(OSError, match="no space left"):
-        run_training(record, data, fp32, listener, break_down)
+        run_training(record, data, fp32, on_event, break_down)
     trial = read_state(search_folder(tmp_path, "small")).trials[0]
     assert (trial.status, trial.score, trial.error_file) == ("failed", None, f"trials/0000/{ERROR}")
     assert [event.status for event in ended] == ["failed"]
-    text = (search_folder(tmp_path, "small") / "trials" / "0000" / ERROR).read_text()
+    text = (search_folder(tmp_path, "small") / trial.error_file).read_text()
     assert "in break_down" in text and "no space left" in text
 
 
 def test_a_training_killed_before_its_last_line_is_only_closed_on_resume(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    whole = train_small(tmp_path, fp32)
-    path = whole.folder / "record.jsonl"
+    complete = train_small(tmp_path, fp32)
+    path = complete.folder / "record.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     record, data = open_small(tmp_path, fp32, resume=True)
     with record:
         run_training(record, data, fp32, ignore_event)
     state = read_state(path.parent)
-    assert state.finished is not None and state.trials[0] == whole.trials[0]
+    assert state.finished is not None and state.trials[0] == complete.trials[0]
 
 
 @pytest.mark.parametrize(("kind", "words"), [("search", "a search"), ("confirm", "a confirmation")])
 def test_resume_of_what_is_no_single_training_is_refused_with_what_it_is(
     tmp_path: Path, fp32: Numerics, kind: Any, words: str
 ) -> None:
-    space = load_space("smoke", "full", SMALL)
+    space = load_space("smoke", "full", SMALL_KNOBS)
     header = make_header(kind, "small", space, 0, load_train_val(SHAPES, 20, 20).info, fp32, "test")
     Record.create(search_folder(tmp_path, "small"), header).close()
     with pytest.raises(ConfigError, match=rf"got {words}\.$"):

@@ -1,4 +1,4 @@
-"""A step's two executions: the same recipe, kernel by kernel or as one program with its knobs in device memory."""
+"""The two executions of a step: kernel by kernel, and one program with its knobs on the device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from tests import builders
-from tests.builders import FEW
+from tests.builders import FEW_IMAGES
 from tune_cifar.augment.batched import apply_pixel_ops, draw_policy
 from tune_cifar.augment.policies import make_policy
 from tune_cifar.data.load import TrainVal
 from tune_cifar.models.dropout import Dropout
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics, TrainConfig
-from tune_cifar.train import step as room
+from tune_cifar.train import step as step_module
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.optim import (
@@ -38,13 +38,13 @@ from tune_cifar.train.trainer import Trainer
 
 @pytest.fixture
 def captured(fp32: Numerics, monkeypatch: pytest.MonkeyPatch) -> Numerics:
-    """The captured program on the CPU, where nothing is captured; no step of another test is waiting."""
-    monkeypatch.setattr(room, "_idle", {})
+    """The captured program on the CPU, where nothing is captured, without idle steps."""
+    monkeypatch.setattr(step_module, "_idle", {})
     return fp32.model_copy(update={"execution": "captured"})
 
 
 def make_config(**changes: Any) -> TrainConfig:
-    return builders.make_config(**{**FEW, **changes})
+    return builders.make_config(**{**FEW_IMAGES, **changes})
 
 
 def curve(results: list[EpochResult]) -> list[list[Any]]:
@@ -72,24 +72,23 @@ RECIPES: list[dict[str, Any]] = [
 def test_a_captured_training_is_the_eager_one_to_rounding(
     recipe: dict[str, Any], max_lr: float, few: TrainVal, fp32: Numerics, captured: Numerics
 ) -> None:
-    """Without dropout, whose dice are others: order, augmentation and every update agree."""
+    """Without dropout, whose random numbers differ: order, augmentation and every update agree."""
     config = make_config(**PLAIN, **recipe, max_lr=max_lr, epochs=1)
     start, eager, program = (Trainer(config, few, numerics) for numerics in (fp32, fp32, captured))
     (result,), (other,) = list(eager), list(program)
     assert result.lr == other.lr and result.step == other.step
     assert result.train_loss == pytest.approx(other.train_loss, rel=1e-4)
     before, one, two = (flatten(trainer.model) for trainer in (start, eager, program))
-    # Adam makes a step of lr of a gradient however small: single weights may go either way.
-    assert float((one - two).norm() / (one - before).norm()) < (
-        1e-3 if config.optimizer == "sgd" else 0.02
-    )
+    # Adam takes a step of lr for any gradient, however small: single weights may go either way.
+    tolerance = 1e-3 if config.optimizer == "sgd" else 0.02
+    assert float((one - two).norm() / (one - before).norm()) < tolerance
 
 
 def flatten(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_dropout_of_a_captured_step_drops_the_configs_share(captured: Numerics) -> None:
+def test_dropout_of_a_captured_step_has_the_configs_drop_probability(captured: Numerics) -> None:
     step = CapturedStep(make_config(model="s8", dropout=0.3), captured)
     step.reset(make_config(model="s8", dropout=0.1))
     dropout = next(layer for layer in step.model.modules() if isinstance(layer, Dropout))
@@ -99,21 +98,20 @@ def test_dropout_of_a_captured_step_drops_the_configs_share(captured: Numerics) 
     assert output[kept].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-4)
 
 
-def test_a_step_taken_again_trains_as_a_new_one(few: TrainVal, captured: Numerics) -> None:
+def test_a_reused_step_trains_as_a_new_one(few: TrainVal, captured: Numerics) -> None:
     first = make_config(max_lr=0.01, rotate_limit=30.0, weight_decay=0.01)
-    second = make_config(
-        max_lr=0.05, rotate_limit=5.0, weight_decay=0.1, dropout=0.2, seed=3, epochs=3
-    )
+    knobs = {"max_lr": 0.05, "rotate_limit": 5.0, "weight_decay": 0.1, "dropout": 0.2}
+    second = make_config(**knobs, seed=3, epochs=3)
     assert make_graph_key(first, captured) == make_graph_key(second, captured)
     alone = curve(list(Trainer(second, few, captured)))
-    room._idle.clear()
+    step_module._idle.clear()
     trainer = Trainer(first, few, captured)
     step = trainer._step
     before = curve(list(trainer))
     del trainer
-    assert list(room._idle.values()) == [step]
+    assert list(step_module._idle.values()) == [step]
     trainer = Trainer(second, few, captured)
-    assert trainer._step is step and room._idle == {}
+    assert trainer._step is step and step_module._idle == {}
     assert curve(list(trainer)) == alone
     del trainer
     assert curve(list(Trainer(first, few, captured))) == before
@@ -140,25 +138,23 @@ def test_two_trainings_at_once_have_a_step_each(few: TrainVal, captured: Numeric
         {"label_smoothing": 0.1},
     ],
 )
-def test_what_changes_the_program_changes_its_shape(
+def test_what_changes_the_program_changes_its_graph_key(
     changes: dict[str, Any], captured: Numerics
 ) -> None:
-    assert make_graph_key(make_config(), captured) != make_graph_key(
-        make_config(**changes), captured
-    )
+    other = make_graph_key(make_config(**changes), captured)
+    assert make_graph_key(make_config(), captured) != other
 
 
-def test_only_so_many_idle_steps_are_kept(captured: Numerics) -> None:
+def test_only_the_last_idle_steps_are_kept(captured: Numerics) -> None:
     steps = [CapturedStep(make_config(batch_size=size), captured) for size in (2, 4, 8)]
     for step in steps:
-        room.release_step(step)
-    assert list(room._idle.values()) == steps[-room.NUM_IDLE :]
+        step_module.release_step(step)
+    assert list(step_module._idle.values()) == steps[-step_module.NUM_IDLE :]
 
 
 def test_the_reference_augmentation_is_never_captured(captured: Numerics) -> None:
-    assert isinstance(
-        acquire_step(make_config(augment_backend="albumentations"), captured), EagerStep
-    )
+    config = make_config(augment_backend="albumentations")
+    assert isinstance(acquire_step(config, captured), EagerStep)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -166,7 +162,7 @@ def test_a_resumed_captured_training_is_bitwise_the_uninterrupted_one(
     optimizer: str, few: TrainVal, captured: Numerics, tmp_path: Any
 ) -> None:
     config = make_config(optimizer=optimizer, epochs=3)
-    whole = curve(list(Trainer(config, few, captured)))
+    uninterrupted = curve(list(Trainer(config, few, captured)))
     interrupted = Trainer(config, few, captured)
     next(iter(interrupted))
     save_checkpoint(tmp_path / "checkpoint-0001.pt", interrupted.state_dict())
@@ -174,7 +170,7 @@ def test_a_resumed_captured_training_is_bitwise_the_uninterrupted_one(
     del interrupted
     resumed = Trainer(config, few, captured)
     resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint-0001.pt"))
-    assert curve(list(resumed)) == whole[1:]
+    assert curve(list(resumed)) == uninterrupted[1:]
 
 
 def test_a_sweep_runs_captured_too(few: TrainVal, fp32: Numerics, captured: Numerics) -> None:
@@ -192,13 +188,13 @@ def test_the_device_optimizer_makes_torchs_updates(recipe: dict[str, Any]) -> No
     names = ("lr", "momentum", "weight_decay", "decoupled_weight_decay")
     knobs = {name: torch.tensor(float(getattr(config, name, 0.0))) for name in names}
     ours, torchs = DeviceOptimizer(mine, config, knobs), make_optimizer(theirs, config)
-    dice = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     for settings in schedule_steps(config):
         for name, value in settings._asdict().items():
             knobs[name].fill_(value)
         apply_settings(torchs, settings)
         for one, two in zip(mine, theirs, strict=True):
-            one.grad = torch.randn(one.shape, generator=dice)
+            one.grad = torch.randn(one.shape, generator=generator)
             two.grad = one.grad.clone()
         ours.step()
         torchs.step()
@@ -206,25 +202,24 @@ def test_the_device_optimizer_makes_torchs_updates(recipe: dict[str, Any]) -> No
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
-def test_strengths_in_device_memory_give_the_same_pictures(few: TrainVal) -> None:
+def test_knobs_in_device_memory_give_the_same_images(few: TrainVal) -> None:
     config = make_config(crop_pad=4)
     tensors = {name: torch.tensor(float(getattr(config, name))) for name in DEVICE_KNOBS}
-    placed = make_policy(SimpleNamespace(**(config.model_dump() | tensors)))  # type: ignore[arg-type]
-    pictures = []
-    for policy in (make_policy(config), placed):
+    on_device = make_policy(SimpleNamespace(**(config.model_dump() | tensors)))  # type: ignore[arg-type]
+    augmented = []
+    for policy in (make_policy(config), on_device):
         draws = draw_policy(policy, len(few.train), torch.Generator().manual_seed(0))
-        pictures.append(apply_pixel_ops(policy, few.train.images_NCHW, draws))
-    assert torch.equal(*pictures)
+        augmented.append(apply_pixel_ops(policy, few.train.images_NCHW, draws))
+    assert torch.equal(*augmented)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("max_lr", [0.001, 0.01, 0.03])
 @pytest.mark.parametrize("model", ["s7", "s8", "s10"])
 def test_a_cuda_graph_trains_as_its_program_does(model: str, max_lr: float, few: TrainVal) -> None:
-    """Bit for bit where kernels are deterministic: the graph against the same program, kernel by kernel."""
-    numerics = resolve_numerics("cuda", "bf16", deterministic=True).model_copy(
-        update={"execution": "captured"}
-    )
+    """With deterministic kernels the graph and the same program kernel by kernel agree in bits."""
+    eager = resolve_numerics("cuda", "bf16", deterministic=True)
+    numerics = eager.model_copy(update={"execution": "captured"})
     config = make_config(model=model, max_lr=max_lr)
     graph = Trainer(config, few, numerics)
     program = Trainer(config, few, numerics)
@@ -250,10 +245,10 @@ def test_a_captured_step_never_waits_for_the_device(few: TrainVal) -> None:
     config = make_config()
     step = CapturedStep(config, numerics)
     images, labels = few.train.images_NCHW[:8].cuda(), few.train.labels_N[:8].cuda()
-    placed = step.place([Settings(0.01, 0.9)] * 3)
+    schedule = step.to_device([Settings(0.01, 0.9)] * 3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for settings in placed:
+        for settings in schedule:
             step.train(images, labels, settings)
     finally:
         torch.cuda.set_sync_debug_mode("default")

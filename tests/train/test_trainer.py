@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.builders import FEW, SHAPES, curve, make_config, train_here
+from tests.builders import FEW_IMAGES, SHAPES, curve, make_config, train_here
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, Diverged
 from tune_cifar.schema import Numerics
@@ -53,20 +53,18 @@ def test_a_training_in_another_process_is_bitwise_equal_and_needs_no_compiler(
     assert json.loads(answer.stdout) == train_here(make_config(), shapes, fp32)
 
 
-def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_begins_anew(
+def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_restarts(
     few: TrainVal, fp32: Numerics
 ) -> None:
-    config = make_config(**FEW, epochs=4, warm_restarts=(1, 3))
+    config = make_config(**FEW_IMAGES, epochs=4, warm_restarts=(1, 3))
     results = list(Trainer(config, few, fp32))
     (short,) = Trainer(config.shorten(1), few, fp32)
-    assert config.shorten(1) == make_config(**FEW, epochs=1) and config.shorten(3) == make_config(
-        **FEW, epochs=3, warm_restarts=(1,)
-    )
+    assert config.shorten(1) == make_config(**FEW_IMAGES, epochs=1)
+    assert config.shorten(3) == make_config(**FEW_IMAGES, epochs=3, warm_restarts=(1,))
     assert curve(results[:1]) == curve([short])
+    # Every cycle ends annealed; epoch 2 is the middle of one.
     ends = [result.lr for result in results]
-    assert (
-        ends[0] == ends[2] == ends[3] < ends[1]
-    )  # every cycle ends annealed; epoch 2 is the middle of one
+    assert ends[0] == ends[2] == ends[3] < ends[1]
 
 
 @pytest.mark.parametrize(
@@ -80,15 +78,15 @@ def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_begins_ane
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
     few: TrainVal, fp32: Numerics, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    config = make_config(**(FEW | {"epochs": 3} | changes))
-    whole = train_here(config, few, fp32)
+    config = make_config(**(FEW_IMAGES | {"epochs": 3} | changes))
+    uninterrupted = train_here(config, few, fp32)
     interrupted = Trainer(config, few, fp32)
     next(iter(interrupted))
     save_checkpoint(tmp_path / "checkpoint-0001.pt", interrupted.state_dict())
     resumed = Trainer(config, few, fp32)
     resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint-0001.pt"))
-    assert curve(resumed.results) == whole[:1]
-    assert curve(list(resumed)) == whole[1:]
+    assert curve(resumed.results) == uninterrupted[:1]
+    assert curve(list(resumed)) == uninterrupted[1:]
 
 
 def test_a_checkpoint_of_another_config_is_refused(shapes: TrainVal, fp32: Numerics) -> None:
@@ -100,9 +98,8 @@ def test_a_checkpoint_of_another_config_is_refused(shapes: TrainVal, fp32: Numer
 def test_a_training_with_a_huge_lr_diverges_with_epoch_and_step(
     shapes: TrainVal, fp32: Numerics
 ) -> None:
-    config = make_config(
-        schedule="constant", max_lr=100.0, weight_decay=1.0, epochs=50
-    )  # weights x -99 a step
+    # Each step multiplies the weights by -99.
+    config = make_config(schedule="constant", max_lr=100.0, weight_decay=1.0, epochs=50)
     with pytest.raises(Diverged) as caught:
         list(Trainer(config, shapes, fp32))
     steps = config.num_steps_per_epoch
@@ -131,9 +128,8 @@ def test_evaluation_is_bitwise_repeatable_and_moves_nothing(
     assert shapes.val is not None
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     assert trainer.evaluate(shapes.val) == trainer.evaluate(shapes.val)
-    assert all(
-        torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items()
-    )
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_evaluation_equals_the_definition(shapes: TrainVal, fp32: Numerics) -> None:
@@ -148,9 +144,8 @@ def test_evaluation_equals_the_definition(shapes: TrainVal, fp32: Numerics) -> N
     loss, acc = trainer.evaluate(shapes.val)
     want = torch.nn.functional.cross_entropy(logits, shapes.val.labels_N).item()
     assert loss == pytest.approx(want, rel=1e-4)
-    assert acc == pytest.approx(
-        (logits.argmax(1) == shapes.val.labels_N).float().mean().item(), abs=0.011
-    )
+    is_correct = logits.argmax(1) == shapes.val.labels_N
+    assert acc == pytest.approx(is_correct.float().mean().item(), abs=0.011)
 
 
 def test_every_image_is_trained_once_an_epoch_and_the_last_batch_is_kept(
@@ -177,8 +172,9 @@ def test_seeds_of_different_purposes_are_unrelated() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-# Loss of the first three steps of make_config on the stand-in, fp32, one thread (recorded 2026-11-20). A change that
-# is meant to be neutral leaves it; the tolerance is for other processors, whose kernels sum in another order.
+# Losses of the first three steps of make_config on synthetic data, fp32, one thread (recorded
+# 2026-11-20). A change meant to be neutral leaves them; the tolerance is for other processors,
+# whose kernels sum in another order.
 GOLDEN_LOSSES = (2.303258, 2.317136, 2.307252)
 
 
@@ -195,16 +191,14 @@ def test_the_first_three_losses_are_the_golden_ones(fp32: Numerics) -> None:
 @pytest.mark.gpu
 def test_two_deterministic_gpu_trainings_are_bitwise_equal(shapes: TrainVal) -> None:
     numerics = resolve_numerics("cuda", "bf16", deterministic=True)
-    assert train_here(make_config(), shapes, numerics) == train_here(
-        make_config(), shapes, numerics
-    )
+    one, other = (train_here(make_config(), shapes, numerics) for _ in range(2))
+    assert one == other
 
 
 @pytest.mark.gpu
 def test_a_gpu_training_follows_the_cpu_one(shapes: TrainVal, fp32: Numerics) -> None:
-    config = make_config(
-        dropout=0.0, hflip_p=0.0, shift_scale_rotate_p=0.0, cutout_p=0.0, gray_p=0.0
-    )
+    random_knobs = ("dropout", "hflip_p", "shift_scale_rotate_p", "cutout_p", "gray_p")
+    config = make_config(**dict.fromkeys(random_knobs, 0.0))
     on_cpu = train_here(config, shapes, fp32)
     on_gpu = train_here(config, shapes, resolve_numerics("cuda", "fp32", deterministic=True))
     assert on_gpu[0]["train_loss"] == pytest.approx(on_cpu[0]["train_loss"], rel=0.02)
@@ -214,9 +208,8 @@ def test_a_training_whose_validation_loss_is_not_finite_diverges(
     shapes: TrainVal, fp32: Numerics
 ) -> None:
     trainer = Trainer(make_config(), shapes, fp32)
-    norm = next(
-        module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm2d)
-    )
+    modules = trainer.model.modules()
+    norm = next(module for module in modules if isinstance(module, torch.nn.BatchNorm2d))
     assert norm.running_var is not None
     norm.running_var.fill_(float("nan"))  # read in evaluation only: the training losses stay finite
     with pytest.raises(Diverged) as caught:

@@ -1,4 +1,4 @@
-"""A recorded run trained again: identical, within tolerance or different; and the sealed test set."""
+"""A recorded run trained again: identical, within tolerance or different; and the test set."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ import pytest
 import torch
 
 from tests.builders import (
-    EXPLODING,
+    EXPLODING_KNOBS,
     SHAPES,
-    SMALL,
+    SMALL_KNOBS,
     ignore_event,
     interrupt_small,
     invoke,
     make_tiny_driver,
     open_small,
     refuse,
+    run_in_a_process,
     run_trials,
     train_small,
 )
 from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
+from tune_cifar.data.load import TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, RecordError
 from tune_cifar.models.build import MODELS
 from tune_cifar.models.s7 import S7Net
@@ -43,8 +45,8 @@ from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.recorded import load_recorded_data, load_trained, run_training
 from tune_cifar.verify.reproduce import (
     SEED_NOISE_FILE,
+    Reproduction,
     load_seed_noise,
-    replay_failure,
     reproduce_run,
 )
 
@@ -54,33 +56,27 @@ Change = Callable[[EpochResult], EpochResult]
 @pytest.fixture(scope="module")
 def exploded(tmp_path_factory: pytest.TempPathFactory, fp32: Numerics) -> SearchState:
     """A training that diverged in its second epoch."""
-    return train_small(tmp_path_factory.mktemp("runs"), fp32, **EXPLODING)
+    return train_small(tmp_path_factory.mktemp("runs"), fp32, **EXPLODING_KNOBS)
 
 
-def keep(result: EpochResult) -> EpochResult:
-    """No change."""
+def no_change(result: EpochResult) -> EpochResult:
     return result
 
 
-def rewrite(storage: Path, state: SearchState, change: Change = keep, **header: Any) -> SearchState:
-    """The run recorded once more by the record room itself, with changed epochs or a changed header; weights copied."""
+def rewrite(
+    storage: Path, state: SearchState, change: Change = no_change, **header: Any
+) -> SearchState:
+    """Record the run once more with changed epochs or a changed header, and copy its weights."""
     old = state.trials[0]
     folder = search_folder(storage, state.header.name)
-    dump = old.config.model_dump(mode="json")
+    start: dict[str, Any] = {"config": old.config.model_dump(mode="json"), "params": {}}
+    start |= {"origin": "train", "fingerprint": old.fingerprint}
     with Record.create(folder, Header(**{**dict(state.header), **header})) as record:
-        record.append(
-            TrialStarted(
-                trial=0, origin="train", params={}, config=dump, fingerprint=old.fingerprint
-            )
-        )
+        record.append(TrialStarted(trial=0, **start))
         for result in old.epochs:
             record.append(EpochReported(trial=0, result=change(result)))
         score = record.state.trials[0].val_acc if old.status == "complete" else old.score
-        end: dict[str, Any] = {
-            "status": old.status,
-            "reason": old.reason,
-            "weights_file": old.weights_file,
-        }
+        end = {name: getattr(old, name) for name in ("status", "reason", "weights_file")}
         record.append(TrialEnded(trial=0, score=score, **end))
         record.append(SearchEnded(reason="trained", wall_seconds=1.0))
     shutil.copytree(state.folder / "trials", folder / "trials")
@@ -88,7 +84,7 @@ def rewrite(storage: Path, state: SearchState, change: Change = keep, **header: 
 
 
 def change_epoch(epoch: int, **values: Callable[[Any], Any]) -> Change:
-    """Changes the named figures of one epoch."""
+    """Return a change of the named figures of one epoch."""
 
     def change(result: EpochResult) -> EpochResult:
         changed = {name: f(getattr(result, name)) for name, f in values.items()}
@@ -105,14 +101,29 @@ def reproduce(storage: Path, *words: str) -> Any:
     return invoke("reproduce", "small:0", "--data", "shapes", "--storage", str(storage), *words)
 
 
+def refuse_run(kind: Any, storage: Path, run: str = "small:0", *words: str) -> str:
+    """Return the sentence with which `reproduce` refuses a run."""
+    return refuse(kind, "reproduce", run, "--data", "shapes", "--storage", str(storage), *words)
+
+
+def reproduce_small(
+    state: SearchState, trial: TrialState, data: TrainVal, numerics: Numerics
+) -> Reproduction:
+    return reproduce_run(state, trial, data, numerics, ignore_pair)[0]
+
+
+def ignore_pair(recorded: EpochResult, fresh: EpochResult, difference: str | None) -> None:
+    """Do nothing."""
+
+
 def with_torch(numerics: Numerics, torch_version: str) -> Numerics:
-    """The same Numerics, recorded by another version of torch: bits are equal here, and nobody can know it."""
+    """Return the same Numerics with another version of torch; results stay equal here."""
     return numerics.model_copy(update={"versions": {**numerics.versions, "torch": torch_version}})
 
 
 @pytest.fixture
 def noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table that knows the seed noise of smoke: 0.01, so 0.03 is tolerated."""
+    """A table with a seed noise of 0.01 for smoke: 0.03 is tolerated."""
     path = tmp_path / "seed_noise.json"
     path.write_text('{"spaces": {"smoke": {"sd_val_acc": 0.01}}}')
     monkeypatch.setattr("tune_cifar.verify.reproduce.SEED_NOISE_FILE", path)
@@ -123,10 +134,9 @@ def test_a_run_trained_again_is_identical(tmp_path: Path, trained: SearchState) 
     answer = reproduce(tmp_path)
     assert answer.exit_code == 0, answer.output
     lines = answer.stdout.splitlines()
-    assert lines[0].startswith(
-        "small:0 (smoke, train, complete, 3 epochs) is trained again, fingerprint "
-    )
-    assert [line.endswith("agrees") for line in lines[1:4]] == [True] * 3
+    title = "small:0 (smoke, train, complete, 3 epochs) is trained again, fingerprint "
+    assert lines[0].startswith(title)
+    assert all(line.endswith("agrees") for line in lines[1:4])
     assert lines[4:] == ["identical over 3 epochs"]
 
 
@@ -164,13 +174,8 @@ def test_one_ulp_in_a_recorded_figure_is_different_and_names_the_first_epoch(
 
 
 def test_what_measures_the_machine_need_not_come_back(tmp_path: Path, trained: SearchState) -> None:
-    slower = change_epoch(
-        1,
-        epoch_seconds=lambda s: s + 9.0,
-        images_per_second=lambda n: n / 2,
-        peak_memory_mb=add_ulp,
-    )
-    rewrite(tmp_path, trained, slower)
+    slower = {"epoch_seconds": lambda s: s + 9.0, "images_per_second": lambda n: n / 2}
+    rewrite(tmp_path, trained, change_epoch(1, **slower, peak_memory_mb=add_ulp))
     assert reproduce(tmp_path).exit_code == 0
 
 
@@ -194,17 +199,13 @@ def test_under_other_numerics_more_than_three_sds_are_different(
     tmp_path: Path, trained: SearchState
 ) -> None:
     numerics = with_torch(trained.header.numerics, "2.0.0")
-    state = rewrite(
-        tmp_path, trained, change_epoch(1, val_acc=lambda acc: acc + 0.0301), numerics=numerics
-    )
+    shift = change_epoch(1, val_acc=lambda acc: acc + 0.0301)
+    state = rewrite(tmp_path, trained, shift, numerics=numerics)
     answer = reproduce(tmp_path)
     assert answer.exit_code == 1
     before, now = (found.trials[0].epochs[0].val_acc for found in (state, trained))
-    assert (
-        f"epoch 1: val_acc recorded {before:.4f}, now {now:.4f}, more than 0.0300 apart"
-        in answer.stdout
-    )
-    assert "different over 1 epochs" in answer.stdout
+    detail = f"epoch 1: val_acc recorded {before:.4f}, now {now:.4f}, more than 0.0300 apart"
+    assert detail in answer.stdout and "different over 1 epochs" in answer.stdout
 
 
 def test_under_other_numerics_an_unmeasured_space_is_refused_with_the_way_to_measure_it(
@@ -213,9 +214,7 @@ def test_under_other_numerics_an_unmeasured_space_is_refused_with_the_way_to_mea
     (tmp_path / "none.json").write_text('{"spaces": {}}')
     monkeypatch.setattr("tune_cifar.verify.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
     rewrite(tmp_path, trained, numerics=with_torch(trained.header.numerics, "2.0.0"))
-    sentence = refuse(
-        ConfigError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path)
-    )
+    sentence = refuse_run(ConfigError, tmp_path)
     assert sentence.startswith("small:0: the Numerics differ (torch: 2.0.0 -> ")
     assert sentence.endswith("Measure it: python benchmarks/seed_noise.py.")
 
@@ -244,14 +243,14 @@ def test_a_diverged_run_that_diverges_elsewhere_or_no_more_is_different(
     old = exploded.trials[0]
     data = load_recorded_data(exploded, old, SHAPES)
     elsewhere = replace(old, reason=old.reason.replace("at epoch 2, step", "at epoch 2, step 1"))
-    outcome, _ = reproduce_run(exploded, elsewhere, data, fp32, hear_pair)
+    outcome = reproduce_small(exploded, elsewhere, data, fp32)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
     assert outcome.detail == f"recorded: {elsewhere.reason} Now: {old.reason}"
     sound = trained.trials[0]
     no_more = replace(sound, epochs=sound.epochs[:1], status="diverged")
-    outcome, _ = reproduce_run(trained, no_more, shapes_small, fp32, hear_pair)
+    outcome = reproduce_small(trained, no_more, shapes_small, fp32)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
-    assert outcome.detail.endswith("Now the loss stayed finite.")
+    assert outcome.detail.endswith("Now the loss is finite.")
 
 
 def test_a_run_that_diverges_now_and_did_not_then_is_different(
@@ -261,13 +260,9 @@ def test_a_run_that_diverges_now_and_did_not_then_is_different(
     data = load_recorded_data(exploded, old, SHAPES)
     epochs = [old.epochs[0], old.epochs[0].model_copy(update={"epoch": 2})]
     finite = replace(old, epochs=epochs, status="stopped")
-    outcome, _ = reproduce_run(exploded, finite, data, fp32, hear_pair)
+    outcome = reproduce_small(exploded, finite, data, fp32)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
-    assert outcome.detail == f"epoch 2: recorded as finite, now {old.reason}"
-
-
-def hear_pair(recorded: EpochResult, fresh: EpochResult, difference: str | None) -> None:
-    """Hears of epochs."""
+    assert outcome.detail == f"epoch 2: recorded as finished, now {old.reason}"
 
 
 @pytest.fixture
@@ -280,18 +275,20 @@ def test_only_as_many_epochs_as_were_recorded_are_trained(
 ) -> None:
     old = trained.trials[0]
     stopped = replace(old, epochs=old.epochs[:1], status="stopped")
-    outcome, trainer = reproduce_run(trained, stopped, shapes_small, fp32, hear_pair)
-    assert (outcome.verdict, outcome.epochs, trainer.epoch) == ("identical", 1, 1)
+    outcome, trainer = reproduce_run(trained, stopped, shapes_small, fp32, ignore_pair)
+    assert trainer is not None and (outcome.verdict, outcome.epochs, trainer.epoch) == (
+        "identical",
+        1,
+        1,
+    )
 
 
 def test_a_run_without_an_epoch_is_refused(tmp_path: Path, trained: SearchState) -> None:
     rewrite(tmp_path, trained)
     path = search_folder(tmp_path, "small") / "record.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
-    sentence = refuse(
-        RecordError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path)
-    )
-    assert sentence == "small:0: at least one recorded epoch must be there to compare, got none."
+    sentence = refuse_run(RecordError, tmp_path)
+    assert sentence == "small:0: the run has no recorded epoch to compare."
 
 
 def test_an_unknown_run_is_refused_with_the_nearest_name(
@@ -299,35 +296,23 @@ def test_an_unknown_run_is_refused_with_the_nearest_name(
 ) -> None:
     rewrite(tmp_path, trained)
     words = ("--data", "shapes", "--storage", str(tmp_path))
-    assert "got 'smal'. Did you mean small?" in refuse(RecordError, "reproduce", "smal:0", *words)
-    assert "a trial of the search must be named, got 7 of 1" in refuse(
-        RecordError, "reproduce", "small:7", *words
-    )
-    assert "NAME:TRIAL such as s10-cpu-1:7 must be given" in refuse(
+    assert "Did you mean small?" in refuse(RecordError, "reproduce", "smal:0", *words)
+    assert "no trial 7 in search small" in refuse(RecordError, "reproduce", "small:7", *words)
+    assert "a run id must be NAME:TRIAL such as s10-cpu-1:7" in refuse(
         RecordError, "reproduce", "small", *words
     )
 
 
-def test_a_run_on_the_stand_in_asks_for_the_stand_in(
-    tmp_path: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_synthetic_data_needs_no_data_option(tmp_path: Path, trained: SearchState) -> None:
     rewrite(tmp_path, trained)
-    sentence = refuse(DataError, "reproduce", "small:0", "--storage", str(tmp_path))
-    assert sentence == "small:0: it was trained on the generated stand-in. Give --data shapes."
-    monkeypatch.setenv("TUNE_CIFAR_DATA", "shapes")
     assert invoke("reproduce", "small:0", "--storage", str(tmp_path)).exit_code == 0
 
 
-def test_a_run_on_cifar10_refuses_the_stand_in(tmp_path: Path, trained: SearchState) -> None:
+def test_a_run_on_cifar10_refuses_synthetic_data(tmp_path: Path, trained: SearchState) -> None:
     info = trained.header.data.model_copy(update={"name": "cifar10", "split_hash": "0123"})
     rewrite(tmp_path, trained, data=info)
-    sentence = refuse(
-        DataError, "reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path)
-    )
-    assert sentence.startswith(
-        "small:0: the data must be the recorded cifar10 with split 0123, got shapes with "
-    )
-    assert sentence.endswith("Point --data at CIFAR-10.")
+    sentence = refuse_run(ConfigError, tmp_path)
+    assert sentence == "small was trained on cifar10, got shapes. Give its data with --data."
 
 
 @pytest.mark.parametrize(
@@ -349,16 +334,14 @@ def test_reproduce_best_takes_the_best_trial_of_the_named_search(
     words = ("reproduce", "--best", "--data", "shapes", "--storage", str(tmp_path), "--json")
     answer = invoke(*words, "--search", "small")
     assert answer.exit_code == 0 and json.loads(answer.stdout)["run_id"] == "small:0"
-    assert "a finished search on CIFAR-10 must be recorded" in refuse(
-        RecordError, *words, "--space", "smoke"
-    )
+    assert "no finished search on CIFAR-10" in refuse(RecordError, *words, "--space", "smoke")
 
 
 # Failed runs
 
 
 def make_faulty(step: int, exception: Exception) -> type[S7Net]:
-    """s7 with a training step (from 1) that raises."""
+    """Return s7 with a training step (from 1) that raises."""
 
     class Faulty(S7Net):
         num_steps = 0
@@ -374,11 +357,11 @@ def make_faulty(step: int, exception: Exception) -> type[S7Net]:
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 NO_MEMORY_NOW = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.00 MiB.")
-STEPS_PER_EPOCH = SMALL["train_size"] // SMALL["batch_size"]
+STEPS_PER_EPOCH = SMALL_KNOBS["train_size"] // SMALL_KNOBS["batch_size"]
 
 
 def fail_small(storage: Path, numerics: Numerics, step: int = STEPS_PER_EPOCH + 1) -> SearchState:
-    """A training that runs out of memory, by default in its second epoch; what stands on disk afterwards."""
+    """Return a training that ran out of memory, by default in its second epoch."""
     record, data = open_small(storage, numerics)
     with pytest.MonkeyPatch.context() as patch, record:
         patch.setitem(MODELS, "s7", make_faulty(step, NO_MEMORY))
@@ -390,7 +373,7 @@ def fail_small(storage: Path, numerics: Numerics, step: int = STEPS_PER_EPOCH + 
 def test_a_failed_run_fails_again_here_with_its_traceback_and_is_identical(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one type at one point: how much memory was asked for need not agree."""
+    """The exception's type and epoch must agree; its message need not."""
     assert fail_small(tmp_path, fp32).trials[0].status == "failed"
     monkeypatch.setitem(MODELS, "s7", make_faulty(STEPS_PER_EPOCH + 1, NO_MEMORY_NOW))
     answer = reproduce(tmp_path)
@@ -403,9 +386,8 @@ def test_a_failed_run_fails_again_here_with_its_traceback_and_is_identical(
     assert "in _train_step" in answer.stdout
     found = json.loads(reproduce(tmp_path, "--json").stdout)
     assert (found["verdict"], found["epochs"], found["first_different"]) == ("identical", 1, None)
-    assert found["traceback"].startswith("Traceback") and found["traceback"].endswith(
-        f"{message}\n"
-    )
+    assert found["traceback"].startswith("Traceback")
+    assert found["traceback"].endswith(f"{message}\n")
 
 
 def test_a_fault_that_does_not_come_back_is_different_and_not_the_configurations(
@@ -415,23 +397,20 @@ def test_a_fault_that_does_not_come_back_is_different_and_not_the_configurations
     answer = reproduce(tmp_path)
     assert answer.exit_code == 1 and "different over 2 epochs" in answer.stdout
     before = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB."
-    after = "does not fail now: the fault was not the configuration's, but the machine's (memory, disk, a killed process)"
-    assert f"It failed in epoch 2 ({before}) and {after}." in answer.stdout
+    cause = "the machine (memory, disk, a killed process), not the configuration"
+    after = f"does not fail now: the cause was {cause}."
+    assert f"It failed in epoch 2 ({before}) and {after}" in answer.stdout
     assert json.loads(reproduce(tmp_path, "--json").stdout)["traceback"] == ""
 
 
 @pytest.mark.parametrize(
     ("step", "exception", "detail"),
     [
-        (
-            1,
-            NO_MEMORY,
-            "epoch 1: recorded as finished, now torch.OutOfMemoryError: CUDA out of memory.",
-        ),
+        (1, NO_MEMORY, "epoch 1: recorded as finished, now torch.OutOfMemoryError: CUDA out"),
         (
             3,
             RuntimeError("odd"),
-            "epoch 2: recorded as failed with torch.OutOfMemoryError: CUDA out of memory.",
+            "epoch 2: recorded as failed with torch.OutOfMemoryError: CUDA out",
         ),
     ],
 )
@@ -453,20 +432,18 @@ def test_a_failure_elsewhere_or_of_another_type_is_different_and_shown(
 def test_a_failed_run_whose_epochs_differ_is_different_before_its_failure(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    state = rewrite(
-        tmp_path, fail_small(tmp_path / "first", fp32), change_epoch(1, train_loss=add_ulp)
-    )
-    outcome = replay_failure(
-        state, state.trials[0], load_recorded_data(state, state.trials[0], SHAPES), fp32, hear_pair
-    )
+    failed = fail_small(tmp_path / "first", fp32)
+    state = rewrite(tmp_path, failed, change_epoch(1, train_loss=add_ulp))
+    trial = state.trials[0]
+    outcome = reproduce_small(state, trial, load_recorded_data(state, trial, SHAPES), fp32)
     assert (outcome.verdict, outcome.first_different, outcome.traceback) == ("different", 1, "")
     assert outcome.detail.startswith("epoch 1: train_loss recorded ")
 
 
-def test_a_run_that_failed_before_its_first_epoch_is_replayed_under_any_numerics(
+def test_a_run_that_failed_before_its_first_epoch_is_reproduced_under_any_numerics(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No epoch is compared: no seed noise need be known."""
+    """No epoch is compared, so the seed noise is not needed."""
     (tmp_path / "none.json").write_text('{"spaces": {}}')
     monkeypatch.setattr("tune_cifar.verify.reproduce.SEED_NOISE_FILE", tmp_path / "none.json")
     state = fail_small(tmp_path / "first", fp32, step=1)
@@ -480,26 +457,25 @@ def test_a_run_that_failed_before_its_first_epoch_is_replayed_under_any_numerics
 def test_a_run_that_failed_when_it_was_trained_does_not_fail_now(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    """A folder where the weights must go: writing them fails, whatever the user's rights."""
+    """A folder at the weights' path makes writing them fail, whatever the user's rights."""
     record, data = open_small(tmp_path, fp32)
     with record:
         (record.state.trial_folder(0) / "weights.safetensors").mkdir(parents=True)
         with pytest.raises(CheckpointError, match="weights"):
             run_training(record, data, fp32, ignore_event)
     state = read_state(record.state.folder)
-    assert (state.trials[0].status, state.trials[0].epochs_done) == ("failed", 2), (
-        "the third is told after them"
-    )
-    outcome = replay_failure(state, state.trials[0], data, fp32, hear_pair)
+    trial = state.trials[0]
+    assert (trial.status, trial.epochs_done) == ("failed", 2), "the third is reported after them"
+    outcome = reproduce_small(state, trial, data, fp32)
     assert outcome.verdict == "different"
     assert outcome.detail.startswith("It failed in epoch 3 (tune_cifar.errors.CheckpointError: ")
 
 
-# Trials in cycles
+# Trials in stages
 
 
-def run_in_cycles(storage: Path, numerics: Numerics, **knobs: Any) -> SearchState:
-    """A search of one trial that really trains 1, 2 and 3 epochs, each from scratch, as far as it comes."""
+def run_in_stages(storage: Path, numerics: Numerics, **knobs: Any) -> SearchState:
+    """Return a search of one trial, really trained in stages of 1, 2 and 3 epochs."""
     driver = make_tiny_driver(storage, numerics, (1, 2, 3), **knobs)
     run_trials(driver, numerics)
     driver.finish()
@@ -507,75 +483,61 @@ def run_in_cycles(storage: Path, numerics: Numerics, **knobs: Any) -> SearchStat
     return read_state(driver.record.state.folder)
 
 
-def reproduce_cycles(storage: Path, *words: str) -> Any:
+def reproduce_stages(storage: Path, *words: str) -> Any:
     return invoke("reproduce", "c:0", "--data", "shapes", "--storage", str(storage), *words)
 
 
-def test_a_trial_in_cycles_is_trained_again_in_its_last_cycle(
+def test_a_trial_in_stages_is_trained_again_in_its_last_stage(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    trial = run_in_cycles(tmp_path, fp32).trials[0]
+    trial = run_in_stages(tmp_path, fp32).trials[0]
     assert (trial.status, trial.epochs_done) == ("complete", 6)
-    answer = reproduce_cycles(tmp_path)
+    answer = reproduce_stages(tmp_path)
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout.startswith(
-        "c:0 (smoke, baseline, complete, 3 epochs) is trained again, fingerprint "
-    )
+    title = "c:0 (smoke, baseline, complete, 3 epochs) is trained again, fingerprint "
+    assert answer.stdout.startswith(title)
     assert answer.stdout.splitlines()[-1] == "identical over 3 epochs"
 
 
 @pytest.mark.slow
-def test_a_trial_that_diverged_in_its_second_cycle_does_so_again(
+def test_a_trial_that_diverged_in_its_second_stage_does_so_again(
     tmp_path: Path, fp32: Numerics
 ) -> None:
-    """In its second epoch, which the first cycle does not have."""
-    state = run_in_cycles(tmp_path, fp32, **EXPLODING, batch_size=10)
+    """In its second epoch, which the first stage does not have."""
+    state = run_in_stages(tmp_path, fp32, **EXPLODING_KNOBS, batch_size=10)
     trial = state.trials[0]
-    assert (trial.status, trial.stage, len(trial.epochs), trial.epochs_done) == (
-        "diverged",
-        2,
-        1,
-        2,
-    ), trial.reason
+    assert (trial.status, trial.stage) == ("diverged", 2), trial.reason
+    assert (len(trial.epochs), trial.epochs_done) == (1, 2)
     assert trial.config.epochs == 2 and "at epoch 2, step " in trial.reason
-    found = json.loads(reproduce_cycles(tmp_path, "--json").stdout)
-    assert (found["verdict"], found["epochs"], found["fingerprint"]) == (
-        "identical",
-        1,
-        trial.fingerprint,
-    )
+    found = json.loads(reproduce_stages(tmp_path, "--json").stdout)
+    assert (found["verdict"], found["epochs"]) == ("identical", 1)
+    assert found["fingerprint"] == trial.fingerprint
     elsewhere = replace(trial, reason=trial.reason.replace("step ", "step 1"))
-    outcome, _ = reproduce_run(
-        state, elsewhere, load_recorded_data(state, trial, SHAPES), fp32, hear_pair
-    )
+    outcome = reproduce_small(state, elsewhere, load_recorded_data(state, trial, SHAPES), fp32)
     assert (outcome.verdict, outcome.first_different) == ("different", 2)
 
 
-def test_a_trial_that_failed_in_its_second_cycle_does_so_again(
+def test_a_trial_that_failed_in_its_second_stage_does_so_again(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the third step, which the first cycle does not have."""
+    """In the third step, which the first stage does not have."""
     monkeypatch.setitem(MODELS, "s7", make_faulty(3, RuntimeError("odd")))
-    trial = run_in_cycles(tmp_path, fp32).trials[0]
+    trial = run_in_stages(tmp_path, fp32).trials[0]
     assert (trial.status, trial.stage, len(trial.epochs), trial.epochs_done) == ("failed", 2, 1, 2)
-    answer = reproduce_cycles(tmp_path)
+    answer = reproduce_stages(tmp_path)
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout.splitlines()[-2:] == [
-        "identical over 1 epochs",
-        "It fails again: RuntimeError: odd",
-    ]
+    lines = answer.stdout.splitlines()
+    assert lines[-2:] == ["identical over 1 epochs", "It fails again: RuntimeError: odd"]
     monkeypatch.undo()
-    answer = reproduce_cycles(tmp_path)
-    assert (
-        answer.exit_code == 1
-        and "It failed in epoch 2 (RuntimeError: odd) and does not fail now" in answer.stdout
-    )
+    answer = reproduce_stages(tmp_path)
+    assert answer.exit_code == 1
+    assert "It failed in epoch 2 (RuntimeError: odd) and does not fail now" in answer.stdout
 
 
-def test_a_trial_that_failed_at_the_start_of_its_second_cycle_does_so_again(
+def test_a_trial_that_failed_at_the_start_of_its_second_stage_does_so_again(
     tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first step of the second network that is made."""
+    """In the first step of the second network that is made."""
     made: list[S7Net] = []
 
     class Faulty(S7Net):
@@ -587,35 +549,30 @@ def test_a_trial_that_failed_at_the_start_of_its_second_cycle_does_so_again(
             return super().forward(images_NCHW)
 
     monkeypatch.setitem(MODELS, "s7", Faulty)
-    trial = run_in_cycles(tmp_path, fp32).trials[0]
-    assert (trial.status, trial.config.epochs, trial.epochs, trial.epochs_done) == (
-        "failed",
-        2,
-        [],
-        1,
-    )
+    trial = run_in_stages(tmp_path, fp32).trials[0]
+    assert (trial.status, trial.config.epochs) == ("failed", 2)
+    assert (trial.epochs, trial.epochs_done) == ([], 1)
     monkeypatch.setitem(MODELS, "s7", make_faulty(1, RuntimeError("odd")))
-    answer = reproduce_cycles(tmp_path, "--json")
+    answer = reproduce_stages(tmp_path, "--json")
     assert answer.exit_code == 0, answer.output
     assert json.loads(answer.stdout)["detail"] == "It fails again: RuntimeError: odd"
 
 
-# The sealed test set
+# The test set
 
 
-def read_openings(path: Path) -> list[dict[str, str]]:
+def read_log(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
-def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_asked(
+def test_a_run_is_evaluated_on_the_test_set_once_logged_and_again_only_with_the_option(
     workplace: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the stand-in the openings stay in the run store, although ./analysis is there."""
-    monkeypatch.setattr(
-        "tune_cifar.data.shapes._NUM_TEST_IMAGES", 1000
-    )  # a whole chunk, of 10,000: judging all takes 10 s in fp32
+    """On synthetic data the test log stays in the run store, although ./analysis is there."""
+    # A chunk of the 10,000 images: evaluating all of them takes 10 s in fp32.
+    monkeypatch.setattr("tune_cifar.data.shapes._NUM_TEST_IMAGES", 1000)
     (workplace / "analysis").mkdir()
     storage = workplace / "runs"
     rewrite(storage, trained)
@@ -623,110 +580,93 @@ def test_the_test_set_is_opened_once_written_down_and_opened_again_only_when_ask
     first = invoke(*words)
     assert first.exit_code == 0, first.output
     path = storage / OPENINGS_FILE
-    (row,) = read_openings(path)
+    (row,) = read_log(path)
     assert tuple(row) == OPENINGS_COLUMNS and b"\r" not in path.read_bytes()
-    assert (row["run_id"], row["fingerprint"], row["data"]) == (
-        "small:0",
-        trained.trials[0].fingerprint,
-        "shapes",
-    )
+    assert (row["run_id"], row["data"]) == ("small:0", "shapes")
+    assert row["fingerprint"] == trained.trials[0].fingerprint
     assert (row["images"], row["seed"]) == ("1000", "0")
     assert row["command"] == "python -m tune_cifar " + " ".join(words)
     assert row["date"].endswith("Z") and 0 <= float(row["test_acc"]) <= 1
-    percent = (
-        f"test accuracy {100 * float(row['test_acc']):.2f} % on 1000 images, NOT CIFAR-10 (shapes)"
-    )
-    assert percent in first.stdout and f"written into {path}" in first.stdout
+    percent = f"{100 * float(row['test_acc']):.2f} % on 1000 images, NOT CIFAR-10 (shapes)"
+    assert f"test accuracy {percent}" in first.stdout and f"written into {path}" in first.stdout
     assert list((workplace / "analysis").iterdir()) == []
     folder = storage / "judge" / "small-0-test"
     evaluation = json.loads((folder / "judgement.json").read_text())
-    assert (
-        evaluation["title"] == "small:0: 1,000 test images, NOT CIFAR-10 (shapes)"
-        and evaluation["part"] == "test"
-    )
-    judged = [str(evaluation[name]) for name in ("accuracy", "loss", "num_images")]
-    assert judged == [row["test_acc"], row["test_loss"], row["images"]], "one evaluation gave both"
+    assert evaluation["title"] == "small:0: 1,000 test images, NOT CIFAR-10 (shapes)"
+    assert evaluation["part"] == "test"
+    metrics = [str(evaluation[name]) for name in ("accuracy", "loss", "num_images")]
+    assert metrics == [row["test_acc"], row["test_loss"], row["images"]], "one evaluation gave both"
     assert f"figures: {folder} (judgement.json, confusion.png, " in first.stdout
     assert all(sentence in first.stdout for sentence in evaluation["warnings"])
 
     shutil.rmtree(folder)
     content = path.read_bytes()
-    shutil.rmtree(
-        search_folder(storage, "small") / "trials"
-    )  # without weights nothing could be judged again
+    # Without weights nothing could be evaluated again.
+    shutil.rmtree(search_folder(storage, "small") / "trials")
     second = invoke(*words, "--json")
     assert second.exit_code == 0 and path.read_bytes() == content
     found = json.loads(second.stdout)
-    assert (found["test_opened_before"], found["test"]["test_acc"]) == (
-        True,
-        float(row["test_acc"]),
-    )
+    assert found["test_opened_before"] is True
+    assert found["test"]["test_acc"] == float(row["test_acc"])
     assert "evaluation" not in found and not folder.exists()
     assert f"opened before, for small:0 on {row['date']}; --again opens it again" in second.stderr
 
     folder.parent.rmdir()
-    folder.parent.touch()  # an evaluation that cannot be kept takes nothing from the opening
+    folder.parent.touch()  # figures that cannot be written do not undo the evaluation
     third = invoke("reproduce", "small:0", "--data", "shapes", "--test", "--again", "--json")
     assert third.exit_code == 0, third.output
     found = json.loads(third.stdout)
     assert (found["verdict"], found["test_opened_before"]) == ("identical", False)
     assert found["evaluation"]["confusion"] == evaluation["confusion"]
-    assert f"{folder}: figures must be writable there, got 'Not a directory'." in third.stderr
-    rows = read_openings(path)
+    assert f"{folder}: the figures cannot be written: Not a directory." in third.stderr
+    rows = read_log(path)
     assert len(rows) == 2 and rows[0] == row and rows[1]["test_acc"] == row["test_acc"]
-    assert rows[1]["test_loss"] == row["test_loss"], (
-        "the kept weights and the training done again are the same"
-    )
+    assert rows[1]["test_loss"] == row["test_loss"], "the new training gives the kept weights"
 
 
-def test_an_earlier_opening_does_not_spare_the_training_again(
-    workplace: Path, trained: SearchState
-) -> None:
+def test_a_tested_run_is_trained_again_all_the_same(workplace: Path, trained: SearchState) -> None:
     storage = workplace / "runs"
     rewrite(storage, trained, change_epoch(1, train_loss=add_ulp))
-    write_opening(storage / OPENINGS_FILE, trained.trials[0], "shapes")
+    write_log(storage / OPENINGS_FILE, trained.trials[0], "shapes")
     answer = reproduce(storage, "--test", "--json")
     assert answer.exit_code == 1
     found = json.loads(answer.stdout)
     assert found["verdict"] == "different" and "test" not in found
 
 
-def write_opening(path: Path, trial: TrialState, data: str) -> None:
+def write_log(path: Path, trial: TrialState, data: str) -> None:
+    row = ("d", "c", trial.fingerprint, 0, trial.run_id, data, 10000, 0.5, 1.5, "x, y")
     with path.open("w", newline="", encoding="utf-8") as file:
-        rows = [
-            OPENINGS_COLUMNS,
-            ("d", "c", trial.fingerprint, 0, trial.run_id, data, 10000, 0.5, 1.5, "x, y"),
-        ]
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows([OPENINGS_COLUMNS, row])
 
 
-def test_openings_of_other_trainings_and_other_data_do_not_count(
+def test_test_evaluations_of_other_trainings_and_other_data_do_not_count(
     tmp_path: Path, trained: SearchState
 ) -> None:
     trial, path = trained.trials[0], tmp_path / OPENINGS_FILE
     assert find_openings(path, trial.fingerprint, "shapes") == []
     path.touch()
     assert find_openings(path, trial.fingerprint, "shapes") == []
-    write_opening(path, trial, "shapes")
+    write_log(path, trial, "shapes")
     assert find_openings(path, "another", "shapes") == []
     assert find_openings(path, trial.fingerprint, "cifar10") == []
-    (opening,) = find_openings(path, trial.fingerprint, "shapes")
-    assert (opening.test_acc, opening.images, opening.command) == (0.5, 10000, "x, y")
+    (row,) = find_openings(path, trial.fingerprint, "shapes")
+    assert (row.test_acc, row.images, row.command) == (0.5, 10000, "x, y")
 
 
 @pytest.mark.parametrize(
     "content", ["date,commit\n", ",".join(OPENINGS_COLUMNS) + "\nonly,three,cells\n"]
 )
-def test_an_openings_file_that_was_damaged_by_hand_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_damaged_test_log_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / OPENINGS_FILE).write_text(content)
     with pytest.raises(
         RecordError,
-        match=r"TEST_OPENINGS\.csv: rows of date, commit, .* Mend it or move it away\.$",
+        match=r"TEST_OPENINGS\.csv: .* columns date, commit, .* Mend or move the file\.$",
     ):
         find_openings(tmp_path / OPENINGS_FILE, "f", "shapes")
 
 
-def test_openings_of_cifar10_lie_in_the_checkout_where_there_is_one(workplace: Path) -> None:
+def test_the_test_log_of_cifar10_lies_in_the_checkout_where_there_is_one(workplace: Path) -> None:
     storage = workplace / "runs"
     assert find_test_log(storage, "cifar10") == storage / OPENINGS_FILE
     (workplace / "analysis").mkdir()
@@ -734,32 +674,30 @@ def test_openings_of_cifar10_lie_in_the_checkout_where_there_is_one(workplace: P
     assert find_test_log(storage, "shapes") == storage / OPENINGS_FILE
 
 
-def test_nothing_is_judged_when_the_opening_cannot_be_written_down(
+def test_nothing_is_evaluated_when_the_test_log_cannot_be_written(
     tmp_path: Path, trained: SearchState
 ) -> None:
     rewrite(tmp_path, trained)
     (tmp_path / OPENINGS_FILE).symlink_to(tmp_path / "no such folder" / "x.csv")
-    words = ("--data", "shapes", "--storage", str(tmp_path), "--test", "--no-retrain")
-    sentence = refuse(RecordError, "reproduce", "small:0", *words)
-    assert sentence.endswith(
-        "TEST_OPENINGS.csv: every opening must be written down, got 'No such file or directory'."
-    )
+    sentence = refuse_run(RecordError, tmp_path, "small:0", "--test", "--no-retrain")
+    reason = "No such file or directory"
+    assert sentence.endswith(f"TEST_OPENINGS.csv: the test log cannot be written: {reason}.")
 
 
 def test_a_training_that_is_not_complete_is_not_tested(tmp_path: Path, fp32: Numerics) -> None:
     interrupt_small(tmp_path, fp32, epoch=1)
-    words = ("reproduce", "small:0", "--data", "shapes", "--storage", str(tmp_path), "--test")
-    sentence = "small:0: only a complete training may be tested, got a running one."
-    assert refuse(RecordError, *words) == refuse(RecordError, *words, "--no-retrain") == sentence
+    rule = "only a complete training can be evaluated on the test set"
+    for words in (("--test",), ("--test", "--no-retrain")):
+        sentence = refuse_run(RecordError, tmp_path, "small:0", *words)
+        assert sentence == f"small:0: {rule}, this one is running."
 
 
 def test_missing_weights_are_refused_with_the_way_out(tmp_path: Path, trained: SearchState) -> None:
     state = rewrite(tmp_path, trained)
     (state.folder / str(state.trials[0].weights_file)).unlink()
-    words = ("--data", "shapes", "--storage", str(tmp_path), "--test", "--no-retrain")
-    sentence = refuse(RecordError, "reproduce", "small:0", *words)
-    assert sentence.startswith("small:0: weights must have been kept, got none")
-    assert sentence.endswith("Leave out --no-retrain to train it again.")
+    sentence = refuse_run(RecordError, tmp_path, "small:0", "--test", "--no-retrain")
+    assert sentence.startswith("small:0: its weights were not kept")
+    assert sentence.endswith("Leave out `no_retrain=True` to train it again.")
     assert not (tmp_path / OPENINGS_FILE).exists()
 
 
@@ -767,19 +705,15 @@ def test_kept_weights_are_those_of_the_last_epoch(
     trained: SearchState, shapes_small: Any, fp32: Numerics
 ) -> None:
     trial = trained.trials[0]
-    trainer = load_trained(trained, trial, shapes_small, fp32)
-    assert trainer.evaluate(shapes_small.val) == (
-        trial.epochs[-1].val_loss,
-        trial.epochs[-1].val_acc,
-    )
-    assert set(load_weights(trained.folder / str(trial.weights_file))) == set(
-        trainer.model.state_dict()
-    )
+    trainer, last = load_trained(trained, trial, shapes_small, fp32), trial.epochs[-1]
+    assert trainer.evaluate(shapes_small.val) == (last.val_loss, last.val_acc)
+    weights = load_weights(trained.folder / str(trial.weights_file))
+    assert set(weights) == set(trainer.model.state_dict())
 
 
 @pytest.fixture
-def sealed(workplace: Path, cifar10: DataSource) -> Path:
-    """A folder with CIFAR-10 without its test file, by links."""
+def without_test(workplace: Path, cifar10: DataSource) -> Path:
+    """A folder with links to CIFAR-10's files except the test file."""
     assert cifar10.folder is not None
     folder = workplace / "data" / BATCHES_FOLDER
     folder.mkdir(parents=True)
@@ -792,54 +726,39 @@ def sealed(workplace: Path, cifar10: DataSource) -> Path:
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_training_works_without_the_test_file_and_the_test_names_it_until_it_is_back(
-    workplace: Path, sealed: Path, cifar10: DataSource, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, without_test: Path, cifar10: DataSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)  # ./data is found by itself
+    monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)  # so that ./data is found
     (workplace / "analysis").mkdir()
-    source = DataSource("cifar10", sealed.parent)
+    source = DataSource("cifar10", without_test.parent)
     quickest = resolve_numerics("cpu", "auto")
     assert train_small(workplace / "runs", quickest, source=source).trials[0].status == "complete"
     words = ("reproduce", "small:0", "--test", "--no-retrain")
     path = workplace / "analysis" / OPENINGS_FILE
     sentence = refuse(DataError, *words)
-    assert f"{sealed / TEST_FILE}: the file must exist, found none." in sentence
+    assert f"{without_test / TEST_FILE}: the file is missing." in sentence
     assert not path.exists()
     assert cifar10.folder is not None
-    (sealed / TEST_FILE).symlink_to(cifar10.folder / BATCHES_FOLDER / TEST_FILE)
+    (without_test / TEST_FILE).symlink_to(cifar10.folder / BATCHES_FOLDER / TEST_FILE)
     answer = invoke(*words)
     assert answer.exit_code == 0, answer.output
-    (row,) = read_openings(path)
-    assert (row["data"], row["images"]) == (
-        "cifar10",
-        "10000",
-    ) and "NOT CIFAR-10" not in answer.stdout
-    (sealed / TEST_FILE).unlink()
+    (row,) = read_log(path)
+    assert (row["data"], row["images"]) == ("cifar10", "10000")
+    assert "NOT CIFAR-10" not in answer.stdout
+    (without_test / TEST_FILE).unlink()
     assert f"opened before, for small:0 on {row['date']}" in invoke(*words).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_search_works_without_the_test_file(
-    workplace: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, without_test: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.builders import run_in_a_process
-
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
-    words = ["search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "sealed"]
-    words += [
-        f"--set={setting}"
-        for setting in (
-            "train_size=200",
-            "val_size=100",
-            "batch_size=50",
-            "epochs=2",
-            "pct_start=0.3",
-        )
-    ]
-    answer = run_in_a_process(*words)
+    settings = ("train_size=200", "val_size=100", "batch_size=50", "epochs=2", "pct_start=0.3")
+    words = ["search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "x"]
+    answer = run_in_a_process(*words, *(f"--set={setting}" for setting in settings))
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "sealed ended after" in answer.stdout and not (sealed / TEST_FILE).exists()
-    assert (
-        "identical over 2 epochs"
-        in run_in_a_process("reproduce", "--best", "--space", "smoke").stdout
-    )
+    assert "x ended after" in answer.stdout and not (without_test / TEST_FILE).exists()
+    again = run_in_a_process("reproduce", "--best", "--space", "smoke")
+    assert "identical over 2 epochs" in again.stdout

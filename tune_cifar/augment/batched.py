@@ -1,11 +1,13 @@
-"""A policy on whole batches, on the device that holds the images: `draw_policy` rolls the dice, `apply_policy` is pure.
+"""A policy on whole batches, on the images' device: `draw_policy` draws, `apply_policy` is pure.
 
-On the CPU an operation touches only the images it selects; on CUDA every image is computed and torch.where chooses, so
-that the host never waits for the device. `reference` turns the same draws into the same uint8 pictures.
+On the CPU an operation computes only the images that it selects. On CUDA it computes all images and
+torch.where chooses, so that the host never waits for the device. `reference` makes the same uint8
+images from the same draws.
 
-Images/s, batch 128, draws included, one thread of an AMD EPYC (family 26, 2.6 GHz), torch 2.15, two medians of 5 passes
-over 10,000 images, 2026-11-20: policy of s10 166,000-204,000, s8 112,000-133,000, s7 91,000-106,000, channels_last up
-to a third less. albumentations' own Compose on the same core: s10 13,400, s7 7,800; `reference` 8,400 and 3,800.
+Images/s, batch 128, draws included, one thread of an AMD EPYC (family 26, 2.6 GHz), torch 2.15, two
+medians of 5 passes over 10,000 images, 2026-11-20: policy of s10 166,000-204,000, s8
+112,000-133,000, s7 91,000-106,000, channels_last up to a third less. albumentations' own Compose on
+the same core: s10 13,400, s7 7,800; `reference` 8,400 and 3,800.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ from tune_cifar.augment.policies import (
     split_policy,
 )
 
-# OpenCV's RGB2GRAY on uint8: 0.299, 0.587, 0.114 in units of 2^-15, compared on all 2^24 colours (OpenCV 5.0). The
-# weighted sum stays under 2^24, so float32 holds it exactly.
+# OpenCV's RGB2GRAY on uint8: 0.299, 0.587, 0.114 in units of 2^-15, compared on all 2^24 colours
+# (OpenCV 5.0). The weighted sum is below 2^24, so it is exact in float32.
 GRAY_WEIGHTS = (9798.0, 19235.0, 3735.0)
 GRAY_ONE = 2.0**15
 
 
 class CropDraws(NamedTuple):
-    """Upper left corner of the window in the padded image, from 0 to 2 pad; int64 (N,)."""
+    """Upper left corner of the crop in the padded image, 0 to 2 pad; int64 (N,)."""
 
     top: Tensor
     left: Tensor
@@ -55,8 +57,8 @@ class HFlipDraws(NamedTuple):
 
 
 class ShiftScaleRotateDraws(NamedTuple):
-    """selected: bool (N,). angle: degrees, counter-clockwise. scale: factor. shift_x, shift_y: of the side, to the
-    right and down. float32 (N,)."""
+    """selected: bool (N,). Others float32 (N,): angle in degrees, counter-clockwise; scale factor;
+    shift_x to the right and shift_y down, as fractions of the side."""
 
     selected: Tensor
     angle: Tensor
@@ -66,7 +68,7 @@ class ShiftScaleRotateDraws(NamedTuple):
 
 
 class CutoutDraws(NamedTuple):
-    """selected: bool (N,). top, left: first row and column of the hole; int64 (N,)."""
+    """selected: bool (N,). top, left: first row and column of the hole, int64 (N,)."""
 
     selected: Tensor
     top: Tensor
@@ -81,20 +83,21 @@ class GrayDraws(NamedTuple):
 
 OpDraws = CropDraws | HFlipDraws | ShiftScaleRotateDraws | CutoutDraws | GrayDraws
 Draws = tuple[OpDraws, ...]
-"""One entry for each operation of the policy but Normalize, which rolls no dice."""
+"""One entry for each operation of the policy but Normalize, which is not random."""
 
 SelectingDraws = TypeVar(
     "SelectingDraws", HFlipDraws, ShiftScaleRotateDraws, CutoutDraws, GrayDraws
 )
 Change = Callable[[Tensor, SelectingDraws], Tensor]
-"""What an operation does to images (uint8, N, 3, 32, 32) that all have been selected; pure."""
+"""What an operation does to selected images (uint8, N, 3, 32, 32); pure."""
 
 
 class Stream(IntEnum):
-    """Columns of the uniform numbers of an image: each die has its own, whatever the policy uses.
+    """Columns of an image's uniform numbers: every random decision has its own in every policy.
 
-    So two configurations with one seed differ in nothing but what their knobs change: turning cutout on leaves the
-    flips where they were, and a larger rotate_limit turns the same images further (common random numbers).
+    So two configs with one seed differ only in what their knobs change (common random numbers):
+    cutout does not change which images are flipped, and a larger rotate_limit rotates the same
+    images further.
     """
 
     CROP_TOP = 0
@@ -112,13 +115,13 @@ class Stream(IntEnum):
 
 
 def draw_policy(policy: Policy, num_images: int, generator: torch.Generator) -> Draws:
-    """Roll the dice of num_images images. A policy that is only Normalize leaves the generator as it is.
+    """Draw the random numbers of num_images images; none for a policy that is only Normalize.
 
-    Every image costs len(Stream) numbers, whatever its policy and outcomes. On the CPU they follow each other image by
-    image: the draws do not depend on how the images are cut into batches.
+    Each image takes len(Stream) uniform numbers, whatever the policy. On the CPU they follow each
+    other image by image: the draws do not depend on how the images are divided into batches.
 
     Args:
-        generator: is advanced; the draws lie on its device.
+        generator: is advanced; the draws are on its device.
     """
     pixel_ops, _ = split_policy(policy)
     if not pixel_ops:
@@ -127,53 +130,18 @@ def draw_policy(policy: Policy, num_images: int, generator: torch.Generator) -> 
     return tuple(_draw_op(op, uniform.unbind(1)) for op in pixel_ops)
 
 
-def _draw_op(op: PixelOp, uniform: tuple[Tensor, ...]) -> OpDraws:
-    """Turn an image's uniform numbers in [0, 1) into what the operation needs."""
-
-    def below(stream: Stream, num_values: int | Tensor) -> Tensor:
-        # A float32 uniform is at most 1 - 2^-24; its product with a count never rounds up to the count.
-        return (uniform[stream] * num_values).long()
-
-    def within(stream: Stream, limit: Strength) -> Tensor:
-        return uniform[stream] * (2 * limit) - limit
-
-    match op:
-        case Crop(pad):
-            return CropDraws(
-                below(Stream.CROP_TOP, 2 * pad + 1), below(Stream.CROP_LEFT, 2 * pad + 1)
-            )
-        case HFlip(p):
-            return HFlipDraws(uniform[Stream.HFLIP] < p)
-        case ShiftScaleRotate():
-            return ShiftScaleRotateDraws(
-                uniform[Stream.WARP] < op.p,
-                within(Stream.ANGLE, op.rotate_limit),
-                within(Stream.SCALE, op.scale_limit) + 1,
-                within(Stream.SHIFT_X, op.shift_limit),
-                within(Stream.SHIFT_Y, op.shift_limit),
-            )
-        case Cutout(size, p):
-            places = IMAGE_SIDE - size + 1
-            selected = uniform[Stream.CUTOUT] < p
-            return CutoutDraws(
-                selected, below(Stream.HOLE_TOP, places), below(Stream.HOLE_LEFT, places)
-            )
-        case Gray(p):
-            return GrayDraws(uniform[Stream.GRAY] < p)
-
-
 def apply_policy(
     policy: Policy,
     images_NCHW: Tensor,
     draws: Draws,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Augment and normalize a batch. Pure: no dice, and the images are not changed.
+    """Augment and normalize a batch. Pure: nothing is drawn, and the images are not changed.
 
     Args:
         images_NCHW: uint8 (N, 3, 32, 32).
         draws: `draw_policy`'s for this policy and N, on the images' device.
-        memory_format: of the result, contiguous NCHW unless told; channels_last costs one copy of the float batch.
+        memory_format: of the result; channels_last takes one copy of the float batch.
 
     Returns:
         float32 (N, 3, 32, 32), normalized.
@@ -190,7 +158,9 @@ def apply_normalize(
     op: Normalize | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """What evaluation does to images, and training does last: uint8 to normalized float32 of the given memory format.
+    """Turn uint8 images into normalized float32 ones of the given memory format.
+
+    Evaluation does only this; training does it after the other operations.
 
     Raises:
         TypeError: the images are not uint8.
@@ -203,7 +173,7 @@ def apply_normalize(
 
 
 def apply_pixel_ops(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor:
-    """The part of `apply_policy` before Normalize: uint8 to uint8, as a picture would be shown."""
+    """Apply the operations before Normalize: uint8 to uint8."""
     _check_uint8(images_NCHW)
     pixel_ops, _ = split_policy(policy)
     images = images_NCHW.contiguous()
@@ -220,26 +190,24 @@ def apply_pixel_ops(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor
             case Gray(), GrayDraws():
                 images = _change_selected(images, drawn, drop_color)
             case _:
-                raise TypeError(
-                    f"augmentation: draws of the same policy must be given, got {type(drawn)} for {op}."
-                )
+                got = f"{type(drawn).__name__} for {op}"
+                raise TypeError(f"augmentation: the draws must be this policy's, got {got}.")
     return images
 
 
 def apply_crop(op: Crop, images: Tensor, draws: CropDraws) -> Tensor:
-    """Cut every image's window out of its reflect-101 padding, row by row.
+    """Crop every image out of its reflect-101 padding, row by row.
 
-    Rows are padded to the left and right only; a row above or below the image is found at its mirrored place. As the
-    windows of a padded row overlap in memory, picking a row at a column is one copy of 32 contiguous bytes. What is
-    padded by is at least what the host knows of op.pad.
+    Rows are padded on the left and right only; a row above or below the image is read at its
+    mirrored place. The windows of a padded row overlap in memory, so a cropped row is one copy of
+    32 contiguous bytes. The margin is at least op.pad, which the host does not know if it is in
+    device memory.
     """
     num_images, channels, height, width = images.shape
     pad, margin = (op.pad.long(), MAX_CROP_PAD) if isinstance(op.pad, Tensor) else (op.pad, op.pad)
     mirrored = images.flip(-1)
-    right = width - 1
-    padded = torch.cat(
-        (mirrored[..., right - margin : right], images, mirrored[..., 1 : 1 + margin]), dim=-1
-    )
+    left_margin, right_margin = mirrored[..., -1 - margin : -1], mirrored[..., 1 : 1 + margin]
+    padded = torch.cat((left_margin, images, right_margin), dim=-1)
     padded_width = width + 2 * margin
     windows = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
 
@@ -252,31 +220,19 @@ def apply_crop(op: Crop, images: Tensor, draws: CropDraws) -> Tensor:
     return windows.index_select(0, starts.flatten()).view(images.shape)
 
 
-def _change_selected(
-    images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]
-) -> Tensor:
-    """Change the selected images, keep the others."""
-    on_cpu = images.device.type == "cpu"
-    return (
-        change_some(images, draws, change)
-        if on_cpu
-        else change_all_and_choose(images, draws, change)
-    )
-
-
 def change_all_and_choose(
     images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]
 ) -> Tensor:
-    """The way for a GPU: nothing depends on how many images are selected, so the host need not know."""
+    """Change all images, then choose: on a GPU the host need not know how many are selected."""
     return torch.where(draws.selected[:, None, None, None], change(images, draws), images)
 
 
 def change_some(images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]) -> Tensor:
-    """The way for a CPU: only the selected images are computed.
+    """Change only the selected images: for the CPU.
 
-    They are put back by an index_select over old and new images together: that copies whole images and takes a fifth of
-    the time of index_copy_ or an assignment by index (26 against 137 us for 58 of 128 images, median of 200, as at the
-    top).
+    They are put back by an index_select over old and new images together, which copies whole images
+    and takes a fifth of the time of index_copy_ or an assignment by index (26 against 137 us for 58
+    of 128 images, median of 200, as at the top).
     """
     index = draws.selected.nonzero().squeeze(1)
     if not len(index):
@@ -294,11 +250,12 @@ def flip(images: Tensor, draws: HFlipDraws) -> Tensor:
 
 
 def warp(images: Tensor, draws: ShiftScaleRotateDraws) -> Tensor:
-    """Sample each image where its inverse map points: back by the shift, then turn and scale about the centre.
+    """Sample each image by the inverse map: shift back, then rotate and scale about the centre.
 
-    A point is a complex number in units of half the distance between the outer pixel centres (grid_sample's units with
-    align_corners), so that turning and scaling is one product; padding by "reflection" is then reflect-101.
-    grid_sample takes 0.46 ms for 64 images, the same by gathering four taps 1.1 ms (fastest of 200, as at the top).
+    A point is a complex number in units of half the distance between the outer pixel centres
+    (grid_sample's units with align_corners), so that rotating and scaling is one product; padding
+    by "reflection" is then reflect-101. grid_sample takes 0.46 ms for 64 images, gathering four
+    neighbours 1.1 ms (fastest of 200, as at the top).
     """
     side = images.shape[-1]
     line = torch.linspace(-1, 1, side, device=images.device)
@@ -314,7 +271,7 @@ def warp(images: Tensor, draws: ShiftScaleRotateDraws) -> Tensor:
 
 
 def cut_hole(op: Cutout, images: Tensor, draws: CutoutDraws) -> Tensor:
-    """Fill the holes, by bits: 255 inside the hole and 0 outside chooses between fill and image, vectorized."""
+    """Fill the holes by bit masks: 255 inside the hole, 0 outside."""
 
     def span(start: Tensor, length: int) -> Tensor:
         offset = torch.arange(length, device=images.device) - start[:, None]
@@ -322,23 +279,68 @@ def cut_hole(op: Cutout, images: Tensor, draws: CutoutDraws) -> Tensor:
 
     height, width = images.shape[-2:]
     hole = (span(draws.top, height)[:, :, None] & span(draws.left, width)[:, None, :])[:, None]
-    return (images & ~hole) | (_constant(op.fill, images.device).to(torch.uint8) & hole)
+    fill = _constant(op.fill, images.device).to(torch.uint8)
+    return (images & ~hole) | (fill & hole)
 
 
 def drop_color(images: Tensor, draws: GrayDraws) -> Tensor:
-    """The weighted sum of the channels in all three of them, as a view."""
+    """Return the weighted sum of the channels in all three of them, as a view."""
     total = (images * _constant(GRAY_WEIGHTS, images.device)).sum(1, keepdim=True)
     return ((total + GRAY_ONE / 2) / GRAY_ONE).to(torch.uint8).expand_as(images)
 
 
+def _draw_op(op: PixelOp, uniform: tuple[Tensor, ...]) -> OpDraws:
+    """Turn the columns of uniform numbers in [0, 1) into an operation's draws."""
+
+    def below(stream: Stream, num_values: int | Tensor) -> Tensor:
+        # A float32 uniform is at most 1 - 2^-24: its product with a count never rounds up to it.
+        return (uniform[stream] * num_values).long()
+
+    def within(stream: Stream, limit: Strength) -> Tensor:
+        return uniform[stream] * (2 * limit) - limit
+
+    match op:
+        case Crop(pad):
+            num_places = 2 * pad + 1
+            top, left = below(Stream.CROP_TOP, num_places), below(Stream.CROP_LEFT, num_places)
+            return CropDraws(top, left)
+        case HFlip(p):
+            return HFlipDraws(uniform[Stream.HFLIP] < p)
+        case ShiftScaleRotate():
+            return ShiftScaleRotateDraws(
+                uniform[Stream.WARP] < op.p,
+                within(Stream.ANGLE, op.rotate_limit),
+                within(Stream.SCALE, op.scale_limit) + 1,
+                within(Stream.SHIFT_X, op.shift_limit),
+                within(Stream.SHIFT_Y, op.shift_limit),
+            )
+        case Cutout(size, p):
+            num_places = IMAGE_SIDE - size + 1
+            top, left = below(Stream.HOLE_TOP, num_places), below(Stream.HOLE_LEFT, num_places)
+            return CutoutDraws(uniform[Stream.CUTOUT] < p, top, left)
+        case Gray(p):
+            return GrayDraws(uniform[Stream.GRAY] < p)
+
+
+def _change_selected(
+    images: Tensor, draws: SelectingDraws, change: Change[SelectingDraws]
+) -> Tensor:
+    """Change the selected images, keep the others."""
+    if images.device.type == "cpu":
+        return change_some(images, draws, change)
+    return change_all_and_choose(images, draws, change)
+
+
 def _check_uint8(images: Tensor) -> None:
     if images.dtype != torch.uint8:
-        raise TypeError(
-            f"augmentation: images of uint8 must be given, got {images.dtype}. Normalize comes last."
-        )
+        rule = "augmentation: the images must be uint8"
+        raise TypeError(f"{rule}, got {images.dtype}. Normalize comes last.")
 
 
 @functools.cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A value per channel as float32 (1, C, 1, 1), copied to a device once: a copy would make the host wait there."""
+    """Return a value per channel as float32 (1, C, 1, 1).
+
+    It is copied to a device only once, because the host waits for such a copy.
+    """
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""Choose who interprets a policy: whole batches on the device, or albumentations image by image."""
+"""Choose a policy's interpreter: whole batches on the device, or albumentations image by image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any, Literal
 
 
 def select_interpreter(backend: Literal["batched", "albumentations"]) -> Callable[..., Any]:
-    """`batched.apply_policy` or `reference.apply_policy_reference`; albumentations is imported only when chosen."""
+    """Return `batched.apply_policy` or `reference.apply_policy_reference`.
+
+    albumentations is imported only when it is chosen.
+    """
     if backend == "albumentations":
         from tune_cifar.augment.reference import apply_policy_reference
 

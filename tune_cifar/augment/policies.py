@@ -1,9 +1,9 @@
-"""A policy: what may happen to a training image, as ordered operations with their numbers, before Normalize.
+"""Augmentation policies: the operations on a training image with their strengths, as data.
 
-Operations work on uint8 pixels of CIFAR-10's 32x32 images, in pixels, degrees and probabilities; an interpreter
-(`batched`, `reference`) applies them. All five source systems use a subsequence of one order, kept by `make_policy`:
-crop, hflip, shift_scale_rotate, cutout, gray, normalize. Borders are mirrored without repeating the edge pixel
-(reflect-101: d c b | a b c d | c b a), as in all sources.
+Operations work on uint8 pixels of CIFAR-10's 32x32 images, in pixels, degrees and probabilities; an
+interpreter (`batched`, `reference`) applies them. All five source systems use a subsequence of one
+order, kept by `make_policy`: crop, hflip, shift_scale_rotate, cutout, gray, normalize. Borders are
+mirrored without repeating the edge pixel (reflect-101: d c b | a b c d | c b a), as in all sources.
 """
 
 from __future__ import annotations
@@ -13,40 +13,45 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 
 from tune_cifar.schema import TrainConfig
 
-if TYPE_CHECKING:  # a policy is data: to look at it, torch is not needed
+if TYPE_CHECKING:  # a policy is data: reading it needs no torch
     from torch import Tensor
 
-# Height and width of a CIFAR-10 image, in pixels: the interval from which holes are placed.
+# Height and width of a CIFAR-10 image, in pixels; Cutout's holes lie within them.
 IMAGE_SIDE = 32
 MAX_CROP_PAD = 16
 
 Strength: TypeAlias = Union[float, "Tensor"]
-"""A number, or where a captured step reads one anew each time: a tensor () in device memory."""
+"""A number, or a tensor () in device memory that a captured step reads in each replay."""
 
-# Mean and standard deviation of each channel over all pixels of the 50,000 training images, scaled to [0, 1]:
-# population std of 51.2 M values a channel, not the mean of per-image stds (the often-seen 0.2023, 0.1994, 0.2010).
+# Mean and standard deviation of each channel over all pixels of the 50,000 training images, scaled
+# to [0, 1]: population std of 51.2 M values a channel, not the mean of the images' stds (the
+# often-seen 0.2023, 0.1994, 0.2010).
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
-# The data set's mean colour in uint8 pixel units, rounded to the nearest. Given to albumentations as whole numbers
-# too: a fraction would be cut off there (122.96 -> 122).
+# The data set's mean colour in uint8 pixel units, rounded to the nearest integer: albumentations
+# would cut a fraction off (122.96 -> 122).
 MEAN_COLOR = (round(255 * CIFAR_MEAN[0]), round(255 * CIFAR_MEAN[1]), round(255 * CIFAR_MEAN[2]))
 
 
 @dataclass(frozen=True)
 class Crop:
-    """Pad every side by reflection, then cut a window of the original size at a uniformly drawn place.
+    """Pad every side by reflection, then crop the original size at a uniformly drawn place.
 
-    Origin: `s10`, `s10_postact`. Deviates from s10: 4 px, as its assignment asked; its code padded by 2.
+    Origin: `s10`, `s10_postact`. Deviates from s10: 4 px, as its assignment asked; its code padded
+    by 2.
     """
 
     pad: int | Tensor
-    """Pixels on each side, from 1 to MAX_CROP_PAD."""
+    """Pixels on each side, 1 to MAX_CROP_PAD."""
 
 
 @dataclass(frozen=True)
 class HFlip:
-    """Swap left and right. Origin: all five; s6 swapped top and bottom by mistake, because its arrays were CHW."""
+    """Swap left and right.
+
+    Origin: all five; s6 swapped top and bottom by mistake, because its arrays were CHW.
+    """
 
     p: Strength
     """Probability that an image is flipped."""
@@ -54,10 +59,11 @@ class HFlip:
 
 @dataclass(frozen=True)
 class ShiftScaleRotate:
-    """Rotate and scale about the image's centre ((W - 1) / 2, (H - 1) / 2), then shift; bilinear, rounded to uint8.
+    """Rotate and scale about the centre, then shift; bilinear, rounded to uint8.
 
-    Both axes share the scale; each has its own shift, a real number of pixels. Origin: `s6`, `s7`, `s8`, through
-    albumentations 1.x. Deviates from albumentations 2.0.8: that one cuts the shift to whole pixels (0 twice as likely).
+    The centre is ((W - 1) / 2, (H - 1) / 2). Both axes have the same scale; each has its own shift,
+    a real number of pixels. Origin: `s6`, `s7`, `s8`, through albumentations 1.x. Deviates from
+    albumentations 2.0.8, which truncates the shift to whole pixels (0 twice as likely).
     """
 
     shift_limit: Strength
@@ -65,21 +71,22 @@ class ShiftScaleRotate:
     scale_limit: Strength
     """The scale is uniform in 1 +- this."""
     rotate_limit: Strength
-    """The angle is uniform in +- this many degrees; positive turns the picture counter-clockwise."""
+    """The angle is uniform in +- this many degrees; positive is counter-clockwise."""
     p: Strength
     """Probability that an image is warped."""
 
 
 @dataclass(frozen=True)
 class Cutout:
-    """Fill one square hole, wholly inside the image, at a uniformly drawn place.
+    """Fill one square hole, inside the image, at a uniformly drawn place.
 
-    Origin: all five, as CoarseDropout. Deviates from s7 and s10: they gave the fill in the units of normalized
-    pixels (s7's holes were black); here it is the mean colour in pixel units, hence 0 after Normalize (to 0.01).
+    Origin: all five, as CoarseDropout. Deviates from s7 and s10: they gave the fill in the units of
+    normalized pixels (s7's holes were black); here it is the mean colour in pixel units, hence 0
+    after Normalize (to 0.01).
     """
 
     size: int | Tensor
-    """Side of the hole in pixels, from 1 to 32."""
+    """Side of the hole in pixels, 1 to 32."""
     p: Strength
     """Probability that an image gets a hole."""
     fill: tuple[int, int, int] = MEAN_COLOR
@@ -88,15 +95,18 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Gray:
-    """Replace the three channels by 0.299 R + 0.587 G + 0.114 B, rounded to uint8. Origin: `s7` (ToGray)."""
+    """Set all channels to 0.299 R + 0.587 G + 0.114 B, rounded to uint8. Origin: `s7` (ToGray)."""
 
     p: Strength
-    """Probability that an image loses its colours."""
+    """Probability that an image becomes gray."""
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """(pixel / 255 - mean) / std per channel, to float32. Origin: all but s6, which trained on inputs in [0, 1]."""
+    """Compute (pixel / 255 - mean) / std per channel, as float32.
+
+    Origin: all but s6, which trained on inputs in [0, 1].
+    """
 
     mean: tuple[float, float, float] = CIFAR_MEAN
     std: tuple[float, float, float] = CIFAR_STD
@@ -108,7 +118,10 @@ Policy = tuple[Op, ...]
 
 
 def make_policy(config: TrainConfig) -> Policy:
-    """The operations whose strength is not 0 in this configuration, in the one order; Normalize is always the last."""
+    """Return the operations whose strength is not 0 in this config, in the one order.
+
+    Normalize is always the last.
+    """
     ops: list[Op] = []
     if config.crop_pad:
         ops.append(Crop(config.crop_pad))
@@ -125,13 +138,14 @@ def make_policy(config: TrainConfig) -> Policy:
 
 
 def split_policy(policy: Policy) -> tuple[tuple[PixelOp, ...], Normalize]:
-    """The operations on pixels, and the Normalize behind them.
+    """Return the operations on pixels, and the Normalize after them.
 
     Raises:
-        ValueError: Normalize does not stand exactly once, at the end: holes would be filled in the wrong units.
+        ValueError: Normalize is not there exactly once, at the end: holes would be filled in the
+            wrong units.
     """
     pixel_ops = tuple(op for op in policy if not isinstance(op, Normalize))
     last = policy[-1] if policy else None
     if not isinstance(last, Normalize) or len(pixel_ops) != len(policy) - 1:
-        raise ValueError(f"policy: Normalize once, at the end, must hold, got {policy}.")
+        raise ValueError(f"policy: Normalize must be there once, at the end, got {policy}.")
     return pixel_ops, last

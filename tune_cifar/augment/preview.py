@@ -1,8 +1,6 @@
-"""What the network sees, as pictures: training images and several augmented variants of each."""
+"""Training images and several augmented variants of each, as the network sees them."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,18 +10,15 @@ from tune_cifar.augment.interpreter import select_interpreter
 from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, make_policy
 from tune_cifar.schema import TrainConfig
 
-if TYPE_CHECKING:  # a policy is data: to look at it, torch is not needed
-    from torch import Tensor
-
 
 def make_preview(config: TrainConfig, images_NCHW: Tensor, num_variants: int = 9) -> Tensor:
-    """Each image as it is, then augmented `num_variants` times by the config's policy and backend.
+    """Return each image, then `num_variants` augmented ones by the config's policy and backend.
 
     Args:
         images_NCHW: (N, 3, 32, 32) uint8.
 
     Returns:
-        (N, 1 + num_variants, 32, 32, 3) uint8, the normalisation undone.
+        (N, 1 + num_variants, 32, 32, 3) uint8, with Normalize undone.
     """
     policy = make_policy(config)
     generator = torch.Generator().manual_seed(config.seed)

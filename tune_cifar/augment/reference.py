@@ -1,7 +1,8 @@
-"""A policy through albumentations, one image at a time: the judge of `batched`, and a selectable backend.
+"""A policy through albumentations, one image at a time: the reference for `batched`, and a backend.
 
-Takes the numbers `batched.draw_policy` drew, never albumentations' own dice (`Compose` hands all its children one
-generator, so that flips fire together). The only room that imports albumentations (2.0.8; unmaintained since 2025).
+Takes the numbers that `batched.draw_policy` drew, never albumentations' own: `Compose` gives one
+generator to all its transforms, so that flips happen together. The only module that imports
+albumentations (2.0.8; unmaintained since 2025).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# albumentations asks the package index for updates when it is imported, unless told before.
+# When it is imported, albumentations asks the package index for updates, unless this is set before.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 import albumentations as A
@@ -34,7 +35,7 @@ from tune_cifar.augment.policies import (
     split_policy,
 )
 
-# One thread per trial; OpenCV's own threads would fight for the core.
+# One thread per trial; OpenCV's own threads would compete for the core.
 cv2.setNumThreads(0)
 
 Image = NDArray[np.uint8]
@@ -46,36 +47,33 @@ def apply_policy_reference(
     draws: Draws,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """`batched.apply_policy` through albumentations: same arguments, same dice, same result.
+    """Apply `batched.apply_policy` through albumentations: same arguments, draws and result.
 
-    Equal on uint8 for crop, flip, cutout and gray, within OpenCV's fixed-point interpolation for the warp, within 1e-6
-    for normalize. Computes on the CPU and returns to the images' device.
+    Equal on uint8 for crop, flip, cutout and gray, within OpenCV's fixed-point interpolation for
+    the warp, within 1e-6 for normalize. Computes on the CPU; the result is on the images' device.
     """
     _, normalize = split_policy(policy)
     images_NHWC = apply_pixel_ops_reference(policy, images_NCHW, draws).permute(0, 2, 3, 1).numpy()
     transform = A.Normalize(mean=normalize.mean, std=normalize.std, max_pixel_value=255.0)
-    normalized = np.stack([transform.apply(image) for image in images_NHWC])
-    result = (
-        torch.from_numpy(normalized).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
-    )
+    normalized_NHWC = torch.from_numpy(np.stack([transform.apply(image) for image in images_NHWC]))
+    result = normalized_NHWC.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
     return result.to(images_NCHW.device)
 
 
 def apply_pixel_ops_reference(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor:
-    """The part before Normalize: uint8 (N, 3, 32, 32) to the same, on the CPU."""
+    """Apply the operations before Normalize: uint8 (N, 3, 32, 32) to the same, on the CPU."""
     pixel_ops, _ = split_policy(policy)
     images: list[Image] = list(images_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-    for op, drawn in zip(pixel_ops, draws, strict=True):
-        numbers = zip(*(column.tolist() for column in drawn), strict=True)
-        images = [
-            apply_op_reference(op, image, dict(zip(drawn._fields, row, strict=True)))
-            for image, row in zip(images, numbers, strict=True)
-        ]
+    for op, op_draws in zip(pixel_ops, draws, strict=True):
+        rows = zip(*(column.tolist() for column in op_draws), strict=True)
+        for number, row in enumerate(rows):
+            drawn = dict(zip(op_draws._fields, row, strict=True))
+            images[number] = apply_op_reference(op, images[number], drawn)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def apply_op_reference(op: PixelOp, image: Image, drawn: dict[str, Any]) -> Image:
-    """One operation on one HWC image with its drawn numbers, named as in the draws' columns."""
+    """Apply one operation to one HWC image; `drawn` has its numbers by the draws' field names."""
     if not drawn.get("selected", True):
         return image
     height, width = image.shape[:2]
@@ -95,9 +93,7 @@ def apply_op_reference(op: PixelOp, image: Image, drawn: dict[str, Any]) -> Imag
                 rotate=drawn["angle"],
                 shift=geometric.center(image.shape),
             )
-            warp = A.Affine(
-                interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101, p=1.0
-            )
+            warp = A.Affine(interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101)
             result = warp.apply(image, matrix=matrix, output_shape=(height, width))
         case Cutout(size, _, fill):
             top, left = drawn["top"], drawn["left"]

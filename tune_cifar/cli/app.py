@@ -1,7 +1,7 @@
-"""The command line: each command parses, calls one function of the package and shows what came back.
+"""The command line: each command parses, calls one function of the package, shows its result.
 
-Our own errors are one line on stderr and exit status 1, wrong usage exits 2, Ctrl-C 130; bugs keep their traceback.
-Nothing heavy is imported before a command needs it.
+Our own errors are one line on stderr and exit status 1, wrong usage exits 2, Ctrl-C 130; bugs keep
+their traceback. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations
@@ -32,28 +32,25 @@ from tune_cifar.cli import (
 from tune_cifar.cli.terminal import app, name_options, stderr
 from tune_cifar.errors import TuneCifarError
 
-app.command()(search.search)
-app.command()(plan.plan)
-app.command()(train.train)
-app.command()(confirm.confirm)
-app.command()(reproduce.reproduce)
-app.command()(lr_range.lr_range)
-app.command()(evaluate.judge)
-app.command()(report.report)
-app.command()(export.export)
-app.command()(searches.failures)
-app.command()(searches.sync)
-app.command()(leaderboard.leaderboard)
-app.command()(ui.ui)
-app.command()(models.models)
-app.command()(preview.preview)
-app.add_typer(searches.app, name="searches")
-app.add_typer(spaces.app, name="spaces")
-app.add_typer(data.app, name="data")
+COMMANDS = {
+    "Search": (search.search, plan.plan, train.train, lr_range.lr_range),
+    "Look": (leaderboard.leaderboard, ui.ui, report.report, models.models, preview.preview),
+    "Verify": (confirm.confirm, reproduce.reproduce, evaluate.evaluate, export.export),
+}
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(spaces.app, name="spaces", rich_help_panel="Spaces and data")
+app.add_typer(data.app, name="data", rich_help_panel="Spaces and data")
+app.add_typer(searches.app, name="searches", rich_help_panel="Maintenance")
+app.command(rich_help_panel="Maintenance")(searches.failures)
+app.command(rich_help_panel="Maintenance")(searches.sync)
+# Its name up to version 0.1.
+app.command("judge", hidden=True, rich_help_panel="Verify")(evaluate.evaluate)
 
 
 def run() -> None:
-    """What was typed, with our own errors as a sentence."""
+    """Run what was typed; our own errors become a sentence."""
     try:
         app()
     except TuneCifarError as exc:
@@ -65,8 +62,7 @@ def run() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script and of `python -m tune_cifar`, which ends its process. `kill` ends a command as
-    Ctrl-C does."""
+    """Run the command line and end the process; `kill` ends a command as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     status: int | str | None = 1
 
@@ -75,7 +71,7 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else status is not None)
 
-    # Registered first, called last: taking torch, Ray and MLflow apart would take one to two seconds more.
+    # Registered first, so called last: tearing down torch, Ray and MLflow takes 1 to 2 s more.
     atexit.register(leave)
     try:
         run()

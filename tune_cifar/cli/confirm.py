@@ -1,16 +1,24 @@
-"""`confirm`: whether a search's best trials keep their scores under new seeds; with --final, on the sealed test set."""
+"""`confirm`: a search's best trials under new seeds; with --final, on the test set."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.evaluate import keep_evaluation, say_kept
-from tune_cifar.cli.search import AcceptChanges, run_plan
-from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, stdout, this_command
+from tune_cifar.cli.evaluate import evaluate_test
+from tune_cifar.cli.terminal import (
+    paste,
+    print_json,
+    repeat_options,
+    say,
+    stderr,
+    stdout,
+    this_command,
+)
 from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,19 +26,31 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tune_cifar.data.files import DataSource
+    from tune_cifar.record.events import Confirmation
     from tune_cifar.record.state import SearchState
-    from tune_cifar.search.plan import SearchPlan
-    from tune_cifar.verify.confirm import Confirmed
+    from tune_cifar.search.plan import SearchPlan, SearchRequest
+    from tune_cifar.verify.confirm import Confirmed, Gain
 
 
 Final = Annotated[
     bool,
     typer.Option(
-        "--final",
-        help="Train the confirmed best and the baseline on all 50,000 images and open the test set once for each.",
-        rich_help_panel="What",
+        "--final", help="Train the best and the baseline on all 50,000 images, test each once."
     ),
+]
+Search = Annotated[str, typer.Option("--search", metavar="NAME", help="The search to confirm.")]
+Top = Annotated[
+    int,
+    typer.Option("--top", metavar="K", min=1, help="Its best K trials, beside the baseline."),
+]
+Seeds = Annotated[
+    int, typer.Option("--seeds", metavar="N", min=1, help="New training seeds for each.")
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Default: the search's, -confirm or -final.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the newest one of --search, or --name.")
 ]
 # Options that a recorded confirmation has settled.
 SETTLED = (
@@ -41,114 +61,143 @@ SETTLED = (
 
 def confirm(
     context: typer.Context,
-    search: Annotated[
-        str,
-        typer.Option(
-            "--search", metavar="NAME", help="The search to confirm.", rich_help_panel="What"
-        ),
-    ],
-    top: Annotated[
-        int,
-        typer.Option(
-            "--top",
-            metavar="K",
-            min=1,
-            help="Its best K trials, and the baseline.",
-            rich_help_panel="What",
-        ),
-    ] = 5,
-    seeds: Annotated[
-        int,
-        typer.Option(
-            "--seeds", metavar="N", min=1, help="New seeds for each.", rich_help_panel="What"
-        ),
-    ] = 5,
+    search: Search,
+    top: Top = 5,
+    seeds: Seeds = 5,
     settings: options.Settings = None,
     final: Final = False,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name", help="Default: the search's, -confirm or -final.", rich_help_panel="What"
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with the newest one of --search, or --name.",
-            rich_help_panel="Going on",
-        ),
-    ] = False,
-    accept_changes: AcceptChanges = False,
+    name: Name = None,
+    resume: Resume = False,
+    data: options.Data = None,
     device: options.Device = "auto",
+    gpus_per_trial: options.Gpus = None,
+    as_json: options.Json = False,
+    max_concurrent: options.MaxConcurrent = None,
+    cpus_per_trial: options.Cpus = 1,
     precision: options.Precision = "auto",
     execution: options.Execution = "eager",
-    cpus_per_trial: options.Cpus = 1,
-    gpus_per_trial: options.Gpus = None,
-    max_concurrent: options.MaxConcurrent = None,
     deterministic: options.Deterministic = False,
-    data: options.Data = None,
+    accept_changes: options.AcceptChanges = False,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
-    as_json: options.Json = False,
 ) -> None:
-    """Train a search's best trials again under new seeds, beside its baseline: mean, spread, gain in pairs.
+    """Train a search's best trials again under new seeds, beside its baseline.
 
-    With --final the confirmed best goes to the sealed test set. Ctrl-C ends it in order; --resume goes on.
+    It gives mean, standard deviation and the gain over the baseline in pairs of equal seeds. With
+    --final the confirmed best is evaluated on the test set, once. Ctrl-C ends it in order; --resume
+    continues.
 
     Example: python -m tune_cifar confirm --search s8-cpu-1 --top 5 --seeds 5
     """
-    from tune_cifar.record.store import find_storage
+    from tune_cifar.record.store import find_storage, load_searches
+    from tune_cifar.search.plan import SearchRequest
 
     _refuse_misplaced(context, final, resume, accept_changes)
     folder = find_storage(storage)
-    given = {
-        "storage": folder,
-        "gpus_per_trial": gpus_per_trial,
-        "max_concurrent": max_concurrent,
-        "command": this_command(),
-        "tracking_uri": tracking_uri,
-    }
-    console = stderr() if as_json else stdout()
-    state = _find_recorded(folder, search, final, name) if resume else None
-    plan: SearchPlan | None = None
-    if state is None:
-        given |= {
-            "device": device,
-            "precision": precision,
-            "execution": execution,
-            "deterministic": deterministic,
-        }
-        given |= {
-            "cpus_per_trial": cpus_per_trial,
-            "name": name or f"{search}-{'final' if final else 'confirm'}",
-        }
-        plan = _plan(given, data, search, (top, seeds), settings or [], final, console)
-    elif not state.is_finished:
-        plan = _plan_resume(given, data, state, accept_changes, console)
-    if plan is not None:
-        state, faults = run_plan(plan, console)
-        for fault in faults:
-            say(fault, console, "yellow")
-    assert state is not None
-    again = (
-        f"python -m tune_cifar confirm{repeat_options(search=search, data=data, storage=storage)}"
+    if resume:
+        recorded = _find_recorded(folder, search, final, name)
+        resume_confirmation(
+            recorded, data, tracking_uri, gpus_per_trial, max_concurrent, accept_changes, as_json
+        )
+        return
+    (state,) = load_searches(folder, search=search)
+    request = SearchRequest(
+        source=options.find_recorded_data(state, data),
+        storage=folder,
+        command=this_command(),
+        name=name or f"{search}-{'final' if final else 'confirm'}",
+        device=device,
+        precision=precision,
+        deterministic=deterministic,
+        execution=execution,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        max_concurrent=max_concurrent,
+        tracking_uri=tracking_uri,
     )
+    console = stderr() if as_json else stdout()
+    plan = _plan(state, request, top, seeds, settings or [], final, console)
+    _run(plan, data, as_json)
+
+
+def resume_confirmation(
+    state: SearchState,
+    data: str | None,
+    tracking_uri: str | None,
+    gpus_per_trial: float | None,
+    max_concurrent: int | None,
+    accepts_changes: bool,
+    as_json: bool = False,
+) -> None:
+    """Continue a recorded confirmation; tell a finished one again."""
+    from tune_cifar.search.plan import SearchRequest
+
+    header, settled = state.header, state.header.confirmation
+    assert settled is not None
+    if state.is_finished:
+        _finish(state, data, tracking_uri, as_json)
+        return
+    request = SearchRequest(
+        source=options.find_recorded_data(state, data),
+        storage=state.storage,
+        command=this_command(),
+        name=header.name,
+        device=header.numerics.device,
+        gpus_per_trial=gpus_per_trial,
+        max_concurrent=max_concurrent,
+        tracking_uri=tracking_uri,
+        keep_weights=_count_weights(settled),
+    )
+    console = stderr() if as_json else stdout()
+    with console.status("reading the record and starting the workers ..."):
+        from tune_cifar.search.run import prepare_resume
+
+        plan = prepare_resume(request, None, None, accepts_changes)
+    for note in (*plan.notes, plan.describe()):
+        say(note, console)
+    _run(plan, data, as_json)
+
+
+def _count_weights(settled: Confirmation) -> int:
+    """Of how many trainings the weights are kept: the test set needs all of them."""
+    return settled.num_trials if settled.final else 1
+
+
+def _run(plan: SearchPlan, data: str | None, as_json: bool) -> None:
+    """Run a settled confirmation and tell what it found."""
+    from tune_cifar.cli.live import run_plan
+
+    console = stderr() if as_json else stdout()
+    state, faults = run_plan(plan, console)
+    for fault in faults:
+        say(fault, console, "yellow")
+    _finish(state, data, plan.request.tracking_uri, as_json)
+
+
+def _finish(state: SearchState, data: str | None, tracking_uri: str | None, as_json: bool) -> None:
+    """Report, after the test set where it is final; exit status 130 when it is unfinished."""
+    from tune_cifar.record.store import find_storage
+
+    settled, console = state.header.confirmation, stderr() if as_json else stdout()
+    assert settled is not None
+    storage = None if state.storage == find_storage(None) else str(state.storage)
+    given = repeat_options(data=data, storage=storage)
     if not state.is_finished:
-        again += f"{' --final' if final else ''}{repeat_options(name=name)} --resume"
-        console.print(f"\ngo on with:\n  {again}", soft_wrap=True)
+        command = f"python -m tune_cifar search --name {state.header.name} --resume{given}"
+        paste(f"\ncontinue it with:\n  {command}", console)
         raise typer.Exit(130)
-    if final:
-        _open_tests(state, data, tracking_uri, console)
+    if settled.final:
+        _evaluate_tests(state, data, tracking_uri, console)
     _report(state, as_json, console)
-    if not (final or as_json):
-        console.print(f"\nnext:\n  {again} --final", soft_wrap=True)
+    if not (settled.final or as_json):
+        command = f"python -m tune_cifar confirm --search {settled.search}{given} --final"
+        paste(f"\nnext:\n  {command}", console)
 
 
 def _refuse_misplaced(
     context: typer.Context, is_final: bool, resumes: bool, accepts_changes: bool
 ) -> None:
-    """Refuse options that what is recorded answers already."""
+    """Refuse options that the record has settled."""
     if is_final:
         words = "belongs to the confirmation: --final trains what was confirmed."
         options.refuse_given(context, ("top", "settings"), words)
@@ -159,44 +208,31 @@ def _refuse_misplaced(
 
 
 def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) -> SearchState:
-    """The confirmation to go on with; of that name, if one is given."""
+    """Return the confirmation to continue; of that name, if one is given."""
     from tune_cifar.record.store import load_searches
     from tune_cifar.verify.confirm import find_confirmation
 
     states = [state for state in load_searches(folder) if name in (None, state.header.name)]
     state = find_confirmation(states, search, is_final)
     if state is None:
-        what = f"a {'final ' if is_final else ''}confirmation of {search}{f' named {name}' if name else ''}"
-        raise ConfigError(f"--resume: {what} must be recorded, got none. Leave --resume out.")
+        kind = "final confirmation" if is_final else "confirmation"
+        named = f" named {name}" if name else ""
+        raise ConfigError(f"There is no {kind} of {search}{named} to resume. Leave --resume out.")
     return state
 
 
-def _find_source(state: SearchState, data: str | None) -> DataSource:
-    """The data that a search or its confirmation was trained on."""
-    from tune_cifar.data.files import find_data
-
-    header = state.header
-    source = find_data(data or ("shapes" if header.data.name == "shapes" else None))
-    if source.name != header.data.name:
-        raise ConfigError(
-            f"--data: {header.data.name} must be given as in {header.name}, got {source.name}."
-        )
-    return source
-
-
 def _plan(
-    given: dict[str, Any],
-    data: str | None,
-    search: str,
-    wanted: tuple[int, int],
+    state: SearchState,
+    request: SearchRequest,
+    num_top: int,
+    num_seeds: int,
     settings: list[str],
     is_final: bool,
     console: Console,
 ) -> SearchPlan:
-    """Settle a new confirmation and say what it will train."""
+    """Settle a new confirmation of a search and say what it will train."""
     from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.record.store import load_searches
-    from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.select import parse_setting
     from tune_cifar.verify.confirm import (
         check_confirmed,
@@ -205,57 +241,24 @@ def _plan(
         make_final,
     )
 
-    changes = dict(parse_setting(setting) for setting in settings)
-    (state,) = load_searches(given["storage"], search=search)
-    source = _find_source(state, data)
-    num_top, num_seeds = wanted
+    search = state.header.name
     if is_final:
-        states = load_searches(given["storage"])
-        confirmation = check_confirmed(find_confirmation(states, search, is_final=False), search)
-        space, settled = make_final(state, confirmation, num_seeds)
+        found = find_confirmation(load_searches(request.storage), search, is_final=False)
+        space, settled = make_final(state, check_confirmed(found, search), num_seeds)
     else:
+        changes = dict(parse_setting(setting) for setting in settings)
         space, settled = make_confirmation(state, num_top, num_seeds, changes)
-    print_synthetic_banner(console, source.name)
+    print_synthetic_banner(console, request.source.name)
     names = ", ".join(candidate.run_id for candidate in settled.candidates)
-    seeds = ", ".join(map(str, settled.seeds))
-    config = space.baseline
-    say(
-        f"{names} under the seeds {seeds}: {config.epochs} epochs of {config.train_size:,} images each",
-        console,
-    )
+    seeds, config = ", ".join(map(str, settled.seeds)), space.baseline
+    length = f"{config.epochs} epochs of {config.train_size:,} images each"
+    say(f"{names} under the seeds {seeds}: {length}", console)
     with console.status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
-        given["keep_weights"] = (
-            settled.num_trials if is_final else 1
-        )  # the test set asks for all of them
-        plan = prepare_search(space, SearchRequest(source=source, **given), settled)
+        request = replace(request, keep_weights=_count_weights(settled))
+        plan = prepare_search(space, request, settled)
     say(plan.describe(), console)
-    return plan
-
-
-def _plan_resume(
-    given: dict[str, Any],
-    data: str | None,
-    state: SearchState,
-    accepts_changes: bool,
-    console: Console,
-) -> SearchPlan:
-    """Settle how a recorded confirmation goes on and say what of it is there."""
-    from tune_cifar.search.plan import SearchRequest
-
-    header = state.header
-    assert header.confirmation is not None
-    given["keep_weights"] = header.confirmation.num_trials if header.confirmation.final else 1
-    request = SearchRequest(
-        source=_find_source(state, data), device=header.numerics.device, name=header.name, **given
-    )
-    with console.status("reading the record and starting the workers ..."):
-        from tune_cifar.search.run import prepare_resume
-
-        plan = prepare_resume(request, None, None, accepts_changes)
-    for note in (*plan.notes, plan.describe()):
-        say(note, console)
     return plan
 
 
@@ -264,17 +267,13 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
     from tune_cifar.record.test_log import find_test_log, load_test_log
     from tune_cifar.verify.confirm import summarise, summarise_tests
 
-    settled = state.header.confirmation
+    settled, name = state.header.confirmation, state.header.name
     assert settled is not None
-    answer: dict[str, Any] = {
-        "search": settled.search,
-        "name": state.header.name,
-        "final": settled.final,
-    }
+    answer: dict[str, Any] = {"search": settled.search, "name": name, "final": settled.final}
     if settled.final:
-        ledger = find_test_log(state.storage, state.header.data.name)
-        confirmed = summarise_tests(state, load_test_log(ledger))
-        answer["test_log"] = str(ledger)
+        test_log = find_test_log(state.storage, state.header.data.name)
+        confirmed = summarise_tests(state, load_test_log(test_log))
+        answer["test_log"] = str(test_log)
     else:
         confirmed = summarise(state)
     if as_json:
@@ -283,45 +282,31 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
     print_confirmed(confirmed, state, console)
 
 
-def _open_tests(
+def _evaluate_tests(
     state: SearchState, data: str | None, tracking_uri: str | None, console: Console
 ) -> None:
-    """Open the test set once for every complete training that it was not opened for."""
+    """Evaluate on the test set every complete training that was not evaluated on it before."""
     from tune_cifar.record.test_log import find_openings, find_test_log
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
-    from tune_cifar.verify.test_set import open_test
 
-    header = state.header
-    ledger = find_test_log(state.storage, header.data.name)
+    name = state.header.data.name
+    test_log = find_test_log(state.storage, name)
     complete = [trial for trial in state.trials.values() if trial.status == "complete"]
-    sealed = [
-        trial
-        for trial in complete
-        if not find_openings(ledger, trial.fingerprint, header.data.name)
-    ]
-    if not sealed:
+    untested = [t for t in complete if not find_openings(test_log, t.fingerprint, name)]
+    if not untested:
         return
-    source = _find_source(state, data)
-    for trial in sealed:
+    source = options.find_recorded_data(state, data)
+    for trial in untested:
         loaded = load_recorded_data(state, trial, source)
         way_out = "They belong to what is confirmed: confirm it under another --name."
-        trainer = load_trained(
-            state, trial, loaded, restore_numerics(trial.driver.numerics), way_out
-        )
-        opening, evaluation, split = open_test(trainer, trial, source, ledger, this_command())
-        say(
-            f"{trial.run_id}: test accuracy {100 * opening.test_acc:.2f} %, written into {ledger}",
-            console,
-        )
-        try:
-            say_kept(keep_evaluation(state, trial, evaluation, split, None, tracking_uri), console)
-        except ConfigError as exc:  # the opening is written down: this must not look undone
-            say(str(exc), console, "yellow")
+        numerics = restore_numerics(trial.driver.numerics)
+        trainer = load_trained(state, trial, loaded, numerics, way_out)
+        evaluate_test(state, trial, trainer, source, tracking_uri, console)
 
 
 def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console: Console) -> None:
-    """A row per candidate (the baseline is the first); of a validation, then the winner's curse in words."""
+    """Print a row per candidate, the baseline first; then the winner's curse in words."""
     from rich.table import Table
 
     from tune_cifar.report.format import format_percent
@@ -334,24 +319,43 @@ def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console:
     num_ended = sum(trial.status != "running" for trial in state.trials.values())
     so_far = "" if state.is_finished else f", {num_ended} of {settled.num_trials} trainings so far"
     say(f"{header.name}: {part} accuracy over seeds after {length}{data}{so_far}", console, "bold")
-    table = Table(
-        "candidate", "search said", "mean", "sd", "seeds", "gain over the baseline", box=None
-    )
+    table = Table("candidate", "search", "mean", "sd", "seeds", "gain over the baseline", box=None)
     for i, found in enumerate(confirmed):
-        gain = (
-            "the baseline" if i == 0 else "no pair" if found.gain is None else found.gain.describe()
-        )
-        numbers = (
-            format_percent(found.search_score),
-            format_percent(found.mean),
-            format_percent(found.sd),
-        )
+        gain = "the baseline" if i == 0 else describe_pairs(found.gain)
+        numbers = map(format_percent, (found.search_score, found.mean, found.sd))
         table.add_row(found.run_id, *numbers, str(len(found.scores)), gain)
     console.print(table)
     for trial in state.trials.values():
         if trial.status in ("diverged", "failed"):
-            counted = "counts as a guesser" if trial.status == "diverged" else "is left out"
+            counted = "counts as chance" if trial.status == "diverged" else "is left out"
             say(f"{trial.run_id} {trial.status}: it {counted}", console, "yellow")
     if not settled.final:
         for found in confirmed[1:]:
-            say(found.describe_curse(), console)
+            say(describe_curse(found), console)
+
+
+def describe_pairs(gain: Gain | None) -> str:
+    """Return a mean gain and its interval in points."""
+    if gain is None:
+        return "no pair"
+    mean = f"{100 * gain.mean:+.2f} points"
+    if gain.interval is None:
+        return f"{mean} in {gain.num_pairs} pair: no interval"
+    low, high = (100 * end for end in gain.interval)
+    return f"{mean}, 95 % interval {low:+.2f} to {high:+.2f} ({gain.num_pairs} pairs)"
+
+
+def describe_curse(found: Confirmed) -> str:
+    """Return a sentence that compares the search's score with the mean over new seeds."""
+    from tune_cifar.report.format import format_percent
+
+    if found.search_score is None or found.mean is None:
+        return f"{found.run_id}: nothing to compare yet."
+    searched = f"{found.run_id}: {format_percent(found.search_score)} in the search"
+    if not found.same_recipe:
+        return f"{searched}, with other settings: not comparable with these."
+    compared = f"{searched}, {format_percent(found.mean)} over {len(found.scores)} new seeds"
+    excess = 100 * (found.search_score - found.mean)
+    if excess <= 0:
+        return f"{compared}: not lower than in the search."
+    return f"{compared}: {excess:.2f} points lower, since the best was chosen (the winner's curse)."

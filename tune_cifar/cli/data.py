@@ -21,7 +21,7 @@ Folder = Annotated[
 
 @app.command()
 def fetch(folder: Folder = None) -> None:
-    """Download CIFAR-10 (163 MB), check it and say where it lies. Does nothing when it is there already.
+    """Download CIFAR-10 (163 MB) and check it, unless it is there already.
 
     Example: python -m tune_cifar data fetch
     """
@@ -45,9 +45,9 @@ def verify(data: options.Data = None, as_json: options.Json = False) -> None:
     if as_json:
         print_json([check.__dict__ for check in checks])
     elif not checks:
-        say("The stand-in is generated: it has no files.")
+        say("Synthetic data are generated: they have no files.")
     else:
-        table = Table("file", "bytes", "MD5", "verdict", box=None, header_style="bold")
+        table = Table("file", "bytes", "MD5", "result", box=None, header_style="bold")
         for check in checks:
             table.add_row(
                 check.name,

@@ -1,4 +1,4 @@
-"""`judge`: what a run's kept weights make of its validation images, class by class; and how an evaluation is kept."""
+"""`evaluate`: a run's kept weights on its validation images; and how evaluations are kept."""
 
 from __future__ import annotations
 
@@ -8,65 +8,70 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, say, stderr, stdout
-from tune_cifar.errors import RecordError
+from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
+from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.schema import label_data
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tune_cifar.data.files import DataSource
     from tune_cifar.data.load import Split
     from tune_cifar.record.state import SearchState, TrialState
+    from tune_cifar.record.test_log import TestEvaluation
     from tune_cifar.train.metrics import Evaluation
+    from tune_cifar.train.trainer import Trainer
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="For the figures. Default: judge/RUN in the run store."
+    ),
+]
 
 
-def judge(
+def evaluate(
+    context: typer.Context,
     run: options.RunId = None,
     best: options.Best = False,
     space: options.BestSpace = None,
     search: options.BestSearch = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="For the figures. Default: judge/RUN in the run store."
-        ),
-    ] = None,
+    out: Out = None,
     device: options.RecordedDevice = None,
     data: options.Data = None,
+    as_json: options.Json = False,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
-    as_json: options.Json = False,
 ) -> None:
-    """Judge a run's kept weights on its validation images: each class, confusion, calibration, the worst mistakes.
+    """Evaluate a run's kept weights on its validation images: classes, calibration, mistakes.
 
-    Writes figures and judgement.json, and logs them to MLflow. The test set stays closed: see reproduce --test.
+    Writes figures and judgement.json, and logs them to MLflow. For the test set: reproduce --test.
 
-    Example: python -m tune_cifar judge --best --space s10
+    Example: python -m tune_cifar evaluate --best --space s10
     """
     from tune_cifar.cli.summary import print_synthetic_banner
-    from tune_cifar.data.files import find_data
     from tune_cifar.data.load import CLASS_NAMES
     from tune_cifar.record.store import find_storage
     from tune_cifar.train.metrics import evaluate_logits
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
 
-    state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
+    if context.info_name == "judge":
+        say("`judge` is called `evaluate` now; the old name goes with the next release.", stderr())
+    state, trial = options.choose_run(run, best, space, search, find_storage(storage))
     console = stderr() if as_json else stdout()
     if not trial.config.val_size:
-        raise RecordError(
-            f"{trial.run_id}: validation images must belong to the run, got none. Try reproduce --test."
-        )
-    loaded = load_recorded_data(state, trial, find_data(data))
+        way_out = "Try: reproduce --test."
+        raise RecordError(f"{trial.run_id} was trained without validation images. {way_out}")
+    loaded = load_recorded_data(state, trial, options.find_recorded_data(state, data))
     assert loaded.val is not None
-    way_out = "Judge the best one: --best --search, or keep more: search --keep-weights."
-    trainer = load_trained(
-        state, trial, loaded, restore_numerics(trial.driver.numerics, device), way_out
-    )
+    way_out = "Evaluate the best one: --best --search, or keep more: search --keep-weights."
+    numerics = restore_numerics(trial.driver.numerics, device)
+    trainer = load_trained(state, trial, loaded, numerics, way_out)
     print_synthetic_banner(console, loaded.info.name)
     names = CLASS_NAMES[loaded.info.name]
-    evaluation = evaluate_logits(
-        trainer.predict(loaded.val), loaded.val.labels_N, names, "validation"
-    )
+    logits_NK = trainer.predict(loaded.val)
+    evaluation = evaluate_logits(logits_NK, loaded.val.labels_N, names, "validation")
     _print_evaluation(trial, evaluation, console)
     kept = keep_evaluation(state, trial, evaluation, loaded.val, out, tracking_uri)
     say_kept(kept, console)
@@ -86,21 +91,15 @@ def _print_evaluation(trial: TrialState, evaluation: Evaluation, console: Consol
     for column in ("images", "accuracy", "predicted"):
         table.add_column(column, justify="right")
     for figures in evaluation.classes:
-        numbers = (
-            f"{figures.num_images:,}",
-            format_percent(figures.accuracy),
-            f"{figures.num_predicted:,}",
+        accuracy = format_percent(figures.accuracy)
+        table.add_row(
+            figures.name, f"{figures.num_images:,}", accuracy, f"{figures.num_predicted:,}"
         )
-        table.add_row(figures.name, *numbers)
     console.print(table)
-    say(
-        f"accuracy {format_percent(evaluation.accuracy)} (recorded: {format_percent(trial.val_acc)})",
-        console,
-    )
-    say(
-        f"loss {evaluation.loss:.4f}, expected calibration error {format_percent(evaluation.ece)}",
-        console,
-    )
+    recorded = format_percent(trial.val_acc)
+    say(f"accuracy {format_percent(evaluation.accuracy)} (recorded: {recorded})", console)
+    error = format_percent(evaluation.ece)
+    say(f"loss {evaluation.loss:.4f}, expected calibration error {error}", console)
 
 
 def keep_evaluation(
@@ -111,34 +110,72 @@ def keep_evaluation(
     out: Path | None,
     tracking_uri: str | None,
 ) -> dict[str, Any]:
-    """Write the evaluation of these images (into `judge/` of the run store unless told where) and log it to MLflow; what
-    was judged, the files, and MLflow's fault or None."""
+    """Write an evaluation's figures and log them to MLflow.
+
+    Args:
+        split: the images that were evaluated.
+        out: a folder; None is the run's own below `judge/` in the run store.
+
+    Returns:
+        the evaluation as JSON has it, with `folder`, `files` and `mlflow_fault` (or None).
+    """
     from tune_cifar.report.plots.evaluation import save_evaluation
     from tune_cifar.tracking.upload import make_tracking_uri, upload_evaluation
     from tune_cifar.train.metrics import find_evaluation_folder
 
-    storage = state.storage
-    folder = out or find_evaluation_folder(storage, trial.run_id, evaluation.part)
+    folder = out or find_evaluation_folder(state.storage, trial.run_id, evaluation.part)
     label = state.header.data.label
-    title = f"{trial.run_id}: {evaluation.num_images:,} {evaluation.part} images{f', {label}' if label else ''}"
-    files = save_evaluation(
-        evaluation, split.images_NCHW.permute(0, 2, 3, 1).numpy(), title, folder
-    )
-    found = evaluation.to_dict()
-    fault = upload_evaluation(
-        make_tracking_uri(storage, tracking_uri), storage, state, trial, found, files
-    )
-    return {
-        **found,
-        "folder": str(folder),
-        "files": [file.name for file in files],
-        "mlflow_fault": fault,
-    }
+    title = f"{trial.run_id}: {evaluation.num_images:,} {evaluation.part} images"
+    title += f", {label}" if label else ""
+    images_NHWC = split.images_NCHW.permute(0, 2, 3, 1).numpy()
+    files = save_evaluation(evaluation, images_NHWC, title, folder)
+    uri, found = make_tracking_uri(state.storage, tracking_uri), evaluation.to_dict()
+    fault = upload_evaluation(uri, state.storage, state, trial, found, files)
+    names = [file.name for file in files]
+    return {**found, "folder": str(folder), "files": names, "mlflow_fault": fault}
 
 
 def say_kept(kept: dict[str, Any], console: Console) -> None:
-    """Where the figures of a kept evaluation are, its warnings, and MLflow's fault."""
+    """Say where the figures of a kept evaluation are, its warnings, and MLflow's fault."""
     say(f"figures: {kept['folder']} ({', '.join(kept['files'])})", console)
     for sentence in (*kept["warnings"], kept["mlflow_fault"]):
         if sentence is not None:
             say(sentence, console, "yellow")
+
+
+def evaluate_test(
+    state: SearchState,
+    trial: TrialState,
+    trainer: Trainer,
+    source: DataSource,
+    tracking_uri: str | None,
+    console: Console,
+) -> tuple[TestEvaluation, dict[str, Any]]:
+    """Evaluate on the test set, write it into the test log, and keep its figures.
+
+    Returns:
+        the row of the test log, and what `keep_evaluation` returns.
+    """
+    from tune_cifar.record.test_log import find_test_log
+    from tune_cifar.verify.test_set import open_test
+
+    test_log = find_test_log(state.storage, source.name)
+    row, evaluation, split = open_test(trainer, trial, source, test_log, this_command())
+    say_test(trial.run_id, row, f"written into {test_log}", console)
+    try:
+        kept = keep_evaluation(state, trial, evaluation, split, None, tracking_uri)
+    except ConfigError as exc:  # the log has the evaluation, so this is no failure of the command
+        say(str(exc), console, "yellow")
+        return row, evaluation.to_dict()
+    say_kept(kept, console)
+    return row, kept
+
+
+def say_test(run_id: str, row: TestEvaluation, where: str, console: Console) -> None:
+    """Say a test evaluation in a line."""
+    from tune_cifar.report.format import format_percent
+
+    label = label_data(row.data)
+    images = f"{row.images} images{f', {label}' if label else ''}"
+    figures = f"test accuracy {format_percent(row.test_acc)} on {images}, loss {row.test_loss:.4f}"
+    say(f"{run_id}: {figures} ({where})", console)

@@ -1,4 +1,4 @@
-"""`export`: a run's network as one file for use elsewhere, checked before it is there."""
+"""`export`: a run's network as one file, checked before it is written."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def export(
     storage: options.Storage = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's network, with its kept weights, as one file that takes raw images in [0, 1] and gives logits.
+    """Write a run's network with its weights as one file: images in [0, 1] to logits.
 
-    The file is written only after it has answered 1,000 validation images as the network itself does (else exit 1).
+    The file is kept only if it gives the network's own logits for 1,000 validation images (else
+    exit 1).
 
     Example: python -m tune_cifar export --best --space s10 --format onnx
     """
     from tune_cifar.cli.summary import print_synthetic_banner
-    from tune_cifar.data.files import find_data
     from tune_cifar.record.store import find_storage
     from tune_cifar.train.recorded import load_recorded_data
     from tune_cifar.verify.export import export_run
 
-    state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
+    state, trial = options.choose_run(run, best, space, search, find_storage(storage))
     path = out or Path(f"{trial.run_id.replace(':', '-')}.{file_format}")
     if not path.parent.is_dir():
         raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
@@ -62,18 +62,16 @@ def export(
         raise ConfigError(f"--out: a file must be given, got the folder {path}.")
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, state.header.data.name)
-    agreement = export_run(
-        state, trial, load_recorded_data(state, trial, find_data(data)), file_format.value, path
-    )
+    loaded = load_recorded_data(state, trial, options.find_recorded_data(state, data))
+    agreement = export_run(state, trial, loaded, file_format.value, path)
     num_bytes = path.stat().st_size
+    network = f"{trial.run_id} ({trial.config.model})"
+    say(f"{network} as {file_format}: {path}, {num_bytes:,} bytes", console)
+    count, difference = f"{agreement.num_images:,}", f"{agreement.largest_difference:.1e}"
     say(
-        f"{trial.run_id} ({trial.config.model}) as {file_format}: {path}, {num_bytes:,} bytes",
-        console,
-    )
-    say(
-        f"checked on {agreement.num_images:,} {agreement.part} images: {agreement.num_same:,} of "
-        f"{agreement.num_images:,} predictions are the network's, logits differ by {agreement.largest_difference:.1e} "
-        f"at most (tolerance {agreement.tolerance:.1e})",
+        f"checked on {count} {agreement.part} images: {agreement.num_same:,} of {count} "
+        f"predictions are the network's, logits differ by {difference} at most (tolerance "
+        f"{agreement.tolerance:.1e})",
         console,
     )
     if as_json:

@@ -16,7 +16,7 @@ from tune_cifar.schema import label_data
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tune_cifar.record.state import SearchState, TrialState
+    from tune_cifar.record.state import SearchState
 
 
 def leaderboard(
@@ -33,9 +33,8 @@ def leaderboard(
 ) -> None:
     """All trials, best first: validation, confirmed and test apart.
 
-    Only trials of one data set, split, length and size compete: groups stand apart.
-
-    Below stand the confirmations, each candidate's mean over new seeds, and what the test set was opened for.
+    Only trials of one data set, split, length and size compete: each such group is a table. Below
+    stand the confirmations (means over new seeds) and the evaluations on the test set.
 
     Example: python -m tune_cifar leaderboard --space s10
     """
@@ -54,10 +53,8 @@ def leaderboard(
     else:
         if search is not None:  # its confirmations have names of their own
             states += [state for state in load_searches(folder) if _confirms(state, search)]
-        searched = list(
-            dict.fromkeys(knob for state in states for knob in state.header.distributions)
-        )
-        _print_groups(trials[trials["kind"] != "confirm"], searched, top)
+        searched = [knob for state in states for knob in state.header.distributions]
+        _print_groups(trials[trials["kind"] != "confirm"], list(dict.fromkeys(searched)), top)
         _print_confirmations(states)
         _print_tests(states, folder)
 
@@ -66,69 +63,64 @@ def _confirms(state: SearchState, search: str) -> bool:
     return state.header.confirmation is not None and state.header.confirmation.search == search
 
 
+def _select_confirmations(states: list[SearchState], final: bool) -> list[SearchState]:
+    """The confirmations among these records: those on validation images, or the final ones."""
+    return [
+        state
+        for state in states
+        if state.header.confirmation is not None and state.header.confirmation.final == final
+    ]
+
+
 def _print_confirmations(states: list[SearchState]) -> None:
-    """Candidates' means over new seeds, a table for each confirmation."""
+    """Print each candidate's mean over new seeds, a table for each confirmation."""
     from tune_cifar.cli.confirm import print_confirmed
     from tune_cifar.verify.confirm import summarise
 
-    found = [
-        state
-        for state in states
-        if (settled := state.header.confirmation) is not None and not settled.final
-    ]
+    found = _select_confirmations(states, final=False)
     if found:
-        say(
-            "CONFIRMED: validation accuracy under new seeds, in pairs with the baseline",
-            style="bold",
-        )
+        title = "CONFIRMED: validation accuracy under new seeds, in pairs with the baseline"
+        say(title, style="bold")
     for state in found:
         print_confirmed(summarise(state), state, stdout())
         say("")
 
 
 def _print_tests(states: list[SearchState], storage: Path) -> None:
-    """What the sealed test set was opened for, of these searches alone: a final confirmation's candidates in a table,
-    any other run in a line."""
+    """Print these searches' test evaluations: a table per final confirmation, else a line."""
     from tune_cifar.cli.confirm import print_confirmed
     from tune_cifar.record.test_log import find_test_log, load_test_log
+    from tune_cifar.report.format import format_percent
     from tune_cifar.verify.confirm import summarise_tests
 
     files = {find_test_log(storage, state.header.data.name) for state in states}
-    openings = sorted(
-        (opening for path in files for opening in load_test_log(path)), key=lambda found: found.date
-    )
-    finals = [
-        state
-        for state in states
-        if (settled := state.header.confirmation) is not None and settled.final
-    ]
-    shown = {_name_training(state, trial) for state in states for trial in state.trials.values()}
-    summarised = {
-        _name_training(state, trial)[1:] for state in finals for trial in state.trials.values()
-    }
+    logged = [found for path in files for found in load_test_log(path)]
+    logged.sort(key=lambda found: found.date)
+    finals = _select_confirmations(states, final=True)
+    # Run ids repeat in other run stores, so a training is named by its fingerprint and data too.
+    shown, summarised = set(), set()
+    for state in states:
+        for trial in state.trials.values():
+            training = (trial.fingerprint, state.header.data.name)
+            shown.add((trial.run_id, *training))
+            if state in finals:
+                summarised.add(training)
     others = [
-        opening
-        for opening in openings
-        if (opening.run_id, opening.fingerprint, opening.data) in shown
-        and (opening.fingerprint, opening.data) not in summarised
+        found
+        for found in logged
+        if (found.run_id, found.fingerprint, found.data) in shown
+        and (found.fingerprint, found.data) not in summarised
     ]
     if finals or others:
-        say("TEST: accuracy on the sealed test set, chosen by validation alone", style="bold")
+        say("TEST: accuracy on the test set, chosen by validation alone", style="bold")
     for state in finals:
-        print_confirmed(summarise_tests(state, openings), state, stdout())
+        print_confirmed(summarise_tests(state, logged), state, stdout())
         say("")
     for found in others:
         label = label_data(found.data)
-        data = f", {label}" if label else ""
-        acc = f"{100 * found.test_acc:.2f} %"
-        say(
-            f"{found.run_id}: test accuracy {acc} on {found.images:,} images{data}, opened {found.date}"
-        )
-
-
-def _name_training(state: SearchState, trial: TrialState) -> tuple[str, str, str]:
-    """As the ledger names it: run, fingerprint, data. Runs of another run store may have the same ids."""
-    return trial.run_id, trial.fingerprint, state.header.data.name
+        images = f"{found.images:,} images{f', {label}' if label else ''}"
+        acc = format_percent(found.test_acc)
+        say(f"{found.run_id}: test accuracy {acc} on {images}, evaluated {found.date}")
 
 
 def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
@@ -138,25 +130,21 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     from tune_cifar.report.trials import split_groups
 
     if not trials.empty:
-        say(
-            "VALIDATION: single trials, each of one seed; the best of many is an upper guess",
-            style="bold",
-        )
+        title = "VALIDATION: single trials, one seed each; the best of many is an upper estimate"
+        say(title, style="bold")
     for group, rows in split_groups(trials):
         label = label_data(group["data"])
-        data = f"{label}, " if label else ""
-        title = (
-            f"{data}{group['epochs']} epochs of {group['train_size']} images, {group['val_size']} to validate, "
-            f"split {group['split_hash']}, fidelity {group['fidelity']}"
-        )
+        title = f"{label}, " if label else ""
+        title += f"{group['epochs']} epochs of {group['train_size']} images, "
+        title += f"{group['val_size']} to validate, "
+        title += f"split {group['split_hash']}, fidelity {group['fidelity']}"
         knobs = [knob for knob in searched if rows[knob].nunique() > 1][:6]
         table = Table("run", "status", "epochs", "val_acc", *knobs, box=None, header_style="bold")
         for row in rows.head(top).to_dict("records"):
             acc = None if math.isnan(row["val_acc"]) else row["val_acc"]
-            cells = [format_value(row[knob]) for knob in knobs]
-            table.add_row(
-                row["run_id"], row["status"], str(row["epochs_done"]), format_percent(acc), *cells
-            )
+            cells = [str(row["epochs_done"]), format_percent(acc)]
+            cells += [format_value(row[knob]) for knob in knobs]
+            table.add_row(row["run_id"], row["status"], *cells)
         say(title, style="bold")
         stdout().print(table)
         say(f"... and {len(rows) - top} more (--top, --csv)\n" if len(rows) > top else "")

@@ -1,27 +1,34 @@
-"""What a search and a training look like while they run, and the words at their end. Views of the record: nothing is
-decided here. Plain lines where there is no terminal."""
+"""The display of a running search, training or LR range test; plain lines without a terminal."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from tune_cifar.cli.summary import make_trial_table
+from tune_cifar.cli.terminal import say
 from tune_cifar.record.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
-from tune_cifar.record.state import SearchState
+from tune_cifar.record.state import SearchState, describe_counts
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.schema import DataInfo, EpochResult
 from tune_cifar.search.forecast import START_SECONDS, forecast_search
 from tune_cifar.space.layout import Budget
 
 if TYPE_CHECKING:
+    from tune_cifar.search.plan import SearchPlan
     from tune_cifar.train.lr_range import Sweep
     from tune_cifar.train.trainer import Trainer
 
@@ -30,11 +37,11 @@ NUM_ROWS = 14
 
 
 class SearchView:
-    """Shows a running search; a listener of its record and a context manager.
+    """The display of a running search: a listener of its record and a context manager.
 
     Args:
-        budget: what the search is to do; its time limit begins now.
-        num_concurrent: trials at once.
+        budget: of the search; its time limit begins now.
+        num_concurrent: parallel trials.
         epoch_seconds: estimate of one epoch of the baseline, until real ones are known.
     """
 
@@ -59,149 +66,124 @@ class SearchView:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
 
     def on_event(self, state: SearchState, event: Event) -> None:
-        """Listener for the record's events."""
-        # The display reads in a thread of its own: it gets a dict that never grows under its hands.
+        """Show an event of the record."""
+        # The display reads in a thread of its own, so it gets a dict that no event changes.
         self._state = replace(state, trials=dict(state.trials))
-        if not self._console.is_terminal:
-            line = self._describe(state, event)
-            if line:
-                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if not self._console.is_terminal and (line := self._describe(state, event)):
+            say(line, self._console)
 
     def stop(self) -> None:
         """Say that the search is about to end; called from a signal's handler."""
-        words = "stopping: running epochs end first; Ctrl-C again stops at once, and either way --resume goes on"
-        self._console.print(words, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        words = "stopping after the running epochs; Ctrl-C again stops at once; --resume continues"
+        say(words, self._console, "yellow")
 
     def eta_seconds(self) -> float:
-        """Expected seconds to the end, simulated from where the search stands at the mean epoch's price, never beyond
-        the time limit."""
+        """Expected seconds to the end, simulated from the record, never beyond the time limit."""
         state, elapsed = self._state, time.monotonic() - self._start
         if self._forecast is None or self._forecast[0] is not state:
             self._forecast = state, self._simulate(state)
         expected = self._forecast[1]
-        return (
-            expected
-            if self._max_seconds is None
-            else min(expected, max(0.0, self._max_seconds - elapsed))
-        )
+        if self._max_seconds is None:
+            return expected
+        return min(expected, max(0.0, self._max_seconds - elapsed))
 
     def _simulate(self, state: SearchState | None) -> float:
-        """Seconds to the end without a time limit. About 2 ms, since it is asked for after every event."""
+        """Seconds to the end without a time limit; takes about 2 ms and runs after every event."""
         trials = list(state.trials.values()) if state else []
         seconds = [result.epoch_seconds for trial in trials for _, result in trial.trained_epochs]
-        price = sum(seconds) / len(seconds) if seconds else self._epoch_seconds
+        mean = sum(seconds) / len(seconds) if seconds else self._epoch_seconds
         start = 0.0 if seconds else START_SECONDS
+        concurrent = self._num_concurrent
         return forecast_search(
-            self._budget, self._num_concurrent, price, state, start, effort=400
+            self._budget, concurrent, mean, state, start, effort=400
         ).seconds.mean
 
     def _describe(self, state: SearchState, event: Event) -> str:
-        clock = f"[{format_seconds(time.monotonic() - self._start)}]"
+        if not isinstance(event, TrialStarted | EpochReported | TrialRetried | TrialEnded):
+            return ""
+        line = f"[{format_seconds(time.monotonic() - self._start)}] trial {event.trial}"
         if isinstance(event, TrialStarted):
-            knobs = ", ".join(
-                f"{name} {format_value(value)}" for name, value in event.params.items()
-            )
-            return f"{clock} trial {event.trial} starts ({event.origin}): {knobs}"
+            knobs = [f"{name} {format_value(value)}" for name, value in event.params.items()]
+            return f"{line} starts ({event.origin}): {', '.join(knobs)}"
         if isinstance(event, EpochReported):
-            trial = state.trials[event.trial]
+            epochs = state.trials[event.trial].config.epochs
             acc = format_percent(event.result.val_acc)
-            return f"{clock} trial {event.trial} epoch {event.result.epoch}/{trial.config.epochs}: val_acc {acc}"
+            return f"{line} epoch {event.result.epoch}/{epochs}: val_acc {acc}"
         if isinstance(event, TrialRetried):
-            return (
-                f"{clock} trial {event.trial}: {event.fault}; it goes on from its newest checkpoint"
-            )
-        if isinstance(event, TrialEnded):
-            end = f"{clock} trial {event.trial} {event.status} ({event.reason})"
-            best = state.best
-            if best is None:
-                return end
-            eta = format_seconds(self.eta_seconds())
-            return f"{end}; best so far {format_percent(best.score)} (trial {best.number}), about {eta} to go"
-        return ""
+            return f"{line}: {event.fault}; it continues from its newest checkpoint"
+        line += f" {event.status} ({event.reason})"
+        if (best := state.best) is not None:
+            acc, eta = format_percent(best.score), format_seconds(self.eta_seconds())
+            line += f"; best so far {acc} (trial {best.number}), about {eta} to go"
+        return line
 
     def _render(self) -> RenderableType:
         if self._state is None:
             return Text("waiting for the first worker ...", style="dim")
         state = self._state
-        rows = sorted(state.trials.values(), key=lambda t: (t.status != "running", -t.number))[
-            :NUM_ROWS
-        ]
-        return Group(make_trial_table(state, rows), self._status_line(state))
+        rows = sorted(state.trials.values(), key=lambda t: (t.status != "running", -t.number))
+        return Group(make_trial_table(state, rows[:NUM_ROWS]), self._status_line(state))
 
     def _status_line(self, state: SearchState) -> Text:
-        counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count)
-        line = f"{len(state.trials)}/{self._budget.trials} trials: {counts}"
+        line = f"{len(state.trials)}/{self._budget.trials} trials: {describe_counts(state.counts)}"
         if state.best is not None:
             line += f"   best {format_percent(state.best.score)} (trial {state.best.number})"
             score, baseline = state.best.score, state.baseline_score
             if score is not None and baseline is not None and state.best.origin != "baseline":
                 line += f", {100 * (score - baseline):+.2f} points over the baseline"
         is_training = any(trial.epochs_done for trial in state.trials.values())
-        left = (
-            f"about {format_seconds(self.eta_seconds())} to go"
-            if is_training
-            else "the workers are starting"
-        )
+        left = "the workers are starting"
+        if is_training:
+            left = f"about {format_seconds(self.eta_seconds())} to go"
         return Text(f"{line}\n{format_seconds(time.monotonic() - self._start)} gone, {left}")
 
 
 class TrainingView:
-    """A progress bar over the steps of one training, fed by the Trainer's own counter; a line per epoch."""
+    """A progress bar over the steps of one training, and a line per epoch."""
 
     def __init__(self, console: Console, data: DataInfo) -> None:
         self._console = console
         self._data = f" ({data.name})" if data.label else ""
-        columns = (
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-        )
-        self._progress = _StepProgress(
-            *columns, TimeRemainingColumn(compact=True), console=console, transient=True
-        )
+        columns = _make_columns("epoch {task.fields[epoch]}")
+        self._progress = _StepProgress(*columns, console=console, transient=True)
 
     def __enter__(self) -> TrainingView:
         if self._console.is_terminal:
             self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._console.is_terminal:
             self._progress.stop()
 
     def watch(self, trainer: Trainer) -> None:
-        """Start to show this Trainer's steps."""
+        """Show this Trainer's steps."""
         self._progress.trainer = trainer
         self._progress.add_task("train", total=trainer.total_steps, epoch="")
 
     def say(self, result: EpochResult, note: str = "") -> None:
-        """One line for a finished epoch, with the time that is left at its pace."""
+        """Print one line for a finished epoch, with the time that is left at its pace."""
         trainer = self._progress.trainer
         left = (trainer.config.epochs - result.epoch) * result.epoch_seconds if trainer else 0.0
-        self._console.print(
-            f"epoch {result.epoch}: train_loss {result.train_loss:.4f}, train_acc {format_percent(result.train_acc)}, "
-            f"val_acc {format_percent(result.val_acc)}, lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
-            f"{format_seconds(left)} left{self._data}{note}",
-            markup=False,
-            highlight=False,
-            soft_wrap=not self._console.is_terminal,
+        train_acc, val_acc = format_percent(result.train_acc), format_percent(result.val_acc)
+        say(
+            f"epoch {result.epoch}: train_loss {result.train_loss:.4f}, "
+            f"train_acc {train_acc}, val_acc {val_acc}, lr {result.lr:.3g}, "
+            f"{result.images_per_second:.0f} images/s, {format_seconds(left)} left"
+            f"{self._data}{note}",
+            self._console,
         )
+
+
+def _make_columns(text: str) -> tuple[ProgressColumn, ...]:
+    """The columns of a progress bar over steps."""
+    steps = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    return (TextColumn(text), *steps, TimeRemainingColumn(compact=True))
 
 
 class _StepProgress(Progress):
@@ -211,9 +193,10 @@ class _StepProgress(Progress):
 
     def get_renderables(self) -> list[RenderableType]:
         if self.trainer is not None:
-            epoch = f"{min(self.trainer.epoch + 1, self.trainer.config.epochs)}/{self.trainer.config.epochs}"
+            total = self.trainer.config.epochs
+            epoch = min(self.trainer.epoch + 1, total)
             for task_id in self.task_ids:
-                self.update(task_id, completed=self.trainer.step, epoch=epoch)
+                self.update(task_id, completed=self.trainer.step, epoch=f"{epoch}/{total}")
         return list(super().get_renderables())
 
 
@@ -226,10 +209,7 @@ class SweepView:
         self._num_left = num_seeds * num_steps
         self._num_done = 0
         self._start = time.monotonic()
-        columns = (TextColumn("sweeping"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-        self._progress = Progress(
-            *columns, TimeRemainingColumn(compact=True), console=console, transient=True
-        )
+        self._progress = Progress(*_make_columns("sweeping"), console=console, transient=True)
         self._task = self._progress.add_task("sweep", total=self._num_left)
 
     def __enter__(self) -> SweepView:
@@ -238,34 +218,32 @@ class SweepView:
             self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._console.is_terminal:
             self._progress.stop()
 
     def step(self) -> None:
-        """One training step is done."""
+        """Count one training step."""
         self._num_done += 1
         self._num_left -= 1
         self._progress.advance(self._task)
 
     def say(self, sweep: Sweep) -> None:
-        """One line for a finished sweep; the steps that a diverged one left out are no more to be done."""
+        """Print one line for a finished sweep; one that diverged has left steps out."""
         self._num_left -= self._num_left % self._num_steps
         self._progress.update(self._task, total=self._num_done + self._num_left)
         seconds = (time.monotonic() - self._start) / max(1, self._num_done) * self._num_left
-        end = (
-            "to its end"
-            if sweep.diverged_at is None
-            else f"until it diverged at lr {sweep.diverged_at:.3g}"
-        )
-        self._console.print(
-            f"seed {sweep.seed}: {len(sweep.losses)} losses {end}, {format_seconds(seconds)} left",
-            markup=False,
-            highlight=False,
-            soft_wrap=not self._console.is_terminal,
-        )
+        end = "to its end"
+        if sweep.diverged_at is not None:
+            end = f"until it diverged at lr {sweep.diverged_at:.3g}"
+        line = f"seed {sweep.seed}: {len(sweep.losses)} losses {end}"
+        say(f"{line}, {format_seconds(seconds)} left", self._console)
+
+
+def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]]:
+    """Run what is settled and show it live; the record as it ends, and what MLflow did not take."""
+    from tune_cifar.search.run import run_search
+
+    budget, num_concurrent = plan.space.budget, plan.resources.max_concurrent
+    with SearchView(console, budget, num_concurrent, plan.cost.epoch_seconds) as view:
+        return run_search(plan, view.on_event, view.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
-from tune_cifar.errors import ConfigError, TrackingError
+from tune_cifar.errors import ConfigError, SpaceError, TrackingError
 from tune_cifar.schema import label_data
 
 if TYPE_CHECKING:
@@ -19,66 +20,42 @@ if TYPE_CHECKING:
 
     from tune_cifar.data.load import TrainVal
     from tune_cifar.schema import Numerics, TrainConfig
+    from tune_cifar.space.layout import SpaceFile
     from tune_cifar.space.select import SearchSpace
     from tune_cifar.train.lr_range import Sweep
 
 # The document of --json: what was found. How it was found stands in sweeps.json.
 JSON_KEYS = (
-    "name",
-    "space",
-    "tier",
-    "fingerprint",
-    "data",
-    "estimators",
-    "disagreement",
-    "suggestion",
-    "verdict",
+    *("name", "space", "tier", "fingerprint", "data"),
+    *("estimators", "disagreement", "suggestion", "verdict"),
 )
 
-WHAT = "What"
 Tier = Annotated[
     str,
-    typer.Option(
-        "--tier",
-        metavar="full|cpu",
-        help="Whose batch_size and train_size to take.",
-        rich_help_panel=WHAT,
-    ),
+    typer.Option("--tier", metavar="full|cpu", help="Whose batch_size and train_size to take."),
 ]
-Low = Annotated[
-    float, typer.Option("--low", metavar="LR", help="The first step's.", rich_help_panel=WHAT)
-]
-High = Annotated[
-    float, typer.Option("--high", metavar="LR", help="The last step's.", rich_help_panel=WHAT)
-]
+Low = Annotated[float, typer.Option("--low", metavar="LR", help="The first step's.")]
+High = Annotated[float, typer.Option("--high", metavar="LR", help="The last step's.")]
 Steps = Annotated[
     int,
-    typer.Option("--steps", metavar="N", help="Training steps of a sweep.", rich_help_panel=WHAT),
+    typer.Option("--steps", metavar="N", help="Training steps of a sweep."),
 ]
-Seeds = Annotated[
-    int, typer.Option("--seeds", metavar="N", help="Sweeps, a seed each.", rich_help_panel=WHAT)
-]
+Seeds = Annotated[int, typer.Option("--seeds", metavar="N", help="Sweeps, a seed each.")]
 Write = Annotated[
     bool,
-    typer.Option(
-        "--write",
-        help="Propose max_lr's range for the space file, as a diff.",
-        rich_help_panel=WHAT,
-    ),
+    typer.Option("--write", help="Propose max_lr's range for the space file, as a diff."),
 ]
 Yes = Annotated[
     bool,
-    typer.Option(
-        "--yes", help="With --write: change the file without asking.", rich_help_panel=WHAT
-    ),
+    typer.Option("--yes", help="With --write: change the file without asking."),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
         "--out",
         metavar="DIR",
-        help="Folder of curve.png and sweeps.json. Default: lr_range/SPACE-TIER-TIME in the run store.",
-        rich_help_panel="Where",
+        help="For curve.png and sweeps.json. Default: lr_range/SPACE-TIER-TIME in the run store.",
+        rich_help_panel=options.RECORDS,
     ),
 ]
 
@@ -104,9 +81,10 @@ def lr_range(
     storage: options.Storage = None,
     as_json: options.Json = False,
 ) -> None:
-    """LR range test: raise the learning rate step by step, see where the loss falls and where it blows up.
+    """Run an LR range test: raise the learning rate each step and watch the loss.
 
-    Three estimators read the curve over several seeds; where they disagree by more than a decade, nothing is suggested.
+    Three estimators read the curves of several seeds. Where they disagree by more than a decade,
+    nothing is suggested.
 
     Example: python -m tune_cifar lr-range --space s10 --tier cpu
     """
@@ -130,13 +108,11 @@ def lr_range(
     store = find_storage(storage)
     name = f"{recipe.name}-{recipe.tier}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = out or store / "lr_range" / name
-    check_folder(folder, "the test's folder", "--out" if out else "--storage")
+    check_folder(folder, "the test's folder", "out" if out else "storage")
     if (folder / "sweeps.json").exists():
         raise ConfigError(f"--out: a folder without another test must be given, got {folder}.")
-    source, numerics = (
-        find_data(data),
-        resolve_numerics(device, precision, cpus_per_trial, deterministic, execution),
-    )
+    source = find_data(data)
+    numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, source.name)
     images = load_train_val(source, recipe.baseline.train_size, val_size=0)
@@ -156,15 +132,14 @@ def lr_range(
 
 
 def _load_recipe(space: str, tier: str, settings: list[str]) -> SearchSpace:
-    """The baseline with its pins, and without a schedule: knobs that only a schedule reads are refused as pins."""
+    """Load the baseline without its schedule; settings that only a schedule reads are refused."""
     from tune_cifar.space.select import load_space, parse_setting
 
     pins = dict(parse_setting(setting) for setting in settings)
     for knob in ("schedule", "max_lr"):
         if knob in pins:
-            raise ConfigError(
-                f"--set: {knob} must be left to the sweep, got {pins[knob]}. --low and --high bound it."
-            )
+            way_out = "--low and --high bound it."
+            raise ConfigError(f"--set: the sweep sets {knob}, got {pins[knob]}. {way_out}")
     return load_space(space, tier, {**pins, "schedule": "constant"})
 
 
@@ -179,11 +154,10 @@ def _sweep(
     from tune_cifar.cli.live import SweepView
     from tune_cifar.train.lr_range import run_sweeps
 
-    say(
-        f"{num_seeds} x {len(lrs)} steps from lr {lrs[0]:g} to {lrs[-1]:g}: {config.model}, {config.optimizer}, "
-        f"momentum {config.momentum:g}, batches of {config.batch_size}, {numerics.precision} on {numerics.device_name}",
-        console,
-    )
+    steps = f"{num_seeds} x {len(lrs)} steps from lr {lrs[0]:g} to {lrs[-1]:g}"
+    recipe = f"{config.model}, {config.optimizer}, momentum {config.momentum:g}"
+    hardware = f"{numerics.precision} on {numerics.device_name}"
+    say(f"{steps}: {recipe}, batches of {config.batch_size}, {hardware}", console)
     sweeps = []
     with SweepView(console, num_seeds, len(lrs)) as view:
         for sweep in run_sweeps(config, data, numerics, lrs, num_seeds, view.step):
@@ -193,31 +167,26 @@ def _sweep(
 
 
 def _print_findings(report: dict[str, Any], console: Console) -> None:
-    """The estimators' table, why some gave nothing, and the verdict."""
+    """Print the estimators, why some gave nothing, and the verdict."""
     from rich.table import Table
 
-    table = Table(
-        "estimator",
-        "median lr",
-        "spread (max/min)",
-        "geometric sd",
-        "seeds",
-        box=None,
-        header_style="bold",
-    )
+    columns = ("estimator", "median lr", "spread (max/min)", "geometric sd", "seeds")
+    table = Table(*columns, box=None, header_style="bold")
     num_seeds = len(report["sweeps"])
+    names_by_reason: dict[str, list[str]] = {}
     for name, found in report["estimators"].items():
-        cells = [
-            f"x {found[key]:.2f}" if found[key] is not None else "-"
-            for key in ("factor", "geometric_sd")
-        ]
-        median = "-" if found["lr"] is None else f"{found['lr']:.2e}"
-        table.add_row(name, median, *cells, f"{found['num_seeds']} of {num_seeds}")
+        spread, sd = found["factor"], found["geometric_sd"]
+        table.add_row(
+            name,
+            "-" if found["lr"] is None else f"{found['lr']:.2e}",
+            "-" if spread is None else f"x {spread:.2f}",
+            "-" if sd is None else f"x {sd:.2f}",
+            f"{found['num_seeds']} of {num_seeds}",
+        )
+        if found["reason"]:
+            names_by_reason.setdefault(found["reason"], []).append(name)
     console.print(table)
-    for reason in dict.fromkeys(
-        found["reason"] for found in report["estimators"].values() if found["reason"]
-    ):
-        names = [name for name, found in report["estimators"].items() if found["reason"] == reason]
+    for reason, names in names_by_reason.items():
         say(f"a seed without {', '.join(names)}: {reason}", console, "yellow")
     say(report["verdict"], console, "bold" if report["suggestion"] else "bold yellow")
     say(f"baseline: max_lr {report['config']['max_lr']:.2e}", console)
@@ -232,38 +201,41 @@ def _track(
     try:
         upload_lr_range(make_tracking_uri(store, uri), store, report, folder)
     except TrackingError as exc:
-        say(
-            f"{str(exc).rstrip('.')}. MLflow lacks the test; {folder} has all of it.",
-            console,
-            "yellow",
-        )
+        note = f"MLflow lacks the test; {folder} has all of it."
+        say(f"{str(exc).rstrip('.')}. {note}", console, "yellow")
 
 
 def _check_proposable(space: str, settings: list[str]) -> None:
     """Refuse before the sweeps what --write could not write after them."""
-    from tune_cifar.space.edit import check_editable
-    from tune_cifar.space.select import read_space
+    from tune_cifar.space.reader import describe_path, find_range
+    from tune_cifar.space.select import PACKAGED, read_space
 
     if settings:
         raise ConfigError(
             f"--write: the file's own recipe must be swept, got --set {settings[0]}. Leave one out."
         )
-    check_editable(read_space(space), "max_lr")
+    file = read_space(space)
+    find_range(file, "max_lr")
+    if file.path.resolve().is_relative_to(PACKAGED.resolve()):
+        raise SpaceError(
+            f"{describe_path(file.path)}: the package's own spaces are not changed. Copy the file "
+            f"into ./search_spaces, which is searched first (cp {file.path} search_spaces/)."
+        )
 
 
 def _propose(
     space: str, report: dict[str, Any], yes: bool, as_json: bool, console: Console
 ) -> dict[str, Any]:
     """Show the file's change as a diff and, when it is accepted, make it."""
-    from tune_cifar.space.edit import describe_edit, edit_range, write_space
     from tune_cifar.space.layout import Range
+    from tune_cifar.space.reader import describe_edit, set_range
     from tune_cifar.space.select import read_space
     from tune_cifar.train.lr_range import propose_range
 
     file = read_space(space)
     medians = [found["lr"] for found in report["estimators"].values() if found["lr"] is not None]
     keep = [values["max_lr"] for values in (file.baseline, *file.points) if "max_lr" in values]
-    text = edit_range(file, "max_lr", Range(*propose_range(medians, keep), log=True))
+    text = set_range(file, "max_lr", Range(*propose_range(medians, keep), log=True))
     diff = describe_edit(file, text)
     console.print(diff, end="", soft_wrap=True)
     if label := label_data(report["data"]["name"]):
@@ -276,6 +248,23 @@ def _propose(
     else:
         note, accepted = "not written: there is no terminal to ask at; --yes writes it", False
     if accepted:
-        write_space(file, text)
+        _write(file, text)
     say(note, console)
     return {"path": str(file.path), "diff": diff, "written": accepted}
+
+
+def _write(file: SpaceFile, text: str) -> None:
+    """Write a space file's new text, unless the file has changed since it was read."""
+    from tune_cifar.record.files import write_atomically
+    from tune_cifar.space.reader import describe_path
+
+    path, label = file.path.resolve(), describe_path(file.path)
+    try:
+        before, mode = path.read_bytes(), path.stat().st_mode
+        encoding = "utf-8-sig" if before.startswith(codecs.BOM_UTF8) else "utf-8"
+        if before != file.text.encode(encoding):
+            raise SpaceError(f"{label}: the file has changed since it was read. Try again.")
+        write_atomically(path, text.encode(encoding))
+        path.chmod(mode)
+    except OSError as exc:
+        raise SpaceError(f"{label}: the file must be writable, got {exc.strerror!r}.") from exc

@@ -32,30 +32,32 @@ def plan(
     storage: options.Storage = None,
     as_json: options.Json = False,
 ) -> None:
-    """Tell what a search would take, by 20 measured training steps and a simulation of it; nothing is started.
+    """Predict what a search takes, from 20 measured training steps and a simulation.
 
-    Rungs and how many trials are expected at each, trial-epochs, wall time, memory and disk. The simulated trials are
-    judged as real ones are; a search tells at its end how far off its own prediction was.
+    Shows how many trials are expected at each rung, trial-epochs, wall time, memory and disk.
+    Nothing is started. A search tells at its end how far off its prediction was.
 
     Example: python -m tune_cifar plan --space s10 --max-time 8m
     """
     from tune_cifar.cli.summary import print_synthetic_banner
+    from tune_cifar.data.files import find_data
     from tune_cifar.record.store import find_storage
-    from tune_cifar.search.plan import settle_search
+    from tune_cifar.search.plan import SearchRequest, settle_search
 
-    given = {
-        "storage": find_storage(storage),
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "execution": execution,
-        "deterministic": deterministic,
-        "cpus_per_trial": cpus_per_trial,
-        "gpus_per_trial": gpus_per_trial,
-        "max_concurrent": max_concurrent,
-        "command": _describe_search(),
-    }
-    found, request = choose_search(given, space, tier, settings or [], (trials, max_time), data)
+    request = SearchRequest(
+        source=find_data(data),
+        storage=find_storage(storage),
+        command=_describe_search(),
+        seed=seed,
+        device=device,
+        precision=precision,
+        deterministic=deterministic,
+        execution=execution,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        max_concurrent=max_concurrent,
+    )
+    found = choose_space(request, space, tier, settings or [], trials, max_time)
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, request.source.name)
     with console.status("measuring 20 training steps ..."):
@@ -66,38 +68,31 @@ def plan(
         _print_plan(settled)
 
 
-def choose_search(
-    given: dict[str, Any],
+def choose_space(
+    request: SearchRequest,
     space: str,
     tier: str | None,
     settings: list[str],
-    limits: tuple[str | None, str | None],
-    data: str | None,
-) -> tuple[SearchSpace, SearchRequest]:
-    """What a new search, or the plan of one, is of.
-
-    Args:
-        given: runtime options, as fields of SearchRequest.
-        settings, limits: `--set`; `--trials` and `--max-time`, as typed.
-    """
-    from tune_cifar.data.files import find_data
-    from tune_cifar.search.plan import SearchRequest, count_trials
+    trials: str | None,
+    max_time: str | None,
+) -> SearchSpace:
+    """Load the space that a new search, or the plan of one, searches; options as typed."""
+    from tune_cifar.search.plan import count_trials
     from tune_cifar.space.rules import parse_duration
     from tune_cifar.space.select import load_space, parse_setting
 
-    trials, max_time = limits
     pinned = dict(parse_setting(setting) for setting in settings)
-    most = count_trials(trials) if trials else None, parse_duration(max_time) if max_time else None
-    source = find_data(data)
-    load_space(space, tier or "cpu", pinned).limit(
-        *most
-    )  # a mistake is told before Ray or a measurement
-    request = SearchRequest(source=source, **given)
+    limits = (
+        count_trials(trials) if trials else None,
+        parse_duration(max_time) if max_time else None,
+    )
+    # A mistake is told before torch is imported to look for a GPU.
+    load_space(space, tier or "cpu", pinned).limit(*limits)
     if tier is None:
         tier = request.default_tier
         if tier == "cpu":
             say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
-    return load_space(space, tier, pinned).limit(*most), request
+    return load_space(space, tier, pinned).limit(*limits)
 
 
 def _describe_search() -> str:

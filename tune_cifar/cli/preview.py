@@ -23,7 +23,7 @@ def preview(
     ] = None,
     data: options.Data = None,
 ) -> None:
-    """Write a grid of what the network sees: each row one training image, first as it is, then augmented.
+    """Write a grid of training images: each row one image as it is, then augmented.
 
     Example: python -m tune_cifar preview --space s7
     """

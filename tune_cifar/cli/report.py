@@ -23,8 +23,8 @@ def report(
 ) -> None:
     """Write a search as one HTML file: figures, tables, health of the space, commands to reproduce.
 
-    It is read offline and prints well; a report that is there is replaced. Where the data is found, the best trial is
-    judged on its validation images.
+    It can be read offline and printed; an old report is replaced. Where the data are found, the
+    best trial is evaluated on its validation images.
 
     Example: python -m tune_cifar report --search s10-main
     """

@@ -1,4 +1,4 @@
-"""`searches list | delete`, `failures`, `sync`: what is recorded, what went wrong in it, and what MLflow has of it."""
+"""`searches list | delete`, `failures`, `sync`: records, what failed in them, MLflow's copy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, repeat_options, say, stderr, stdout
-from tune_cifar.errors import ConfigError, RecordError, TrackingError
+from tune_cifar.cli.terminal import paste, print_json, repeat_options, say, stderr, stdout
+from tune_cifar.errors import ConfigError, RecordError, TrackingError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_(as_json: options.Json = False, storage: options.Storage = None) -> None:
-    """List the recorded searches and single trainings, newest first: how far each came, its best and its size.
+    """List the recorded searches and trainings, newest first.
 
     Example: python -m tune_cifar searches list
     """
@@ -48,6 +48,7 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
+    from tune_cifar.record.state import describe_counts
     from tune_cifar.report.format import format_percent
 
     table = Table(box=None, header_style="bold")
@@ -57,49 +58,25 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
     table.add_column("size", justify="right", no_wrap=True)
     for row in rows:
         if row.error is not None:
-            table.add_row(
-                row.name, "-", "-", "-", "-", row.stage, "-", "-", decimal(row.size_bytes)
-            )
+            unknown = ("-", "-", "-", "-", row.stage, "-", "-")
+            table.add_row(row.name, *unknown, decimal(row.size_bytes))
             continue
         space = f"{row.space} ({row.tier})" if row.tier else row.space
         created = (row.created or "")[:16].replace("T", " ")
         stage = f"finished ({row.end})" if row.stage == "finished" else row.stage
-        trials = (
-            ", ".join(f"{count} {status}" for status, count in (row.counts or {}).items() if count)
-            or "none"
-        )
-        best = (
-            f"{format_percent(row.best_val_acc)} (:{row.best.partition(':')[2]})"
-            if row.best
-            else "-"
-        )
-        table.add_row(
-            row.name,
-            row.kind,
-            space,
-            row.data,
-            created,
-            stage,
-            trials,
-            best,
-            decimal(row.size_bytes),
-        )
+        counts = describe_counts(row.counts or {}) or "none"
+        number = (row.best or "").partition(":")[2]
+        best = f"{format_percent(row.best_val_acc)} (:{number})" if row.best else "-"
+        cells = (row.kind, space, row.data, created, stage, counts, best)
+        table.add_row(row.name, *cells, decimal(row.size_bytes))
     stdout().print(table)
     for row in rows:
         if row.error is not None:
             say(row.error, style="red")
-    left = next(
-        (
-            row
-            for row in rows
-            if row.kind == "search" and row.stage in ("interrupted", "driver died")
-        ),
-        None,
-    )
-    if left is not None:
-        given = repeat_options(data="shapes" if left.data == "shapes" else None, storage=storage)
-        command = f"{left.name} goes on with: python -m tune_cifar search --name {left.name} --resume{given}"
-        stdout().print(command, soft_wrap=True)
+    unfinished = [row for row in rows if row.stage in ("interrupted", "driver died")]
+    for left in unfinished[:1]:
+        words = f"search --name {left.name} --resume{repeat_options(storage=storage)}"
+        paste(f"continue {left.name}: python -m tune_cifar {words}")
 
 
 @app.command()
@@ -112,7 +89,7 @@ def delete(
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:
-    """Delete a search for good: its record, weights, checkpoints, evaluations and report, and its runs in MLflow.
+    """Delete a search for good, its evaluations, report and MLflow runs included.
 
     Example: python -m tune_cifar searches delete s10-cpu-1
     """
@@ -153,25 +130,24 @@ def _count(number: int, what: str) -> str:
 
 
 def _find_folder(root: Path, name: str) -> Path:
-    """The folder of a search, whole or damaged; RecordError when it is not there, or not in the run store itself."""
+    """Return the folder of a search, readable or damaged.
+
+    Raises:
+        RecordError: when it is not there, or is a link.
+    """
     from tune_cifar.record.store import search_folder, searches_folder
-    from tune_cifar.schema import nearest_name
 
     folder = search_folder(root, name)
     if not folder.exists() and not folder.is_symlink():
         names = [path.name for path in searches_folder(root).glob("*")]
-        raise RecordError(
-            f"{root}: a search of the name must be there, got {name!r}.{nearest_name(name, names)}"
-        )
+        raise RecordError(f"no search named {name!r} in {root}.{did_you_mean(name, names)}")
     if folder.resolve() != folder or not folder.is_dir():
-        raise RecordError(
-            f"{folder}: a folder in the run store itself must be there, got a link or a file."
-        )
+        raise RecordError(f"{folder} is a link or a file, not a folder. Delete it by hand.")
     return folder
 
 
 def _check_not_live(folder: Path) -> None:
-    """RecordError with the owner's name when a driver holds the search."""
+    """Raise RecordError with the owner's name when a driver holds the search."""
     from tune_cifar.record.journal import RECORD_FILE, Record, is_live
 
     if (folder / RECORD_FILE).exists() and is_live(folder):
@@ -189,8 +165,11 @@ def _delete_runs(root: Path, tracking_uri: str | None, state: SearchState) -> in
 
 
 def _delete_folder(folder: Path) -> None:
-    """Delete a folder with all in it; links in it go, what they lead to stays. The record goes last: a deletion that
-    breaks off leaves a search that is listed and can be deleted."""
+    """Delete a search's folder; links in it go, their targets stay.
+
+    The record goes last, so that an interrupted
+    deletion leaves a search that is listed and can be deleted.
+    """
     import shutil
 
     _check_not_live(folder)
@@ -201,7 +180,7 @@ def _delete_folder(folder: Path) -> None:
         shutil.rmtree(folder)
     except OSError as exc:
         raise RecordError(
-            f"{folder}: all of it must be deletable, got {exc.strerror!r} for {exc.filename}."
+            f"{folder} could not be deleted: {exc.strerror} ({exc.filename})."
         ) from exc
 
 
@@ -224,7 +203,7 @@ def _delete_views(root: Path, name: str, state: SearchState | None) -> None:
                     shutil.rmtree(folder)
     except OSError as exc:
         raise RecordError(
-            f"{root}: what was made of {name} must be deletable, got {exc.strerror!r}."
+            f"{root}: report and evaluations of {name} stay: {exc.strerror}."
         ) from exc
 
 
@@ -233,7 +212,7 @@ def failures(
     as_json: options.Json = False,
     storage: options.Storage = None,
 ) -> None:
-    """What went wrong in a search, grouped by what failed and where: trials, a whole traceback, and how to replay it.
+    """Show what failed in a search, grouped by error and place, with the command that repeats it.
 
     Example: python -m tune_cifar failures --search s10-cpu-1
     """
@@ -244,32 +223,26 @@ def failures(
 
     (state,) = load_searches(find_storage(storage), search=search)
     groups = group_failures(state)
-    data = "shapes" if state.header.data.name == "shapes" else None
-    given = repeat_options(data=data, storage=storage)
+    given = repeat_options(storage=storage)
     commands = [f"python -m tune_cifar reproduce {group.run_id}{given}" for group in groups]
     if as_json:
-        print_json(
-            [
-                asdict(group) | {"command": command}
-                for group, command in zip(groups, commands, strict=True)
-            ]
-        )
+        pairs = zip(groups, commands, strict=True)
+        print_json([asdict(group) | {"command": command} for group, command in pairs])
         return
     if not groups:
-        say(
-            f"{search}: no trial failed, and none was retried ({_count(len(state.trials), 'trial')})."
-        )
+        trials = _count(len(state.trials), "trial")
+        say(f"{search}: no trial failed, and none was retried ({trials}).")
     for group, command in zip(groups, commands, strict=True):
         _print_group(group, command)
 
 
 def _print_group(group: FailureGroup, command: str) -> None:
     say(f"{group.count} x {group.what}", style="bold red")
-    numbers = {"in": group.where, "failed": group.failed, "went on after it": group.retried}
+    numbers = {"in": group.where, "failed": group.failed, "retried": group.retried}
     for what, found in numbers.items():
         if found:
             say(f"  {what}: {found if isinstance(found, str) else ', '.join(map(str, found))}")
-    stdout().print(f"  replay: {command}\n\n{group.traceback.rstrip()}\n", soft_wrap=True)
+    paste(f"  repeat: {command}\n\n{group.traceback.rstrip()}\n")
 
 
 def sync(
@@ -278,7 +251,7 @@ def sync(
     as_json: options.Json = False,
     storage: options.Storage = None,
 ) -> None:
-    """Bring MLflow up to the records, as after a time without its server: what is missing is shipped, nothing twice.
+    """Upload to MLflow what it lacks of the records, as after a time without its server.
 
     Example: python -m tune_cifar sync --search s10-cpu-1
     """
@@ -343,7 +316,10 @@ def _sync_one(
     console: Console,
     on_upload: Callable[[], None],
 ) -> dict[str, Any]:
-    """Ship what MLflow has not of one search, and say so; what it would not take is the answer's error."""
+    """Upload what MLflow lacks of one search, and print what was done.
+
+    The answer has an error when something could not be uploaded.
+    """
     from dataclasses import asdict
 
     from tune_cifar.tracking.upload import sync_search
@@ -354,7 +330,7 @@ def _sync_one(
     except TrackingError as exc:
         say(str(exc), stderr(), "red")
         return {"search": name, "error": str(exc)}
-    shipped, closed = _count(report.shipped, "trial"), _count(report.closed, "run")
-    line = f"{name}: {shipped} shipped, {report.already} already there, {closed} closed"
+    uploaded, closed = _count(report.uploaded, "trial"), _count(report.closed, "run")
+    line = f"{name}: {uploaded} uploaded, {report.already} already there, {closed} closed"
     say(line + ("; it is running: the rest is left to its driver" if live else ""), console)
     return asdict(report) | {"live": live}

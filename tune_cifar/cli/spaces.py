@@ -66,14 +66,14 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
             {**header, "tier": tier, "baseline": baseline, "search": searched, "budget": budget}
         )
         return
-    dead = inactive_knobs(space.baseline)
+    inactive = inactive_knobs(space.baseline)
     say(f"{space.name} ({tier})  {space.header.source}")
     say(f"published: {space.header.describe_published()}")
     for sentence in space.header.corrects:
         say(f"corrects: {sentence}")
     table = Table("knob", "baseline", "searched", box=None, header_style="bold")
     for knob in KNOBS:
-        if knob in searched or knob not in dead:
+        if knob in searched or knob not in inactive:
             table.add_row(knob, str(baseline[knob]), searched.get(knob, ""))
     stdout().print(table)
     say(f"budget: {space.budget.describe()}")
@@ -81,7 +81,7 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
 
 @app.command()
 def check(name: Name) -> None:
-    """Check a space file, in every tier: says what is wrong and where, or that it is sound.
+    """Check a space file in every tier; say what is wrong and where.
 
     Example: python -m tune_cifar spaces check my_space.yaml
     """
@@ -97,7 +97,7 @@ def check(name: Name) -> None:
 
 @app.command()
 def knobs(as_json: options.Json = False) -> None:
-    """List every knob that a space file may set: what it is, its values, when it has an effect, who searches it.
+    """List every hyperparameter (knob): values, when it has an effect, which space searches it.
 
     Example: python -m tune_cifar spaces knobs
     """

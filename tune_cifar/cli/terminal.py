@@ -7,20 +7,34 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tune_cifar.errors import hide_credentials
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Panels of `--help`, in this order.
+PANELS = ("Search", "Look", "Verify", "Spaces and data", "Maintenance")
+
+
+class PanelGroup(TyperGroup):
+    """A group whose commands are listed by panel; typer itself lists groups after commands."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the names of the commands, panel after panel."""
+        panels = {name: found.rich_help_panel for name, found in self.commands.items()}  # type: ignore[attr-defined]
+        return sorted(panels, key=lambda name: PANELS.index(panels[name]))
+
+
 # Commands are added to it by app.py.
 app = typer.Typer(
     name="tune_cifar",
-    help="Hyperparameter search for CIFAR-10: every recipe corrected, searched fast, judged honestly.",
+    cls=PanelGroup,
+    help="Hyperparameter search for CIFAR-10: tuned fast, judged honestly, reproduced exactly.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -32,7 +46,7 @@ QUOTES = "'\""
 
 @functools.cache
 def stdout() -> Console:
-    """Results. Brackets are taken literally (paths and messages hold some); without a terminal no line is cut."""
+    """The console for results; without a terminal no line is cut."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
@@ -40,25 +54,34 @@ def stdout() -> Console:
 
 @functools.cache
 def stderr() -> Console:
-    """Notes and errors."""
+    """The console for notes and errors."""
     from rich.console import Console
 
-    return Console(
-        stderr=True, width=None if sys.stderr.isatty() else 200, markup=False, highlight=False
-    )
+    width = None if sys.stderr.isatty() else 200
+    return Console(stderr=True, width=width, markup=False, highlight=False)
 
 
 def say(text: str, console: Console | None = None, style: str | None = None) -> None:
-    """Print a line for people, on stdout by default; on a terminal it breaks between words, elsewhere never."""
+    """Print a line for people; it breaks between words on a terminal and nowhere else."""
     console = console or stdout()
-    console.print(name_options(text), style=style, soft_wrap=not console.is_terminal)
+    _print(name_options(text), console, style, soft_wrap=not console.is_terminal)
+
+
+def paste(text: str, console: Console | None = None) -> None:
+    """Print commands to paste: never broken into lines."""
+    _print(text, console or stdout(), None, soft_wrap=True)
+
+
+def _print(text: str, console: Console, style: str | None, soft_wrap: bool) -> None:
+    """Print text as it is: paths and messages hold brackets that rich would take for markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
 
 
 def name_options(text: str) -> str:
     """Replace parameters, as the library names them, by the options that set them.
 
-    `max_concurrent` becomes --max-concurrent, `device='cpu'` becomes --device cpu and `resume=True` --resume; a name
-    that no command has as an option stays.
+    `max_concurrent` becomes --max-concurrent, `device='cpu'` --device cpu and `resume=True`
+    --resume. A name that no command has as an option stays.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -92,12 +115,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def this_command(more: Iterable[str] = ()) -> str:
-    """The command as the user typed it, for the record, with more words at its end and without an address's secret."""
-    return "python -m tune_cifar " + shlex.join(map(hide_credentials, [*sys.argv[1:], *more]))
+def this_command() -> str:
+    """The command as it was typed, without the secret of an address."""
+    return "python -m tune_cifar " + shlex.join(map(hide_credentials, sys.argv[1:]))
 
 
 def repeat_options(**given: str | None) -> str:
-    """The options that the user gave, as a further command must repeat them; each with a space before it."""
+    """Options that were given, for a command to type next; each with a space before it."""
     named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
     return "".join(f" --{name} {shlex.quote(value)}" for name, value in named.items())

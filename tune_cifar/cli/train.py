@@ -2,77 +2,103 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import repeat_options, say, stdout, this_command
+from tune_cifar.cli.terminal import paste, repeat_options, say, stdout, this_command
 
 if TYPE_CHECKING:
+    from tune_cifar.data.files import DataSource
     from tune_cifar.record.state import SearchState
+    from tune_cifar.schema import Numerics
+    from tune_cifar.space.select import SearchSpace
 
 
 def train(
     space: options.Space,
-    settings: options.Settings = None,
     tier: Annotated[
         str,
-        typer.Option(
-            "--tier",
-            metavar="full|cpu",
-            help="Whose epochs and train_size to take.",
-            rich_help_panel="What",
-        ),
+        typer.Option("--tier", metavar="full|cpu", help="Whose epochs and train_size to take."),
     ] = "full",
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="Of the run. Default: space and time.", rich_help_panel="What"),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with --name from its newest checkpoint.", rich_help_panel="What"
-        ),
-    ] = False,
+    settings: options.Settings = None,
+    name: options.Name = None,
+    resume: options.Resume = False,
+    data: options.Data = None,
     device: options.Device = "auto",
+    cpus_per_trial: options.Cpus = 1,
     precision: options.Precision = "auto",
     execution: options.Execution = "eager",
-    cpus_per_trial: options.Cpus = 1,
     deterministic: options.Deterministic = False,
-    data: options.Data = None,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:
-    """Train one configuration: a space's baseline with your changes. Checkpoints each minute; --resume goes on.
+    """Train one configuration: a space's baseline with your changes.
+
+    It saves a checkpoint each minute; --resume, with the same options, continues it.
 
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
-    from tune_cifar.cli.live import TrainingView
-    from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.data.files import find_data
-    from tune_cifar.record.events import EpochReported, Event
     from tune_cifar.record.journal import check_name
     from tune_cifar.record.store import find_storage
     from tune_cifar.space.select import load_space, parse_setting
-    from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
     from tune_cifar.train.numerics import resolve_numerics
-    from tune_cifar.train.recorded import open_training, run_training
 
-    console = stdout()
     folder = find_storage(storage)
     if name is not None:
         check_name(name)
     source = find_data(data)
     found = load_space(space, tier, dict(parse_setting(setting) for setting in settings or []))
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
-    print_synthetic_banner(console, source.name)
-    record, loaded = open_training(found, source, numerics, folder, name, this_command(), resume)
-    with record, TrainingView(console, loaded.info) as view:
-        is_interrupted = False
-        say(f"run {record.state.header.name}:0, fingerprint {found.baseline.fingerprint}")
-        uploader = BackgroundUploader(make_tracking_uri(folder, tracking_uri), folder, record.state)
+    given = repeat_options(data=data, storage=storage)
+    _train(found, source, numerics, folder, name, resume, tracking_uri, given)
+
+
+def resume_training(state: SearchState, data: str | None, tracking_uri: str | None) -> None:
+    """Continue a recorded training, from its record alone."""
+    from tune_cifar.record.store import find_storage
+    from tune_cifar.search.resume import restore_space
+    from tune_cifar.train.numerics import restore_numerics
+
+    header = state.header
+    storage = None if state.storage == find_storage(None) else str(state.storage)
+    given = repeat_options(data=data, storage=storage)
+    if state.is_finished:
+        _say_end(state, given)
+        return
+    source = options.find_recorded_data(state, data)
+    numerics = restore_numerics(header.numerics)
+    space = restore_space(header)
+    _train(space, source, numerics, state.storage, header.name, True, tracking_uri, given)
+
+
+def _train(
+    space: SearchSpace,
+    source: DataSource,
+    numerics: Numerics,
+    storage: Path,
+    name: str | None,
+    resume: bool,
+    tracking_uri: str | None,
+    given: str,
+) -> None:
+    """Train to the end, showing it; exit status 130 when it was interrupted."""
+    from tune_cifar.cli.live import TrainingView
+    from tune_cifar.cli.summary import print_synthetic_banner
+    from tune_cifar.record.events import EpochReported, Event
+    from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
+    from tune_cifar.train.recorded import open_training, run_training
+
+    print_synthetic_banner(stdout(), source.name)
+    record, data = open_training(space, source, numerics, storage, name, this_command(), resume)
+    name, is_interrupted = record.state.header.name, False
+    with record, TrainingView(stdout(), data.info) as view:
+        say(f"run {name}:0, fingerprint {space.baseline.fingerprint}")
+        uri = make_tracking_uri(storage, tracking_uri)
+        uploader = BackgroundUploader(uri, storage, record.state)
 
         def on_event(state: SearchState, event: Event) -> None:
             uploader.on_event(state, event)
@@ -80,26 +106,18 @@ def train(
                 view.say(event.result)
 
         try:
-            run_training(record, loaded, numerics, on_event, view.watch)
+            run_training(record, data, numerics, on_event, view.watch)
         except KeyboardInterrupt:
             is_interrupted = True
         finally:
             for fault in uploader.close():
                 say(fault, style="yellow")
     if is_interrupted:
-        say("interrupted; go on with:")
-        console.print("  " + _describe_resume(record.state.header.name), soft_wrap=True)
+        say("interrupted; continue it with:")
+        resume_command = f"python -m tune_cifar search --name {name} --resume{given}"
+        paste(f"  {resume_command}")
         raise typer.Exit(130)
-    _say_end(record.state, repeat_options(data=data, storage=storage))
-
-
-def _describe_resume(name: str) -> str:
-    """The command that goes on with this training: the one typed, for --resume asks for the same options again."""
-    typed = sys.argv[1:]
-    named = any(word.split("=")[0] == "--name" for word in typed)
-    return this_command(
-        [*([] if named else ["--name", name]), *([] if "--resume" in typed else ["--resume"])]
-    )
+    _say_end(record.state, given)
 
 
 def _say_end(state: SearchState, given: str) -> None:
@@ -108,4 +126,4 @@ def _say_end(state: SearchState, given: str) -> None:
     trial = state.trials[0]
     reason = f" ({trial.reason})" if trial.status == "diverged" else ""
     say(f"{trial.run_id}: {trial.status}, val_acc {format_percent(trial.val_acc)}{reason}")
-    stdout().print(f"next: python -m tune_cifar reproduce {trial.run_id}{given}", soft_wrap=True)
+    paste(f"next: python -m tune_cifar reproduce {trial.run_id}{given}")

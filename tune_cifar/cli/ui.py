@@ -62,7 +62,7 @@ def ui(
 
 
 def _serve_mlflow(storage: Path, tracking_uri: str | None, port: int | None) -> None:
-    """The address, and a link for each of our views: MLflow itself opens on what is there for language models."""
+    """Serve MLflow's UI; print its address and a link for each saved view of a space."""
     from tune_cifar.tracking.server import list_views, run_ui, stop_ui
     from tune_cifar.tracking.upload import make_tracking_uri
 

@@ -1,1 +1,1 @@
-"""The five networks: `MODELS[name](dropout=p)` turns images (N, 3, 32, 32) into logits (N, 10)."""
+"""The five networks: images (N, 3, 32, 32) to logits (N, 10)."""

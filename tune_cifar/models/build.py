@@ -1,4 +1,4 @@
-"""The five networks by name: images (N, 3, 32, 32) to logits (N, 10)."""
+"""The five networks by name."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(config: TrainConfig) -> nn.Module:
-    """The configuration's network on the CPU, in training mode; initial weights come from torch's global generator, and
-    so do the dice of every Dropout until `set_dropout_generator` says otherwise."""
+    """Build the config's network on the CPU, in training mode.
+
+    Initial weights come from torch's default generator, and so do dropout masks until
+    `set_dropout_generator` is called.
+    """
     return MODELS[config.model](dropout=config.dropout)

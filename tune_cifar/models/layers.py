@@ -1,4 +1,4 @@
-"""The few blocks that the networks share: dropout with explicit dice, named stacks, residual sums."""
+"""The blocks that several networks use: named stacks, conv-BN-ReLU, residual sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tune_cifar.models.dropout import ReluDropout, ScaledBatchNorm2d
 
 
 class Add(nn.Module):
-    """A sum as a module, so that a walk over the modules sees both paths meet."""
+    """A sum as a module, so that `ReceptiveFieldWalk` sees where two paths meet."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -30,13 +30,13 @@ class Residual(nn.Module):
 
 
 def stack(**layers: nn.Module) -> nn.Sequential:
-    """Layers one after another, under the names given."""
+    """Return the layers one after another, under the names given."""
     return nn.Sequential(OrderedDict(layers))
 
 
 def conv_bn_relu(conv: nn.Conv2d, dropout: float | None = None) -> nn.Sequential:
-    """A conv, its batch norm and ReLU; with a probability also Dropout, even when it is 0."""
+    """Return a conv, its batch norm and ReLU; with a drop probability, even 0, also Dropout."""
     if dropout is None:
         return stack(conv=conv, bn=nn.BatchNorm2d(conv.out_channels), relu=nn.ReLU(inplace=True))
     relu = ReluDropout(dropout)
-    return stack(conv=conv, bn=ScaledBatchNorm2d(conv.out_channels, relu.share), relu=relu)
+    return stack(conv=conv, bn=ScaledBatchNorm2d(conv.out_channels, relu.drop_p), relu=relu)

@@ -1,12 +1,12 @@
 """The two networks of ERA V1 session 10: the ResNet of cifar10-fast, by two authors.
 
-`s10`: 6,573,130 parameters, convs without bias, x + ReLU(BN(...)): the ReLU stands inside the residual body.
-`s10_postact`: 6,575,370 parameters, a bias on every conv, ReLU(x + BN(...)): the ReLU comes after the addition.
-Both: 379.3 M MACs an image, receptive field 88, all convs 3x3 with padding 1.
-Shapes (channels x side): 3x32 -> prep 64x32 -> layer1 128x16 + residual -> layer2 256x8 -> layer3 512x4 + residual
--> max 512x1 -> linear -> 10 logits. A layer is conv, max pool 2, BN, ReLU.
-Dropout stands after the first ReLU of each residual block and before the linear layer. The sources have none:
-baseline dropout 0.
+`s10`: 6,573,130 parameters, no conv has a bias, x + ReLU(BN(...)): the ReLU is in the body.
+`s10_postact`: 6,575,370 parameters, every conv has a bias, ReLU(x + BN(...)): the ReLU comes after
+the addition. Both: 379.3 M MACs an image, receptive field 88, all convs 3x3 with padding 1.
+Shapes (channels x side): 3x32 -> prep 64x32 -> layer1 128x16 + residual -> layer2 256x8 -> layer3
+512x4 + residual -> max 512x1 -> linear -> 10 logits. A layer is conv, max pool 2, BN, ReLU.
+Dropout comes after the first ReLU of each residual block and before the linear layer. The sources
+have none: baseline dropout 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tune_cifar.models.layers import Residual, conv_bn_relu, stack
 
 
 class S10Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is the probability of losing an activation."""
+    """Images (N, 3, 32, 32) to logits (N, 10); dropout is an activation's drop probability."""
 
     def __init__(self, dropout: float = 0.0, postact: bool = False) -> None:
         def conv3x3(num_in: int, num_out: int) -> nn.Conv2d:

@@ -1,10 +1,12 @@
-"""The network of EVA8 session 6: plain convs, two dilated ones, a depthwise 5x5, a strided 5x5 instead of pooling.
+"""The network of EVA8 session 6: plain convs, two dilated ones, a depthwise and a strided 5x5.
 
-197,498 parameters, 77.5 M MACs an image, receptive field 47. Every conv has a bias.
-Shapes (channels x side): 3x32 -> 8x32 -> 16x32 -> 32x32 -> 64x32 -> dilated 64x28 -> depthwise 64x24 -> squeeze 8x24
--> 16x24 -> 24x24 -> 32x24 -> dilated 64x20 -> strided 64x9 -> 10x9 -> average 10x1 -> 10 logits.
-Dropout takes whole channels, after the three 64-channel convs that are followed by BN and ReLU.
-Baseline: dropout 0.1.
+197,498 parameters, 77.5 M MACs an image, receptive field 47. Every conv has a bias. The strided
+conv replaces pooling.
+Shapes (channels x side): 3x32 -> 8x32 -> 16x32 -> 32x32 -> 64x32 -> dilated 64x28 -> depthwise
+64x24 -> squeeze 8x24 -> 16x24 -> 24x24 -> 32x24 -> dilated 64x20 -> strided 64x9 -> 10x9 ->
+average 10x1 -> 10 logits.
+Dropout drops channels, after the three 64-channel convs that are followed by BN and ReLU. Baseline:
+dropout 0.1.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from tune_cifar.models.layers import conv_bn_relu, stack
 
 
 class S6Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is the probability of losing a channel."""
+    """Images (N, 3, 32, 32) to logits (N, 10); dropout is a channel's drop probability."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         def block(conv: nn.Conv2d) -> nn.Sequential:

@@ -1,9 +1,12 @@
-"""The network of EVA6 session 7: no pooling until the end, strides, two depthwise-separable convs, two dilated ones.
+"""The network of EVA6 session 7: strides, two depthwise-separable convs, two dilated convs.
 
-86,816 parameters, 19.2 M MACs an image, receptive field 83. Only the two pointwise convs have a bias.
-Shapes (channels x side): 3x32 -> 32x32 -> 32x32 -> strided 32x16 -> 64x16 -> depthwise strided + pointwise 64x8
--> depthwise + pointwise 128x8 -> 32x8 -> dilated 32x6 -> dilated 32x4 -> 32x4 -> 10x4 -> average 10x1 -> 10 logits.
-Dropout stands after every conv-BN-ReLU; nothing stands between depthwise and pointwise. Baseline: dropout 0.01.
+86,816 parameters, 19.2 M MACs an image, receptive field 83. Only the two pointwise convs have a
+bias. No pooling but the average at the end.
+Shapes (channels x side): 3x32 -> 32x32 -> 32x32 -> strided 32x16 -> 64x16 -> depthwise strided +
+pointwise 64x8 -> depthwise + pointwise 128x8 -> 32x8 -> dilated 32x6 -> dilated 32x4 -> 32x4 ->
+10x4 -> average 10x1 -> 10 logits.
+Dropout comes after every conv-BN-ReLU; nothing is between depthwise and pointwise. Baseline:
+dropout 0.01.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from tune_cifar.models.layers import conv_bn_relu, stack
 
 
 class S7Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is the probability of losing an activation."""
+    """Images (N, 3, 32, 32) to logits (N, 10); dropout is an activation's drop probability."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         def conv3x3(num_in: int, num_out: int, **options: Any) -> nn.Conv2d:

@@ -1,9 +1,11 @@
-"""The network of ERA V3 session 8: three equal stages that end in a strided and dilated conv, ReLU before BN.
+"""The network of ERA V3 session 8: three stages that end in a strided and dilated conv.
 
-115,360 parameters, 19.9 M MACs an image, receptive field 113. Only the depthwise conv and its pointwise have a bias.
-Shapes (channels x side): 3x32 -> stage 32x32, 32x32, 32x16 -> stage 32x16, 32x16, 32x8 -> stage 32x8, 32x8, 32x4
--> depthwise 32x4 -> pointwise 64x4 -> 64x4 -> average 64x1 -> 10x1 -> 10 logits.
-Dropout stands after each of the nine ReLU-BN pairs of the stages. The source has none: baseline dropout 0.
+115,360 parameters, 19.9 M MACs an image, receptive field 113. Only the depthwise conv and its
+pointwise have a bias. ReLU comes before BN.
+Shapes (channels x side): 3x32 -> stage 32x32, 32x32, 32x16 -> stage 32x16, 32x16, 32x8 -> stage
+32x8, 32x8, 32x4 -> depthwise 32x4 -> pointwise 64x4 -> 64x4 -> average 64x1 -> 10x1 -> 10 logits.
+Dropout comes after each of the nine ReLU-BN pairs of the stages. The source has none: baseline
+dropout 0.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def conv_relu_bn(conv: nn.Conv2d) -> nn.Sequential:
 
 
 def make_stage(num_in: int, dropout: float) -> nn.Sequential:
-    """Two convs, then one of stride 2 and dilation 2 that halves the side."""
+    """Return two convs, then one of stride 2 and dilation 2 that halves the side."""
 
     def block(conv: nn.Conv2d) -> nn.Sequential:
         layers = conv_relu_bn(conv)
@@ -39,7 +41,7 @@ def make_stage(num_in: int, dropout: float) -> nn.Sequential:
 
 
 class S8Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is the probability of losing an activation."""
+    """Images (N, 3, 32, 32) to logits (N, 10); dropout is an activation's drop probability."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         layers: dict[str, nn.Module] = {

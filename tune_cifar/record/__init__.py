@@ -1,1 +1,1 @@
-"""What happened, on disk: the source of truth of which everything else is a view."""
+"""The record of a search on disk: the source of truth; everything else is a view of it."""

@@ -1,4 +1,4 @@
-"""What a search ran on: versions, commit, machine, digest of the code that decides results."""
+"""The environment of a search: versions, git commit, machine, digest of the deciding code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# What decides what is tried, how it is trained, scored and stopped. The other packages only show, store and upload.
+# The code that decides which trials run and how they are trained, scored and stopped. The other
+# packages only show, store and upload.
 DECIDING_PACKAGES = ("schema", "space", "data", "augment", "models", "train", "search", "record")
-# Shown beside every result; only train.numerics.COMPUTING_LIBRARIES may change bits.
+# Shown beside every result. Only those in train.numerics.COMPUTING_LIBRARIES may change bits.
 RECORDED_LIBRARIES = (
     "tune_cifar",
     "torch",
@@ -28,7 +29,10 @@ RECORDED_LIBRARIES = (
 
 
 def find_version(name: str) -> str:
-    """Of an installed distribution; a package run from its source tree has none."""
+    """Return the version of an installed distribution.
+
+    A package that runs from its source tree has none: "not installed".
+    """
     try:
         return version(name)
     except PackageNotFoundError:
@@ -36,25 +40,24 @@ def find_version(name: str) -> str:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions, digest of the code, git commit (with `+changes` for an uncommitted tree), platform, cores and memory,
-    for the record."""
+    """Return versions, platform, cores, memory, code digest and git commit, for the record.
+
+    The commit ends in `+changes` when the tree has uncommitted changes.
+    """
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: find_version(name) for name in RECORDED_LIBRARIES}
-    facts |= {
-        "cores": str(os.cpu_count()),
-        "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
-    }
+    facts["cores"] = str(os.cpu_count())
+    facts["memory_gib"] = f"{psutil.virtual_memory().total / 2**30:.1f}"
     facts["code"] = digest_code()
     commit = _ask_git(PACKAGE.parent, "rev-parse", "HEAD")
     if commit:
-        facts["git_commit"] = commit + (
-            "+changes" if _ask_git(PACKAGE.parent, "status", "--porcelain") else ""
-        )
+        changes = _ask_git(PACKAGE.parent, "status", "--porcelain")
+        facts["git_commit"] = f"{commit}+changes" if changes else commit
     return facts
 
 
 def digest_code(package: Path = PACKAGE) -> str:
-    """SHA-256 (16 digits) of the code that decides results: equal digests, equal decisions.
+    """Return the SHA-256 (16 digits) of the code that decides results.
 
     Args:
         package: the folder of tune_cifar.
@@ -63,14 +66,13 @@ def digest_code(package: Path = PACKAGE) -> str:
     for name in DECIDING_PACKAGES:
         single = package / f"{name}.py"
         for path in [single] if single.exists() else sorted((package / name).rglob("*.py")):
-            digest.update(
-                path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
-            )
+            name_in_package = path.relative_to(package).as_posix().encode()
+            digest.update(name_in_package + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def _ask_git(folder: Path, *words: str) -> str:
-    """git's answer about a folder, or an empty string where there is no git or no checkout."""
+    """Return git's output about a folder; empty without git or without a checkout."""
     if not (folder / ".git").exists():
         return ""
     try:

@@ -1,9 +1,9 @@
-"""What a record is made of: the events of a search, and each as one line of text.
+"""The events of a search, and their encoding as lines of a record.
 
     {"seq": 3, "crc": "51f2c0de", "kind": "epoch", "body": {"trial": 0, "result": {...}}}
 
-`seq` is the number of the line, `crc` the CRC-32 of the canonical JSON (sorted keys, no spaces) of body, kind and seq.
-Floats come back bit for bit; NaN is refused.
+`seq` is the number of the line from 1, `crc` the CRC-32 of the canonical JSON (sorted keys, no
+spaces) of body, kind and seq. Floats come back bit for bit; NaN is refused.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tune_cifar import schema
 from tune_cifar.errors import RecordError
 from tune_cifar.schema import DataInfo, EpochResult, Frozen, Numerics
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # no separator, no leading dot: joined to a folder, it stays inside
-# UTC by isoformat: such texts sort as times do.
+# A search's name. Without a separator and a leading dot it stays inside the folder it is joined to.
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+# UTC in ISO format: the texts sort as the times do.
 Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")]
-# Relative to the search's folder and inside it: no segment is empty or starts with a dot.
-FileText = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")
-]
+# A path relative to the search's folder and inside it: no part is empty or starts with a dot.
+PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+FileText = Annotated[str, Field(pattern=f"^{PART}(/{PART})*$")]
 Kind = Literal["search", "train", "confirm"]
 KIND_WORDS: dict[Kind, str] = {
     "search": "a search",
@@ -35,15 +35,20 @@ KIND_WORDS: dict[Kind, str] = {
 Origin = Literal["baseline", "point", "sampler", "train", "confirm"]
 EndStatus = Literal["complete", "stopped", "diverged", "failed"]
 Fault = Literal["worker died", "out of memory"]
-WAY_OUT = "Restore the file from a copy, or keep only the lines before this one."
+REPAIR_HINT = "Restore the file from a copy, or keep only the lines before this one."
 CANONICAL = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 )
 
 
 class Candidate(Frozen):
-    """A recorded trial that is trained again under new seeds: its run id, its search's score, its TrainConfig as JSON
-    with the changes that all candidates have alike."""
+    """A recorded trial to be trained again under new seeds.
+
+    Attributes:
+        run_id: of the recorded trial.
+        score: of the recorded trial.
+        config: its TrainConfig as JSON, with the changes that all candidates have in common.
+    """
 
     run_id: str
     score: float | None
@@ -51,8 +56,14 @@ class Candidate(Frozen):
 
 
 class Confirmation(Frozen):
-    """What a confirmation trains: every candidate (the search's baseline is the first) under every seed, seed after
-    seed. `final` are trainings on all images, each to be judged once on the test set."""
+    """The trainings of a confirmation: every candidate under every seed, one seed after another.
+
+    Attributes:
+        search: name of the search that is confirmed.
+        candidates: the search's baseline first.
+        seeds: training seeds.
+        final: train on all images, then evaluate each training once on the test set.
+    """
 
     search: str
     candidates: Annotated[list[Candidate], Field(min_length=1)]
@@ -64,16 +75,26 @@ class Confirmation(Frozen):
         return len(self.candidates) * len(self.seeds)
 
     def find(self, number: int) -> tuple[Candidate, int]:
-        """The candidate and the seed of a trial. A seed's trials follow one another: what is done at any moment can be
-        compared in pairs."""
+        """Return the candidate and the seed of a trial.
+
+        The trials of a seed follow one another, so that finished ones can be compared in pairs.
+        """
         index, candidate = divmod(number, len(self.candidates))
         return self.candidates[candidate], self.seeds[index]
 
 
 class Header(Frozen):
-    """The first event. `baseline` is a TrainConfig as JSON, `distributions` Optuna's JSON per searched knob, `points`
-    the values tried right after the baseline, `pinned` the knobs fixed on the command line, `seed` the sampler's,
-    `space_text` the whole space file, `predicted_epochs` the trial-epochs that were expected of the budget."""
+    """The first event: what is searched or trained, on what, and with which budget.
+
+    Attributes:
+        seed: of the sampler.
+        baseline: a TrainConfig as JSON.
+        distributions: Optuna's JSON of each searched knob.
+        points: values that are tried right after the baseline.
+        pinned: knobs fixed by the user.
+        space_text: the whole space file.
+        predicted_epochs: epochs of all trials together that the budget was expected to take.
+    """
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     kind: Kind
@@ -96,13 +117,17 @@ class Header(Frozen):
 
     @property
     def fidelity(self) -> str:
-        """What a trial trains up to a rung; a training without rungs is one schedule."""
+        """`cycles` when trials train a schedule per rung, else `epochs`: one schedule."""
         return str(self.budget.get("fidelity", "epochs")) if self.kind == "search" else "epochs"
 
 
 class TrialStarted(Frozen):
-    """A trial got its number: `params` are the searched knobs only (of a confirmation candidate and seed), `config` is
-    its whole TrainConfig as JSON."""
+    """A trial was created.
+
+    Attributes:
+        params: the searched knobs; in a confirmation the candidate and the seed.
+        config: its full TrainConfig as JSON.
+    """
 
     trial: Annotated[int, Field(ge=0)]
     origin: Origin
@@ -113,8 +138,12 @@ class TrialStarted(Frozen):
 
 
 class EpochReported(Frozen):
-    """A trial finished an epoch. `cycle` is the length of the training that it belongs to, where a trial trains several
-    (budget.fidelity: cycles); None is the whole training."""
+    """A trial finished an epoch.
+
+    Attributes:
+        cycle: length in epochs of the stage that the epoch belongs to, where trials train in
+            stages (budget.fidelity: cycles); None where the training is one stage.
+    """
 
     trial: int
     result: EpochResult
@@ -122,12 +151,16 @@ class EpochReported(Frozen):
 
     @property
     def score(self) -> float | None:
-        """val_acc, where trials may be compared by it: anywhere in the whole training, at the end of a cycle."""
+        """val_acc where trials can be compared by it: at a stage's end; without stages always."""
         return self.result.val_acc if self.cycle in (None, self.result.epoch) else None
 
 
 class TrialRetried(Frozen):
-    """A trial met a fault that is not its own and goes on from its newest checkpoint. `text` tells of the fault."""
+    """A trial met a fault that is not its own and continues from its newest checkpoint.
+
+    Attributes:
+        text: the fault's traceback or message.
+    """
 
     trial: int
     fault: Fault
@@ -135,8 +168,12 @@ class TrialRetried(Frozen):
 
 
 class TrialEnded(Frozen):
-    """A trial will report no more. `score` is the last val_acc if complete, chance (0.1) if diverged, else None;
-    `cycle` as in EpochReported, of the training that it ended in."""
+    """A trial ended.
+
+    Attributes:
+        cycle: length in epochs of the stage in which it ended, as in EpochReported.
+        score: the last val_acc if complete, chance (0.1) if diverged, else None.
+    """
 
     trial: int
     status: EndStatus
@@ -149,14 +186,19 @@ class TrialEnded(Frozen):
 
 
 class SearchEnded(Frozen):
-    """The driver stopped, `wall_seconds` after it started. Only a SearchResumed follows."""
+    """The driver stopped, `wall_seconds` after it started. Only a SearchResumed may follow."""
 
     reason: str
     wall_seconds: float
 
 
 class SearchResumed(Frozen):
-    """Another driver goes on, for `trials` in all. `changes` are those that the user accepted."""
+    """Another driver resumed the search.
+
+    Attributes:
+        trials: number of trials that the search is to have in all.
+        changes: changes of code or environment that the user accepted.
+    """
 
     time: Time
     trials: Annotated[int, Field(ge=1)]
@@ -175,34 +217,33 @@ EVENTS = {kind: event for event, kind in KINDS.items()}
 
 
 def utc_now() -> str:
-    """The time for a record; nothing is ever decided by it."""
+    """Return the time for a record. No decision depends on it."""
     return datetime.now(UTC).isoformat()
 
 
 def encode_event(seq: int, event: Event) -> tuple[bytes, Event]:
-    """The event's line, and the event as that line will be read back (a tuple in it comes back as a list).
+    """Return the event's line, and the event as that line will be read back.
+
+    The two events can differ: a tuple comes back as a list.
 
     Raises:
-        RecordError: when it is not JSON of finite numbers.
+        RecordError: when the event is not JSON of finite numbers.
     """
     kind = KINDS[type(event)]
     try:
         body = json.loads(json.dumps(event.model_dump(), allow_nan=False))
-        line = {"seq": seq, "crc": _compute_crc(seq, kind, body), "kind": kind, "body": body}
-        return json.dumps(line, ensure_ascii=False).encode() + b"\n", EVENTS[kind].model_validate(
-            body
-        )
+        fields = {"seq": seq, "crc": _compute_crc(seq, kind, body), "kind": kind, "body": body}
+        line = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+        return line, EVENTS[kind].model_validate(body)
     except (TypeError, ValueError) as exc:
-        raise RecordError(
-            f"event {kind!r}: it must be JSON of finite numbers, got one that is not ({exc})."
-        ) from exc
+        raise RecordError(f"event {kind!r} must be JSON of finite numbers: {exc}.") from exc
 
 
 def decode_event(number: int, line: bytes) -> Event | None:
-    """The event of line `number`; None when the line is damaged.
+    """Return the event of line `number` (from 1); None when the line is damaged.
 
     Raises:
-        RecordError: when the line is whole and breaks a rule.
+        RecordError: when the line is undamaged and breaks a rule.
     """
     try:
         fields = json.loads(line.decode())
@@ -213,16 +254,16 @@ def decode_event(number: int, line: bytes) -> Event | None:
         return None
     newer = "A newer tune_cifar may have written it: upgrade."
     if seq != number:
-        raise RecordError(f"event: seq must be {number}, got {seq}. {WAY_OUT}")
+        raise RecordError(f"event: seq must be {number}, got {seq}. {REPAIR_HINT}")
     if kind not in EVENTS:
         raise RecordError(f"event: kind must be one of {', '.join(EVENTS)}, got {kind!r}. {newer}")
     try:
         return EVENTS[kind].model_validate(body)
     except ValidationError as exc:
-        raise RecordError(
-            f"event {kind!r}: {schema.describe_validation_error(exc, EVENTS[kind])} {newer}"
-        ) from exc
+        problem = schema.describe_validation_error(exc, EVENTS[kind])
+        raise RecordError(f"event {kind!r}: {problem} {newer}") from exc
 
 
 def _compute_crc(seq: int, kind: str, body: Any) -> str:
-    return f"{zlib.crc32(CANONICAL.encode({'body': body, 'kind': kind, 'seq': seq}).encode()):08x}"
+    text = CANONICAL.encode({"body": body, "kind": kind, "seq": seq})
+    return f"{zlib.crc32(text.encode()):08x}"

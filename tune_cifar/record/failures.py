@@ -1,4 +1,4 @@
-"""Faults of a search's trials, read from their tracebacks and grouped."""
+"""The faults of a search's trials, parsed from their tracebacks and grouped."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from tune_cifar.record.state import SearchState, TrialState
 
 @dataclass(frozen=True)
 class Failure:
-    """What a traceback, or words about a worker's death, tells.
+    """A fault, parsed from its traceback or from a message about a worker's death.
 
     Attributes:
-        kind: the exception's type without its module; empty where the text names none.
+        kind: the exception's type without its module; empty where the text has none.
         what: type and message, the first line of it.
-        where: the last frame in this package, as `engine.py:131 in _train_step`; empty without one.
+        where: the last frame in this package, as `train/trainer.py:131 in _train_step`; empty
+            without one.
     """
 
     kind: str
@@ -29,12 +30,12 @@ class FailureGroup:
     """Faults of one kind at one place.
 
     Attributes:
-        what: type and message; numbers stand as # where they differ within the group.
+        what: type and message, with # for numbers that differ within the group.
         where: see Failure.
-        count: of faults; a trial that was retried may have met several.
-        failed: numbers of the trials that ended by it.
-        retried: numbers of the trials that went on after it.
-        run_id: of the first trial to replay, one that failed if any did.
+        count: number of faults; a retried trial may have met several.
+        failed: numbers of the trials that it ended.
+        retried: numbers of the trials that continued after it.
+        run_id: of the trial to replay: the first that failed, else the first that was retried.
         traceback: of that trial.
     """
 
@@ -49,19 +50,18 @@ class FailureGroup:
 
 FRAME = re.compile(r'^ +File "(?:.*/)?tune_cifar/([\w/]+\.py)", line (\d+), in (.+)$', re.MULTILINE)
 EXCEPTION = re.compile(r"(?:\w+\.)*([A-Z]\w*)(?=[:(]|$)")
-# Addresses, ids of Ray, counts, sizes; not the digits of a name such as conv1 or float32.
+# Addresses, Ray's ids, counts and sizes, but not the digits of a name such as conv1 or float32.
 NUMBERS = re.compile(
     r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|(?<!\w)\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE
 )
 
 
 def parse_failure(text: str) -> Failure:
-    """Read a traceback (of exceptions that led to one another, the last) or any other words about a fault."""
+    """Parse a traceback or any other message about a fault; of chained exceptions the last."""
     last = text.rpartition("Traceback (most recent call last):\n")[2]
-    lines = [line for line in last.splitlines() if line.strip()]
-    what = next(
-        (line.strip() for line in lines if not line.startswith(" ")), "no word of what happened"
-    )
+    # The lines of frames are indented; the exception follows them.
+    messages = [line.strip() for line in last.splitlines() if line.strip() and line[0] != " "]
+    what = messages[0] if messages else "no message"
     kind = EXCEPTION.match(what)
     frames = FRAME.findall(last)
     where = "{}:{} in {}".format(*frames[-1]) if frames else ""
@@ -69,7 +69,7 @@ def parse_failure(text: str) -> Failure:
 
 
 def read_error(state: SearchState, trial: TrialState) -> str:
-    """A failed trial's traceback; the recorded reason when the file is gone."""
+    """Return a failed trial's traceback, or the recorded reason when the file is gone."""
     if trial.error_file is not None:
         with suppress(OSError):
             return (state.folder / trial.error_file).read_text(encoding="utf-8", errors="replace")
@@ -77,12 +77,16 @@ def read_error(state: SearchState, trial: TrialState) -> str:
 
 
 def group_failures(state: SearchState) -> list[FailureGroup]:
-    """What went wrong in a search: faults of failed trials, and those that trials were retried after, by what failed
-    and where. The most frequent first, of equals the one met by the lower trial number."""
+    """Group the faults of a search by what failed and where, the most frequent first.
+
+    They are the faults that ended trials and those that trials were retried after. Of equally
+    frequent groups, the one with the lower trial number comes first.
+    """
     faults: dict[tuple[str, str], list[tuple[TrialState, bool, str]]] = {}
     for trial in state.trials.values():
         found = [(trial, False, retry.text) for retry in trial.retries]
-        found += [(trial, True, read_error(state, trial))] if trial.status == "failed" else []
+        if trial.status == "failed":
+            found.append((trial, True, read_error(state, trial)))
         for fault in found:
             failure = parse_failure(fault[2])
             faults.setdefault((NUMBERS.sub("#", failure.what), failure.where), []).append(fault)
@@ -93,11 +97,16 @@ def group_failures(state: SearchState) -> list[FailureGroup]:
 def _make_failure_group(
     what: str, where: str, faults: list[tuple[TrialState, bool, str]]
 ) -> FailureGroup:
-    failed = sorted({trial.number for trial, has_ended, _ in faults if has_ended})
-    retried = sorted(
-        {trial.number for trial, has_ended, _ in faults if not has_ended} - set(failed)
-    )
+    failed = {trial.number for trial, is_end, _ in faults if is_end}
+    retried = {trial.number for trial, _, _ in faults} - failed
     first, _, text = min(faults, key=lambda fault: (not fault[1], fault[0].number))
-    words = {parse_failure(text).what for _, _, text in faults}
-    what = words.pop() if len(words) == 1 else what
-    return FailureGroup(what, where, len(faults), tuple(failed), tuple(retried), first.run_id, text)
+    messages = {parse_failure(text).what for _, _, text in faults}
+    return FailureGroup(
+        what=messages.pop() if len(messages) == 1 else what,
+        where=where,
+        count=len(faults),
+        failed=tuple(sorted(failed)),
+        retried=tuple(sorted(retried)),
+        run_id=first.run_id,
+        traceback=text,
+    )

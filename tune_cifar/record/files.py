@@ -1,4 +1,4 @@
-"""Files that survive a crash: whole or not at all."""
+"""Writing files that survive a crash: complete or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,10 +17,10 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, never a part.
+    """Write a file so that a crash at any moment leaves the old file or the new one.
 
     Raises:
-        OSError: when the disk does not take it; the old file stays.
+        OSError: when it cannot be written. The old file stays.
     """
     temporary = path.with_suffix(".tmp")
     try:

@@ -1,8 +1,9 @@
-"""A search's durable record: the one truth of which sampler, rungs, leaderboard, report and MLflow are views.
+"""The durable record of a search: lock it, append to it, replay it.
 
-One file per search, `<storage>/searches/<name>/record.jsonl`, one line per event (events.py), appended and synced by
-the driver. An append returns after fsync: a torn last line (no newline, not JSON or not fitting its CRC) was never
-acknowledged, so opening cuts it and says so. Any other bad line is refused.
+One file per search, `<storage>/searches/<name>/record.jsonl`, one line per event (events.py). Only
+the search's driver writes it. `append` returns after fsync. So a torn last line (no newline, not
+JSON, or its CRC does not fit) was never acknowledged: opening the record cuts it off and says so.
+Any other damaged line is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Literal
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import (
     NAME,
-    WAY_OUT,
+    REPAIR_HINT,
     Event,
     Header,
     decode_event,
@@ -35,21 +36,30 @@ from tune_cifar.record.state import SearchState, require
 
 RECORD_FILE = "record.jsonl"
 OWNER_FILE = "owner.json"
-# A look at a search (`is_live`) holds its lock for an instant; a driver that comes just then tries again so long.
+# How long `Record.open` waits for the lock: `is_live` holds it for an instant.
 LOCK_SECONDS = 1.0
 
 
 @dataclass(eq=False)
 class Record(AbstractContextManager["Record"]):
-    """The one writer of a search's record, locked until `close`; `state` is always what replaying it would give."""
+    """The writer of a search's record, which it locks until `close`.
+
+    `state` is always what replaying the file would give.
+    """
 
     file: FileIO
     state: SearchState
 
     @classmethod
     def create(cls, folder: Path, header: Header) -> Record:
-        """Start a search in a folder that must not exist yet: of two processes that try, one gets a RecordError. The
-        folder appears with the header in it: a kill at any moment leaves a search or none."""
+        """Create a search's folder with a record that has the header, and open it.
+
+        The folder appears with the header in it: a kill at any moment leaves a search or none. Of
+        two processes that create the same search one gets the error.
+
+        Raises:
+            RecordError: when the folder exists already or cannot be created.
+        """
         line, _ = encode_event(1, header)
         check_is_new(folder)
         storage = folder.parent.parent
@@ -65,16 +75,18 @@ class Record(AbstractContextManager["Record"]):
         except OSError as exc:
             shutil.rmtree(new, ignore_errors=True)
             check_is_new(folder)
-            raise RecordError(
-                f"{folder}: a new folder must be writable here, got {exc.strerror!r}."
-            ) from exc
+            raise RecordError(f"{folder}: cannot create the search: {exc.strerror}.") from exc
         return cls.open(folder)
 
     @classmethod
     def open(cls, folder: Path) -> Record:
-        """Go on with a search. A torn last line is cut off the file, and `state.repaired` says so.
+        """Open an existing search to append to it.
 
-        RecordError when there is none, another driver holds it, or a line breaks a rule: the file stays as it is.
+        A torn last line is cut off the file, and `state.repaired` says so.
+
+        Raises:
+            RecordError: when there is no record, another process holds it, it cannot be written,
+                or a line breaks a rule. The file stays as it is.
         """
         file = _open_file(folder, "r+b")
         try:
@@ -82,7 +94,8 @@ class Record(AbstractContextManager["Record"]):
             content = file.readall()
             state, size = replay(folder, content)
             if size < len(content):
-                state.repaired = f"{folder}: line {state.num_events + 1} was torn; {len(content) - size} bytes were cut."
+                torn = f"line {state.num_events + 1} was torn"
+                state.repaired = f"{folder}: {torn}; {len(content) - size} bytes were cut."
             file.seek(file.truncate(size))
             os.fsync(file.fileno())
             owner = {"pid": os.getpid(), "host": platform.node(), "since": utc_now()}
@@ -90,22 +103,23 @@ class Record(AbstractContextManager["Record"]):
         except BaseException as exc:
             file.close()
             if isinstance(exc, OSError):
-                raise RecordError(
-                    f"{folder}: its record must be writable, got {exc.strerror!r}."
-                ) from exc
+                raise RecordError(f"{folder}: cannot write its record: {exc.strerror}.") from exc
             raise
         return cls(file, state)
 
     def append(self, event: Event) -> None:
-        """Let `state` check and take in the event, write it, sync it.
+        """Apply the event to `state`, write it and sync it.
 
-        An event that breaks a rule (RecordError, ConfigError) leaves no trace. When the disk does not take it or Ctrl-C
-        falls into it, the record closes itself; `open` cuts what was written by half.
+        The record closes itself when the event cannot be written or Ctrl-C interrupts the write;
+        `open` then cuts off what was half written.
+
+        Raises:
+            RecordError: when the event may not come next, which leaves no trace; when the record
+                is closed or the event cannot be written.
+            ConfigError: when a trial's config breaks a rule, which leaves no trace.
         """
         path = self.state.folder / RECORD_FILE
-        require(
-            not self.file.closed, str(path), "the record must be open, got an event after its end."
-        )
+        require(not self.file.closed, str(path), "the record is closed: no event may follow.")
         line, event = encode_event(self.state.num_events + 1, event)
         try:
             self.state.apply(event)
@@ -118,13 +132,12 @@ class Record(AbstractContextManager["Record"]):
             self.close()
             self.state = read_state(path.parent)
             if isinstance(exc, OSError):
-                raise RecordError(
-                    f"{path}: an event must reach the disk, got {exc.strerror!r}. Make room, then --resume."
-                ) from exc
+                problem = f"{path}: cannot write the event: {exc.strerror}"
+                raise RecordError(f"{problem}. Make room, then give `resume=True`.") from exc
             raise
 
     def close(self) -> None:
-        """Give the search free for another process; closing twice is harmless."""
+        """Release the search for other processes. Closing twice does nothing more."""
         self.file.close()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -132,7 +145,11 @@ class Record(AbstractContextManager["Record"]):
 
 
 def is_live(folder: Path) -> bool:
-    """True while a driver holds the search."""
+    """Return whether a driver holds the search.
+
+    Raises:
+        RecordError: when there is no record.
+    """
     with _open_file(folder, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -142,52 +159,50 @@ def is_live(folder: Path) -> bool:
 
 
 def read_state(folder: Path) -> SearchState:
-    """A search as it stands, also while its driver writes: a torn last line is passed over, no file is changed."""
+    """Read a search's state, also while its driver writes. A torn last line is left out.
+
+    Raises:
+        RecordError: when there is no record, or a line is damaged or breaks a rule.
+    """
     with _open_file(folder, "rb") as file:
         return replay(folder, file.readall())[0]
 
 
 def check_name(name: str) -> str:
-    """The name itself; RecordError unless it is fit to be a search's."""
-    rule = (
-        f"it must be 1 to 64 of A-Z a-z 0-9 . _ - and start with a letter or digit, got {name!r}."
-    )
-    require(re.fullmatch(NAME, name) is not None, "a search's name", rule)
+    """Return the name; raise a RecordError unless it is fit for a search."""
+    if re.fullmatch(NAME, name) is None:
+        rule = "must have 1 to 64 of A-Z a-z 0-9 . _ - and start with a letter or digit"
+        raise RecordError(f"a search's name {rule}, got {name!r}.")
     return name
 
 
 def check_is_new(folder: Path) -> None:
-    """RecordError when a search's folder is there already."""
+    """Raise a RecordError when the search's folder exists already."""
     try:
         is_taken = folder.exists()
-    except OSError:  # it may not be looked at: creating it will tell
+    except OSError:  # creating the folder will report it
         is_taken = False
-    require(
-        not is_taken,
-        str(folder),
-        "a search's name must be new, got one in use. Take another, or delete it.",
-    )
+    rule = "a search of this name exists already. Choose another name, or delete the search."
+    require(not is_taken, str(folder), rule)
 
 
 def _open_file(folder: Path, mode: Literal["rb", "r+b"]) -> FileIO:
     try:
         return (folder / RECORD_FILE).open(mode, buffering=0)
     except OSError as exc:
-        raise RecordError(f"{folder}: a search must be there, got {exc.strerror!r}.") from exc
+        raise RecordError(f"{folder}: cannot open its record: {exc.strerror}.") from exc
 
 
 def _lock(file: FileIO, folder: Path) -> None:
-    """Hold the search for this process alone; RecordError with the owner's name when another process holds it."""
+    """Lock the search for this process; raise a RecordError with the owner when it is in use."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             if time.monotonic() > deadline:
-                who = _describe_owner(folder)
-                raise RecordError(
-                    f"{folder}: one driver alone must hold it, got {who}. Wait, or stop it."
-                ) from exc
+                owner = _describe_owner(folder)
+                raise RecordError(f"{folder}: in use by {owner}. Wait, or stop it.") from exc
             time.sleep(0.05)
 
 
@@ -200,7 +215,11 @@ def _describe_owner(folder: Path) -> str:
 
 
 def replay(folder: Path, content: bytes) -> tuple[SearchState, int]:
-    """The state after all whole lines, and their size in bytes; whatever lies beyond is torn."""
+    """Return the state after all complete lines, and their size in bytes. What follows is torn.
+
+    Raises:
+        RecordError: when a line is damaged, other than the last, or breaks a rule.
+    """
     state: SearchState | None = None
     path, size = folder / RECORD_FILE, 0
     *lines, rest = content.split(b"\n")
@@ -210,22 +229,17 @@ def replay(folder: Path, content: bytes) -> tuple[SearchState, int]:
             if event is None and number == len(lines) and not rest:
                 break
             if event is None:
-                raise RecordError(
-                    f"a line must be JSON that fits its CRC, got one that does not. {WAY_OUT}"
-                )
+                raise RecordError(f"damaged line, not JSON that fits its CRC. {REPAIR_HINT}")
             if state is not None:
                 state.apply(event)
             elif isinstance(event, Header) and event.name == folder.name:
                 state = SearchState(folder, event)
             else:
-                raise RecordError(
-                    f"a header of search {folder.name!r} must come first, got {event!r:.60}."
-                )
+                rule = f"the header of search {folder.name!r} must come first"
+                raise RecordError(f"{rule}, got {event!r:.60}.")
         except (RecordError, ConfigError) as exc:
             raise RecordError(f"{path}:{number}: {exc}") from exc
         size += len(line) + 1
     if state is None:
-        raise RecordError(
-            f"{path}: a header must come first, got no whole line. Delete the folder: nothing ran."
-        )
+        raise RecordError(f"{path}: not even a complete header. Delete the folder: nothing ran.")
     return state, size

@@ -1,7 +1,8 @@
-"""A search and its trials as the events of a record tell them."""
+"""The state of a search and of its trials, as the events of its record give it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -24,34 +25,38 @@ from tune_cifar.record.events import (
 from tune_cifar.schema import EpochResult, Status, TrainConfig
 
 INTERRUPTED = "interrupted"
-"""The reason of a SearchEnded that leaves trials running, to be gone on with."""
+"""The reason of a SearchEnded that leaves trials running, to be resumed."""
 TIME_LIMIT = "time limit"
-"""The reason of a SearchEnded that stopped what was running."""
+"""The reason of a SearchEnded that stopped the running trials."""
 
 
 @dataclass
 class TrialState:
-    """One trial as its events tell it. A trial has a training, longer each time, for each of its stages: `epochs` and
-    `config` are those of the stage that it is in. `ended_seq` is the sequence number of its end: it orders the ends."""
+    """The state of a trial.
+
+    A trial has a stage for each rung, a training from scratch each, longer each time; or one
+    stage, when its training is a single schedule.
+    """
 
     number: int
     run_id: str
     origin: Origin
     params: dict[str, Any]
     full_config: TrainConfig
-    """Of the longest training."""
+    """Of the longest stage."""
     fingerprint: str
+    """Of the current stage's config."""
     started: str | None
     driver: Header | SearchResumed
-    """The last that it ran under, with its Numerics and environment."""
+    """The last driver that it ran under, with its Numerics and environment."""
     epochs: list[EpochResult] = field(default_factory=list)
-    """Epoch n stands at index n - 1: none is missing."""
+    """Of the current stage: epoch n at index n - 1."""
     finished_stages: list[tuple[int, EpochResult]] = field(default_factory=list)
-    """Epochs of the stages before, each with its stage's length."""
+    """The epochs of all stages before the current one, each with its stage's length."""
     stage: int | None = None
-    """Length in epochs of the stage that it is in; None before the first, and where the training has one stage."""
+    """Length in epochs of the current stage; None before the first, and without stages."""
     scores: dict[int, float] = field(default_factory=dict)
-    """val_acc by epoch, as trials are compared by it: of a trial in cycles, at the end of each."""
+    """val_acc by epoch, where trials can be compared by it: with stages, at the end of each."""
     retries: list[TrialRetried] = field(default_factory=list)
     status: Status = "running"
     score: float | None = None
@@ -59,20 +64,23 @@ class TrialState:
     error_file: str | None = None
     weights_file: str | None = None
     ended_seq: int | None = None
+    """Sequence number of its TrialEnded: it orders the ends of trials."""
     ended: str | None = None
 
     @property
     def config(self) -> TrainConfig:
+        """Of the current stage."""
         return self.full_config if self.stage is None else self.full_config.shorten(self.stage)
 
     @property
     def trained_epochs(self) -> list[tuple[int, EpochResult]]:
-        """Every epoch that was trained, in order, with its stage's length."""
+        """Every epoch trained so far, in order, with its stage's length."""
         length = self.stage or self.full_config.epochs
         return [*self.finished_stages, *((length, result) for result in self.epochs)]
 
     @property
     def epochs_done(self) -> int:
+        """Number of epochs trained so far, of all stages."""
         return len(self.finished_stages) + len(self.epochs)
 
     @property
@@ -81,103 +89,109 @@ class TrialState:
         return self.trained_epochs[-1][1].val_acc if self.trained_epochs else None
 
     def find_score(self, status: EndStatus) -> float | None:
-        """What a trial that ends so is compared by: its last val_acc, chance when it diverged, else nothing."""
+        """Return the score of the trial if it ended now with this status.
+
+        The last val_acc when complete, chance when diverged, else None.
+        """
         return {"complete": self.val_acc, "diverged": schema.CHANCE_ACCURACY}.get(status)
 
     def apply(self, event: EpochReported | TrialRetried | TrialEnded, seq: int) -> None:
-        """The part of SearchState.apply that changes a trial."""
-        kind = KINDS[type(event)]
-        require(
-            self.status == "running",
-            self.run_id,
-            f"a {self.status} trial must tell no more, got {kind!r}.",
-        )
+        """Apply an event of this trial; `seq` is its sequence number. See SearchState.apply."""
+        rule = f"the trial has ended ({self.status}): no {KINDS[type(event)]!r} may follow."
+        require(self.status == "running", self.run_id, rule)
         if isinstance(event, TrialRetried):
             self.retries.append(event)
             return
-        rule = f"a trial in cycles must name its cycle, got {kind!r} without one in that of {self.stage} epochs."
-        require(event.cycle is not None or self.stage is None, self.run_id, rule)
-        done, last = len(self.epochs), self.config.epochs
-        if event.cycle not in (None, self.stage):
-            old, longest = self.stage or 0, self.full_config.epochs
-            rule = f"a cycle must be longer than the whole one before ({old}), at most {longest}, got {event.cycle}."
-            require(done == old < event.cycle <= longest, self.run_id, rule)
-            done, last = 0, event.cycle
+        done, length = self._check_stage(event)
         if isinstance(event, EpochReported):
-            rule = f"epoch {done + 1} of {last} must come next, got epoch {event.result.epoch}."
-            require(event.result.epoch == done + 1 <= last, self.run_id, rule)
-            self._begin(event.cycle)
+            epoch = event.result.epoch
+            rule = f"epoch {done + 1} of {length} must come next, got epoch {epoch}."
+            require(epoch == done + 1 <= length, self.run_id, rule)
+            self._enter_stage(event.cycle)
             self.epochs.append(event.result)
             if event.score is not None:
-                self.scores[event.result.epoch] = event.score
+                self.scores[epoch] = event.score
             return
-        rule = f"complete must mean {self.full_config.epochs} epochs, got {done} of {last}."
-        require(
-            done == last == self.full_config.epochs or event.status != "complete", self.run_id, rule
-        )
+        longest = self.full_config.epochs
+        rule = f"a complete trial must have trained {longest} epochs, got {done} of {length}."
+        require(event.status != "complete" or done == length == longest, self.run_id, rule)
         score = self.find_score(event.status)
         rule = f"a {event.status} trial's score must be {score}, got {event.score}."
         require(event.score == score, self.run_id, rule)
-        self._begin(event.cycle)
-        self.score, self.reason, self.ended_seq, self.ended = score, event.reason, seq, event.time
-        self.error_file, self.weights_file, self.status = (
-            event.error_file,
-            event.weights_file,
-            event.status,
-        )
+        self._enter_stage(event.cycle)
+        self.status, self.score, self.reason = event.status, score, event.reason
+        self.error_file, self.weights_file = event.error_file, event.weights_file
+        self.ended_seq, self.ended = seq, event.time
 
-    def _begin(self, cycle: int | None) -> None:
-        if cycle is not None and cycle != self.stage:
-            self.finished_stages, self.epochs, self.stage = self.trained_epochs, [], cycle
+    def _check_stage(self, event: EpochReported | TrialEnded) -> tuple[int, int]:
+        """Return the epochs done in the event's stage and the stage's length in epochs.
+
+        The event's stage is the current one, or a longer one after all epochs of the current one.
+        """
+        kind = KINDS[type(event)]
+        rule = f"{kind!r} must name its `cycle`: the trial is in a stage of {self.stage} epochs."
+        require(event.cycle is not None or self.stage is None, self.run_id, rule)
+        done = len(self.epochs)
+        if event.cycle in (None, self.stage):
+            return done, self.config.epochs
+        last, longest = self.stage or 0, self.full_config.epochs
+        rule = (
+            f"a new stage must come after all {last} epochs of the last one and have more, "
+            f"at most {longest}, got one of {event.cycle} after {done}."
+        )
+        require(done == last < event.cycle <= longest, self.run_id, rule)
+        return 0, event.cycle
+
+    def _enter_stage(self, length: int | None) -> None:
+        if length is not None and length != self.stage:
+            self.finished_stages, self.epochs, self.stage = self.trained_epochs, [], length
             self.fingerprint = self.config.fingerprint
 
 
 @dataclass
 class SearchState:
-    """Everything the events of a record say; views read it, only `apply` changes it. Trials by number, in the order of
-    their starts; `arrivals` has the scores by epoch and trial, in the order they were reported; `finished` is the
-    last event when a driver ended; `repaired` tells what `Record.open` cut off; `num_events` is the last event's
-    sequence number."""
+    """The state of a search. Views read it; only `apply` changes it."""
 
     folder: Path
     header: Header
     trials: dict[int, TrialState] = field(default_factory=dict)
+    """By number, in the order of their starts."""
     arrivals: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Scores by epoch and trial, in the order they were reported."""
     resumes: list[SearchResumed] = field(default_factory=list)
     finished: SearchEnded | None = None
+    """The end of the last driver; None while it runs, and when it died."""
     repaired: str | None = None
+    """What `Record.open` cut off the file; None when nothing."""
     num_events: int = 1
+    """Also the sequence number of the last event."""
 
     @property
     def storage(self) -> Path:
-        """The run store that the search lies in."""
+        """The run store that holds the search."""
         return self.folder.parents[1]
 
     @property
     def is_finished(self) -> bool:
-        """True when the search came to its end; an interrupted one, or one whose driver died, may be gone on with."""
+        """False for a search that runs or can be resumed: interrupted, or its driver died."""
         return self.finished is not None and self.finished.reason != INTERRUPTED
 
     @property
     def num_trials(self) -> int:
-        """How many trials the search is to have, as the last driver was told."""
+        """Number of trials that the search is to have."""
         return self.resumes[-1].trials if self.resumes else int(self.header.budget["trials"])
 
     @property
     def baseline_score(self) -> float | None:
-        """Score of the baseline trial, the yardstick of every gain; None unless it is complete."""
-        return next(
-            (
-                t.score
-                for t in self.trials.values()
-                if t.origin == "baseline" and t.status == "complete"
-            ),
-            None,
-        )
+        """Score of the baseline trial, the reference of every gain; None unless it is complete."""
+        for trial in self.trials.values():
+            if trial.origin == "baseline" and trial.status == "complete":
+                return trial.score
+        return None
 
     @property
     def ranked(self) -> list[TrialState]:
-        """The complete trials that have a score, best first, of equals the lowest number first."""
+        """The complete trials that have a score, highest first; of equals the lower number."""
         scored = [
             (-trial.score, trial.number)
             for trial in self.trials.values()
@@ -193,62 +207,64 @@ class SearchState:
     @property
     def counts(self) -> dict[Status, int]:
         """Number of trials of every status, zeros included."""
-        return {
-            status: sum(t.status == status for t in self.trials.values())
-            for status in get_args(Status)
-        }
+        statuses = [trial.status for trial in self.trials.values()]
+        return {status: statuses.count(status) for status in get_args(Status)}
 
     def trial_folder(self, number: int) -> Path:
-        """A trial's own folder, existing or not: checkpoints, error, weights."""
+        """Return a trial's own folder for checkpoints, error and weights; it need not exist."""
         return self.folder / "trials" / f"{number:04d}"
 
     def apply(self, event: Event) -> None:
-        """Take in the next event. Refused (RecordError, ConfigError), and nothing changed, when it may not follow."""
+        """Apply the next event.
+
+        Raises:
+            RecordError: when the event may not come next. Nothing has changed then.
+            ConfigError: when a trial's config breaks a rule. Nothing has changed then.
+        """
         name, kind = self.header.name, KINDS[type(event)]
+        is_open = self.finished is None or isinstance(event, SearchResumed)
+        require(is_open, name, f"the search has ended: only 'resume' may follow, got {kind!r}.")
         if isinstance(event, SearchResumed):
             self.resumes.append(event)
             self.finished = None
             for trial in self.trials.values():
-                trial.driver = event if trial.status == "running" else trial.driver
-            self.num_events += 1
-            return
-        require(
-            self.finished is None,
-            name,
-            f"nothing but a resume may follow the end of a search, got {kind!r}.",
-        )
-        if isinstance(event, TrialStarted):
-            run_id = f"{name}:{event.trial}"
-            require(
-                event.trial not in self.trials,
-                run_id,
-                "a trial must start once, got a second start.",
-            )
-            known = (
-                event.origin,
-                event.params,
-                TrainConfig(**event.config),
-                event.fingerprint,
-                event.time,
-            )
-            driver = self.resumes[-1] if self.resumes else self.header
-            self.trials[event.trial] = TrialState(event.trial, run_id, *known, driver)
+                if trial.status == "running":
+                    trial.driver = event
+        elif isinstance(event, TrialStarted):
+            self.trials[event.trial] = self._start_trial(event)
         elif isinstance(event, EpochReported | TrialRetried | TrialEnded):
-            require(
-                event.trial in self.trials,
-                name,
-                f"trial {event.trial} must start first, got {kind!r}.",
-            )
+            rule = f"trial {event.trial} must start first, got {kind!r}."
+            require(event.trial in self.trials, name, rule)
             self.trials[event.trial].apply(event, self.num_events + 1)
             if isinstance(event, EpochReported) and event.score is not None:
                 self.arrivals.setdefault(event.result.epoch, {})[event.trial] = event.score
         elif isinstance(event, SearchEnded):
             self.finished = event
         else:
-            raise RecordError(f"{name}: a header must come once, got a second one.")
+            raise RecordError(f"{name}: the record has a header already, got a second one.")
         self.num_events += 1
+
+    def _start_trial(self, event: TrialStarted) -> TrialState:
+        run_id = f"{self.header.name}:{event.trial}"
+        require(event.trial not in self.trials, run_id, "the trial has started already.")
+        return TrialState(
+            number=event.trial,
+            run_id=run_id,
+            origin=event.origin,
+            params=event.params,
+            full_config=TrainConfig(**event.config),
+            fingerprint=event.fingerprint,
+            started=event.time,
+            driver=self.resumes[-1] if self.resumes else self.header,
+        )
+
+
+def describe_counts(counts: Mapping[Status, int]) -> str:
+    """Return counts as `3 complete, 1 failed`; an empty text without trials."""
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
 
 
 def require(holds: bool, where: str, rule: str) -> None:
+    """Raise a RecordError unless the condition holds."""
     if not holds:
         raise RecordError(f"{where}: {rule}")

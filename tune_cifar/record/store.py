@@ -1,4 +1,4 @@
-"""Recorded searches: where they lie, which there are, the best trial."""
+"""The run store: find, list and load recorded searches; find a run, and the best trial."""
 
 from __future__ import annotations
 
@@ -11,34 +11,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.errors import ConfigError, RecordError, did_you_mean
 from tune_cifar.record.events import NAME
 from tune_cifar.record.journal import RECORD_FILE, check_name, is_live, read_state, replay
-from tune_cifar.record.state import SearchState, TrialState
-from tune_cifar.schema import Status, nearest_name
+from tune_cifar.record.state import SearchState, TrialState, describe_counts
+from tune_cifar.schema import Status
 
 logger = logging.getLogger(__name__)
 
 
 def find_storage(option: str | Path | None) -> Path:
-    """The absolute folder of all searches: the option, else $TUNE_CIFAR_RUNS, else ./runs. It need not exist."""
+    """Return the absolute path of the run store: the option, else $TUNE_CIFAR_RUNS, else ./runs.
+
+    It need not exist.
+    """
     path = Path(option or os.environ.get("TUNE_CIFAR_RUNS") or "runs")
-    with suppress(RuntimeError):  # ~ of a user who is not there: a folder of that name, then
+    with suppress(RuntimeError):  # `~name` of an unknown user stays as it is
         path = path.expanduser()
     return path.resolve()
 
 
 def searches_folder(storage: Path) -> Path:
+    """Return the folder of all searches."""
     return storage / "searches"
 
 
 def search_folder(storage: Path, name: str) -> Path:
-    """A search's own folder, existing or not, directly inside `searches_folder`."""
+    """Return a search's own folder, directly inside `searches_folder`; it need not exist.
+
+    Raises:
+        RecordError: when the name is not fit for a search.
+    """
     return searches_folder(storage) / check_name(name)
 
 
 def list_searches(storage: Path) -> list[Path]:
-    """The folders of all searches, newest first. One whose header cannot be read comes last: its reader will tell."""
+    """Return the folders of all searches, newest first, those with an unreadable header last."""
 
     def read_created(folder: Path) -> str:
         try:
@@ -52,7 +60,7 @@ def list_searches(storage: Path) -> list[Path]:
 
 
 def find_searches(storage: Path, search: str | None = None) -> list[Path]:
-    """The folders of all recorded searches and single trainings, newest first, or of the named one.
+    """Return the folders of all searches and single trainings, newest first, or the named one.
 
     Raises:
         RecordError: when the named search is unknown.
@@ -62,18 +70,17 @@ def find_searches(storage: Path, search: str | None = None) -> list[Path]:
         return folders
     named = [folder for folder in folders if folder.name == search]
     if not named:
-        hint = nearest_name(search, [folder.name for folder in folders])
-        raise RecordError(
-            f"{storage}: a search of the name must be recorded, got {search!r}.{hint}"
-        )
+        hint = did_you_mean(search, [folder.name for folder in folders])
+        raise RecordError(f"no search named {search!r} in {storage}.{hint}")
     return named
 
 
 def load_searches(
     storage: Path, space: str | None = None, search: str | None = None
 ) -> list[SearchState]:
-    """The recorded searches and single trainings, newest first. One that cannot be read is told in the log and left
-    out, so that a damaged record does not hide the others.
+    """Load the recorded searches and single trainings, newest first.
+
+    A damaged record is logged and left out, so that it does not hide the others.
 
     Args:
         space: only those of this space.
@@ -98,15 +105,16 @@ def load_searches(
 
 @dataclass(frozen=True)
 class SearchRow:
-    """A recorded search or single training at a glance.
+    """The summary of a recorded search or single training.
 
     Attributes:
-        stage: `running` while a driver holds it; `driver died` when none does and none told an end.
+        stage: `running` while a driver holds it; `driver died` when none does and no end is
+            recorded.
         end: why its last driver ended.
         counts: number of trials of every status.
         best: run id of the best complete trial.
         size_bytes: of all files in its folder.
-        error: why a damaged one cannot be read; all but its name and size are absent then.
+        error: why a damaged one cannot be read; only its name and size are known then.
     """
 
     name: str
@@ -125,15 +133,13 @@ class SearchRow:
 
 
 def list_rows(storage: Path) -> list[SearchRow]:
-    """Every recorded search and single training, newest first."""
+    """Summarize every recorded search and single training, newest first."""
     return [_make_search_row(folder) for folder in list_searches(storage)]
 
 
 def _make_search_row(folder: Path) -> SearchRow:
     try:
-        live = is_live(
-            folder
-        )  # asked first: a search that ends meanwhile is not taken for one whose driver died
+        live = is_live(folder)  # first: a search that ends meanwhile must not look as if it died
         state = read_state(folder)
     except (RecordError, ConfigError) as exc:
         return SearchRow(folder.name, "damaged", measure_folder(folder), error=str(exc))
@@ -160,7 +166,10 @@ def _make_search_row(folder: Path) -> SearchRow:
 
 
 def measure_folder(folder: Path) -> int:
-    """Bytes of all files below a folder. Links are not followed; a file that goes meanwhile does not count."""
+    """Return the bytes of all files below a folder, links not followed.
+
+    A file that is deleted meanwhile does not count.
+    """
     size = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -170,31 +179,33 @@ def measure_folder(folder: Path) -> int:
 
 
 def find_run(storage: Path, run_id: str) -> tuple[SearchState, TrialState]:
-    """The trial that a run id such as `s10-cpu-1:7` names, with its search.
+    """Return the search and the trial that a run id such as `s10-cpu-1:7` names.
 
     Raises:
-        RecordError: when the text is no run id, or no such trial is recorded.
+        RecordError: when the text is not a run id, or no such trial is recorded.
     """
     match = re.fullmatch(rf"({NAME}):([0-9]{{1,9}})", run_id)
     if match is None:
-        raise RecordError(f"run id: NAME:TRIAL such as s10-cpu-1:7 must be given, got {run_id!r}.")
+        raise RecordError(f"a run id must be NAME:TRIAL such as s10-cpu-1:7, got {run_id!r}.")
     (state,) = load_searches(storage, search=match[1])
     trial = state.trials.get(int(match[2]))
     if trial is None:
-        raise RecordError(
-            f"{match[1]}: a trial of the search must be named, got {match[2]} of {len(state.trials)}."
-        )
+        count = len(state.trials)
+        raise RecordError(f"no trial {match[2]} in search {match[1]} (trials: {count}).")
     return state, trial
 
 
 def find_best(
     states: Iterable[SearchState], space: str | None = None, search: str | None = None
 ) -> tuple[SearchState, TrialState]:
-    """The complete trial of the highest score in the newest finished search (of the space) on CIFAR-10, or in the
-    named search, whatever its data. Of equal scores the lower trial number wins.
+    """Return the complete trial of the highest score, and its search.
+
+    The search is the named one, or the newest finished one (of the space) on CIFAR-10. Of equal
+    scores the lower trial number wins.
 
     Raises:
-        RecordError: when there is no such search, or none of its trials is complete; says what there is instead.
+        RecordError: when there is no such search, or it has no complete trial. The message says
+            what there is instead.
     """
     states = list(states)
     if search is None:
@@ -202,51 +213,40 @@ def find_best(
     else:
         by_name = {state.header.name: state for state in states}
         if search not in by_name:
-            hint = nearest_name(search, list(by_name))
-            raise RecordError(f"--search: a recorded search must be named, got {search!r}.{hint}")
+            hint = did_you_mean(search, list(by_name))
+            raise RecordError(f"`search` must name a recorded search, got {search!r}.{hint}")
         chosen = by_name[search]
         _check_space(chosen, space)
     if chosen.best is None:
-        counts = (
-            ", ".join(f"{count} {status}" for status, count in chosen.counts.items() if count)
-            or "no trial"
-        )
-        hint = "Name another search with --search."
-        raise RecordError(
-            f"search {chosen.header.name}: a complete trial must be there, got {counts}. {hint}"
-        )
+        counts = describe_counts(chosen.counts) or "none"
+        problem = f"search {chosen.header.name} has no complete trial (trials: {counts})"
+        raise RecordError(f"{problem}. Name another search with `search`.")
     return chosen, chosen.best
 
 
 def _check_space(state: SearchState, space: str | None) -> None:
-    if space not in (None, state.header.space):
-        raise RecordError(
-            f"search {state.header.name}: its space must be {space}, got {state.header.space}."
-        )
+    name, own = state.header.name, state.header.space
+    if space not in (None, own):
+        raise RecordError(f"search {name} must be of space {space}, got one of {own}.")
 
 
 def _find_newest(states: list[SearchState], space: str | None) -> SearchState:
-    searches = [
-        state
-        for state in states
-        if state.header.kind == "search" and space in (None, state.header.space)
-    ]
+    searches = [state for state in states if state.header.kind == "search"]
+    spaces = [state.header.space for state in searches]
+    if space is not None:
+        searches = [state for state in searches if state.header.space == space]
     finished = [state for state in searches if state.is_finished]
     on_cifar10 = [state for state in finished if state.header.data.name == "cifar10"]
     if on_cifar10:
         return max(on_cifar10, key=lambda state: (state.header.created, state.header.name))
+    problem = "no finished search on CIFAR-10"
+    if space is not None:
+        problem += f" of space {space}"
+    if not searches:
+        raise RecordError(f"{problem}.{did_you_mean(space or '', spaces)}")
     found = {
-        "only on the stand-in (shapes)": [state.header.name for state in finished],
+        "on synthetic data": [state.header.name for state in finished],
         "unfinished": [state.header.name for state in searches if not state.is_finished],
     }
-    got = (
-        "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names) or "none"
-    )
-    spaces = [state.header.space for state in states if state.header.kind == "search"]
-    hint = (
-        " Name one with --search to take it all the same."
-        if searches
-        else nearest_name(space or "", spaces)
-    )
-    where = "searches" if space is None else f"space {space}"
-    raise RecordError(f"{where}: a finished search on CIFAR-10 must be recorded, got {got}.{hint}")
+    others = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
+    raise RecordError(f"{problem}, only {others}. Name one with `search` to use it.")

@@ -1,4 +1,7 @@
-"""The ledger in which every opening of the sealed test set stands, as data: nothing is opened here (sealed.py does)."""
+"""The test log: every evaluation on the test set, as rows of a CSV file.
+
+This module only reads the log. `verify/test_set.py` evaluates and writes it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ OPENINGS_FILE = "TEST_OPENINGS.csv"
 
 @dataclass(frozen=True)
 class TestEvaluation:
-    """One look at the test set, as it stands in TEST_OPENINGS.csv."""
+    """One evaluation on the test set: a row of the test log."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of the name
+    __test__ = False  # pytest would collect a class of this name
 
     date: str
     commit: str
@@ -33,21 +36,20 @@ OPENINGS_COLUMNS = tuple(column.name for column in fields(TestEvaluation))
 
 
 def find_test_log(storage: Path, data_name: str) -> Path:
-    """./analysis/TEST_OPENINGS.csv where a checkout is worked in, else in the run store; the stand-in's openings are
-    never mixed with CIFAR-10's."""
+    """Return the path of the test log: in ./analysis of a checkout, else in the run store.
+
+    Evaluations on synthetic data always go to the run store, apart from those on CIFAR-10.
+    """
     folder = Path("analysis").resolve()
-    return (
-        folder / OPENINGS_FILE
-        if folder.is_dir() and data_name == "cifar10"
-        else storage / OPENINGS_FILE
-    )
+    is_in_checkout = folder.is_dir() and data_name == "cifar10"
+    return (folder if is_in_checkout else storage) / OPENINGS_FILE
 
 
 def load_test_log(path: Path) -> list[TestEvaluation]:
-    """All openings in the ledger, oldest first.
+    """Read all test evaluations, oldest first; none when there is no file.
 
     Raises:
-        RecordError: when the file is not what `open_test` writes.
+        RecordError: when the file does not have the rows of a test log.
     """
     if not path.exists() or path.stat().st_size == 0:
         return []
@@ -56,24 +58,25 @@ def load_test_log(path: Path) -> list[TestEvaluation]:
     try:
         if tuple(header) != OPENINGS_COLUMNS:
             raise ValueError(f"the columns {', '.join(header) or 'none'}")
-        return [_read_opening(row) for row in rows]
+        return [_read_row(row) for row in rows]
     except (ValueError, TypeError) as exc:
         columns = ", ".join(OPENINGS_COLUMNS)
         raise RecordError(
-            f"{path}: rows of {columns} must stand there, got {exc}. Mend it or move it away."
+            f"{path}: the rows must have the columns {columns}, got {exc}. Mend or move the file."
         ) from exc
 
 
 def find_openings(path: Path, fingerprint: str, data_name: str) -> list[TestEvaluation]:
-    """Earlier openings for a training on these data, oldest first; errors are those of `load_test_log`."""
-    return [
-        found
-        for found in load_test_log(path)
-        if (found.fingerprint, found.data) == (fingerprint, data_name)
-    ]
+    """Return the logged test evaluations of a training on these data, oldest first.
+
+    Raises:
+        RecordError: as `load_test_log`.
+    """
+    key = (fingerprint, data_name)
+    return [found for found in load_test_log(path) if (found.fingerprint, found.data) == key]
 
 
-def _read_opening(row: list[str]) -> TestEvaluation:
+def _read_row(row: list[str]) -> TestEvaluation:
     numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
     cells = dict(zip(OPENINGS_COLUMNS, row, strict=True))
     return TestEvaluation(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})

@@ -1,4 +1,4 @@
-"""Recorded searches as Optuna studies, looked at in optuna-dashboard: a copy in memory, whose changes are lost."""
+"""Recorded searches as Optuna studies for optuna-dashboard: copies in memory that are not kept."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tune_cifar.search.sampler import Outcome, find_outcome, list_distributions,
 
 
 def check_dashboard() -> None:
-    """Refuse to look at searches with what is not there.
+    """Refuse to continue without optuna-dashboard.
 
     Raises:
         ConfigError: with the command that installs it.
     """
     if importlib.util.find_spec("optuna_dashboard") is None:
-        way_out = "Run `python -m pip install optuna-dashboard`, or look with plain `ui`."
-        raise ConfigError(f"--optuna: optuna-dashboard must be installed, got none. {way_out}")
+        hint = "Run `python -m pip install optuna-dashboard`, or leave out `optuna`."
+        raise ConfigError(f"optuna-dashboard is not installed. {hint}")
 
 
 def make_studies(states: Iterable[record.SearchState]) -> BaseStorage:
-    """A study for every search, in memory. Single trainings and confirmations search nothing and have none.
+    """Return a study in memory for every search; single trainings and confirmations have none.
 
     Raises:
         RecordError: when none of the states is a search.
@@ -40,13 +40,11 @@ def make_studies(states: Iterable[record.SearchState]) -> BaseStorage:
     states = list(states)
     searches = [state for state in states if state.header.kind == "search"]
     if not searches:
-        others = (
-            ", ".join(f"{state.header.name} ({KIND_WORDS[state.header.kind]})" for state in states)
-            or "none"
+        names = [f"{state.header.name} ({KIND_WORDS[state.header.kind]})" for state in states]
+        found = (
+            f"no search is recorded, only {', '.join(names)}" if names else "nothing is recorded"
         )
-        raise RecordError(
-            f"--optuna: a search must be recorded, got {others}. Run one first, or give --storage."
-        )
+        raise RecordError(f"`optuna`: {found}. Run a search first, or give another `storage`.")
     storage = InMemoryStorage()
     for state in searches:
         header = state.header
@@ -54,39 +52,31 @@ def make_studies(states: Iterable[record.SearchState]) -> BaseStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["score"])
-        about = {
-            "space": header.space,
-            "tier": header.tier,
-            "data": header.data.name,
-            "command": header.command,
-        }
-        for name, value in about.items():
-            study.set_user_attr(name, value)
-        study.add_trials(
-            [freeze_trial(state, state.trials[number]) for number in sorted(state.trials)]
-        )
+        study.set_user_attr("space", header.space)
+        study.set_user_attr("tier", header.tier)
+        study.set_user_attr("data", header.data.name)
+        study.set_user_attr("command", header.command)
+        for number in sorted(state.trials):
+            study.add_trial(freeze_trial(state, state.trials[number]))
     return storage
 
 
 def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenTrial:
-    """A recorded trial as Optuna keeps it: what the sampler was told, with all scores that trials are compared by."""
-    rungs = {
-        epoch: trial.scores[epoch]
-        for epoch in state.header.budget.get("rungs", ())
-        if epoch in trial.scores
-    }
-    told = Outcome(TrialState.RUNNING, None, {})
+    """Return a recorded trial as Optuna stores it: what the sampler got, with all its scores."""
+    outcome = Outcome(TrialState.RUNNING, None, {})
     if trial.status != "running":
-        told = find_outcome(trial.status, rungs, trial.score)
-    value = told.value
-    if told.state == TrialState.PRUNED:  # as `Study.tell` does
-        value = told.scores[max(told.scores)]
+        rungs = state.header.budget.get("rungs", ())
+        scores = {rung: trial.scores[rung] for rung in rungs if rung in trial.scores}
+        outcome = find_outcome(trial.status, scores, trial.score)
+    value = outcome.value
+    if outcome.state == TrialState.PRUNED:  # as `Study.tell` does
+        value = outcome.scores[max(outcome.scores)]
     frozen = create_trial(
-        state=told.state,
+        state=outcome.state,
         value=value,
         params=trial.params,
         distributions=list_distributions(state.header),
-        intermediate_values=told.scores if trial.status == "diverged" else trial.scores,
+        intermediate_values=outcome.scores if trial.status == "diverged" else trial.scores,
         user_attrs={
             "run_id": trial.run_id,
             "status": trial.status,
@@ -97,43 +87,43 @@ def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenT
         },
     )
     frozen.datetime_start = _to_local(trial.started or state.header.created)
-    if told.state.is_finished():  # an old record tells no times
+    if outcome.state.is_finished():  # an old record has no times
         frozen.datetime_complete = _to_local(trial.ended) if trial.ended else frozen.datetime_start
     return frozen
 
 
 class DashboardServer(ThreadingMixIn, WSGIServer):
-    """A thread for every request: a browser keeps connections open."""
+    """A server with a thread for every request, since a browser keeps connections open."""
 
     daemon_threads = True
 
 
 class QuietHandler(WSGIRequestHandler):
-    """The terminal keeps the address in sight."""
+    """A handler that does not log, so that the address stays visible on the terminal."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing of a request."""
+        """Do nothing."""
 
 
 def open_dashboard(studies: BaseStorage, port: int | None) -> WSGIServer:
-    """optuna-dashboard on loopback, listening; its `serve_forever` answers until it is interrupted.
+    """Start optuna-dashboard on loopback; `serve_forever` answers requests until interrupted.
 
     Args:
         port: None takes a free one.
 
     Raises:
-        ConfigError: when the port cannot be had.
+        ConfigError: when the port is not available.
     """
     from optuna_dashboard import wsgi
 
+    app = wsgi(studies)
     try:
-        return make_server("127.0.0.1", port or 0, wsgi(studies), DashboardServer, QuietHandler)
+        return make_server("127.0.0.1", port or 0, app, DashboardServer, QuietHandler)
     except OSError as exc:
-        raise ConfigError(
-            f"--port: a free port must be given, got {port}: {exc.strerror}. Leave it out."
-        ) from exc
+        reason = f"got {port}: {exc.strerror}"
+        raise ConfigError(f"`port` must be a free port, {reason}. Leave it out.") from exc
 
 
 def _to_local(time: str) -> datetime:
-    """A record's time as Optuna writes times: of this machine's clock, without a zone."""
+    """Return a record's time as Optuna writes it: local, without a zone."""
     return datetime.fromisoformat(time).astimezone().replace(tzinfo=None)

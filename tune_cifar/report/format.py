@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 
 
 def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds without fractions."""
+    """Return hours, minutes and seconds without fractions."""
     return str(timedelta(seconds=round(seconds)))
 
 
-def format_percent(accuracy: float | None) -> str:
-    """An accuracy for people; a dash where there is none."""
-    return "-" if accuracy is None else f"{100 * accuracy:.2f} %"
+def format_percent(fraction: float | None) -> str:
+    """Return a fraction such as an accuracy in percent; a dash for None and NaN."""
+    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f} %"
 
 
 def format_value(value: object) -> str:
-    """A knob's value, floats to three digits."""
+    """Return a knob's value, floats with three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

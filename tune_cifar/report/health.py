@@ -1,41 +1,45 @@
-"""Whether a space was a good one to search: where its best trials lie, which knobs did nothing, a narrower proposal."""
+"""Whether a searched space was a good one: where its best trials lie, and a narrower proposal."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
 from tune_cifar.errors import SpaceError
 from tune_cifar.record.state import SearchState
-from tune_cifar.space.edit import describe_edit, edit_range
+from tune_cifar.report.tables import TOP_FRACTION
 from tune_cifar.space.layout import Range
-from tune_cifar.space.reader import parse_space
+from tune_cifar.space.reader import describe_edit, parse_recorded, set_range
 from tune_cifar.space.rules import find_value_problem
 from tune_cifar.train.lr_range import round_to_two_digits
 
-# With fewer trials that were scored, nothing is said.
+# With fewer scored trials nothing is said.
 MIN_TRIALS = 12
-# The better trials, whose places are looked at.
-TOP_SHARE = 0.25
-# A range's edge, and the margin around the better trials in a proposal, in parts of the range on its own scale.
-EDGE, MARGIN = 0.1, 0.1
-# A proposal that leaves more than this of a range is not worth a change.
-WORTH = 0.8
+# Width of a range's edge, as a fraction of the range on its own scale.
+EDGE = 0.1
+# Margin around the best trials in a proposal, as a fraction of the range on its own scale.
+MARGIN = 0.1
+# A proposal is worth making if it keeps at most this fraction of a range.
+MAX_KEPT = 0.8
 
 
 @dataclass(frozen=True)
 class Health:
-    """What a finished search says of its space, a sentence each; `diff` proposes narrower ranges, or is empty."""
+    """What a search says of its space, in sentences.
+
+    Attributes:
+        diff: a proposal of narrower ranges for the space file; empty without one.
+    """
 
     sentences: tuple[str, ...]
     diff: str
 
 
 def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.DataFrame) -> Health:
-    """Judge a searched space by its best quarter of trials at the first rung.
+    """Evaluate a searched space by its best quarter of trials at the first rung.
 
     Args:
         slices: tables.make_slices.
@@ -44,77 +48,68 @@ def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.Data
     scored = slices[slices["rung_score"].notna()]
     num_trials = scored["trial"].nunique()
     if num_trials < MIN_TRIALS:
-        return Health(
-            (
-                f"{num_trials} scored trials are too few to judge the space; {MIN_TRIALS} are needed.",
-            ),
-            "",
-        )
-    ranks = scored.drop_duplicates("trial").sort_values(
-        "rung_score", ascending=False, kind="stable"
-    )
-    top = set(ranks["trial"].head(math.ceil(TOP_SHARE * num_trials)))
-    file = parse_space(
-        state.header.space_text, Path(f"{state.header.space}.yaml"), is_recorded=True
-    )
-    sentences, text = [], file.text
+        rule = f"too few to evaluate the space; {MIN_TRIALS} are needed."
+        return Health((f"{num_trials} scored trials are {rule}",), "")
+    trials = scored.drop_duplicates("trial")
+    ranked = trials.sort_values("rung_score", ascending=False, kind="stable")["trial"]
+    best = scored[scored["trial"].isin(ranked.head(math.ceil(TOP_FRACTION * num_trials)))]
+    file = parse_recorded(state.header.space_text, state.header.space)
     idle = _find_idle(importances)
-    for knob, rows in scored[scored["trial"].isin(top)].groupby("knob", sort=False):
-        searched = file.search.get(str(knob))
-        if (
-            not isinstance(searched, Range)
-            or searched.step is not None
-            or not isinstance(searched.high, float)
-        ):
+    sentences, text = [], file.text
+    for name, rows in best.groupby("knob", sort=False):
+        knob = str(name)
+        searched = file.search.get(knob)
+        if not isinstance(searched, Range) or searched.step is not None:
+            continue
+        if isinstance(searched.high, int):
             continue
         places = [_place(float(value), searched) for value in rows["value"]]
-        edges = [sum(place < EDGE for place in places), sum(place > 1 - EDGE for place in places)]
-        for number, end, bound in zip(
-            edges, ("lower", "upper"), (searched.low, searched.high), strict=True
-        ):
-            if 2 * number >= len(places):
-                way_out = (
-                    "nothing lies beyond it"
-                    if _is_last(str(knob), searched, end)
-                    else "the best may lie beyond it"
-                )
-                sentences.append(
-                    f"{knob}: {number} of the {len(places)} best trials lie in the {end} tenth of its range, "
-                    f"at {bound:g}; {way_out}."
-                )
-        if str(knob) in idle:
-            sentences.append(
-                f"{knob}: no effect was seen; a pinned value would leave the trials to the other knobs."
-            )
+        crowded = _find_crowded_ends(places)
+        for end, number in crowded.items():
+            sentences.append(_describe_end(knob, searched, end, f"{number} of the {len(places)}"))
+        if knob in idle:
+            hint = "a pinned value would leave the trials to the other knobs"
+            sentences.append(f"{knob}: no effect was seen; {hint}.")
             continue
-        kept = [
-            values[str(knob)] for values in (file.baseline, *file.points) if str(knob) in values
-        ]
-        wanted = _narrow(
-            searched, places, edges, [_place(float(value), searched) for value in kept]
-        )
-        if wanted is not None:
+        given = [values[knob] for values in (file.baseline, *file.points) if knob in values]
+        fixed = [_place(float(value), searched) for value in given]
+        narrowed = _narrow(searched, places, crowded, fixed)
+        if narrowed is not None:
             try:
-                text = edit_range(parse_space(text, file.path, is_recorded=True), str(knob), wanted)
-            except SpaceError:  # not on one line, say: the sentences stand without it
+                current = parse_recorded(text, state.header.space)
+                text = set_range(current, knob, narrowed)
+            except SpaceError:  # a rule of today refuses the recorded text: no proposal
                 continue
     fine = "The best trials lie within the ranges, and every knob had an effect."
     return Health(tuple(sentences) or (fine,), describe_edit(file, text))
 
 
-def _is_last(knob: str, searched: Range, end: str) -> bool:
-    """Whether the schema allows nothing beyond the range's end."""
-    beyond = _value(-0.01 if end == "lower" else 1.01, searched)
-    return find_value_problem(knob, beyond, knob) is not None
+def _find_crowded_ends(places: Sequence[float]) -> dict[str, int]:
+    """Return the ends at whose edge at least half of the trials lie, with their number."""
+    at_edge = {
+        "lower": sum(place < EDGE for place in places),
+        "upper": sum(place > 1 - EDGE for place in places),
+    }
+    return {end: number for end, number in at_edge.items() if 2 * number >= len(places)}
+
+
+def _describe_end(knob: str, searched: Range, end: str, number: str) -> str:
+    bound = searched.low if end == "lower" else searched.high
+    outside = _value(-0.01 if end == "lower" else 1.01, searched)
+    is_allowed = find_value_problem(knob, outside, knob) is None
+    hint = "the best may lie beyond it" if is_allowed else "nothing lies beyond it"
+    where = f"lie in the {end} tenth of its range, at {bound:g}"
+    return f"{knob}: {number} best trials {where}; {hint}."
 
 
 def _find_idle(importances: pd.DataFrame) -> set[str]:
-    """Knobs whose importance stays below half an equal share even at the upper end of its interval."""
+    """Return the knobs whose importance is, even at its interval's upper end, below half an equal
+    part."""
     return set(importances[importances["high"] < 0.5 / max(1, len(importances))]["knob"])
 
 
 def _place(value: float, searched: Range) -> float:
-    """Where a value lies on the range's own scale, from 0 to 1."""
+    """Return where a value lies on the range's own scale, from 0 to 1."""
     low, high = float(searched.low), float(searched.high)
     if searched.log:
         return math.log(value / low) / math.log(high / low)
@@ -122,23 +117,30 @@ def _place(value: float, searched: Range) -> float:
 
 
 def _value(place: float, searched: Range) -> float:
-    """What lies at a place, also a little outside."""
+    """Return the value at a place, which may lie a little outside of the range."""
     low, high = float(searched.low), float(searched.high)
     return low * (high / low) ** place if searched.log else low + (high - low) * place
 
 
 def _narrow(
-    searched: Range, places: list[float], edges: list[int], kept: list[float]
+    searched: Range, places: Sequence[float], crowded: dict[str, int], fixed: Sequence[float]
 ) -> Range | None:
-    """The better trials with a margin, and what the file itself trains; a side at whose edge they lie stays."""
-    begin = 0.0 if 2 * edges[0] >= len(places) else max(0.0, min(places) - MARGIN)
-    end = 1.0 if 2 * edges[1] >= len(places) else min(1.0, max(places) + MARGIN)
-    begin, end = min([begin, *kept]), max([end, *kept])
-    if end - begin > WORTH:
+    """Return the part of a range that holds its best trials with a margin, or None if it is nearly
+    all of it.
+
+    Args:
+        places: of the best trials.
+        crowded: the ends that must stay.
+        fixed: places of the space file's own values, which stay inside.
+    """
+    begin = 0.0 if "lower" in crowded else max(0.0, min(places) - MARGIN)
+    end = 1.0 if "upper" in crowded else min(1.0, max(places) + MARGIN)
+    begin, end = min([begin, *fixed]), max([end, *fixed])
+    if end - begin > MAX_KEPT:
         return None
     low, high = float(searched.low), float(searched.high)
-    return Range(
-        low if begin == 0 else max(low, round_to_two_digits(_value(begin, searched), math.floor)),
-        high if end == 1 else min(high, round_to_two_digits(_value(end, searched), math.ceil)),
-        log=searched.log,
-    )
+    if begin > 0:
+        low = max(low, round_to_two_digits(_value(begin, searched), math.floor))
+    if end < 1:
+        high = min(high, round_to_two_digits(_value(end, searched), math.ceil))
+    return Range(low, high, log=searched.log)

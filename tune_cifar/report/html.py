@@ -1,8 +1,7 @@
-"""One search as one HTML file that is read offline and printed: tables, figures, commands. A view of the record."""
+"""The report of one search: an HTML file with tables, figures and commands, readable offline."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from tune_cifar.augment.preview import make_preview
 from tune_cifar.data.files import find_data
 from tune_cifar.data.load import CLASS_NAMES
 from tune_cifar.errors import ConfigError, TuneCifarError
+from tune_cifar.record.events import KIND_WORDS
 from tune_cifar.record.failures import group_failures
 from tune_cifar.record.state import SearchState
 from tune_cifar.report import tables
+from tune_cifar.report.format import format_percent
 from tune_cifar.report.health import examine_space
 from tune_cifar.report.plots import evaluation
 from tune_cifar.report.plots import search as figures
@@ -34,16 +35,25 @@ from tune_cifar.train.recorded import load_recorded_data, load_trained
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# In the report, trials of so many ranks; all are in `leaderboard --csv`.
+# Rows of the table of trials. `leaderboard --csv` lists all of them.
 NUM_BEST = 15
 # Training images whose augmentation is shown.
 NUM_PREVIEWED = 5
-NO_WEIGHTS = "A search keeps them with --keep-weights."
+NO_WEIGHTS = "With `keep_weights` a search keeps those of its best trials."
+CAPTIONS = {
+    "confusion": ("Confusion", "What each class's images were taken for."),
+    "per_class": ("Classes", "The share of each class's images that were answered correctly."),
+    "reliability": (
+        "Calibration",
+        "Whether answers are correct as often as their confidence says.",
+    ),
+    "mistakes": ("Most confident mistakes", "Some may be wrong labels."),
+}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure in the report: what it shows, in words that stand without it."""
+    """A figure in the report, with a caption that can be understood without it."""
 
     name: str
     caption: str
@@ -51,48 +61,46 @@ class Picture:
 
 
 def write_report(state: SearchState, path: Path, data: str | None) -> str | None:
-    """Write the report of a recorded search, in the place of one that is there.
+    """Write the report of a recorded search; a file that is there is replaced.
 
     Args:
-        data: a folder or a name as `find_data` takes it; the best trial's kept weights are judged on its images.
+        data: a folder or a name as `find_data` takes it; the best trial's kept weights are
+            evaluated on its validation images.
 
     Returns:
-        Why the figures of images are missing in it, in a sentence, or None.
+        Why the figures of images are missing, in a sentence, or None.
 
     Raises:
-        ConfigError: nothing was searched, no trial has ended yet, or the file cannot be written.
+        ConfigError: the record is not a search, no trial has reached a rung, or the file cannot be
+            written.
     """
+    name = state.header.name
     if not state.header.distributions:
-        raise ConfigError(
-            f"{state.header.name}: a search must be reported on, got a {state.header.kind} without ranges."
-        )
+        kind = KIND_WORDS[state.header.kind]
+        raise ConfigError(f"{name}: only a search with ranges has a report, this is {kind}.")
     if not any(trial.scores for trial in state.trials.values()):
-        raise ConfigError(
-            f"{state.header.name}: a trial must have reached a rung, got none. Wait, or --resume it."
-        )
-    missing, judged = None, []
+        raise ConfigError(f"{name}: no trial has reached a rung yet. Wait, or give `resume=True`.")
+    missing, evaluated = None, []
     try:
-        judged = list(_draw_best(state, data))
+        evaluated = list(_draw_best(state, data))
     except TuneCifarError as exc:
         missing = str(exc)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(make_report(state, judged, missing), encoding="utf-8")
+        path.write_text(make_report(state, evaluated, missing), encoding="utf-8")
     except OSError as exc:
-        raise ConfigError(
-            f"{path}: the report must be writable there, got {exc.strerror!r}."
-        ) from exc
+        raise ConfigError(f"{path}: the report cannot be written: {exc.strerror}.") from exc
     return missing
 
 
 def make_report(
-    state: SearchState, judged: Sequence[Picture] = (), missing: str | None = None
+    state: SearchState, evaluated: Sequence[Picture] = (), missing: str | None = None
 ) -> str:
-    """The report's HTML: `write_report` without the file.
+    """Return the report's HTML.
 
     Args:
-        judged: what the best trial makes of images.
-        missing: why there are no such pictures.
+        evaluated: the figures of the best trial's answers.
+        missing: why there are none.
     """
     environment = Environment(
         loader=PackageLoader("tune_cifar.report"),
@@ -101,12 +109,11 @@ def make_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _format_percent, "number": _format_number}
-    slices, importances, numerics = (
-        tables.make_slices(state),
-        tables.make_importances(state),
-        state.header.numerics,
-    )
+    environment.filters |= {"percent": format_percent, "number": _format_number}
+    slices, importances = tables.make_slices(state), tables.make_importances(state)
+    distributions = list_distributions(state.header)
+    numerics = state.header.numerics
+    settings = numerics.model_dump(exclude={"versions"})
     return environment.get_template("report.html").render(
         state=state,
         header=state.header,
@@ -114,25 +121,16 @@ def make_report(
         gain=describe_gain(state, state.best) if state.best is not None else "",
         counts={status: count for status, count in state.counts.items() if count},
         rungs=tables.list_rungs(state),
-        ranges={
-            knob: describe_distribution(found)
-            for knob, found in list_distributions(state.header).items()
-        },
+        ranges={knob: describe_distribution(found) for knob, found in distributions.items()},
         trials=_list_best(state),
         pictures=list(_draw(state, slices, importances)),
-        judged=judged,
+        evaluated=evaluated,
         missing=missing,
         parallel=Markup(make_parallel_html(slices)),
         health=examine_space(state, slices, importances),
-        faults=group_failures(state),
-        environment=numerics.model_dump(exclude={"versions"})
-        | numerics.versions
-        | state.header.environment,
+        failures=group_failures(state),
+        environment=settings | numerics.versions | state.header.environment,
     )
-
-
-def _format_percent(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{100 * value:.2f} %"
 
 
 def _format_number(value: object) -> str:
@@ -140,7 +138,7 @@ def _format_number(value: object) -> str:
 
 
 def _list_best(state: SearchState) -> list[dict[str, Any]]:
-    """The best complete trials, then those that came furthest."""
+    """Return the best complete trials, then those that were trained longest."""
     trials = load_trials([state])
     trials["is_complete"] = trials["status"] == "complete"
     order = ["is_complete", "epochs_done", "val_acc"]
@@ -157,42 +155,47 @@ def _make_title(state: SearchState, name: str) -> str:
 
 
 def _draw(state: SearchState, slices: pd.DataFrame, importances: pd.DataFrame) -> Iterator[Picture]:
+    """Yield the figures of a search that need no images."""
     title = _make_title(state, state.header.name)
     yield _make_picture(
         "Optimisation history",
-        "Every complete trial's validation accuracy and the best so far, against trials, epochs and wall time.",
+        "Validation accuracy of every complete trial and the best so far, against trials, epochs "
+        "and wall time.",
         figures.draw_history(tables.make_history(state), state.baseline_score, title),
     )
     rungs = tables.make_rungs(state)
     yield _make_picture(
         "Early stopping",
-        "Who arrived at each rung, the cut-off as it moved, and who went on. The rank correlation is that of the "
-        "survivors, the better part of the trials: a low one need not mean a bad rung.",
+        "The trials that reached each rung, the cut-off at the time, and which were promoted. The "
+        "rank correlation is that of the complete trials, the better ones: a low one need not "
+        "mean a bad rung.",
         figures.draw_asha(tables.make_rung_scores(state), rungs, title),
     )
     yield _make_picture(
         "Learning curves",
-        "Validation accuracy by epoch, a panel for each length of training, coloured by what became of the trial.",
+        "Validation accuracy by epoch: a panel for each stage, a colour for each status.",
         figures.draw_curves(tables.make_curves(state), title),
     )
     yield _make_picture(
         "Slices",
-        "Each knob's value against the accuracy at the first rung, which every trial reaches; later trials are darker.",
+        "Each knob's value against the accuracy at the first rung, which every trial reaches. "
+        "Later trials are darker.",
         figures.draw_slices(slices, title),
     )
     known = not importances["importance"].isna().any()
     if known:
         yield _make_picture(
             "Importances",
-            "How far each knob's values in the best quarter of the trials differ from those in all (PED-ANOVA), with "
-            "the 5th to 95th percentile over resampled trials. Wide intervals: another search may say something else.",
+            "How far each knob's values in the best quarter of the trials differ from those in all "
+            "(PED-ANOVA), with the 5th to 95th percentile over resampled trials. With wide "
+            "intervals another search may give another order.",
             figures.draw_importances(importances, title),
         )
     pair = _find_pair(slices, importances)
     if known and pair is not None:
         yield _make_picture(
-            "The two strongest knobs",
-            "Accuracy at the first rung between the trials; outside of them nothing is known.",
+            "The two most important knobs",
+            "Accuracy at the first rung, interpolated between the trials.",
             figures.draw_pair(slices, pair, title),
         )
     configs = {"baseline": state.trials[0].full_config}
@@ -200,54 +203,44 @@ def _draw(state: SearchState, slices: pd.DataFrame, importances: pd.DataFrame) -
         configs[f"best (trial {state.best.number})"] = state.best.full_config
     yield _make_picture(
         "Schedules",
-        "Learning rate and momentum of the whole training, step by step.",
+        "Learning rate and momentum of the longest training, step by step.",
         figures.draw_schedules(tables.make_schedules(configs), title),
     )
     yield _make_picture(
         "Where the time went",
-        "Epochs and minutes of training by the length of the training and by what became of the trial.",
+        "Epochs and minutes of training by the length of the stage and by the status of the trial.",
         figures.draw_costs(tables.make_costs([state]), title),
     )
 
 
 def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
-    """What the best trial sees, and what its kept weights make of the validation images."""
+    """Yield the figures of the best trial: its answers on validation images, its augmentation."""
     trial = state.best
     if trial is None:
-        raise ConfigError(f"{state.header.name}: a trial must be complete, got none.")
+        raise ConfigError(f"{state.header.name}: no trial is complete.")
     loaded = load_recorded_data(state, trial, find_data(data))
     val = loaded.val
     assert val is not None, "a search has validation images"
-    trainer = load_trained(
-        state, trial, loaded, restore_numerics(trial.driver.numerics, None), NO_WEIGHTS
-    )
-    found = evaluate_logits(
-        trainer.predict(val), val.labels_N, CLASS_NAMES[loaded.info.name], "validation"
-    )
+    numerics = restore_numerics(trial.driver.numerics, None)
+    trainer = load_trained(state, trial, loaded, numerics, NO_WEIGHTS)
+    names = CLASS_NAMES[loaded.info.name]
+    found = evaluate_logits(trainer.predict(val), val.labels_N, names, "validation")
     title = _make_title(state, f"{trial.run_id}: {found.num_images:,} validation images")
     pictures = val.images_NCHW.permute(0, 2, 3, 1).numpy()
-    captions = {
-        "confusion": ("Confusion", "What became of each class's images."),
-        "per_class": ("Classes", "The share of each class's images that were answered right."),
-        "reliability": ("Calibration", "Whether the network is as often right as it is sure."),
-        "mistakes": (
-            "Most confident mistakes",
-            "Look here for wrong labels, and for what the network goes by.",
-        ),
-    }
     for kind, figure in evaluation.draw_evaluation(found, pictures, title).items():
-        yield _make_picture(*captions[kind], figure)
+        yield _make_picture(*CAPTIONS[kind], figure)
     previewed = make_preview(trial.config, loaded.train.images_NCHW[:NUM_PREVIEWED]).numpy()
     yield _make_picture(
         "Augmentation",
-        "Training images as they are and as this trial's network saw them.",
+        "Training images as they are, and as this trial's network was trained on them.",
         evaluation.draw_preview(previewed, _make_title(state, trial.run_id)),
     )
 
 
 def _find_pair(slices: pd.DataFrame, importances: pd.DataFrame) -> tuple[str, str] | None:
-    """The two most important knobs that are numbers."""
-    choices = set(slices[slices["value"].map(lambda value: isinstance(value, str))]["knob"])
+    """Return the two most important knobs that are numbers."""
+    is_text = slices["value"].map(lambda value: isinstance(value, str))
+    choices = set(slices[is_text]["knob"])
     numeric = [str(knob) for knob in importances["knob"] if knob not in choices]
     return (numeric[0], numeric[1]) if len(numeric) > 1 else None
 

@@ -32,10 +32,10 @@ def make_report(
     sweeps: Sequence[Sweep],
     command: str,
 ) -> dict[str, Any]:
-    """All that a test found and on what, as JSON knows it: what sweeps.json holds, figures and MLflow show."""
+    """Return a test's results and settings as JSON values: the content of sweeps.json."""
     config, curves = space.baseline, [fit_curve(sweep) for sweep in sweeps]
     summary = summarise(curves)
-    silent = {*inactive_knobs(config), "max_lr"}  # swept
+    inactive = {*inactive_knobs(config), "max_lr"}  # max_lr is swept
     return {
         "name": name,
         "space": space.name,
@@ -44,7 +44,7 @@ def make_report(
         "command": command,
         "config": config.model_dump(mode="json"),
         "fingerprint": config.fingerprint,
-        "living_knobs": [knob for knob in KNOBS if knob not in silent],
+        "living_knobs": [knob for knob in KNOBS if knob not in inactive],
         "numerics": numerics.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
         "environment": describe_environment(),
@@ -62,10 +62,10 @@ def make_report(
 
 
 def save_report(report: dict[str, Any], folder: Path) -> None:
-    """Write sweeps.json and curve.png into a folder, which is made.
+    """Write sweeps.json and curve.png into a folder, which is created.
 
     Raises:
-        ConfigError: when the disk does not take them.
+        ConfigError: when they cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,4 @@ def save_report(report: dict[str, Any], folder: Path) -> None:
         (folder / "sweeps.json").write_text(text + "\n", encoding="utf-8")
         save_lr_range(report, folder / "curve.png")
     except OSError as exc:
-        raise ConfigError(
-            f"{folder}: the test's files must be writable there, got {exc.strerror!r}."
-        ) from exc
+        raise ConfigError(f"{folder}: the test's files cannot be written: {exc.strerror}.") from exc

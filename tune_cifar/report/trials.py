@@ -1,6 +1,6 @@
-"""Records as tidy tables, the trial that a run id or `--best` means, and what failed.
+"""Recorded trials as tidy tables, and a search's gain in words.
 
-pandas is imported inside the functions that build tables: all else needs none of it.
+pandas is imported inside the functions that build tables: describe_gain does not need it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 from tune_cifar.errors import TrackingError
 from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.report.format import format_percent
 from tune_cifar.schema import EpochResult, TrainConfig
-from tune_cifar.tracking.runs import read_trials
-from tune_cifar.tracking.store import find_sqlite_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-from tune_cifar.tracking.store import translate_errors
+from tune_cifar.tracking.store import find_sqlite_file, translate_errors
+from tune_cifar.tracking.uploaded import read_trials
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +31,7 @@ GROUP_COLUMNS = (
     "fidelity",
 )
 
-# Fields of the schema by their type; a tuple is shown as text, what may be absent is NaN (floats) or NA.
+# pandas' type of a field of the schema; a tuple is shown as text, a missing value is NaN or NA.
 DTYPES: dict[Any, str] = {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}
 KNOB_COLUMNS = {
     name: DTYPES.get(knob.annotation, "string") for name, knob in TrainConfig.model_fields.items()
@@ -60,76 +57,81 @@ TRIAL_COLUMNS = {
     "ended_seq": "Int64",
     "reason": "string",
 } | KNOB_COLUMNS
-CURVE_COLUMNS = {"search": "string", "trial": "int64", "run_id": "string", "cycle": "int64"} | {
+CURVE_COLUMNS = {"search": "string", "trial": "int64", "run_id": "string", "stage": "int64"} | {
     name: DTYPES[result.annotation] for name, result in EpochResult.model_fields.items()
 }
 
 
 def estimate_scatter(accuracy: float, num_images: int) -> float:
-    """Standard deviation of a difference of two accuracies by the luck of the images alone: one accuracy p on n images
-    has sqrt(p (1 - p) / n), the difference about 1.4 times that."""
+    """Return the standard deviation of a difference of two accuracies from the images alone.
+
+    One accuracy p on n images has sqrt(p (1 - p) / n); the difference has sqrt(2) times that.
+
+    Args:
+        accuracy: a fraction.
+        num_images: on which both were measured.
+    """
     return float((2 * accuracy * (1 - accuracy) / num_images) ** 0.5)
 
 
 def describe_gain(state: SearchState, best: TrialState) -> str:
-    """The gain beside the noise of the validation set; and the best of many is chosen partly by luck."""
-    if best.score is None or state.baseline_score is None:
-        return "The baseline did not finish: no gain can be told."
+    """Return the best trial's gain over the baseline beside the noise of the validation set."""
+    baseline = state.baseline_score
+    if best.score is None or baseline is None:
+        return "The baseline is not complete: the gain is unknown."
     if best.origin == "baseline":
-        return f"No trial beat the baseline ({100 * state.baseline_score:.2f} %): there is no gain."
-    gain = 100 * (best.score - state.baseline_score)
-    sd = 100 * estimate_scatter(best.score, best.config.val_size)
-    verdict = "within" if abs(gain) <= 2 * sd else "beyond"
+        return f"No trial beat the baseline ({format_percent(baseline)}): there is no gain."
+    gain = 100 * (best.score - baseline)
+    num_images = best.config.val_size
+    scatter = 100 * estimate_scatter(best.score, num_images)
+    where = "within" if abs(gain) <= 2 * scatter else "beyond"
     return (
-        f"gain over the baseline ({100 * state.baseline_score:.2f} %): {gain:+.2f} points, {verdict} twice the "
-        f"{sd:.2f} points that {best.config.val_size} validation images alone scatter; one seed, best of "
-        f"{state.counts['complete']}: an upper guess until it is confirmed over seeds"
+        f"gain over the baseline ({format_percent(baseline)}): {gain:+.2f} points, {where} twice "
+        f"the {scatter:.2f} points that {num_images} validation images alone scatter; one seed, "
+        f"best of {state.counts['complete']}: an upper guess until it is confirmed over seeds"
     )
 
 
 def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
-    """One row per trial: where it stands, how it ended, its competition group, then every knob of its configuration.
+    """Return one row per trial: its search, how it ended, its data, then every knob.
 
-    `val_acc` is that of the last reported epoch; `score` is NaN unless the trial is complete (or diverged: chance);
-    `train_seconds` sums its epochs; `ended_seq` orders the ends within a search.
+    `val_acc` is that of the last reported epoch. `score` is NaN unless the trial is complete (or
+    diverged: chance). `train_seconds` is the sum over its epochs. `ended_seq` orders the ends of
+    a search.
     """
-    return _make_frame(
-        TRIAL_COLUMNS,
-        [_make_row(state, trial) for state in searches for trial in state.trials.values()],
-    )
+    rows = [_make_row(state, trial) for state in searches for trial in state.trials.values()]
+    return _make_frame(TRIAL_COLUMNS, rows)
 
 
 def make_uploaded_trials(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """load_trials' table from what another store was told of trials: whole numbers, too, may be absent there."""
-    return _make_frame(
-        {name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}, rows
-    )
+    """Return load_trials' table from rows that MLflow holds; integers may be missing there, too."""
+    dtypes = {name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}
+    return _make_frame(dtypes, rows)
 
 
 def load_curves(searches: Iterable[SearchState]) -> pd.DataFrame:
-    """The long form: one row per reported epoch, with the length of its cycle and the fields of its EpochResult."""
-    rows = [
-        {"search": state.header.name, "trial": trial.number, "run_id": trial.run_id, "cycle": cycle}
-        | dict(result)
-        for state in searches
-        for trial in state.trials.values()
-        for cycle, result in trial.trained_epochs
-    ]
+    """Return one row per reported epoch: its trial, `stage` (length in epochs), its EpochResult."""
+    rows = []
+    for state in searches:
+        for trial in state.trials.values():
+            ids = {"search": state.header.name, "trial": trial.number, "run_id": trial.run_id}
+            for stage, result in trial.trained_epochs:
+                rows.append(ids | {"stage": stage} | dict(result))
     return _make_frame(CURVE_COLUMNS, rows)
 
 
 def split_groups(trials: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
-    """The competition groups of load_trials' table, each with its rows: complete trials by score, then the others by
-    their last accuracy. CIFAR-10 before the stand-in, longer trainings before shorter ones."""
-    ranked = (
-        trials.assign(competes=(trials["status"] == "complete") & trials["score"].notna())
-        .sort_values(
-            ["competes", "val_acc", "search", "trial"], ascending=[False, False, True, True]
-        )
-        .drop(columns="competes")
-    )
+    """Return the groups of trials that compare, each with its rows of load_trials' table.
+
+    Within a group: complete trials by score, then the others by their last accuracy. CIFAR-10
+    stands before synthetic data, longer trainings before shorter ones.
+    """
+    competes = (trials["status"] == "complete") & trials["score"].notna()
+    order = {"competes": False, "val_acc": False, "search": True, "trial": True}
+    ranked = trials.assign(competes=competes)
+    ranked = ranked.sort_values(list(order), ascending=list(order.values()))
     groups = []
-    for _, rows in ranked.groupby(list(GROUP_COLUMNS), sort=False):
+    for _, rows in ranked.drop(columns="competes").groupby(list(GROUP_COLUMNS), sort=False):
         first = rows.iloc[0]
         group = {
             name: first[name] if TRIAL_COLUMNS[name] == "string" else int(first[name])
@@ -141,20 +143,16 @@ def split_groups(trials: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFram
 
 def _order_group(group: dict[str, Any]) -> tuple[Any, ...]:
     sizes = (-group["epochs"], -group["train_size"], -group["val_size"])
-    return (
-        group["data"] != "cifar10",
-        *sizes,
-        group["split_hash"],
-        group["data_digest"],
-        group["fidelity"],
-    )
+    names = (group["split_hash"], group["data_digest"], group["fidelity"])
+    return group["data"] != "cifar10", *sizes, *names
 
 
 def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
-    """The course of each search, one row per ended trial in the order of the ends.
+    """Return the progress of each search, one row per ended trial in the order of the ends.
 
-    Columns: search, trial, run_id, status, `order` (from 1 in each search), `epochs_spent` (of all trials ended so
-    far), `score` (NaN unless complete), `best` (the highest so far, NaN before the first), `is_best` (set it).
+    Columns: `search`, `trial`, `run_id`, `status`, `order` (from 1 in each search), `epochs_spent`
+    (of all trials that ended so far), `score` (NaN unless complete), `best` (the highest score so
+    far, NaN before the first), `is_best` (whether this trial set it).
     """
     import pandas as pd
 
@@ -175,9 +173,8 @@ def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
     header = state.header
-    knobs = {
-        name: str(value) if isinstance(value, tuple) else value for name, value in trial.full_config
-    }
+    texts = {name: str(v) for name, v in trial.full_config if isinstance(v, tuple)}
+    knobs = dict(trial.full_config) | texts
     return knobs | {
         "search": header.name,
         "space": header.space,
@@ -208,16 +205,16 @@ def _make_frame(dtypes: dict[str, str], rows: list[dict[str, Any]]) -> pd.DataFr
 
 
 def load_uploaded_trials(tracking_uri: str, search: str) -> pd.DataFrame:
-    """load_trials' table of one search as MLflow tells it, for where the record is not at hand.
+    """Return load_trials' table of one search from MLflow, where the record is not available.
 
-    What MLflow is not told is absent: `train_seconds`, and the knobs without effect in a trial. `ended_seq` is the rank
-    of the end.
+    MLflow does not hold `train_seconds` and a trial's inactive hyperparameters: they are missing.
+    `ended_seq` is the rank of the end.
 
     Raises:
         TrackingError: when MLflow cannot be reached or has no such search.
     """
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
-        raise TrackingError(f"{path}: an MLflow database must be there, got none.")
-    with translate_errors(f"{check_name(search)}: MLflow must tell its trials"):
+        raise TrackingError(f"{path}: there is no MLflow database. Check `tracking_uri`.")
+    with translate_errors(f"{check_name(search)}: reading its trials from MLflow"):
         return make_uploaded_trials(read_trials(tracking_uri, search))

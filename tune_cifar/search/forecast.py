@@ -1,9 +1,9 @@
-"""What a search will pay, by simulation: before it starts, and from where it stands.
+"""Forecast of a search's epochs and time by simulation, before it starts or from where it stands.
 
-The search itself without its trainings: as many trials at once as there are workers, each judged by the real rule when
-it arrives at a rung, the baseline never stopped there, what still runs at the time limit cut. Assumed are one pace for
-all epochs, no trial that diverges or fails, a sampler that learns nothing, and scores of which the one at a rung
-foretells the next as well as was measured (CORRELATION).
+The simulated search has no trainings: as many trials at once as there are workers, each compared by
+the real rule when it arrives at a rung, the baseline never stopped there, running trials cut at the
+time limit. It assumes one pace for all epochs, no trial that diverges or fails, a sampler that
+learns nothing, and scores at successive rungs that are correlated as measured (CORRELATION).
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from statistics import NormalDist, fmean
 from typing import NamedTuple
 
 from tune_cifar.record.state import SearchState
-from tune_cifar.search.rungs import goes_on, list_steps
+from tune_cifar.search.rungs import is_promoted_rank, list_steps
 from tune_cifar.space.layout import Budget
 
-# Between a trial's scores at two rungs, as normal variables. Kendall's tau between complete cycles of 1 and of 8 epochs
-# is 0.54, which is a correlation of sin(0.54 pi / 2) (40 configurations of s8, analysis/FINDINGS.md, 2026-11-21).
+# Between a trial's scores at two rungs, as normal variables. Kendall's tau between stages of 1 and
+# of 8 epochs is 0.54, which is a correlation of sin(0.54 pi / 2) (40 configurations of s8,
+# analysis/FINDINGS.md, 2026-11-21).
 CORRELATION = 0.75
-# From the driver's start to the first training step: workers import torch and read the data. 3.0 to 5.4 s in six smoke
-# searches (two workers on two cores of an AMD EPYC Zen 4, 2026-11-21).
+# From the driver's start to the first training step: workers import torch and read the data. 3.0 to
+# 5.4 s in six smoke searches (two workers on two cores of an AMD EPYC Zen 4, 2026-11-21).
 START_SECONDS = 4.0
 MAX_DRAWS = 200
 
 
 class Spread(NamedTuple):
-    """Of what is not certain: the mean, and what 10 % and 90 % of the simulated searches stay below."""
+    """Mean and 10 % and 90 % quantiles of a quantity over the simulated searches."""
 
     mean: float
     low: float
@@ -41,12 +42,12 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is expected from here on.
+    """Expectations from here on.
 
     Attributes:
-        epochs: trained by all trials together; only whole ones count.
+        epochs: trained by all trials together; only complete ones count.
         seconds: to the search's end.
-        started: trials that are begun or gone on with.
+        started: trials that start or are resumed.
         complete: trials that reach the last rung.
         reached: trials that reach each rung.
     """
@@ -59,28 +60,28 @@ class Forecast:
 
 
 class _Task(NamedTuple):
-    """A trial on its way to a rung; tasks order by the time at which they arrive there."""
+    """A trial on its way to a rung; tasks are ordered by their time of arrival there."""
 
     end: float
     number: int
     rung: int
     num_epochs: int
-    """Missing when the task began."""
+    """From the task's start to the rung."""
     quality: float
-    """What its scores have in common, a standard normal variable."""
+    """Common part of the trial's scores, a standard normal variable."""
 
 
-# A trial that is to be run: its number, the rung that comes next, the epochs up to it, its quality if that is settled.
+# A trial that waits for a worker: number, next rung, epochs up to it, quality (None: unknown).
 _Waiting = tuple[int, int, int, float | None]
 
 
 @dataclass(frozen=True)
 class _Past:
-    """What a search has behind it. A trial's place among all at the first rung stands for its quality and scores.
+    """The recorded part of a search.
 
     Attributes:
-        scores: that arrived at each rung, ascending.
-        running: what comes next for each.
+        scores: at each rung, ascending; simulated from the trials' ranks at the first rung.
+        running: the unfinished trials.
     """
 
     num_started: int
@@ -106,25 +107,24 @@ def forecast_search(
     start_seconds: float = START_SECONDS,
     effort: int = 40_000,
 ) -> Forecast:
-    """Simulate a search many times, with the same dice every time.
+    """Forecast a search from many simulated ones; equal arguments give equal forecasts.
 
     Args:
-        budget: of the search; its time limit, if any, begins now.
+        budget: of the search; its time limit, if any, starts now.
         num_workers: trials at once.
         epoch_seconds: of every epoch.
-        state: of a search that goes on; by default nothing has happened.
+        state: of a search to resume; by default nothing has happened.
         start_seconds: until the workers train.
-        effort: trials to simulate in all, about; what 200 searches have is enough.
+        effort: trials to simulate in all, about; at most MAX_DRAWS searches are simulated.
     """
     steps, past = list_steps(budget), _read_past(budget, state)
     num_left = max(1, budget.trials - past.num_started + len(past.running))
-    dice = random.Random(0)
+    generator = random.Random(0)
     num_draws = min(MAX_DRAWS, max(1, effort // num_left))
     pace = (num_workers, start_seconds, epoch_seconds)
-    courses = [_simulate(budget, steps, pace, past, dice) for _ in range(num_draws)]
-    reached = tuple(
-        fmean(counts) for counts in zip(*(course.reached for course in courses), strict=True)
-    )
+    courses = [_simulate(budget, steps, pace, past, generator) for _ in range(num_draws)]
+    reached_by_rung = zip(*(course.reached for course in courses), strict=True)
+    reached = tuple(fmean(counts) for counts in reached_by_rung)
     return Forecast(
         epochs=_find_spread([course.num_epochs for course in courses]),
         seconds=_find_spread([course.seconds for course in courses]),
@@ -139,32 +139,34 @@ def _simulate(
     steps: Sequence[int],
     pace: tuple[int, float, float],
     past: _Past,
-    dice: random.Random,
+    generator: random.Random,
 ) -> _Course:
+    """Simulate one search; `pace` is workers, seconds until they train, seconds of an epoch."""
     num_workers, start_seconds, epoch_seconds = pace
     limit = math.inf if budget.max_time_seconds is None else budget.max_time_seconds
     course = _Course(reached=[0] * len(steps))
     scores = [list(found) for found in past.scores]
     shared, own = math.sqrt(CORRELATION), math.sqrt(1.0 - CORRELATION)
     running: list[_Task] = []
-    fresh = range(past.num_started, budget.trials)
-    waiting: Iterator[_Waiting] = chain(
-        past.running, ((number, 0, steps[0], None) for number in fresh)
-    )
+    numbers = range(past.num_started, budget.trials)
+    new_trials = ((number, 0, steps[0], None) for number in numbers)
+    waiting: Iterator[_Waiting] = chain(past.running, new_trials)
 
-    def begin(now: float, count: int = 1) -> None:
+    def push(now: float, number: int, rung: int, num_epochs: int, quality: float) -> None:
+        end = now + num_epochs * epoch_seconds
+        heappush(running, _Task(end, number, rung, num_epochs, quality))
+
+    def start(now: float, count: int = 1) -> None:
         for number, rung, num_epochs, quality in islice(waiting, count):
             course.num_started += 1
-            known = dice.gauss(0.0, 1.0) if quality is None else quality
-            heappush(
-                running, _Task(now + num_epochs * epoch_seconds, number, rung, num_epochs, known)
-            )
+            known = generator.gauss(0.0, 1.0) if quality is None else quality
+            push(now, number, rung, num_epochs, known)
 
-    begin(start_seconds, num_workers)
+    start(start_seconds, num_workers)
     while running:
         end, number, rung, num_epochs, quality = running[0]
         if end > limit:
-            course.num_epochs += sum(_count_whole(task, limit, epoch_seconds) for task in running)
+            course.num_epochs += sum(_count_done(task, limit, epoch_seconds) for task in running)
             course.seconds = limit
             break
         heappop(running)
@@ -172,47 +174,46 @@ def _simulate(
         course.reached[rung] += 1
         course.seconds = end
         if rung + 1 < len(steps):
-            score = shared * quality + own * dice.gauss(0.0, 1.0)
+            score = shared * quality + own * generator.gauss(0.0, 1.0)
             insort(scores[rung], score)
-            count = len(scores[rung])
-            if number == 0 or goes_on(
-                1 + count - bisect_right(scores[rung], score), count, budget.reduction_factor
-            ):
-                more = steps[rung + 1]
-                heappush(
-                    running, _Task(end + more * epoch_seconds, number, rung + 1, more, quality)
-                )
+            num_scores = len(scores[rung])
+            rank = 1 + num_scores - bisect_right(scores[rung], score)
+            is_baseline = number == 0  # never stopped
+            if is_baseline or is_promoted_rank(rank, num_scores, budget.reduction_factor):
+                push(end, number, rung + 1, steps[rung + 1], quality)
                 continue
-        begin(end)
+        start(end)
     return course
 
 
-def _count_whole(task: _Task, limit: float, epoch_seconds: float) -> int:
-    """Epochs that a task has done at the limit, which comes before its end."""
+def _count_done(task: _Task, limit: float, epoch_seconds: float) -> int:
+    """Return the complete epochs of a task at the limit, which comes before its end."""
     num_missing = math.ceil((task.end - limit) / epoch_seconds - 1e-9)
     return max(0, task.num_epochs - num_missing)
 
 
 def _read_past(budget: Budget, state: SearchState | None) -> _Past:
-    """From the trials alone, which may grow while they are read."""
+    """Read the trials alone: another thread may add some meanwhile."""
     trials = list(state.trials.values()) if state else []
     ends = list(accumulate(list_steps(budget)))
-    first = sorted(
-        (score, trial.number)
-        for trial in trials
-        if (score := trial.scores.get(budget.rungs[0])) is not None
-    )
-    normal, count = NormalDist(), len(first)
-    places = {number: normal.inv_cdf((i + 1) / (count + 1)) for i, (_, number) in enumerate(first)}
+    first_rung = budget.rungs[0]
+    scored = [trial for trial in trials if first_rung in trial.scores]
+    scored.sort(key=lambda trial: (trial.scores[first_rung], trial.number))
+    normal = NormalDist()
+    qualities = {
+        trial.number: normal.inv_cdf(rank / (len(scored) + 1))
+        for rank, trial in enumerate(scored, 1)
+    }
     running: list[_Waiting] = []
     for trial in trials:
         if trial.status == "running":
             rung = min(bisect_right(ends, trial.epochs_done), len(ends) - 1)
             num_epochs = max(0, ends[rung] - trial.epochs_done)
-            running.append((trial.number, rung, num_epochs, places.get(trial.number)))
-    found = [(trial.scores, places[trial.number]) for trial in trials if trial.number in places]
+            running.append((trial.number, rung, num_epochs, qualities.get(trial.number)))
+    # `scored` is in ascending order of quality.
     scores = tuple(
-        tuple(sorted(place for told, place in found if rung in told)) for rung in budget.rungs
+        tuple(qualities[trial.number] for trial in scored if rung in trial.scores)
+        for rung in budget.rungs
     )
     return _Past(len(trials), scores, tuple(running))
 

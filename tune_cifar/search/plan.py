@@ -1,4 +1,4 @@
-"""What is settled before a search starts: what was asked for, what a trial occupies, how long an epoch takes."""
+"""The plan of a search, made before it starts: request, resources, measured cost, disk space."""
 
 from __future__ import annotations
 
@@ -39,25 +39,28 @@ from tune_cifar.train.trainer import Trainer
 
 # Checkpoints of a running trial: the two that CheckpointFolder keeps and the one being written.
 CHECKPOINTS_PER_TRIAL = 3
-# Tensors of a parameter's size in each optimizer's state: SGD's momentum, Adam's two moments.
-OPTIMIZER_SLOTS = {"sgd": 1, "adam": 2, "adamw": 2}
-# What torch's archive adds: headers and padding per tensor, an EpochResult per epoch; generators, names and the rest.
-# Upper bounds, held against real files by test_preflight.
-TENSOR_BYTES, RESULT_BYTES, STATE_BYTES = 600, 400, 40_000
-# Record and MLflow's SQLite store, rounded up from a store of 127 runs and 200 epochs, files in blocks of 4 kB (MLflow
-# 3.17.2, November 2026). A trial took 31 kB: 8 in MLflow's tables, 21 in the files and folders of its artifacts, 2 in
-# the record. An epoch took 2.0 kB: 1.6 in MLflow's tables, 0.35 in the record. Empty tables took 0.9 MB.
+# A checkpoint has the weights and at most two tensors more per parameter: Adam's moments.
+TENSORS_PER_WEIGHT = 3
+# Margins of a weights file and of a checkpoint: on the bytes of the tensors, and for the rest
+# (headers, generators, the results of 1,000 epochs).
+FILE_FACTOR, FILE_BYTES = 1.1, 500_000
+# Record and MLflow's SQLite store, rounded up from 0.9 MB for empty tables, 31 kB a trial and 2.0
+# kB an epoch (127 runs and 200 epochs, files in blocks of 4 kB, MLflow 3.17.2, November 2026).
 SEARCH_BYTES, TRIAL_BYTES, EPOCH_BYTES = 2_000_000, 40_000, 2_500
-# A socket's path has at most 107 bytes on Linux, and Ray puts
-# ray/session_<26 characters of date and time>_<process id>/sockets/plasma_store into the temporary folder.
+# A socket's path has at most 107 bytes on Linux. Ray's, in the temporary folder, is
+# ray/session_<26 characters of date and time>_<process id>/sockets/plasma_store.
 MAX_TEMPORARY_BYTES = 107 - len("/ray/session__/sockets/plasma_store") - 26 - 7
+# MiB of a GPU that a process holds beside torch's allocator (CUDA's context, kernels): an estimate.
+CONTEXT_MB = 600.0
+# Fraction of a device's memory that is given to trials.
+USABLE_MEMORY = 0.9
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What the user asked for beyond the space: runtime options, none of which changes a recipe.
+    """Runtime options of a search; none of them changes a training's recipe.
 
-    `None` leaves the choice to the program.
+    None means the default for this machine or this search.
     """
 
     source: DataSource
@@ -83,7 +86,7 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial occupies and how many run at once. Ray's resources are logical: they place, they do not limit."""
+    """Cores and GPUs of a trial, and trials at once. Ray places trials by them, without limits."""
 
     cpus_per_trial: int
     gpus_per_trial: float
@@ -91,37 +94,50 @@ class Resources:
     num_gpus: int
 
 
-# What a process holds of a GPU beside torch's allocator (CUDA's context, kernels), in MiB: an estimate, see NOTES.
-CONTEXT_MB = 600.0
-# Of a device's memory, so much is given to trials.
-USABLE_MEMORY = 0.9
-
-
 class Cost(NamedTuple):
-    """What a trial of the baseline takes, measured by training a few steps."""
+    """Time and memory of a trial of the baseline, measured by training a few steps."""
 
     epoch_seconds: float
     memory_mb: float
-    """MiB that its process holds: of the GPU, or of the machine."""
+    """MiB that the trial's process holds, of the GPU or of the machine."""
     device_mb: float
-    """MiB that there are."""
+    """MiB of the GPU or of the machine."""
 
     @property
-    def num_room(self) -> int:
-        """Trials for which one device has the memory."""
+    def num_fitting(self) -> int:
+        """Trials that fit into the memory of one device."""
         return int(USABLE_MEMORY * self.device_mb / self.memory_mb)
+
+
+class DiskNeeds(NamedTuple):
+    """Upper bounds of what a search writes, in bytes."""
+
+    checkpoints: int
+    weights: int
+    records: int
+    """Record, and MLflow's database and files."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def describe(self) -> str:
+        return (
+            f"checkpoints {_format_mb(self.checkpoints)}, weights {_format_mb(self.weights)}, "
+            f"record and MLflow {_format_mb(self.records)}"
+        )
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """Everything settled before the first trial.
+    """Everything that is decided before the first trial.
 
     Attributes:
-        cost: of one trial, measured.
-        past: the search as it is recorded, when it goes on.
-        resumed: what the record will say of the resume; None for a new search.
+        cost: measured, of one trial.
+        past: the recorded search, when it is resumed.
+        resumed: the event that a resumed search appends to its record; None for a new search.
         notes: what was restored and what has changed, a sentence each.
-        confirmation: what is trained when nothing is searched: a search's candidates again, under new seeds.
+        confirmation: set when a search's best trials are trained again under new seeds.
     """
 
     space: SearchSpace
@@ -138,60 +154,57 @@ class SearchPlan:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """What is expected to be paid, the past apart."""
-        return forecast_search(
-            self.space.budget, self.resources.max_concurrent, self.cost.epoch_seconds, self.past
-        )
+        """Epochs and time still to come, by simulation."""
+        budget, num_at_once = self.space.budget, self.resources.max_concurrent
+        return forecast_search(budget, num_at_once, self.cost.epoch_seconds, self.past)
 
     @property
     def disk_needs(self) -> DiskNeeds:
-        """At most, if every trial trained to its last epoch."""
-        budget, request = self.space.budget, self.request
-        num_epochs, num_at_once = sum(list_stages(budget)), self.resources.max_concurrent
+        """Upper bounds, as if no trial were stopped."""
         return estimate_disk_needs(
-            self.space.baseline, num_epochs, budget.trials, num_at_once, request.keep_weights
+            self.space, self.resources.max_concurrent, self.request.keep_weights
         )
 
     def describe(self) -> str:
-        """What will be done, and how much of it fits into the time or how long it takes, in one sentence or two."""
-        budget, expected = self.space.budget, self.forecast
+        """Return in two sentences what runs, and how long it takes or what the time allows."""
+        budget, expected, past = self.space.budget, self.forecast, self.past
         what = f"search {self.name}: {budget.describe()}"
         if self.confirmation is not None:
-            what = f"confirmation {self.name}: {budget.trials} trainings of {budget.describe_epochs()} each"
+            trainings = f"{budget.trials} trainings of {budget.describe_epochs()} each"
+            what = f"confirmation {self.name}: {trainings}"
         text = f"{what}; {self.describe_cost()}"
-        more = (
-            " more"
-            if self.past is not None and self.past.counts["running"] < len(self.past.trials)
-            else ""
-        )
+        has_ended_trials = past is not None and past.counts["running"] < len(past.trials)
+        more = " more" if has_ended_trials else ""
         if budget.max_time_seconds is None:
-            took = timedelta(seconds=round(expected.seconds.mean))
-            return f"{text}: about {expected.epochs.mean:.0f}{more} trial-epochs in {took}."
+            duration = timedelta(seconds=round(expected.seconds.mean))
+            return f"{text}: about {expected.epochs.mean:.0f}{more} trial-epochs in {duration}."
         return f"{text}: the time is enough for about {expected.started:.0f}{more} trials."
 
     def describe_cost(self) -> str:
-        """How trials run and what one takes; no full stop at the end."""
+        """Return how trials run and what one costs; without a full stop."""
         numerics = self.numerics
+        plural = "s" if numerics.threads > 1 else ""
         epoch_seconds = float(f"{self.cost.epoch_seconds:.2g}")  # two digits, also above a hundred
         return (
             f"{self.resources.max_concurrent} at once on {numerics.device_name}, "
-            f"{numerics.precision}, {numerics.threads} thread{'s' if numerics.threads > 1 else ''} each. "
+            f"{numerics.precision}, {numerics.threads} thread{plural} each. "
             f"An epoch of the baseline takes about {epoch_seconds:g} s{self._describe_memory()}"
         )
 
     def _describe_memory(self) -> str:
-        """What a trial holds, and the advice that follows from it when trials at once are too many or could be more."""
+        """Return a trial's memory, and advice when too many run at once or more would fit."""
         resources, cost = self.resources, self.cost
         text = f"; a trial holds {cost.memory_mb / 1024:.2g} of {cost.device_mb / 1024:.0f} GB"
         if self.numerics.device == "cpu":
-            few = cost.num_room < resources.max_concurrent
-            return f"{text} (--max-concurrent {max(1, cost.num_room)} has room)" if few else text
+            if cost.num_fitting >= resources.max_concurrent:
+                return text
+            return f"{text} (`max_concurrent={max(1, cost.num_fitting)}` would fit)"
         at_once = int(1 / resources.gpus_per_trial) if resources.gpus_per_trial < 1 else 1
-        num_room = min(cost.num_room, 100)  # Ray counts in hundredths here
-        num_useful = min(num_room, count_cores() // resources.cpus_per_trial)
-        if num_room < at_once or num_useful > at_once:
-            better = max(1, min(num_room, num_useful))
-            text += f" (--gpus-per-trial {int(100 / better) / 100:g} has room for {better} at once)"
+        num_fitting = min(cost.num_fitting, 100)  # GPU fractions are advised in hundredths
+        num_useful = min(num_fitting, count_cores() // resources.cpus_per_trial)
+        if num_fitting < at_once or num_useful > at_once:
+            better = max(1, num_useful)
+            text += f" (`gpus_per_trial={int(100 / better) / 100:g}` would fit {better} at once)"
         return text
 
 
@@ -200,11 +213,11 @@ def settle_search(
     request: SearchRequest,
     start_workers: Callable[[Resources], None] | None = None,
 ) -> SearchPlan:
-    """Settle a new search: name, numerics, resources; see `check_and_measure`.
+    """Plan a new search: name, numerics, resources; see `check_and_measure`.
 
     Raises:
         RecordError: when the name is taken.
-        ConfigError, DataError: when an option does not fit the machine or the data are not there.
+        ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
     name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
     check_is_new(search_folder(request.storage, name))
@@ -220,67 +233,63 @@ def check_and_measure(
     numerics: Numerics,
     start_workers: Callable[[Resources], None] | None = None,
 ) -> SearchPlan:
-    """Check that the machine is fit for a search and measure 20 training steps.
+    """Check that the machine can run a search and measure 20 training steps.
 
     Args:
         start_workers: called in this thread while others read the data and measure.
+
+    Raises:
+        ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
     resources = resolve_resources(request, numerics, count_gpus(request.device))
-    config, budget, num_at_once = space.baseline, space.budget, resources.max_concurrent
-    num_epochs = sum(list_stages(budget))
-    check_search_fits(
-        request.storage, config, num_epochs, budget.trials, num_at_once, request.keep_weights
-    )
+    config = space.baseline
+    needs = estimate_disk_needs(space, resources.max_concurrent, request.keep_weights)
+    check_disk(request.storage, needs)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
         measured = pool.submit(measure_cost, config, request.source, numerics)
         if start_workers is not None:
             start_workers(resources)
-        return SearchPlan(
-            space, request, name, loaded.result().info, numerics, resources, measured.result()
-        )
+        data, cost = loaded.result().info, measured.result()
+    return SearchPlan(space, request, name, data, numerics, resources, cost)
 
 
 def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:
-    """Check what was asked for against the machine; by default as many trials at once as fit.
+    """Check the requested resources against the machine; by default as many trials run as fit.
 
     Raises:
-        ConfigError: when one trial would not fit the machine.
+        ConfigError: when not even one trial fits.
     """
-    cpus = request.cpus_per_trial
-    check_cpus(cpus)  # a resumed search brings its own
-    gpus = request.gpus_per_trial
+    cpus, gpus, at_once = request.cpus_per_trial, request.gpus_per_trial, request.max_concurrent
+    check_cpus(cpus)  # of a resumed search they come from the record
     if gpus is None:
         gpus = 1.0 if numerics.device == "cuda" else 0.0
     if gpus and numerics.device == "cpu":
-        raise ConfigError(
-            f"--gpus-per-trial: 0 must hold on a CPU, got {gpus:g}. A GPU must be there to be shared."
-        )
+        raise ConfigError(f"`gpus_per_trial` must be 0 on a CPU, got {gpus:g}. Leave it out.")
     if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ConfigError(
-            f"--gpus-per-trial: a fraction up to 1 or a whole number must be given, got {gpus:g}."
-        )
+        rule = "`gpus_per_trial` must be a fraction up to 1 or a whole number"
+        raise ConfigError(f"{rule}, got {gpus:g}.")
     if gpus > num_gpus:
-        raise ConfigError(
-            f"--gpus-per-trial: at most {num_gpus} (the GPUs here) must hold, got {gpus:g}."
-        )
-    if request.max_concurrent is not None and request.max_concurrent < 1:
-        raise ConfigError(
-            f"--max-concurrent: a number >= 1 must be given, got {request.max_concurrent}."
-        )
-    fits = count_cores() // cpus
-    if gpus:
-        fits = min(fits, int(num_gpus / gpus) if gpus >= 1 else num_gpus * int(1 / gpus))
-    return Resources(cpus, gpus, min(fits, request.max_concurrent or fits), num_gpus)
+        rule = f"`gpus_per_trial` <= {num_gpus} (the GPUs here) must hold"
+        raise ConfigError(f"{rule}, got {gpus:g}.")
+    if at_once is not None and at_once < 1:
+        raise ConfigError(f"`max_concurrent` >= 1 must hold, got {at_once}.")
+    num_fitting = count_cores() // cpus
+    if gpus >= 1:
+        num_fitting = min(num_fitting, int(num_gpus / gpus))
+    elif gpus:
+        num_fitting = min(num_fitting, num_gpus * int(1 / gpus))
+    return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
 
 
 def measure_cost(
     config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20
 ) -> Cost:
-    """Of one training: seconds of an epoch from the median step, evaluation counted as forward passes; memory.
+    """Measure one training: seconds of an epoch, evaluation included, and memory.
 
-    A forward pass costs about a third of a training step per image (one of forward, backward by inputs, backward by
-    weights). On a CPU the memory is this process's, which holds a little more than a worker.
+    The time is the median step's. A forward pass of an image counts as a third of its training step
+    (forward, backward by inputs, backward by weights). On a CPU the memory is this process's, which
+    holds a little more than a worker.
     """
     data = load_train_val(source, config.train_size, config.val_size)
     trainer = Trainer(config, data, numerics)
@@ -291,133 +300,90 @@ def measure_cost(
 
 
 def count_trials(text: str, num_started: int | None = None) -> int:
-    """`--trials` as the whole number of trials of a search: `40`, or with --resume `+50`, that many more.
+    """Return a search's number of trials: `40`, or of a resumed search `+50`, that many more.
 
     Args:
-        num_started: trials that a resumed search has; None for a new search.
+        num_started: trials of the resumed search; None for a new search.
 
     Raises:
-        ConfigError: when it is neither, or less than there are.
+        ConfigError: when the text is neither, or means fewer trials than there are.
     """
     if num_started is None:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
-            raise ConfigError(f"--trials: a number >= 1 must be given, got {text!r}.")
+            raise ConfigError(f"`trials` must be a whole number >= 1, got {text!r}.")
         return int(text)
     if not re.fullmatch(r"\+?[1-9][0-9]{0,8}", text):
-        raise ConfigError(
-            f"--trials: a number such as 40 or +50 must be given with --resume, got {text!r}."
-        )
+        rule = "`trials` must be a number such as 40 or +50 with `resume=True`"
+        raise ConfigError(f"{rule}, got {text!r}.")
     num_trials = num_started * text.startswith("+") + int(text)
     if num_trials < num_started:
-        raise ConfigError(
-            f"--trials: at least the {num_started} trials that there are must hold, got {text}."
-        )
+        raise ConfigError(f"`trials` >= {num_started} (those recorded) must hold, got {text}.")
     return num_trials
 
 
-@dataclass(frozen=True)
-class DiskNeeds:
-    """Bytes that a search has on disk at most, if every trial trained to its last epoch."""
+def estimate_disk_needs(space: SearchSpace, max_concurrent: int, keep_weights: int) -> DiskNeeds:
+    """Return coarse upper bounds of what a search writes if no trial is stopped.
 
-    checkpoints: int
-    weights: int
-    records: int
-    """The search's record and MLflow's database and files."""
-
-    @property
-    def total(self) -> int:
-        return self.checkpoints + self.weights + self.records
-
-    def describe(self) -> str:
-        return (
-            f"checkpoints {_format_mb(self.checkpoints)}, weights {_format_mb(self.weights)}, "
-            f"record and MLflow {_format_mb(self.records)}"
-        )
-
-
-def estimate_disk_needs(
-    config: TrainConfig, num_epochs: int, num_trials: int, max_concurrent: int, keep_weights: int
-) -> DiskNeeds:
-    """Disk for a search of trials like `config`; a searched optimizer with more state than its own is not counted.
-
-    Args:
-        num_epochs: of a whole trial: those of all its cycles.
-        keep_weights: of how many finished trials the weights stay. Those of running trials come on top, written before
-            it is known whose stay, and the best trial's copy in MLflow.
+    They come from the shapes of the baseline's model; nothing is allocated.
     """
-    weights, checkpoint = measure_training(config)
+    with torch.device("meta"):
+        model = build_model(space.baseline)
+    num_bytes = FILE_FACTOR * sum(tensor.nbytes for tensor in model.state_dict().values())
+    weights = round(num_bytes) + FILE_BYTES
+    checkpoint = round(TENSORS_PER_WEIGHT * num_bytes) + FILE_BYTES
+    # Those of the best trials, of the running ones, and the best trial's copy in MLflow.
+    num_weights = keep_weights + max_concurrent + 1
+    num_epochs = sum(list_stages(space.budget))
     return DiskNeeds(
         checkpoints=CHECKPOINTS_PER_TRIAL * max_concurrent * checkpoint,
-        weights=(keep_weights + max_concurrent + 1) * weights,
-        records=SEARCH_BYTES + num_trials * (TRIAL_BYTES + num_epochs * EPOCH_BYTES),
+        weights=num_weights * weights,
+        records=SEARCH_BYTES + space.budget.trials * (TRIAL_BYTES + num_epochs * EPOCH_BYTES),
     )
 
 
-def measure_training(config: TrainConfig) -> tuple[int, int]:
-    """Bytes of a configuration's weights file and of its checkpoint, from the shapes alone: nothing is allocated."""
-    with torch.device("meta"):
-        model = build_model(config)
-    parameters, tensors = list(model.parameters()), model.state_dict().values()
-    weights = sum(tensor.nbytes for tensor in tensors)
-    slots = OPTIMIZER_SLOTS[config.optimizer]
-    num_tensors = len(tensors) + (slots + 1) * len(
-        parameters
-    )  # the state also counts each parameter's steps
-    moments = slots * sum(parameter.nbytes for parameter in parameters)
-    extra = num_tensors * TENSOR_BYTES + config.epochs * RESULT_BYTES + STATE_BYTES
-    return weights + len(tensors) * TENSOR_BYTES, weights + moments + extra
-
-
-def check_search_fits(
-    storage: Path,
-    config: TrainConfig,
-    num_epochs: int,
-    num_trials: int,
-    max_concurrent: int,
-    keep_weights: int,
-) -> None:
-    """Refuse a search that would fail later for want of a writable folder or of room; see `estimate_disk_needs`.
+def check_disk(storage: Path, needs: DiskNeeds) -> None:
+    """Refuse a search that would later lack a writable folder or disk space.
 
     Raises:
-        ConfigError: the temporary folder or the run store cannot be written, or the disk has too little room.
+        ConfigError: when the temporary folder or the run store is not writable, or the disk too
+            small.
     """
     _check_temporary_folder()
-    check_folder(storage, "the run store", "--storage")
-    needs = estimate_disk_needs(config, num_epochs, num_trials, max_concurrent, keep_weights)
-    free = _get_free_bytes(storage)
+    check_folder(storage, "the run store", "storage")
+    free = shutil.disk_usage(_find_existing(storage)).free
     if needs.total > free:
-        raise ConfigError(
-            f"{storage}: {_format_mb(needs.total)} must be free for the search ({needs.describe()}), "
-            f"got {_format_mb(free)}. Make room (`searches delete`), name another folder with --storage, or ask for "
-            "fewer trials."
-        )
+        needed = f"{_format_mb(needs.total)} must be free for the search ({needs.describe()})"
+        hint = "Make room (`searches delete`), give another folder as `storage`, or lower `trials`."
+        raise ConfigError(f"{storage}: {needed}, got {_format_mb(free)}. {hint}")
 
 
-def check_folder(folder: Path, what: str, option: str) -> None:
-    """Refuse a folder, there or still to be made, in which nothing could be written later.
+def check_folder(folder: Path, what: str, parameter: str) -> None:
+    """Refuse a folder, existing or not, in which nothing could be written later.
 
     Raises:
-        ConfigError: naming what it is for and the option that names another.
+        ConfigError: with what the folder is for and the parameter that sets another.
     """
-    _check_writable(
-        _find_existing(folder), f"{folder}: {what}", f"Name another folder with {option}."
-    )
+    hint = f"Give another folder as `{parameter}`."
+    _check_writable(_find_existing(folder), f"{folder}: {what}", hint)
 
 
 def _check_temporary_folder() -> None:
-    """Ray takes RAY_TMPDIR, else TMPDIR, else /tmp, as they are; Python itself would pass over a bad one."""
+    """Check the folder that Ray takes: RAY_TMPDIR, else TMPDIR, else /tmp.
+
+    Python's tempfile would skip a bad one; Ray does not.
+    """
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "TMPDIR")
     folder = Path(os.environ.get(name, "/tmp"))
     if not folder.is_absolute():
-        raise ConfigError(f"{name}: an absolute path must be given, got {str(folder)!r}.")
+        raise ConfigError(f"{name} must be an absolute path, got {str(folder)!r}.")
     if (size := len(os.fsencode(folder))) > MAX_TEMPORARY_BYTES:
-        rule = f"a path of at most {MAX_TEMPORARY_BYTES} bytes must be given (Ray's sockets lie in it), got {size}"
-        raise ConfigError(f"{name}: {rule}: {folder}.")
+        rule = f"{name} must be a path of at most {MAX_TEMPORARY_BYTES} bytes (of Ray's sockets)"
+        raise ConfigError(f"{rule}, got {size}: {folder}.")
     _check_writable(folder, f"{folder}: the temporary folder", f"Set {name} to one that is.")
 
 
 def _find_existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+    """Return the folder, or the nearest one above it that exists."""
     for place in (folder, *folder.parents):
         try:
             place.lstat()
@@ -428,22 +394,17 @@ def _find_existing(folder: Path) -> Path:
 
 
 def _check_writable(folder: Path, what: str, hint: str) -> None:
-    """Create and remove a file: rights, a read-only mount and a full disk all tell; looking at rights tells root a lie.
+    """Check a folder by writing a file; permission bits do not show a read-only or full disk.
 
     Raises:
-        ConfigError: `what` must be writable, the system's words, and the hint.
+        ConfigError: that `what` must be writable, with the system's reason and the hint.
     """
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".tune_cifar-") as file:
             file.write(b"tune_cifar")
     except OSError as exc:
-        raise ConfigError(
-            f"{what} must be writable, got {exc.strerror!r} at {folder}. {hint}"
-        ) from exc
-
-
-def _get_free_bytes(storage: Path) -> int:
-    return shutil.disk_usage(_find_existing(storage)).free
+        sentence = f"{what} must be writable, got {exc.strerror!r} at {folder}. {hint}"
+        raise ConfigError(sentence) from exc
 
 
 def _format_mb(num_bytes: int) -> str:

@@ -1,8 +1,9 @@
-"""A search: Ray Tune runs the trials on warm workers, Optuna proposes, asynchronous successive halving stops.
+"""A search on Ray Tune: warm workers train, Optuna proposes, asynchronous successive halving stops.
 
-`SearchDriver` (driver.py) decides and records; it knows nothing of Ray. Three thin adapters hand Tune's calls to it:
-a Searcher (what to try next), a Scheduler (what a result means), a Stopper (when all is over). `TrialWorker` steps the
-training generator inside a worker. The record is written before anything else happens; everything shown later reads it.
+`SearchDriver` (driver.py) decides and records, without Ray. Three thin adapters pass Tune's calls
+on to it: a Searcher (which trial comes next), a Scheduler (whether a trial goes on) and a Stopper
+(when the search ends). `TrialWorker` (worker.py) trains. The record is written first; everything
+shown later is read from it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import Any, Literal
 
 # Before ray: it sets what ray reads when it is imported.
-from tune_cifar.search.worker import TrialWorker  # isort: split
+from tune_cifar.search.worker import TrialWorker, unpack_epochs  # isort: split
 
 import ray
 from ray import tune
@@ -33,7 +34,6 @@ from tune_cifar.record.events import Confirmation, Event, Fault, Kind, SearchRes
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.schema import EpochResult
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import (
     Resources,
@@ -49,17 +49,17 @@ from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
 from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.recorded import Listener, make_header
 
-# How long the end of a search waits for MLflow, and how long after a second Ctrl-C.
+# Seconds that the end of a search waits for MLflow, and after a second Ctrl-C.
 UPLOAD_SECONDS = 60.0
 URGENT_SECONDS = 2.0
-# Ray's monitor kills a worker when the machine's memory runs out, and says so.
-RAYS_WORDS_FOR_NO_MEMORY = "low on memory"
+# Part of Ray's message when it kills a worker because the machine's memory runs out.
+RAY_OUT_OF_MEMORY = "low on memory"
 
 
 def prepare_search(
     space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None
 ) -> SearchPlan:
-    """Settle a new search, or a confirmation of one, while the workers' cluster starts; raises as `settle_search`."""
+    """Plan a new search or a confirmation while Ray starts; raises what `settle_search` raises."""
     return replace(settle_search(space, request, start_ray), confirmation=confirmation)
 
 
@@ -67,17 +67,18 @@ def prepare_resume(
     request: SearchRequest,
     trials: str | None,
     max_time_seconds: float | None,
-    accepts_changes: bool,
+    accept_changes: bool,
 ) -> SearchPlan:
-    """Settle how the search `request.name` goes on, from its record alone; a torn last line is cut.
+    """Plan how the search `request.name` is resumed, from its record; a torn last line is cut off.
 
     Args:
-        trials: `--trials` as given, see `count_trials`; None leaves the recorded number.
-        max_time_seconds: of this launch; None takes the recorded limit, counted anew.
+        trials: see `count_trials`; None leaves the recorded number.
+        max_time_seconds: of this launch; None takes the recorded limit, counted from now.
+        accept_changes: resume although code, data or numerics have changed.
 
     Raises:
-        RecordError: when there is no such search, its record is damaged or another process holds it.
-        ConfigError: when what decides results has changed and was not accepted, or an option does not fit.
+        RecordError: when the search is missing, damaged or held by another process.
+        ConfigError: when changes are not accepted, or the request does not fit the machine.
     """
     assert request.name is not None
     with Record.open(search_folder(request.storage, request.name)) as record:
@@ -85,13 +86,12 @@ def prepare_resume(
     space = restore_space(state.header)
     num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
     space = space.limit(num_trials, max_time_seconds)
-    numerics = restore_numerics(
-        state.resumes[-1].numerics if state.resumes else state.header.numerics
-    )
+    last = state.resumes[-1] if state.resumes else state.header
+    numerics = restore_numerics(last.numerics)
     environment = describe_environment()
     data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size).info
     changes = find_changes(state, data, numerics, environment)
-    check_accepted(changes, accepts_changes)
+    check_accepted(changes, accept_changes)
     request = replace(request, cpus_per_trial=numerics.threads)
     plan = check_and_measure(space, request, state.header.name, numerics, start_ray)
     event = SearchResumed(
@@ -102,26 +102,25 @@ def prepare_resume(
         environment=environment,
         command=request.command,
     )
-    notes = [
-        *describe_restored(state, space.budget.rungs),
-        *(f"changed since: {note}" for note in changes.harmless),
-    ]
+    notes = describe_restored(state, space.budget.rungs)
+    notes += [f"changed since: {change}" for change in changes.harmless]
     notes += [f"accepted: {change}" for change in changes.deciding]
-    return replace(
-        plan, past=state, resumed=event, notes=tuple(notes), confirmation=state.header.confirmation
-    )
+    plan = replace(plan, past=state, resumed=event, notes=tuple(notes))
+    return replace(plan, confirmation=state.header.confirmation)
 
 
 def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
-    """Do the action; whatever it raises ends the search and is raised by it (Tune would wrap it, or blame a trial)."""
+    """Call the action; an exception ends the search and is raised at its end.
+
+    Tune would wrap the exception or attribute it to a trial.
+    """
     fault: Exception
     try:
         return action()
     except OSError as exc:
         place = exc.filename or driver.record.state.folder
-        fault = RecordError(
-            f"{place}: the run store must take it, got {exc.strerror!r}. Make room, then --resume."
-        )
+        got = f"the run store must be writable, got {exc.strerror!r}"
+        fault = RecordError(f"{place}: {got}. Make room, then give `resume=True`.")
     except Exception as exc:
         fault = exc
     driver.fault = driver.fault or fault
@@ -129,7 +128,7 @@ def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> A
 
 
 class _Searcher(Searcher):  # type: ignore[misc]
-    """Tune asks the driver what to try next."""
+    """Passes Tune's requests for a trial on to the driver."""
 
     def __init__(self, driver: SearchDriver, fixed: dict[str, Any]) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return _guard(self._driver, self._suggest, Searcher.FINISHED)  # type: ignore[no-any-return]
 
     def _suggest(self) -> dict[str, Any] | Literal["FINISHED"] | None:
-        """A trial; None when there is none now; FINISHED when there will be none any more."""
+        """Return a trial, None when there is none now, FINISHED when no more will start."""
         trial = self._driver.ask()
         if trial is None:
             return Searcher.FINISHED if self._driver.is_exhausted else None
@@ -149,7 +148,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return {
             "trial": trial.number,
             "config": trial.full_config.model_dump(mode="json"),
-            "cycles": self._driver.list_remaining_stages(trial),
+            "stages": self._driver.list_remaining_stages(trial),
             "rungs": self._driver.rungs,
             "folder": str(folder),
             **self._fixed,
@@ -158,11 +157,11 @@ class _Searcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Nothing: the scheduler has told the driver already."""
+        """Do nothing: the scheduler has reported to the driver already."""
 
 
 class _Scheduler(FIFOScheduler):  # type: ignore[misc]
-    """Tune hands every result to the driver before anything else sees it."""
+    """Passes every message of a worker on to the driver, before Tune uses it."""
 
     def __init__(self, driver: SearchDriver) -> None:
         super().__init__()
@@ -172,15 +171,12 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         goes_on = _guard(self._driver, lambda: self._on_result(result), False)
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
-    def _on_result(self, word: dict[str, Any]) -> bool:
-        """Hand a worker's word to the driver; True when the trial goes on."""
-        number, outcome, text = word["trial"], word["outcome"], word["text"]
+    def _on_result(self, message: dict[str, Any]) -> bool:
+        """Pass a worker's message on to the driver; return whether the trial goes on."""
+        number, outcome, text = message["trial"], message["outcome"], message["text"]
         if outcome == "epochs":
-            epochs = (line.split(" ", 1) for line in text.splitlines())
-            return all(
-                self._driver.report(number, int(cycle), EpochResult.model_validate_json(dump))
-                for cycle, dump in epochs
-            )
+            reports = (self._driver.report(number, *epoch) for epoch in unpack_epochs(text))
+            return all(reports)  # none after the epoch that ends the trial
         if outcome == "paused":
             self._driver.pause(number)
         elif outcome == "diverged":
@@ -188,28 +184,28 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         elif outcome == "out of memory":
             self._driver.retry(number, "out of memory", text)
         elif outcome == "disk full":
-            raise DiskFullError(f"{text} Then --resume.")
+            raise DiskFullError(f"{text} Then give `resume=True`.")
         else:
             self._driver.fail(number, text)
         return False
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """The worker itself died: killed by somebody, by the kernel or by Ray for want of memory, or a crash."""
+        """Retry a trial whose worker died: a crash, or killed, perhaps by Ray as memory ran out."""
         error = _read_error(trial)
-        fault: Fault = "out of memory" if RAYS_WORDS_FOR_NO_MEMORY in error else "worker died"
+        fault: Fault = "out of memory" if RAY_OUT_OF_MEMORY in error else "worker died"
         text = f"the worker process of the trial died\n{error[:2000]}".rstrip()
         _guard(self._driver, lambda: self._driver.retry(trial.config["trial"], fault, text), None)
 
 
 def _read_error(trial: Any) -> str:
-    """What Ray says of a trial's dead worker. Tune's own `get_error` looks where nothing is copied to."""
+    """Return Ray's message on a trial's dead worker; Tune's own `get_error` finds none."""
     with suppress(OSError, TypeError):
         return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
     return ""
 
 
 class _Stopper(Stopper):  # type: ignore[misc]
-    """Ends everything, in the middle of an epoch if need be, when the driver says so."""
+    """Ends the search, in the middle of an epoch if need be, when the driver requires it."""
 
     def __init__(self, driver: SearchDriver) -> None:
         self._driver = driver
@@ -222,8 +218,10 @@ class _Stopper(Stopper):  # type: ignore[misc]
 
 
 def start_ray(resources: Resources) -> None:
-    """A silent local cluster of this process, without dashboard. Never joins another. Ray's processes end with the
-    thread that started them."""
+    """Start a silent local Ray cluster without dashboard; another cluster is never joined.
+
+    Ray's processes end with the thread that started them.
+    """
     if not ray.is_initialized():
         ray.init(
             address="local",
@@ -240,20 +238,20 @@ def run_search(
     listener: Listener | None = None,
     on_interrupt: Callable[[], None] | None = None,
 ) -> tuple[SearchState, list[str]]:
-    """Run a prepared search to its end: record first, then MLflow from the record.
+    """Run a planned search: each event goes to the record first, then to MLflow and the listener.
 
-    The first SIGINT or SIGTERM ends it in order (no new trial, a checkpoint of every running one), the second at once;
-    either way it can be resumed.
+    The first SIGINT or SIGTERM ends it in order (no new trial, a checkpoint of every running one),
+    the second at once. Either way it can be resumed.
 
     Args:
-        listener: hears of every event after it is on disk, in this thread.
-        on_interrupt: called when the first signal came.
+        listener: called with every event after it is on disk, in this thread.
+        on_interrupt: called after the first signal.
 
     Returns:
-        the search as recorded, and a sentence for everything that MLflow did not take.
+        the search as recorded, and a sentence for each upload to MLflow that failed.
 
     Raises:
-        RecordError: when the name is taken, another process holds the search or the record cannot be written.
+        RecordError: when the name is taken or the record cannot be locked or written.
     """
     request, at_once = plan.request, False
     with _open_record(plan) as record:
@@ -277,7 +275,7 @@ def run_search(
 
 
 def _open_record(plan: SearchPlan) -> Record:
-    """A new search's record, or that of one to go on with, which now says so."""
+    """Create a new search's record, or open a resumed one's and append the resume."""
     folder = search_folder(plan.request.storage, plan.name)
     if plan.resumed is None:
         seed = plan.space.budget.seed if plan.request.seed is None else plan.request.seed
@@ -295,26 +293,23 @@ def _open_record(plan: SearchPlan) -> Record:
 def _run_tune(
     driver: SearchDriver, plan: SearchPlan, on_interrupt: Callable[[], None] | None
 ) -> None:
-    """Let Tune run the driver's trials until none is left, the time is over or a signal came."""
+    """Run the driver's trials in Tune until none is left, the time is over or a signal came."""
     source, resources = plan.request.source, plan.resources
     fixed = {
         "source": (source.name, str(source.folder) if source.folder else None),
         "numerics": plan.numerics.model_dump(mode="json"),
     }
     start_ray(resources)
-    # Tune insists on an experiment folder of its own; nothing in it is ever read.
-    with (
-        tempfile.TemporaryDirectory(prefix="tune_cifar-") as scratch,
-        _catch_signals(driver, on_interrupt),
-    ):
+    per_trial = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+    # Tune requires an experiment folder; nothing in it is ever read.
+    scratch_folder = tempfile.TemporaryDirectory(prefix="tune_cifar-")
+    with scratch_folder as scratch, _catch_signals(driver, on_interrupt):
         tune.Tuner(
-            tune.with_resources(
-                TrialWorker, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
-            ),
+            tune.with_resources(TrialWorker, per_trial),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(driver, fixed),
                 scheduler=_Scheduler(driver),
-                num_samples=-1,  # the driver counts: a trial taken up again is one more to Tune
+                num_samples=-1,  # the driver counts: to Tune a retried trial is a new one
                 max_concurrent_trials=resources.max_concurrent,
                 reuse_actors=True,
             ),
@@ -331,8 +326,10 @@ def _run_tune(
 
 @contextmanager
 def _catch_signals(driver: SearchDriver, on_interrupt: Callable[[], None] | None) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the driver to end, the second raises KeyboardInterrupt. Outside of the main
-    thread Python lets nobody catch signals."""
+    """Interrupt the driver at the first SIGINT or SIGTERM, raise KeyboardInterrupt at the second.
+
+    Outside of the main thread Python cannot catch signals, and nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

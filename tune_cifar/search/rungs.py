@@ -1,10 +1,12 @@
-"""Early stopping: what a trial trains up to each rung, and as a pure rule which of those that reached one go on
-(asynchronous successive halving).
+"""Asynchronous successive halving (ASHA), stopping variant: which trials go on after a rung.
 
-A score in the middle of a schedule ranks noise, since the learning rate is still high. So at every rung a trial has
-trained a complete schedule of that length (`budget.fidelity: cycles`); other ways stay to be chosen. A trial is judged
-when it arrives, against those that arrived before it; nobody waits for the others (Li et al. 2020, "A System for
-Massively Parallel Hyperparameter Tuning"). Higher scores are better.
+A trial is compared when it arrives at a rung, with the trials that arrived before it; no trial
+waits for another. Higher scores are better. Source: Li et al. 2020, "A System for Massively
+Parallel Hyperparameter Tuning".
+
+A score in the middle of a learning rate schedule ranks noise, since the learning rate is still
+high. With `fidelity: cycles` a trial therefore has a stage for each rung: a training from scratch
+over a complete schedule of that length. With the other fidelities it has one stage.
 """
 
 from __future__ import annotations
@@ -16,35 +18,36 @@ from collections.abc import Collection
 from tune_cifar.space.layout import Budget
 
 
-def keep(score: float, scores_at_rung: Collection[float], reduction_factor: int) -> bool:
-    """Whether a trial goes on after a rung: it is among the best ceil(n / reduction_factor) of the n that came by.
+def is_promoted(score: float, scores_at_rung: Collection[float], reduction_factor: int) -> bool:
+    """Return whether a trial at a rung is among the best ceil(n / reduction_factor) of n.
 
-    Ties go on. The first trial at a rung always does.
+    A promoted trial goes on, the others stop. Of equal scores all are promoted; so is the first
+    trial at a rung.
 
     Args:
-        score: val_acc at the rung, never NaN (a diverged trial is a result of its own and asks nobody).
-        scores_at_rung: of all trials that reached the rung so far, this one included.
-        reduction_factor: about one trial in this many goes on.
+        score: val_acc at the rung, never NaN (a diverged trial reaches no rung).
+        scores_at_rung: those of all trials that have reached the rung, this one included.
+        reduction_factor: about one trial in this many is promoted, at least 2.
     """
     assert score in scores_at_rung, "the trial's own score must be among the rung's"
     assert not any(math.isnan(other) for other in scores_at_rung), "a score must be a number"
     assert reduction_factor >= 2, "a reduction factor below 2 stops nothing"
     rank = 1 + sum(other > score for other in scores_at_rung)
-    return goes_on(rank, len(scores_at_rung), reduction_factor)
+    return is_promoted_rank(rank, len(scores_at_rung), reduction_factor)
 
 
-def goes_on(rank: int, num_scores: int, reduction_factor: int) -> bool:
-    """The rule itself: `keep` for a trial whose place (1 is the best) among the scores at the rung is known."""
+def is_promoted_rank(rank: int, num_scores: int, reduction_factor: int) -> bool:
+    """Return what `is_promoted` does, given the rank at the rung (1 is the best)."""
     return rank <= math.ceil(num_scores / reduction_factor)
 
 
 def list_stages(budget: Budget) -> tuple[int, ...]:
-    """Lengths in epochs of the trainings from scratch that a trial goes through, one after another."""
+    """Return the lengths of a trial's stages in epochs; each is a training from scratch."""
     return budget.rungs if budget.fidelity == "cycles" else budget.rungs[-1:]
 
 
 def list_steps(budget: Budget) -> tuple[int, ...]:
-    """Epochs that a trial pays for from each rung to the next: a cycle from scratch, or what one schedule lacks."""
+    """Return the epochs that a trial trains on its way to each rung from the one before."""
     if budget.fidelity == "cycles":
         return budget.rungs
     return tuple(end - start for start, end in itertools.pairwise((0, *budget.rungs)))

@@ -1,8 +1,9 @@
-"""What to try next: an in-memory Optuna study, rebuilt from the record whenever a search goes on.
+"""Proposals of trials: an in-memory Optuna study, rebuilt from the record when a search is resumed.
 
-A proposal depends only on the seed, the trial's number and what was told before: the sampler is seeded anew with
-(seed + number) for each trial, and a quasi-random point is the sequence's number-th. So an interrupted search, its past
-told again, proposes what an uninterrupted one would have.
+A proposal depends only on the seed, the trial's number and the results before it: the sampler is
+seeded anew with (seed + number) for each trial, and trial n takes point n of a quasi-random
+sequence. So a resumed search, whose study is told the recorded trials, proposes what an
+uninterrupted one would have.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tune_cifar.space.select import SearchSpace
 
 
 class Proposal(NamedTuple):
-    """What to try next: the searched knobs' values (of a confirmation, candidate and seed), and the whole recipe."""
+    """Searched values of a trial (of a confirmation: candidate and seed), origin, and recipe."""
 
     params: dict[str, Any]
     origin: Origin
@@ -32,7 +33,7 @@ class Proposal(NamedTuple):
 
 
 class PastTrial(Protocol):
-    """What the sampler needs of a recorded trial (record.TrialState)."""
+    """The part of a recorded trial (record.TrialState) that the sampler reads."""
 
     @property
     def number(self) -> int: ...
@@ -47,19 +48,19 @@ class PastTrial(Protocol):
 
 
 class Proposer(Protocol):
-    """Whoever says what a search tries next."""
+    """Proposes a search's trials."""
 
     def propose(self, number: int) -> Proposal:
-        """Trial by trial, in the order of the numbers."""
+        """Return the next trial; numbers come in order."""
 
     def tell(
         self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
     ) -> None:
-        """Hear how a trial ended."""
+        """Take in how a trial ended."""
 
 
 class Confirmer:
-    """Proposes a confirmation's trials, which are settled from the start."""
+    """Proposes a confirmation's trials, which its header lists."""
 
     def __init__(self, confirmation: Confirmation) -> None:
         self._confirmation = confirmation
@@ -72,19 +73,19 @@ class Confirmer:
     def tell(
         self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
     ) -> None:
-        """Nothing to learn from it."""
+        """Do nothing: the trials are fixed."""
 
 
 class Sampler:
-    """Proposes trial after trial, in the order of their numbers: the baseline, the space's points, then Optuna.
+    """Proposes trials in the order of their numbers: the baseline, the space's points, Optuna's.
 
     Args:
         space: distributions, baseline, points and the sampler's kind.
         seed: of the proposals.
-        history: the recorded trials of an interrupted search, running ones included; they are told again.
+        history: the recorded trials of a resumed search, running ones included.
 
     Raises:
-        ConfigError: when the space's pins left nothing to search.
+        ConfigError: when all knobs of the space are pinned.
     """
 
     def __init__(self, space: SearchSpace, seed: int, history: Iterable[PastTrial] = ()) -> None:
@@ -94,27 +95,28 @@ class Sampler:
         self._study = make_study(RandomSampler(seed=seed))
         self._trials: list[Trial] = []
         self._fixed = [space.baseline_params, *space.points]
-        self._sequence = (
-            _Sequence(space.distributions, seed) if space.budget.sampler.kind == "qmc" else None
-        )
+        is_sequence = space.budget.sampler.kind == "qmc"
+        self._sequence = _Sequence(space.distributions, seed) if is_sequence else None
+        rungs = space.budget.rungs
         for trial in sorted(history, key=lambda trial: trial.number):
             self._start(trial.number, trial.params)
             if trial.status != "running":
-                rungs = {
-                    rung: trial.scores[rung] for rung in space.budget.rungs if rung in trial.scores
-                }
-                self.tell(trial.number, trial.status, rungs, trial.score)
+                scores = {rung: trial.scores[rung] for rung in rungs if rung in trial.scores}
+                self.tell(trial.number, trial.status, scores, trial.score)
 
     def propose(self, number: int) -> Proposal:
-        """What `ask` says, with the whole recipe."""
+        """Return what `ask` returns, with the full recipe."""
         params, origin = self.ask(number)
         return Proposal(params, origin, self._space.config(params))
 
     def ask(self, number: int) -> tuple[dict[str, Any], Origin]:
-        """The searched knobs of a trial and where the values come from.
+        """Return the values of a trial's searched knobs and their origin.
 
         Args:
             number: of the trial; numbers come without a gap, from 0 or from the end of the history.
+
+        Raises:
+            ValueError: when another number comes next.
         """
         if number < len(self._fixed):
             return self._start(number, self._fixed[number]), "baseline" if number == 0 else "point"
@@ -126,7 +128,7 @@ class Sampler:
     def tell(
         self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
     ) -> None:
-        """Let the sampler learn how a trial ended (see `find_outcome`).
+        """Tell the study how a trial ended, see `find_outcome`.
 
         Args:
             rung_scores: val_acc by epoch of the rungs that the trial reached.
@@ -139,11 +141,10 @@ class Sampler:
         self._study.tell(trial, outcome.value, outcome.state)
 
     def _start(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
-        """A new running trial of the study, with these values or with proposed ones."""
-        if number != len(self._trials):
-            raise ValueError(
-                f"trials must be asked for in order: {len(self._trials)} comes next, got {number}"
-            )
+        """Start a trial with these values, or with the sampler's; return the values."""
+        expected = len(self._trials)
+        if number != expected:
+            raise ValueError(f"trials must be asked for in order, {expected} next, got {number}.")
         if params is not None:
             self._study.enqueue_trial(params)
         trial = self._study.ask(self._space.distributions)
@@ -153,12 +154,12 @@ class Sampler:
     def _make_sampler(self, seed: int) -> BaseSampler:
         if self._space.budget.sampler.kind == "random":
             return RandomSampler(seed=seed)
-        # Optuna 5's defaults are meant: all knobs at once, and running trials count as bad so that proposals spread.
+        # Optuna 5's defaults: all knobs at once; running trials count as bad: proposals spread.
         return TPESampler(seed=seed, n_startup_trials=self._space.budget.sampler.startup)
 
 
 class Outcome(NamedTuple):
-    """What Optuna is told of an ended trial: its state, a complete one's value, a pruned one's scores by epoch."""
+    """An ended trial for Optuna: state, a complete one's value, a pruned one's scores by epoch."""
 
     state: TrialState
     value: float | None
@@ -166,11 +167,15 @@ class Outcome(NamedTuple):
 
 
 def find_outcome(status: Status, rung_scores: dict[int, float], score: float | None) -> Outcome:
-    """What the sampler learns from how a trial ended.
+    """Return what Optuna learns from how a trial ended.
 
-    A stopped trial counts with its scores at the rungs; one that was cut before its first rung says nothing about its
-    knobs and counts as little as a failed one. A diverged trial counts as a guesser, pruned before its first epoch:
-    told as complete, it would rank before all stopped ones, and TPE would learn from it as from the best.
+    A stopped trial counts as pruned, with its scores at the rungs; before its first rung it says
+    nothing about its knobs and counts as failed. A diverged trial counts as pruned at epoch 0 with
+    the accuracy of chance: as a complete one it would rank before all pruned ones, and TPE would
+    learn from it as from the best.
+
+    Raises:
+        ValueError: when the trial is still running.
     """
     if status == "complete":
         return Outcome(TrialState.COMPLETE, score, {})
@@ -180,16 +185,16 @@ def find_outcome(status: Status, rung_scores: dict[int, float], score: float | N
         return Outcome(TrialState.PRUNED, None, rung_scores)
     if status in ("failed", "stopped"):
         return Outcome(TrialState.FAIL, None, {})
-    raise ValueError(f"a trial that is told must have ended, got {status}")
+    raise ValueError(f"a trial must have ended before its outcome is told, got {status}.")
 
 
 def list_distributions(header: Header) -> dict[str, BaseDistribution]:
-    """The searched knobs of a recorded search and their ranges, in the space file's order."""
+    """Return the searched knobs of a recorded search and their ranges, in the file's order."""
     return {name: json_to_distribution(text) for name, text in header.distributions.items()}
 
 
 def fit_point(space: SearchSpace, params: dict[str, Any]) -> dict[str, Any] | None:
-    """The values of the space's searched knobs out of a configuration's, or None when one lies outside of its range."""
+    """Return the searched knobs' values, or None when one is outside of its range."""
     point = {name: params[name] for name in space.distributions}
     try:
         optuna.create_trial(params=point, distributions=space.distributions, value=0.0)
@@ -199,9 +204,12 @@ def fit_point(space: SearchSpace, params: dict[str, Any]) -> dict[str, Any] | No
 
 
 class _Sequence:
-    """The points of a scrambled Sobol sequence by number: a study of its own that is only ever asked, so that point n
-    does not depend on what became of the others. Point 0 is not of the sequence (Optuna draws it at random to learn
-    the space); trial 0 is the baseline and never needs it."""
+    """The points of a scrambled Sobol sequence by number.
+
+    They come from a study that is never told a result, so that point n depends on nothing else.
+    Point 0 is not of the sequence (Optuna draws it at random to learn the space); trial 0 is the
+    baseline and does not need it.
+    """
 
     def __init__(self, distributions: dict[str, BaseDistribution], seed: int) -> None:
         self._distributions = distributions
@@ -225,7 +233,7 @@ class _Sequence:
 def make_study(
     sampler: BaseSampler, storage: BaseStorage | None = None, name: str | None = None
 ) -> optuna.Study:
-    """A study to be maximised, in memory unless a storage is given, made without Optuna's notice of it."""
+    """Create a study that maximises, by default in memory, without Optuna's log line."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

@@ -1,5 +1,6 @@
-"""What runs in a search's worker processes: the training generator, stepped by Ray Tune. Whatever is imported here is
-imported by every worker before its first trial, so nothing of the driver's side is.
+"""The worker processes of a search: Ray Tune steps a training generator in each.
+
+Every worker imports this module before its first trial, so it imports nothing of the driver's side.
 """
 
 from __future__ import annotations
@@ -7,13 +8,13 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Read by Ray when it is imported: no output of its own, no token file, no joining of somebody else's cluster, workers
-# stay in the folder they were started from, at the priority of who started them (Ray's nice 15 is nearly nothing beside
-# other work, and measured steps would foretell nothing), and no snapshots (the record is the truth).
+# Ray reads these when it is imported: no output of its own, no token file, workers stay in the
+# folder and at the priority of the process that started them (at Ray's nice 15 they would starve
+# beside other work, and measured steps would predict nothing), no snapshots (the record is enough).
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "disabled",
@@ -38,51 +39,52 @@ from tune_cifar.errors import DiskFullError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.trial import stop_file, train_trial
 
-# A worker tells of so many seconds of epochs at once: a word costs 10 ms of this process, more than many an epoch.
+# A worker reports the epochs of this time in one message, which costs the driver 10 ms.
 REPORT_SECONDS = 1.0
 
 
 class TrialWorker(tune.Trainable):  # type: ignore[misc]
-    """Steps `train_trial` in a warm worker process: imports, data and threads stay over all its trials."""
+    """Steps `train_trial` in a worker process, which keeps imports, data and threads."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Called by Ray when the worker starts, with the first trial."""
+        """Take the first trial; Ray calls this when the worker starts."""
         self._results: Iterator[tuple[int, EpochResult]] | None = None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Called by Ray with every further trial; nothing heavy here, so that `step` can tell of any fault."""
+        """Take a further trial; nothing is built here, so that `step` can report every fault."""
         self._trial = new_config
         self._results = None
         self._end: tuple[str, str] | None = None
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train for REPORT_SECONDS, at most up to a rung. Divergence and exceptions are results: Ray would run the
-        trial again on an exception.
+        """Train for REPORT_SECONDS, at most up to a rung.
+
+        Divergence and exceptions are results too: Ray would run the trial again on an exception.
 
         Returns:
-            trial, outcome (epochs, paused, diverged, failed, out of memory, disk full) and text: what happened in
-            words, or a line per epoch, its cycle's length and an EpochResult in JSON (Tune flattens nested values).
+            a message: trial, outcome (epochs, paused, diverged, failed, out of memory, disk full)
+            and text, which is a description or, of epochs, what `pack_epochs` returns.
         """
-        lines: list[str] = []
+        epochs: list[tuple[int, EpochResult]] = []
         deadline = time.monotonic() + REPORT_SECONDS
         while self._end is None:
             try:
                 if self._results is None:
                     self._results = self._make_results()
-                cycle, result = next(self._results)
+                stage, result = next(self._results)
             except Exception as exc:
                 self._end = explain_end(exc)
             else:
-                lines.append(f"{cycle} {result.model_dump_json()}")
+                epochs.append((stage, result))
                 if result.epoch in self._trial["rungs"] or time.monotonic() >= deadline:
                     break
         if self._end is not None:
             self._results = None  # and with it model, optimizer and batches
             torch.cuda.empty_cache()
-        if lines:
-            outcome, text = "epochs", "\n".join(lines)
+        if epochs:
+            outcome, text = "epochs", pack_epochs(epochs)
         else:
             assert self._end is not None
             outcome, text = self._end
@@ -94,27 +96,41 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         name, data_folder = self._trial["source"]
         source = DataSource(name, Path(data_folder) if data_folder else None)
         data = load_train_val(source, config.train_size, config.val_size)
-        for cycle in self._trial["cycles"]:
-            for result in train_trial(config.shorten(cycle), data, numerics, folder):
-                yield cycle, result
+        for stage in self._trial["stages"]:
+            for result in train_trial(config.shorten(stage), data, numerics, folder):
+                yield stage, result
             if stop_file(folder.parents[1]).exists():
                 return
 
 
+def pack_epochs(epochs: Iterable[tuple[int, EpochResult]]) -> str:
+    """Return a line per epoch, its stage's length and its result in JSON: Tune flattens values."""
+    return "\n".join(f"{stage} {result.model_dump_json()}" for stage, result in epochs)
+
+
+def unpack_epochs(text: str) -> list[tuple[int, EpochResult]]:
+    """Return the stage's length and the result of every epoch that `pack_epochs` was given."""
+    epochs = []
+    for line in text.splitlines():
+        stage, dump = line.split(" ", 1)
+        epochs.append((int(stage), EpochResult.model_validate_json(dump)))
+    return epochs
+
+
 def explain_end(exc: Exception) -> tuple[str, str]:
-    """Outcome and text of what a trial's results ended with."""
+    """Return the outcome and text of the message for what ended a trial's results."""
     if isinstance(exc, StopIteration):
         return "paused", ""
     if isinstance(exc, Diverged):
         return "diverged", str(exc)
-    if isinstance(exc, DiskFullError):  # its weights found no room
+    if isinstance(exc, DiskFullError):  # when its weights were written
         return "disk full", str(exc)
     text = "".join(traceback.format_exception(exc))
     return "out of memory" if is_out_of_memory(exc) else "failed", text
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
-    """Whether a GPU's or the host's memory was too small; torch says the latter in a plain RuntimeError."""
-    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(
-        exc
-    )
+    """Return whether a GPU's or the host's memory was too small."""
+    # On the CPU torch raises a plain RuntimeError with this text.
+    is_cpu_error = "can't allocate memory" in str(exc)
+    return is_cpu_error or isinstance(exc, MemoryError | torch.OutOfMemoryError)

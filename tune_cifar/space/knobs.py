@@ -1,7 +1,7 @@
-"""The knobs as people look them up: what each is, its values, when it has an effect, which spaces search it.
+"""The table of knobs: what each is, its values, when it has an effect, which spaces search it.
 
-Nothing is said here a second time: words and bounds are the schema's, effects are asked of `inactive_knobs`, reasons of
-`rules`, the rest of the space files.
+All of it is read elsewhere: words and bounds in the schema, effects from `inactive_knobs`, reasons
+in `rules`, the rest in the space files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 import json
-from collections.abc import Collection
+import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space.rules import DECIDING, STRUCTURAL, kind_of
 from tune_cifar.space.select import list_spaces, read_space
 
-# Of the table that KnobInfo.row makes.
+# Column names of KnobInfo.row.
 COLUMNS = ("knob", "what it is", "values", "default", "read by", "has an effect", "searched in")
 Combination = tuple[Any, ...]
 """A value of each DECIDING knob."""
@@ -32,11 +32,11 @@ class KnobInfo:
     Attributes:
         what: label and explanation.
         values: type and bounds, or the words.
-        default: None where a file must give it.
-        read_by: the room that uses it.
+        default: None if a file must give the knob.
+        read_by: the module that uses it.
         effect: the settings of other knobs with which it has one; empty for always.
         spaces: names of the spaces that search it.
-        not_searched: why no space may, or empty.
+        not_searched: why no space may search it, or empty.
     """
 
     name: str
@@ -52,27 +52,19 @@ class KnobInfo:
     @property
     def row(self) -> tuple[str, ...]:
         """A text for each of COLUMNS."""
-        default = "must be given" if self.default is None else json.dumps(self.default)
-        searched = ", ".join(self.spaces) or (
-            f"never: {self.not_searched}" if self.not_searched else "no space yet"
-        )
         values = f"{self.values} ({self.unit})" if self.unit else self.values
-        return (
-            self.name,
-            self.what,
-            values,
-            default,
-            self.read_by,
-            self.effect or "always",
-            searched,
-        )
+        default = "must be given" if self.default is None else json.dumps(self.default)
+        effect = self.effect or "always"
+        searched = f"never: {self.not_searched}" if self.not_searched else "no space yet"
+        searched = ", ".join(self.spaces) or searched
+        return (self.name, self.what, values, default, self.read_by, effect, searched)
 
 
 def list_knobs() -> list[KnobInfo]:
-    """Every knob in the schema's order.
+    """Return every knob in the schema's order.
 
     Raises:
-        SpaceError: when one of the spaces that can be named breaks a rule.
+        SpaceError: when one of the named spaces breaks a rule.
     """
     spaces = {path.stem: read_space(path).search for path in list_spaces()}
     schema, explanations = TrainConfig.model_json_schema()["properties"], _read_explanations()
@@ -93,21 +85,22 @@ def list_knobs() -> list[KnobInfo]:
 
 
 def _read_explanations() -> dict[str, str]:
-    """The text below each knob in the schema's source. Pydantic would read it whenever a process starts: 15 ms."""
+    """Return the text below each knob in the schema's source.
+
+    Pydantic can do it, but it would take 15 ms of every start of a process.
+    """
     (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
     for field, below in itertools.pairwise(definition.body):
         match field, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                value=ast.Constant(value=str(text))
-            ):
-                found[name] = " ".join(text.split())
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                found[name] = " ".join(str(text).split())
     return found
 
 
 def _describe_values(knob: dict[str, Any]) -> str:
-    """Type and bounds, of a knob in JSON schema's words."""
+    """Return type and bounds of a knob, from its JSON schema."""
     if "enum" in knob:
         return ", ".join(knob["enum"])
     if knob["type"] == "boolean":
@@ -120,48 +113,48 @@ def _describe_values(knob: dict[str, Any]) -> str:
 
 
 def describe_effect(name: str) -> str:
-    """The settings of the deciding knobs with which a knob changes something, as `with ...` or `unless ...`; empty for
-    a knob that always does."""
-    dead = _find_dead()
-    alive = [combination for combination in dead if name not in dead[combination]]
-    if len(alive) == len(dead):
+    """Return the settings of the deciding knobs with which a knob changes something.
+
+    As `with ...` or `unless ...`; empty for a knob that always does.
+    """
+    inactive = _find_inactive()
+    without = [combination for combination, names in inactive.items() if name in names]
+    if not without:
         return ""
-    for word, combinations in (("with", alive), ("unless", [c for c in dead if name in dead[c]])):
-        shares = [
-            {combination[place] for combination in combinations} for place in range(len(DECIDING))
-        ]
-        if len(combinations) == len(
-            list(itertools.product(*shares))
-        ):  # each setting counts by itself
-            told = zip(DECIDING, shares, strict=True)
-            return f"{word} " + ", ".join(
-                _describe_share(knob, s) for knob, s in told if len(s) < len(_settings(knob))
-            )
+    having = [combination for combination in inactive if combination not in without]
+    for word, combinations in (("with", having), ("unless", without)):
+        settings = [set(column) for column in zip(*combinations, strict=True)]
+        # If these are all combinations of their settings, each setting counts by itself.
+        if len(combinations) == math.prod(map(len, settings)):
+            parts = zip(DECIDING, settings, strict=True)
+            limits = [_describe(knob, some) for knob, some in parts if some != set(_settings(knob))]
+            return f"{word} {', '.join(limits)}"
     return "depends on more than one rule"
 
 
 @functools.cache
-def _find_dead() -> dict[Combination, Collection[str]]:
-    """The dead knobs of every combination."""
+def _find_inactive() -> dict[Combination, set[str]]:
+    """Return the inactive knobs of every combination of the deciding knobs."""
     base = TrainConfig(
         model="s7", optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=2, epochs=1
     )
-    combinations = itertools.product(*map(_settings, DECIDING))
-    return {
-        c: frozenset(inactive_knobs(base.model_copy(update=dict(zip(DECIDING, c, strict=True)))))
-        for c in combinations
-    }
+    found = {}
+    for combination in itertools.product(*map(_settings, DECIDING)):
+        config = base.model_copy(update=dict(zip(DECIDING, combination, strict=True)))
+        found[combination] = set(inactive_knobs(config))
+    return found
 
 
 def _settings(name: str) -> tuple[Any, ...]:
-    """All values of a deciding knob, of a number off and on."""
+    """Return all values of a deciding knob; of a number, off and on."""
     kind = kind_of(name)
     return get_args(kind) or ((True, False) if kind is bool else (0, 1))
 
 
-def _describe_share(name: str, share: set[Any]) -> str:
+def _describe(name: str, some: set[Any]) -> str:
+    """Return some of a deciding knob's settings in words."""
     if kind_of(name) is bool:
-        return f"{name} {str(share == {True}).lower()}"
+        return f"{name} {str(some == {True}).lower()}"
     if get_args(kind_of(name)):
-        return f"{name} {' or '.join(value for value in _settings(name) if value in share)}"
-    return f"{name} {'> 0' if share == {1} else '= 0'}"
+        return f"{name} {' or '.join(value for value in _settings(name) if value in some)}"
+    return f"{name} {'> 0' if some == {1} else '= 0'}"

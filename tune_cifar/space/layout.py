@@ -1,4 +1,4 @@
-"""What a search-space file holds."""
+"""The contents of a search-space file."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ TIERS = ("full", "cpu")
 
 
 class Published(Frozen):
-    """What the source reported; documentation only."""
+    """Result that the source reported; documentation only."""
 
     accuracy: float = Field(ge=0.0, le=1.0)
     """A fraction."""
     measured: Annotated[str, Field(min_length=1)]
-    """On which images, after which epoch, chosen how."""
+    """Which images, after which epoch, how chosen."""
 
 
 class SpaceHeader(Frozen):
-    """What a space is and where it comes from."""
+    """Name and source of a space."""
 
     space: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """The file's name without its suffix."""
     source: Annotated[str, Field(min_length=1)]
     published: Published
     corrects: tuple[str, ...]
-    """One sentence for each thing that the baseline does otherwise than the source."""
+    """One sentence for each difference between the baseline and the source."""
 
     def describe_published(self) -> str:
-        """The published accuracy in percent and what it measured."""
+        """Return the published accuracy in percent and what it measured."""
         return f"{100 * self.published.accuracy:.2f} %, {self.published.measured}"
 
 
 class SamplerBudget(Frozen):
-    """How trials are proposed."""
+    """Sampler of the trials."""
 
     kind: Literal["tpe", "random", "qmc"]
     startup: int = Field(0, ge=0)
-    """Results that TPE waits for, proposing at random, before it learns from them; TPE only."""
+    """Results with which TPE starts; until then it proposes at random. TPE only."""
 
     @model_validator(mode="after")
     def _check_startup(self) -> SamplerBudget:
@@ -55,25 +55,26 @@ class SamplerBudget(Frozen):
 
 Fidelity = Literal["cycles", "cycles/continue", "epochs"]
 FIDELITY_WORDS: dict[Fidelity, str] = {
-    "cycles": "a complete cycle from scratch for each",
-    "cycles/continue": "a complete cycle for each, from the weights of the one before",
-    "epochs": "of one long cycle",
+    "cycles": "a complete training from scratch for each",
+    "cycles/continue": "a complete schedule for each, from the weights of the one before",
+    "epochs": "of one long training",
 }
 
 
 class TrialBudget(Frozen):
-    """The part of a budget that file and program write alike."""
+    """The part of a budget that the file writes as the program has it."""
 
     trials: int = Field(ge=1, le=100_000)
     fidelity: Fidelity = "cycles"
-    """What a trial trains up to a rung: a complete cycle of the schedule as long as the rung, from scratch; a cycle
-    from the rung before, going on with its weights (`cycles/continue`); or so much of one long cycle (`epochs`)."""
+    """What a trial trains up to a rung: a complete schedule over the rung's epochs, from scratch
+    (`cycles`); a complete schedule from the rung before, with its weights (`cycles/continue`); or
+    that part of one schedule over all epochs (`epochs`)."""
     rungs: tuple[int, ...]
-    """Epochs after which trials are compared; the last is the whole training."""
+    """Epochs after which trials are compared; the last is the full training."""
     reduction_factor: int = Field(ge=2, le=100)
     sampler: SamplerBudget
     seed: int = Field(ge=0, le=2**31 - 1)
-    """Of the sampler; the trainings' seed is a knob."""
+    """The sampler's; the trainings' seed is a knob."""
 
     @field_validator("rungs", mode="before")
     @classmethod
@@ -82,26 +83,27 @@ class TrialBudget(Frozen):
 
 
 class Budget(TrialBudget):
-    """Which trials run and how long."""
+    """Trials of a search and their epochs."""
 
     max_time_seconds: float | None = Field(None, gt=0.0)
-    """Wall-clock limit of the whole search."""
+    """Wall-clock limit of the search."""
 
     def describe_epochs(self) -> str:
-        """`24 epochs`, those of the whole training."""
+        """Return the epochs of a full training in words: `24 epochs`."""
         return f"{self.rungs[-1]} epoch{'s' if self.rungs[-1] > 1 else ''}"
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the budget in one line for people."""
         text = f"{self.trials} trials, {self.describe_epochs()} each"
         if len(self.rungs) > 1:
             text = f"{self.trials} trials, rungs at {', '.join(map(str, self.rungs))} epochs"
             text += f" ({FIDELITY_WORDS[self.fidelity]}), reduction factor {self.reduction_factor}"
         text += f", sampler {self.sampler.kind}"
-        text += f" (startup {self.sampler.startup})" if self.sampler.startup else ""
-        return text + (
-            f", at most {self.max_time_seconds / 60:.3g} min" if self.max_time_seconds else ""
-        )
+        if self.sampler.startup:
+            text += f" (startup {self.sampler.startup})"
+        if self.max_time_seconds:
+            text += f", at most {self.max_time_seconds / 60:.3g} min"
+        return text
 
 
 class TierText(TrialBudget):
@@ -110,33 +112,33 @@ class TierText(TrialBudget):
     max_time: str | None = None
     """See `parse_duration`."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Knobs that the tier sets otherwise than the baseline."""
+    """Knobs whose value in the tier is not the baseline's."""
     only: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """The knobs that the tier searches; None is all that the file searches."""
+    """The knobs that the tier searches; None: all that the file searches."""
 
     @model_validator(mode="after")
     def _check_learning(self) -> TierText:
         if 3 * self.sampler.startup > self.trials:
             raise ValueError(
-                f"startup <= trials / 3 must hold, got startup {self.sampler.startup} and trials {self.trials}. "
-                "Otherwise the search is mostly a random one"
+                f"startup <= trials / 3 must hold, got startup {self.sampler.startup} and "
+                f"trials {self.trials}. Otherwise the search is mostly a random one"
             )
         return self
 
 
 class SpaceText(SpaceHeader):
-    """The whole file as written."""
+    """The file as written."""
 
     baseline: dict[str, Any]
     search: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     points: tuple[dict[str, Any], ...] = ()
-    """Searched knobs with values to try right after the baseline; the others keep the baseline's value."""
+    """Values of searched knobs to try right after the baseline; the others are the baseline's."""
     budget: dict[str, TierText]
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, both included; every number (of the knob's kind), or every `step` from low."""
+    """Numbers from low to high, both included: all of the knob's type, or every `step` from low."""
 
     low: int | float
     high: int | float
@@ -145,11 +147,11 @@ class Range:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The values at which a rule between knobs breaks if it breaks anywhere."""
+        """The values at which a rule between knobs breaks if it breaks anywhere in the range."""
         return (self.low, self.high)
 
     def contains(self, value: Any) -> bool:
-        """Whether Optuna could propose this number."""
+        """Return whether Optuna could propose this number."""
         steps = (value - self.low) / (self.step or math.inf)
         return bool(self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8)
 
@@ -166,13 +168,13 @@ class Choices:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """As `Range.ends`; words and truth values are all of them ends."""
+        """As `Range.ends`; of words and truth values, all."""
         if isinstance(self.values[0], bool | str):
             return self.values
         return (min(self.values), max(self.values))
 
     def contains(self, value: Any) -> bool:
-        """Whether Optuna could propose this value."""
+        """Return whether Optuna could propose this value."""
         return value in self.values
 
     def __str__(self) -> str:
@@ -184,7 +186,7 @@ Searched = dict[str, Range | Choices]
 
 @dataclass(frozen=True)
 class Tier:
-    """One checked budget of a file: how long, what it sets, what it searches."""
+    """One checked tier of a file: its budget, the knobs that it sets and those that it searches."""
 
     budget: Budget
     settings: dict[str, Any]
@@ -193,7 +195,7 @@ class Tier:
 
 @dataclass(frozen=True)
 class SpaceFile:
-    """A checked file with all its tiers."""
+    """A checked space file with all its tiers."""
 
     path: Path
     text: str

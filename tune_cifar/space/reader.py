@@ -1,16 +1,18 @@
-"""Checks a search-space file from its text to its last tier; the first problem is the error."""
+"""Check a search-space file, from its text to its last tier, and change a range in it."""
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.schema import KNOBS, TrainConfig, describe_problem, inactive_knobs, nearest_name
-from tune_cifar.space.document import Document, Where, read_document
+from tune_cifar.errors import ConfigError, SpaceError, did_you_mean
+from tune_cifar.schema import KNOBS, TrainConfig, describe_problem, first_problem, inactive_knobs
+from tune_cifar.space.document import Document, Where, read_document, set_values
 from tune_cifar.space.layout import (
     TIERS,
     Budget,
@@ -41,38 +43,38 @@ from tune_cifar.space.rules import (
 
 
 def describe_path(path: Path) -> str:
-    """A file as errors name it: from the working directory where it lies below it."""
+    """Return a path as errors name it: relative if it is below the working directory."""
     absolute, here = path.absolute(), Path.cwd()
     return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
 
 
 def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
-    """Check the text of a space file; `path` only names it (a record keeps the text).
+    """Check the text of a space file; the first broken rule is the error.
 
     Args:
-        is_recorded: a search has been made of it: whether its rungs suit its fidelity is asked no more. The rule is
-            younger than some records, which say nothing of a fidelity.
+        path: names the file; it is not read.
+        is_recorded: whether the text is a record's (see `parse_recorded`).
+
+    Raises:
+        SpaceError: one sentence with file, line, rule, value and the nearest name.
     """
     doc = read_document(text, describe_path(path))
     if not isinstance(doc.data, dict):
-        raise doc.error((), f"names with values must be given, got {doc.data!r}.")
+        raise doc.error((), f"the file must hold names with values, got {doc.data!r}.")
     try:
         raw = SpaceText.model_validate(doc.data)
     except ValidationError as exc:
         raise _translate(doc, exc) from exc
     if raw.space != path.stem:
-        raise doc.error(
-            ("space",), f"space = the file's name must hold, got {raw.space!r} in {path.name}."
-        )
+        sentence = f"space must be the file's name, got {raw.space!r} in {path.name}."
+        raise doc.error(("space",), sentence)
     baseline = _read_knobs(doc, ("baseline",), raw.baseline)
     search: Searched = {name: _read_entry(doc, name, entry) for name, entry in raw.search.items()}
     _check_baseline(doc, baseline, search)
     points = tuple(_read_point(doc, i, baseline, search) for i in range(len(raw.points)))
     if tuple(sorted(raw.budget)) != tuple(sorted(TIERS)):
-        raise doc.error(
-            ("budget",),
-            f"the tiers {' and '.join(TIERS)} must be given, got {', '.join(raw.budget)}.",
-        )
+        sentence = f"budget must hold the tiers {' and '.join(TIERS)}, got {', '.join(raw.budget)}."
+        raise doc.error(("budget",), sentence)
     tiers = {
         name: _read_tier(doc, name, entry, baseline, search, is_recorded)
         for name, entry in raw.budget.items()
@@ -81,59 +83,95 @@ def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
     return SpaceFile(path, text, header, baseline, search, points, tiers)
 
 
-def _translate(doc: Document, exc: ValidationError) -> SpaceError:
-    """One of pydantic's problems with file and line, named by its last name, since the line says where.
+def parse_recorded(text: str, name: str) -> SpaceFile:
+    """Check the text of a space that a record holds.
 
-    An unknown name goes first: what it was meant to be is missing then, too.
+    That its rungs suit its fidelity is not checked: the rule is younger than some records, which
+    name no fidelity.
+
+    Args:
+        name: the space's.
+
+    Raises:
+        SpaceError: as `parse_space`.
     """
-    problems = exc.errors(include_url=False)
-    problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    return parse_space(text, Path(f"{name}.yaml"), is_recorded=True)
+
+
+def find_range(file: SpaceFile, knob: str) -> Range:
+    """Return the range that a knob is searched in.
+
+    Raises:
+        SpaceError: when the knob is not searched, or by choices.
+    """
+    found = file.search.get(knob)
+    if not isinstance(found, Range):
+        got = "a knob that is not searched" if found is None else "choices"
+        rule = f"{knob} must be searched between low and high"
+        raise SpaceError(f"{describe_path(file.path)}: {rule}, got {got}.")
+    return found
+
+
+def set_range(file: SpaceFile, knob: str, wanted: Range) -> str:
+    """Return the file's text with another range of a knob; everything else in it stays.
+
+    Raises:
+        SpaceError: as `find_range`, and when the new text breaks a rule of space files.
+    """
+    found = asdict(find_range(file, knob))
+    changed = {word: value for word, value in asdict(wanted).items() if value != found[word]}
+    text = set_values(file.text, ("search", knob), changed) if changed else file.text
+    edited = parse_space(text, file.path)
+    assert edited == replace(file, text=text, search={**file.search, knob: wanted})
+    return text
+
+
+def describe_edit(file: SpaceFile, text: str) -> str:
+    """Return the change of the file as a unified diff; empty if there is none."""
+    label = describe_path(file.path)
+    before, after = (part.splitlines(keepends=True) for part in (file.text, text))
+    return "".join(difflib.unified_diff(before, after, label, f"{label} (proposed)"))
+
+
+def _translate(doc: Document, exc: ValidationError) -> SpaceError:
+    """Return pydantic's first problem with file and line, and of its place the last name alone."""
+    problem = first_problem(exc)
     loc = problem["loc"]
-    models: dict[str, type[BaseModel]] = (
-        {"published": Published, "budget": TierText} if len(loc) > 1 else {}
-    )
-    model = SamplerBudget if "sampler" in loc[:-1] else models.get(str(loc[0]), SpaceText)
+    inner: dict[str, type[BaseModel]] = {"published": Published, "budget": TierText}
+    model = inner.get(str(loc[0]), SpaceText) if len(loc) > 1 else SpaceText
+    if "sampler" in loc[:-1]:
+        model = SamplerBudget
     last = max(i for i, part in enumerate(loc) if isinstance(part, str))
     problem["loc"] = loc[last:]
-    sentence = describe_problem(problem, model)
-    return doc.error(
-        loc,
-        sentence.replace("a valid tuple", "a list").replace(
-            "a valid dictionary", "names with values"
-        ),
-    )
+    sentence = describe_problem(problem, model).replace("a valid tuple", "a list")
+    return doc.error(loc, sentence.replace("a valid dictionary", "names with values"))
 
 
 def _read_knobs(doc: Document, where: Where, values: dict[str, Any]) -> dict[str, Any]:
-    """Knobs with fixed values, each checked by itself."""
+    """Return knobs with fixed values, each checked by itself."""
     for name, value in values.items():
+        problem = find_value_problem(name, value, name)
         if name not in KNOBS:
-            raise doc.error(
-                (*where, name), f"{name} is not a known knob.{nearest_name(name, KNOBS)}"
-            )
-        if problem := find_value_problem(name, value, name):
+            problem = f"{name} is not a known knob.{did_you_mean(name, KNOBS)}"
+        if problem is not None:
             raise doc.error((*where, name), problem)
     return {name: normalise(name, value) for name, value in values.items()}
 
 
 def _read_entry(doc: Document, name: str, entry: dict[str, Any]) -> Range | Choices:
-    """A searched knob's distribution."""
+    """Return a searched knob's distribution."""
     where = ("search", name)
     if name not in KNOBS:
-        raise doc.error(where, f"{name} is not a known knob.{nearest_name(name, KNOBS)}")
+        raise doc.error(where, f"{name} is not a known knob.{did_you_mean(name, KNOBS)}")
     if name in STRUCTURAL:
-        raise doc.error(
-            where,
-            f"{name} must not be searched: {STRUCTURAL[name]}. Set it under baseline or in a tier.",
-        )
+        hint = "Set it under baseline or in a tier."
+        raise doc.error(where, f"{name} must not be searched: {STRUCTURAL[name]}. {hint}")
     ranged = "choices" not in entry and kind_of(name) in (int, float)
     allowed = ("low", "high", "log", "step") if ranged else ("choices",)
     for word in entry:
         if word not in allowed:
-            hint = nearest_name(word, allowed)
-            raise doc.error(
-                (*where, word), f"{name} must be given by {', '.join(allowed)}, got {word}.{hint}"
-            )
+            rule = f"{name} must be given by {', '.join(allowed)}"
+            raise doc.error((*where, word), f"{rule}, got {word}.{did_you_mean(word, allowed)}")
     return _read_range(doc, name, entry) if ranged else _read_choices(doc, name, entry)
 
 
@@ -147,9 +185,8 @@ def _read_choices(doc: Document, name: str, entry: dict[str, Any]) -> Choices:
             raise doc.error((*where, i), problem)
     values = tuple(normalise(name, value) for value in values)
     if len(values) < 2 or len(set(values)) < len(values):
-        raise doc.error(
-            where, f"{name}.choices must be two or more different values, got {list(values)}."
-        )
+        rule = f"{name}.choices must be two or more different values"
+        raise doc.error(where, f"{rule}, got {list(values)}.")
     return Choices(values)
 
 
@@ -163,10 +200,9 @@ def _read_range(doc: Document, name: str, entry: dict[str, Any]) -> Range:
             raise doc.error(where, f"{name}.{word} must be given.")
         value, at = entry[word], (*where, word)
         if log and isinstance(value, int | float) and value <= 0:
+            rule = f"{name}.{word} > 0 must hold for log: true"
             example = "1.0e-5" if kind_of(name) is float else "1"
-            raise doc.error(
-                at, f"{name}.{word} > 0 must hold for log: true, got {value}. Use e.g. {example}."
-            )
+            raise doc.error(at, f"{rule}, got {value}. Use e.g. {example}.")
         if problem := find_value_problem(name, value, f"{name}.{word}"):
             raise doc.error(at, problem)
     low, high = normalise(name, entry["low"]), normalise(name, entry["high"])
@@ -180,13 +216,10 @@ def _read_range(doc: Document, name: str, entry: dict[str, Any]) -> Range:
 
 def _find_step_problem(name: str, step: Any, found: Range) -> str | None:
     if found.log:
-        return "must not stand beside log: true"
-    if (
-        isinstance(step, bool)
-        or not isinstance(step, int | float)
-        or (kind_of(name) is int and isinstance(step, float))
-    ):
-        return f"must be a number of the knob's kind ({kind_of(name).__name__})"
+        return "must not be given with log: true"
+    kind = kind_of(name)
+    if isinstance(step, bool) or not isinstance(step, int if kind is int else int | float):
+        return f"must be a number of the knob's type ({kind.__name__})"
     # At most a million steps: beyond, the remainder below would not be exact.
     if not (found.high - found.low) / 1e6 <= step <= found.high - found.low:
         return "must be positive and split high - low into at most a million parts"
@@ -196,7 +229,7 @@ def _find_step_problem(name: str, step: Any, found: Range) -> str | None:
 
 
 def _check_baseline(doc: Document, baseline: dict[str, Any], search: Searched) -> None:
-    """The baseline is a configuration, lies within the search, and nothing that is said is without effect."""
+    """Refuse a baseline that is no configuration or lies outside the search, and inactive knobs."""
     if problem := find_conflict(baseline, {}):
         raise doc.error(("baseline",), problem)
     if problem := find_conflict(baseline, search):
@@ -207,11 +240,11 @@ def _check_baseline(doc: Document, baseline: dict[str, Any], search: Searched) -
         if not entry.contains(value):
             rule = f"{name}: the baseline's value must lie within the distribution ({entry})"
             raise doc.error(("search", name), f"{rule}, got {value}. The baseline is trial 0.")
-    dead = find_inactive(config, search)
+    inactive = find_inactive(config, search)
     for part, names in (("baseline", baseline), ("search", search)):
         for name in names:
-            if name in dead:
-                raise doc.error((part, name), describe_inactive(name, dead[name]))
+            if name in inactive:
+                raise doc.error((part, name), describe_inactive(name, inactive[name]))
 
 
 def _read_point(
@@ -221,16 +254,14 @@ def _read_point(
     point = _read_knobs(doc, where, doc.data["points"][index])
     for name, value in point.items():
         if name not in search:
-            raise doc.error((*where, name), f"{name} must be a searched knob, got one that is not.")
+            raise doc.error((*where, name), f"{name} is not a searched knob.")
         if not search[name].contains(value):
-            raise doc.error(
-                (*where, name),
-                f"{name} must lie within its distribution ({search[name]}), got {value}.",
-            )
-    dead = inactive_knobs(TrainConfig(**{**baseline, **point}))
+            rule = f"{name} must lie within its distribution ({search[name]})"
+            raise doc.error((*where, name), f"{rule}, got {value}.")
+    inactive = inactive_knobs(TrainConfig(**{**baseline, **point}))
     for name in point:
-        if name in dead:
-            raise doc.error((*where, name), describe_inactive(name, dead[name]))
+        if name in inactive:
+            raise doc.error((*where, name), describe_inactive(name, inactive[name]))
     return point
 
 
@@ -246,16 +277,12 @@ def _read_tier(
     settings = _read_knobs(doc, (*where, "set"), entry.set)
     searched = entry.only if entry.only is not None else tuple(search)
     for i, knob in enumerate(searched):
+        at = (*where, "only", i)
         if knob not in search:
-            raise doc.error(
-                (*where, "only", i),
-                f"{knob} must be a searched knob.{nearest_name(knob, tuple(search))}",
-            )
+            raise doc.error(at, f"{knob} is not a searched knob.{did_you_mean(knob, search)}")
         if knob in settings or knob in searched[:i]:
-            raise doc.error(
-                (*where, "only", i),
-                f"{knob} must stand once in a tier, searched or set, got it twice.",
-            )
+            rule = f"{knob} must appear once in a tier, searched or set"
+            raise doc.error(at, f"{rule}, got it twice.")
     chosen = {knob: search[knob] for knob in searched}
     config = _check_tier(doc, where, {**baseline, **settings}, chosen, settings)
     problem = find_rungs_problem(entry.rungs, config.epochs)
@@ -278,15 +305,11 @@ def _check_tier(
         raise doc.error((*where, "set"), problem)
     config = TrainConfig(**values)
     if config.val_size == 0:
-        raise doc.error(
-            (*where, "set", "val_size"),
-            "val_size >= 1 must hold in a search, got 0. Trials need it.",
-        )
-    dead = find_inactive(config, search)
+        sentence = "val_size >= 1 must hold in a search, got 0. Trials are compared on it."
+        raise doc.error((*where, "set", "val_size"), sentence)
+    inactive = find_inactive(config, search)
     for knob in (*settings, *search):
-        if knob in dead:
-            raise doc.error(
-                (*where, "set" if knob in settings else "only", knob),
-                describe_inactive(knob, dead[knob]),
-            )
+        if knob in inactive:
+            part = "set" if knob in settings else "only"
+            raise doc.error((*where, part, knob), describe_inactive(knob, inactive[knob]))
     return config

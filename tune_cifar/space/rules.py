@@ -1,4 +1,4 @@
-"""What the schema says about a value, a searched region, a list of rungs: each rule as a sentence or None."""
+"""Rules for a value, a search and its rungs; each returns what is wrong as a sentence, or None."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.schema import TrainConfig, describe_problem, inactive_knobs
 from tune_cifar.space.layout import Searched, TrialBudget
 
-# Knobs that a file sets but never searches, each with the reason.
+# Knobs that a file may set but not search, each with the reason.
 STRUCTURAL = {
     "model": "a space is about one network",
     "seed": "all trials of a search share one training seed",
     "epochs": "the rungs say how long a trial trains",
-    "warm_restarts": "the rungs and the fidelity say where cycles end",
+    "warm_restarts": "the rungs and the fidelity say when the schedule restarts",
     "train_size": "scores from different training sets do not compete",
     "val_size": "scores on different validation sets do not compete",
     "augment_backend": "both backends apply the same policy",
     "milestone_fractions": "a list has no distribution; search gamma",
 }
-# Knobs whose value may make another one dead (schema.inactive_knobs), and knobs that a rule of TrainConfig ties together.
+# Knobs whose value may make another one inactive (schema.inactive_knobs).
 DECIDING = (
     *("optimizer", "schedule", "cycle_momentum", "cutout_p", "cutout_size"),
     *("shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"),
 )
+# Knobs in a rule of TrainConfig between two knobs.
 COUPLED = ("batch_size", "base_momentum", "max_momentum")
 
 
 def kind_of(name: str) -> Any:
-    """The type of a knob: float, int, bool or a Literal."""
+    """Return the type of a knob: float, int, bool or a Literal."""
     return TrainConfig.model_fields[name].annotation
 
 
 def normalise(name: str, value: Any) -> Any:
-    """A checked value in the knob's own type: 1 is 1.0 for a float knob, a list is a tuple."""
+    """Return a checked value in the knob's own type: 1 as 1.0 for a float, a list as a tuple."""
     if isinstance(value, list):
         return tuple(value)
     return float(value) if kind_of(name) is float else value
 
 
 def find_value_problem(name: str, value: Any, label: str) -> str | None:
-    """What the schema says against one knob's value, under the given label."""
+    """Return the rule of the schema that a knob's value breaks; `label` stands for the knob."""
     cause: BaseException | None = None
     try:
         TrainConfig(**{name: value})
@@ -59,7 +60,7 @@ def find_value_problem(name: str, value: Any, label: str) -> str | None:
 
 
 def find_conflict(values: dict[str, Any], search: Searched) -> str | None:
-    """A knob missing from the values, or a rule between knobs that breaks somewhere in the searched region."""
+    """Return a missing knob, or a rule between knobs that breaks somewhere in the search."""
     coupled = [name for name in COUPLED if name in search]
     for ends in itertools.product(*(search[name].ends for name in coupled)):
         try:
@@ -70,25 +71,23 @@ def find_conflict(values: dict[str, Any], search: Searched) -> str | None:
 
 
 def find_inactive(baseline: TrainConfig, search: Searched) -> dict[str, str]:
-    """The knobs that no combination of searched values brings to life, with the reason."""
+    """Return the knobs that no combination of searched values makes active, with the reason."""
     names = [name for name in DECIDING if name in search]
-    combinations = itertools.product(*(search[name].ends for name in names))
-    found = [
-        inactive_knobs(baseline.model_copy(update=dict(zip(names, c, strict=True))))
-        for c in combinations
-    ]
-    return {
-        name: reason for name, reason in found[0].items() if all(name in dead for dead in found)
-    }
+    found = []
+    for values in itertools.product(*(search[name].ends for name in names)):
+        config = baseline.model_copy(update=dict(zip(names, values, strict=True)))
+        found.append(inactive_knobs(config))
+    everywhere = set.intersection(*map(set, found))
+    return {name: reason for name, reason in found[0].items() if name in everywhere}
 
 
 def describe_inactive(name: str, reason: str) -> str:
-    """The refusal of a dead knob."""
-    return f"{name} must have an effect, got a dead knob: {reason}. Leave it out."
+    """Return the sentence that refuses an inactive knob."""
+    return f"{name} has no effect here: {reason}. Leave it out."
 
 
 def find_rungs_problem(rungs: tuple[int, ...], epochs: int) -> str | None:
-    """What is wrong with the rungs of a training of so many epochs, as a sentence."""
+    """Return what is wrong with the rungs of a training of `epochs` epochs, as a sentence."""
     if not rungs or rungs[0] < 1 or any(a >= b for a, b in itertools.pairwise(rungs)):
         return f"rungs increasing from 1 or more must hold, got {list(rungs)}."
     if rungs[-1] != epochs:
@@ -99,29 +98,28 @@ def find_rungs_problem(rungs: tuple[int, ...], epochs: int) -> str | None:
 def find_fidelity_problem(
     budget: TrialBudget, baseline: TrainConfig, search: Searched
 ) -> str | None:
-    """What is wrong with the cycles of a search that may try OneCycle, as a sentence: a score is taken after a warm-up,
-    and every warm-up is longer than a step."""
+    """Return what is wrong with the fidelity and the rungs of a search, as a sentence.
+
+    Under OneCycle every score is taken after a warm-up, and every warm-up is longer than a step.
+    """
     if budget.fidelity == "cycles/continue" and baseline.warm_restarts:
-        return "no warm_restarts must stand beside fidelity: cycles/continue, which sets them."
+        return "warm_restarts must not be given with fidelity: cycles/continue, which sets them."
     schedules = search["schedule"].ends if "schedule" in search else (baseline.schedule,)
     if "onecycle" not in schedules:
         return None
-    low, high = (
-        search["pct_start"].ends
-        if "pct_start" in search
-        else (baseline.pct_start, baseline.pct_start)
-    )
+    low = high = baseline.pct_start
+    if "pct_start" in search:
+        low, high = search["pct_start"].ends
     batch_size = max(search["batch_size"].ends) if "batch_size" in search else baseline.batch_size
     first, last = budget.rungs[0], budget.rungs[-1]
     if budget.fidelity == "epochs" and first < last and first <= high * last:
         return (
-            f"first rung > pct_start x epochs must hold for fidelity: epochs, got {first} and {high:g} x {last}. "
-            "Within the warm-up a score says nothing yet."
+            "first rung > pct_start x epochs must hold for fidelity: epochs, "
+            f"got {first} and {high:g} x {last}. Within the warm-up a score says nothing yet."
         )
-    lengths = {"cycles": first, "epochs": last}
-    shortest = lengths.get(budget.fidelity) or min(
-        b - a for a, b in itertools.pairwise((0, *budget.rungs))
-    )
+    # Epochs of the shortest cycle of the learning rate.
+    continued = min(end - start for start, end in itertools.pairwise((0, *budget.rungs)))
+    shortest = {"cycles": first, "epochs": last, "cycles/continue": continued}[budget.fidelity]
     num_steps = shortest * -(-baseline.train_size // batch_size)
     if low * num_steps <= 1:
         return (
@@ -132,17 +130,16 @@ def find_fidelity_problem(
 
 
 def parse_duration(text: str) -> float:
-    """`90s`, `8m`, `1h30m` in seconds.
+    """Return `90s`, `8m` or `1h30m` in seconds.
 
     Raises:
-        ConfigError: for anything else, and for no time at all.
+        ConfigError: for anything else and for zero.
     """
     match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text.strip())
-    seconds = (
-        sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True))
-        if match
-        else 0
+    hours, minutes, seconds = (
+        (int(digits or 0) for digits in match.groups()) if match else (0, 0, 0)
     )
-    if seconds == 0:
-        raise ConfigError(f"duration: a time such as 90s, 8m or 1h30m must be given, got {text!r}.")
-    return float(seconds)
+    total = 3600 * hours + 60 * minutes + seconds
+    if total == 0:
+        raise ConfigError(f"a duration must be a time such as 90s, 8m or 1h30m, got {text!r}.")
+    return float(total)

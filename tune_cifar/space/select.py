@@ -1,4 +1,4 @@
-"""From a checked file to one tier of it, with a command line's pins and Optuna's distributions."""
+"""Find space files and take one tier, with a command line's pins and Optuna's distributions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.schema import KNOBS, TrainConfig, nearest_name
+from tune_cifar.errors import ConfigError, SpaceError, did_you_mean
+from tune_cifar.schema import KNOBS, TrainConfig
 from tune_cifar.space.document import read_document
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range, Searched, SpaceFile, SpaceHeader
 from tune_cifar.space.reader import describe_path, parse_space
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 MAX_BYTES = 256_000
+# The space files of an installed package; a checkout has them beside the package.
+PACKAGED = Path(__file__).parents[1] / "search_spaces"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class SearchSpace:
     """Trial 0."""
     distributions: dict[str, BaseDistribution]
     points: tuple[dict[str, Any], ...]
-    """Tried right after the baseline; each names every searched knob."""
+    """Trials right after the baseline; each names every searched knob."""
     budget: Budget
     pinned: dict[str, Any]
     dropped: dict[str, str]
-    """Searched knobs that the pins made dead, with the reason: they are not searched."""
+    """Knobs that are not searched because the pins make them inactive, with the reason."""
     obstacle: str | None
-    """Why the pins leave nothing that can be searched; the baseline can be trained all the same."""
+    """Why the pins leave nothing that can be searched; the baseline can still be trained."""
 
     @property
     def baseline_params(self) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class SearchSpace:
         return {name: getattr(self.baseline, name) for name in self.distributions}
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
-        """The training that a proposal stands for.
+        """Return the training configuration of a proposal.
 
         Raises:
             ConfigError: when the proposal breaks a rule of the schema.
@@ -64,13 +66,13 @@ class SearchSpace:
         return TrainConfig(**{**self.baseline.model_dump(), **params})
 
     def describe_distributions(self) -> dict[str, str]:
-        """Per searched knob, Optuna's own JSON."""
+        """Return Optuna's own JSON of every searched knob."""
         from optuna.distributions import distribution_to_json
 
         return {name: distribution_to_json(found) for name, found in self.distributions.items()}
 
     def check_searchable(self) -> None:
-        """Refuse a search that the pins made impossible.
+        """Refuse a search that the pins make impossible.
 
         Raises:
             ConfigError: with the obstacle.
@@ -81,52 +83,46 @@ class SearchSpace:
     def limit(
         self, trials: int | None = None, max_time_seconds: float | None = None
     ) -> SearchSpace:
-        """The same space for a search of so many trials and so much time; None keeps what the file says.
+        """Return the space with another number of trials and time limit; None keeps the file's.
 
-        The sampler's startup stays: a search cut below it is a random one, as asked for.
+        The sampler's startup stays: a search of fewer trials is a random one.
 
         Raises:
             ConfigError: for less than one trial, and when nothing can be searched.
         """
         self.check_searchable()
         if trials is not None and trials < 1:
-            raise ConfigError(f"--trials: a number >= 1 must be given, got {trials}.")
+            raise ConfigError(f"`trials` >= 1 must hold, got {trials}.")
         limits = {"trials": trials, "max_time_seconds": max_time_seconds}
         update = {name: value for name, value in limits.items() if value is not None}
         return replace(self, budget=self.budget.model_copy(update=update))
 
 
 def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None) -> SearchSpace:
-    """One tier with pinned knobs: a pin overrides baseline, tier and points and is not searched.
+    """Take one tier, with pinned knobs: they override baseline, tier and points, unsearched.
 
-    Searched knobs that the pins make dead are dropped. A pinned `epochs` becomes the last rung; rungs that it does not
-    exceed are cut.
+    Searched knobs that the pins make inactive are dropped. A pinned `epochs` becomes the last rung;
+    earlier rungs stay if they are smaller.
 
     Raises:
         SpaceError: for an unknown tier.
-        ConfigError: for a pin that is unknown, out of range, dead or in conflict with the baseline.
+        ConfigError: for a pin that is unknown, out of range, inactive or in conflict with the
+            baseline.
     """
     if tier not in file.tiers:
-        raise SpaceError(
-            f"tier: {' or '.join(TIERS)} must be given, got {tier!r}.{nearest_name(tier, TIERS)}"
-        )
-    chosen, pins = (
-        file.tiers[tier],
-        {name: _read_pin(name, value) for name, value in (pinned or {}).items()},
-    )
-    wanted = {name: file.search[name] for name in chosen.searched if name not in pins}
-    baseline, dead = _apply_pins({**file.baseline, **chosen.settings}, pins, wanted)
-    search = {name: entry for name, entry in wanted.items() if name not in dead}
-    rungs = (
-        *(rung for rung in chosen.budget.rungs[:-1] if rung < baseline.epochs),
-        baseline.epochs,
-    )
-    budget = chosen.budget.model_copy(update={"rungs": rungs})
+        rule = f"`tier` must be {' or '.join(TIERS)}"
+        raise SpaceError(f"{rule}, got {tier!r}.{did_you_mean(tier, TIERS)}")
+    chosen = file.tiers[tier]
+    pins = {name: _read_pin(name, value) for name, value in (pinned or {}).items()}
+    unpinned = {name: file.search[name] for name in chosen.searched if name not in pins}
+    baseline, inactive = _apply_pins({**file.baseline, **chosen.settings}, pins, unpinned)
+    search = {name: entry for name, entry in unpinned.items() if name not in inactive}
+    earlier = tuple(rung for rung in chosen.budget.rungs[:-1] if rung < baseline.epochs)
+    budget = chosen.budget.model_copy(update={"rungs": (*earlier, baseline.epochs)})
     obstacle = _find_obstacle(baseline, search, budget)
-    if (
-        budget.fidelity == "cycles/continue" and "warm_restarts" not in pins
-    ):  # a pin stands: `train` obeys it
-        baseline = baseline.model_copy(update={"warm_restarts": rungs[:-1]})
+    # A pinned warm_restarts stays: a single training obeys it, a search has an obstacle.
+    if budget.fidelity == "cycles/continue" and "warm_restarts" not in pins:
+        baseline = baseline.model_copy(update={"warm_restarts": earlier})
     return SearchSpace(
         name=file.header.space,
         path=file.path,
@@ -138,30 +134,29 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
         points=_complete_points(file.points, baseline, search),
         budget=budget,
         pinned=pins,
-        dropped={name: dead[name] for name in wanted if name in dead},
+        dropped={name: inactive[name] for name in unpinned if name in inactive},
         obstacle=obstacle,
     )
 
 
 def list_spaces() -> list[Path]:
-    """The space files that can be named, each name once, s7 before s10."""
+    """Return the space files that can be named, each name once, s7 before s10."""
 
     def natural(path: Path) -> list[tuple[int, str]]:
-        return [
-            (int(part), "") if part.isdigit() else (-1, part)
-            for part in re.split(r"(\d+)", path.stem)
-            if part
-        ]
+        parts = filter(None, re.split(r"(\d+)", path.stem))
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
     found: dict[str, Path] = {}
-    for folder in _space_folders():
+    for folder in (Path("search_spaces"), PACKAGED, PACKAGED.parents[1] / "search_spaces"):
         for path in folder.glob("*.yaml"):
             found.setdefault(path.stem, path)
     return sorted(found.values(), key=natural)
 
 
 def find_space(name_or_path: str | Path) -> Path:
-    """A path as it is; a name in ./search_spaces, then in the package, then in the checkout beside it.
+    """Return the file of a path or a name.
+
+    A name is looked up in ./search_spaces, in the package and in the checkout beside it.
 
     Raises:
         SpaceError: when there is no such file, with the nearest name.
@@ -169,19 +164,17 @@ def find_space(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith((".yaml", ".yml")):
         if not Path(text).is_file():
-            raise SpaceError(
-                f"{text}: a space file must exist there, got none. `spaces list` shows the named ones."
-            )
+            raise SpaceError(f"{text}: no such space file. `spaces list` shows the named ones.")
         return Path(text)
     known = {path.stem: path for path in list_spaces()}
     if text not in known:
-        hint = nearest_name(text, tuple(known)) or f" Known: {', '.join(known)}."
-        raise SpaceError(f"space: a known name or a path must be given, got {text!r}.{hint}")
+        hint = did_you_mean(text, known) or f" Known: {', '.join(known)}."
+        raise SpaceError(f"no search space named {text!r}.{hint}")
     return known[text]
 
 
 def load_header(name_or_path: str | Path) -> SpaceHeader:
-    """Source and published result of a checked space, without Optuna.
+    """Read a space's source and published result, without Optuna.
 
     Raises:
         SpaceError: as `read_space`.
@@ -197,7 +190,7 @@ def load_space(
 
 
 def read_space(name_or_path: str | Path) -> SpaceFile:
-    """Read and check a whole space file, every tier of it.
+    """Read and check a space file with all its tiers.
 
     Raises:
         SpaceError: one sentence with file, line, rule, value and the nearest name.
@@ -209,32 +202,31 @@ def read_space(name_or_path: str | Path) -> SpaceFile:
         raw = path.read_bytes() if size <= MAX_BYTES else b""
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as exc:
-        raise SpaceError(f"{label}: a readable UTF-8 text must be given, got: {exc}.") from exc
+        raise SpaceError(f"{label}: the file must be readable UTF-8 text, got: {exc}.") from exc
     if size > MAX_BYTES:
-        raise SpaceError(f"{label}: at most {MAX_BYTES} bytes must hold, got {size}.")
+        raise SpaceError(f"{label}: size <= {MAX_BYTES} bytes must hold, got {size}.")
     return parse_space(text, path)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`max_lr=1e-3` as name and value; the value is a YAML 1.2 scalar or list.
+    """Read `max_lr=1e-3` as a name and a value, a YAML 1.2 scalar or list.
 
     Raises:
         ConfigError: for an unknown knob or an unreadable value.
     """
     name, equals, written = text.partition("=")
     if not equals:
-        raise ConfigError(f"--set: NAME=VALUE must be given, got {text!r}.")
+        raise ConfigError(f"`settings` must be NAME=VALUE, got {text!r}.")
     try:
-        value = read_document(written, "--set").data
+        value = read_document(written, name).data
     except SpaceError as exc:
-        raise ConfigError(
-            f"--set {name}: a number, a word or a list must be given, got {written!r}."
-        ) from exc
+        rule = f"{name} must be a number, a word or a list"
+        raise ConfigError(f"`settings`: {rule}, got {written!r}.") from exc
     return name, _read_pin(name, value)
 
 
 def make_distributions(search: Searched) -> dict[str, BaseDistribution]:
-    """Optuna's own objects, in the file's order."""
+    """Return Optuna's distributions, in the file's order."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     made: dict[str, BaseDistribution] = {}
@@ -251,7 +243,7 @@ def make_distributions(search: Searched) -> dict[str, BaseDistribution]:
 
 
 def describe_distribution(distribution: BaseDistribution) -> str:
-    """A distribution in the words of the file."""
+    """Return a distribution in the words of the file."""
     found: Any = distribution
     if hasattr(found, "choices"):
         return str(Choices(found.choices))
@@ -259,52 +251,50 @@ def describe_distribution(distribution: BaseDistribution) -> str:
     return str(Range(found.low, found.high, found.log, None if every_integer else found.step))
 
 
-def _space_folders() -> Iterable[Path]:
-    package = Path(__file__).parents[1]
-    return (Path("search_spaces"), package / "search_spaces", package.parent / "search_spaces")
-
-
 def _read_pin(name: str, value: Any) -> Any:
     if name not in KNOBS:
-        raise ConfigError(f"--set: {name!r} is not a known knob.{nearest_name(name, KNOBS)}")
+        hint = did_you_mean(name, KNOBS)
+        raise ConfigError(f"`settings`: {name!r} is not a known knob.{hint}")
     if problem := find_value_problem(name, value, name):
-        raise ConfigError(f"--set: {problem}")
+        raise ConfigError(f"`settings`: {problem}")
     return normalise(name, value)
 
 
 def _apply_pins(
     values: dict[str, Any], pins: dict[str, Any], search: Searched
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The pinned baseline, and the knobs that are dead everywhere in what is left of the search."""
+    """Return the pinned baseline, and the knobs that are inactive in all of the search."""
     if problem := find_conflict({**values, **pins}, {}):
-        raise ConfigError(f"--set: {problem}")
+        raise ConfigError(f"`settings`: {problem}")
     baseline = TrainConfig(**{**values, **pins})
-    dead = find_inactive(baseline, search)
+    inactive = find_inactive(baseline, search)
     for name in pins:
-        if name in dead:
-            raise ConfigError(f"--set: {describe_inactive(name, dead[name])}")
-    return baseline, dead
+        if name in inactive:
+            raise ConfigError(f"`settings`: {describe_inactive(name, inactive[name])}")
+    return baseline, inactive
 
 
 def _find_obstacle(baseline: TrainConfig, search: Searched, budget: Budget) -> str | None:
+    """Return why a search is impossible, as a sentence."""
     if not search:
-        return "--set: at least one searched knob must be left, got none. Use `train` for a single training."
+        return "`settings` must leave a searched knob, got none. Use `train` for a single training."
     if baseline.val_size == 0:
-        return "--set: val_size >= 1 must hold in a search, got 0. Trials are compared on it."
+        return "`settings`: val_size >= 1 must hold in a search, got 0. Trials are compared on it."
     if problem := find_conflict(baseline.model_dump(), search):
-        return f"--set: everywhere in the search, {problem} Pin the other knob too."
+        return f"`settings`: everywhere in the search, {problem} Pin the other knob too."
     if problem := find_fidelity_problem(budget, baseline, search):
-        return f"--set: {problem}"
+        return f"`settings`: {problem}"
     return None
 
 
 def _complete_points(
     points: Iterable[dict[str, Any]], baseline: TrainConfig, search: Searched
 ) -> tuple[dict[str, Any], ...]:
-    """The points over exactly the searched knobs; what is then equal to the baseline or to another is left out."""
+    """Return the points over exactly the searched knobs, without repeats and the baseline."""
     seen = [{name: getattr(baseline, name) for name in search}]
     for point in points:
-        complete = {**seen[0], **{name: value for name, value in point.items() if name in search}}
+        searched = {name: value for name, value in point.items() if name in search}
+        complete = {**seen[0], **searched}
         if complete not in seen:
             seen.append(complete)
     return tuple(seen[1:])

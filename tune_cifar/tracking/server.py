@@ -21,55 +21,47 @@ from tune_cifar.tracking.store import (
 )
 from tune_cifar.tracking.views import list_view_links
 
-# Of MLflow's UI, where it is free.
+# The port of MLflow's UI, unless it is in use.
 UI_PORT = 5077
 
 
 def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
-    """Start MLflow's UI on loopback; returns the process and the page's address as soon as the page answers.
+    """Start MLflow's UI on loopback, and return the process and the page's address.
 
-    `stop_ui` ends it. It runs in a session of its own: a terminal's Ctrl-C reaches the caller alone.
+    It returns as soon as the page answers. `stop_ui` ends the process, which has a session of its
+    own: Ctrl-C in the terminal reaches only the caller.
+
+    Args:
+        port: None takes UI_PORT, or any free port when that is in use.
 
     Raises:
-        TrackingError: when there is no such SQLite file, the port is in use, or MLflow ends instead of answering.
+        TrackingError: when there is no such SQLite file, the port is in use, or the process ends.
     """
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
-        hint = "Run a search first, or give --storage."
-        raise TrackingError(f"{path}: an MLflow database must be there, got none. {hint}")
+        hint = "Run a search first, or give `storage`."
+        raise TrackingError(f"{path}: there is no MLflow database. {hint}")
     if port is None:
         port = _find_port()
     elif _is_listening(port):
-        raise TrackingError(
-            f"--port: a free port must be given, got {port}, which is in use. Leave it out."
-        )
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        tracking_uri,
-        "--workers",
-        "1",
-    ]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-opts", "--log-level warning"]
+        raise TrackingError(f"`port` must be free, got {port}, which is in use. Leave it out.")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level warning"]
     environment = os.environ | MLFLOW_ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with tempfile.TemporaryFile() as said:  # what its libraries deprecate, and why it ended
+    with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=said, stderr=said
+            command, env=environment, start_new_session=True, stdout=output, stderr=output
         )
         try:
             while not _is_listening(port):
                 if process.poll() is not None:
-                    said.seek(0)
-                    lines = said.read().decode(errors="replace").splitlines()
-                    fault = hide_credentials(
-                        next((line for line in reversed(lines) if "Error" in line), "no word")
-                    )
-                    raise TrackingError(
-                        f"ui: MLflow must keep running, got exit status {process.returncode}: {fault}."
-                    )
+                    output.seek(0)
+                    lines = output.read().decode(errors="replace").splitlines()
+                    errors = [hide_credentials(line) for line in lines if "Error" in line]
+                    fault = errors[-1] if errors else "no message"
+                    status = f"exit status {process.returncode}"
+                    raise TrackingError(f"MLflow's UI ended with {status}: {fault}.")
                 time.sleep(0.1)
         except BaseException:
             stop_ui(process)
@@ -78,12 +70,12 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
 
 
 def list_views(tracking_uri: str) -> dict[str, str]:
-    """What MLflow's UI can open at once, behind its address: our views of every experiment, by names.
+    """Return the links to our views of every experiment, relative to the UI's address, by name.
 
     Raises:
         TrackingError: when MLflow cannot be reached.
     """
-    with translate_errors("ui: MLflow must list its experiments"):
+    with translate_errors("listing MLflow's experiments"):
         experiments = list_experiments(make_client(tracking_uri))
     return {
         f"{name}: {view}": link
@@ -93,7 +85,7 @@ def list_views(tracking_uri: str) -> dict[str, str]:
 
 
 def stop_ui(process: subprocess.Popen[bytes]) -> None:
-    """End the UI and every process that it started."""
+    """Stop the UI and every process that it started."""
     for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -102,15 +94,14 @@ def stop_ui(process: subprocess.Popen[bytes]) -> None:
 
 
 def _find_port() -> int:
-    """The same one whenever it can be had: a browser keeps the page's layout by its address."""
+    """Return UI_PORT if it is free, since a browser stores the page's layout by its address."""
     for port in (UI_PORT, 0):
         with socket.socket() as free, suppress(OSError):
-            free.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # not kept by connections that are closing
+            # A port whose last connections are closing counts as free.
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             free.bind(("127.0.0.1", port))
             return int(free.getsockname()[1])
-    raise TrackingError("--port: a port must be free on loopback, got none.")
+    raise TrackingError("no port is free on loopback.")
 
 
 def _is_listening(port: int) -> bool:

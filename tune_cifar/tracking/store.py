@@ -1,4 +1,4 @@
-"""Reaching an MLflow store: a client that changes nothing global, a SQLite database laid out once, what lies in it."""
+"""Access to an MLflow store: the client, a SQLite database, experiments and runs, its errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from filelock import FileLock
 from tune_cifar.errors import TrackingError, hide_credentials
 
 MAX_FAULT_CHARACTERS = 300
-# May stand before what the database said.
+# A line that may precede the database's own message.
 SQLALCHEMY_CHATTER = "(raised as a result of Query-invoked autoflush"
 
-# Another process may hold the database's write lock for so long, or be initialising the database.
+# How long to wait for another process that writes to the database, or initialises it.
 SQLITE_TIMEOUT_SECONDS = 10.0
 INITIALISING_SECONDS = 120.0
 RUNS_PER_PAGE = 200
-# For our processes only. No retries in the HTTP client: it would create a run again that a slow server has created.
+# For our processes only. The HTTP client must not retry: it would create a run a second time that a
+# slow server has created.
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -36,10 +37,12 @@ MLFLOW_ENVIRONMENT = {
 
 
 def make_client(tracking_uri: str) -> Any:
-    """A client that never touches MLflow's global state: short timeouts, no telemetry, no chatter.
+    """Return a client with short timeouts, without telemetry and log output.
+
+    It never touches MLflow's global state. An empty SQLite database is initialised.
 
     Raises:
-        TrackingError: when a SQLite database cannot be written; MLflow itself would try for minutes.
+        TrackingError: when a SQLite database cannot be written; MLflow would try for minutes.
     """
     os.environ.update(
         {name: os.environ.get(name, value) for name, value in MLFLOW_ENVIRONMENT.items()}
@@ -49,7 +52,7 @@ def make_client(tracking_uri: str) -> Any:
         _check_sqlite(path)
     from mlflow import MlflowClient
 
-    # After the import, which sets levels of its own. MLflow logs what it raises, with tracebacks.
+    # After the import, which sets levels of its own. MLflow also logs what it raises.
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if path is not None:
@@ -58,28 +61,26 @@ def make_client(tracking_uri: str) -> Any:
 
 
 def find_sqlite_file(tracking_uri: str) -> Path | None:
-    """The database file of a SQLite address, None for a server's."""
-    return (
-        Path(tracking_uri.removeprefix("sqlite:///"))
-        if tracking_uri.startswith("sqlite:///")
-        else None
-    )
+    """Return the database file of a SQLite address, None for a server's."""
+    path = tracking_uri.removeprefix("sqlite:///")
+    return None if path == tracking_uri else Path(path)
 
 
 def _check_sqlite(path: Path) -> None:
-    """Leave a file that can be written, empty if there was none; TrackingError with SQLite's own words otherwise."""
+    """Raise a TrackingError unless the file can be written; create an empty one if need be."""
     try:
         with closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_SECONDS)) as database:
             database.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as exc:
-        raise TrackingError(
-            f"{path}: a SQLite database must be writable there, got: {exc}"
-        ) from exc
+        raise TrackingError(f"{path}: cannot write to this SQLite database: {exc}") from exc
 
 
 def _initialise_sqlite(path: Path) -> None:
-    """Let MLflow lay out an empty database, in a file beside it that takes its place when it is whole: of two processes
-    at once the second finds it done (MLflow's own migrations would collide), and a kill leaves nothing by halves."""
+    """Let MLflow create the tables of an empty database.
+
+    It does so in a new file that then replaces the empty one, under a lock: a kill leaves nothing
+    half done, and of two processes the second finds it done (MLflow's own migrations collide).
+    """
     if path.stat().st_size:
         return
     from mlflow import MlflowClient
@@ -98,45 +99,49 @@ def _initialise_sqlite(path: Path) -> None:
 def place_experiment(
     tracking_uri: str, storage: Path, space: str, data_name: str
 ) -> tuple[str, str | None]:
-    """The name of a space's experiment (the stand-in has one of its own), and its folder where no server keeps it."""
+    """Return the name of a space's experiment, and the address of its artifacts' folder.
+
+    Synthetic data have an experiment of their own. A server chooses the folder itself: None.
+    """
     name = space if data_name == "cifar10" else f"{space} ({data_name})"
-    return name, (storage / "mlartifacts" / name).as_uri() if tracking_uri.startswith(
-        "sqlite:"
-    ) else None
+    if not tracking_uri.startswith("sqlite:"):
+        return name, None
+    return name, (storage / "mlartifacts" / name).as_uri()
 
 
 def find_experiment(client: Any, name: str) -> tuple[str, dict[str, str]] | None:
-    """Id and tags of an active experiment."""
+    """Return id and tags of an experiment, None if there is none.
+
+    Raises:
+        TrackingError: when it is deleted.
+    """
     found = client.get_experiment_by_name(name)
     if found is None:
         return None
     if found.lifecycle_stage != "active":
         hint = f"Restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
-        raise TrackingError(
-            f"MLflow: experiment {name!r} must be active, got a deleted one. {hint}"
-        )
+        raise TrackingError(f"MLflow's experiment {name!r} is deleted. {hint}")
     return str(found.experiment_id), dict(found.tags)
 
 
 def create_experiment(client: Any, name: str, artifacts: str | None, tags: dict[str, str]) -> str:
+    """Create an experiment and return its id, also when another process has just created it."""
     try:
         return str(client.create_experiment(name, artifact_location=artifacts, tags=tags))
     except Exception:
-        if (found := find_experiment(client, name)) is None:  # else another process was faster
+        if (found := find_experiment(client, name)) is None:
             raise
         return found[0]
 
 
 def list_experiments(client: Any) -> list[tuple[str, str, dict[str, str]]]:
-    """Name, id and tags of the experiments, the one that was changed last first."""
-    found = client.search_experiments(order_by=["last_update_time DESC"])
-    return [
-        (experiment.name, experiment.experiment_id, dict(experiment.tags)) for experiment in found
-    ]
+    """Return name, id and tags of the experiments, the last changed first."""
+    experiments = client.search_experiments(order_by=["last_update_time DESC"])
+    return [(found.name, found.experiment_id, dict(found.tags)) for found in experiments]
 
 
 def search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) -> Iterator[Any]:
-    """MLflow's own objects of all runs in these experiments that have these tags, page by page."""
+    """Yield MLflow's objects of all runs in these experiments that have these tags."""
     filter_string = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
     token: str | None = None
     while experiments:
@@ -150,22 +155,23 @@ def search_runs(client: Any, experiments: list[str], tags: Mapping[str, str]) ->
 
 
 def describe_error(exc: Exception) -> str:
-    """The kind of a fault and the first line that tells of it, of an HTTP request's only its cause; no credentials."""
-    lines = [
-        line for line in str(exc).strip().splitlines() if not line.startswith(SQLALCHEMY_CHATTER)
-    ]
-    text = lines[0] if lines else "no words"
+    """Return an exception's type and the first line of its message, without credentials.
+
+    Of a failed HTTP request's message only the cause is returned.
+    """
+    lines = str(exc).strip().splitlines()
+    text = next((line for line in lines if not line.startswith(SQLALCHEMY_CHATTER)), "no message")
     cause = re.search(r"\(Caused by (.+)\)", text)
-    return hide_credentials(f"{type(exc).__name__}: {cause[1] if cause else text}")[
-        :MAX_FAULT_CHARACTERS
-    ]
+    full = f"{type(exc).__name__}: {cause[1] if cause else text}"
+    return hide_credentials(full)[:MAX_FAULT_CHARACTERS]
 
 
 @contextmanager
-def translate_errors(rule: str) -> Iterator[None]:
+def translate_errors(task: str) -> Iterator[None]:
+    """Turn any exception into a TrackingError that says that the task failed."""
     try:
         yield
     except TrackingError:
         raise
     except Exception as exc:
-        raise TrackingError(f"{rule}, got {describe_error(exc)}.") from exc
+        raise TrackingError(f"{task} failed: {describe_error(exc)}.") from exc

@@ -1,14 +1,18 @@
-"""MLflow as a view of the record: shipped in the background while a search runs, completed from the record at any later
-time. Trainings never talk to MLflow, and a tracking fault never hurts a search. What a run holds is in mlruns.py.
+"""Uploading a record to MLflow: in the background while a search runs, or later by `sync`.
+
+MLflow is a view of the record and can be completed from it at any time. Trainings never talk to
+MLflow, and a fault of MLflow never harms a search. runs.py says what an MLflow run holds.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 import threading
+import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,130 +36,141 @@ from tune_cifar.tracking.store import (
 )
 from tune_cifar.tracking.views import MAX_TAG_CHARACTERS
 
-# What follows at once (a trial stopped at the rung it has just reached) goes along.
+# An upload waits this long for what follows at once, such as the end of a trial at its rung.
 SETTLE_SECONDS = 0.25
-# After a fault the next attempt waits, each time twice as long.
+# The pause after a fault; it doubles with each further one.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0
-# At the end, and in `sync`, what MLflow did not take is tried so often; the search's end each time, after the trials.
+# A round stops at this many faults in a row: they are hardly the trials' own.
+MAX_FAULTS = 2
+# Rounds at the end of a search, and in `sync`: what failed in the first is tried once more.
 LAST_ROUNDS = 2
-# Another process may be shipping the same search: wait for it so long.
+# How long to wait for another process that uploads the same search.
 LOCK_SECONDS = 10.0
-
-Upload = Callable[[SearchRuns], int]
-# A search's end goes by this number among its trials', and after them.
-END = -1
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What `sync_search` did: trials shipped now, trials that were whole already, RUNNING runs closed."""
+    """What `sync_search` did.
+
+    Attributes:
+        search: its name.
+        uploaded: number of trials uploaded now.
+        already: number of trials that were complete in MLflow already.
+        closed: number of runs that MLflow showed as RUNNING and are closed now.
+    """
 
     search: str
-    shipped: int
+    uploaded: int
     already: int
     closed: int
 
 
 def make_tracking_uri(storage: Path, option: str | None) -> str:
-    """The tracking address: the option, else an absolute SQLite address under the run store."""
+    """Return the tracking address: the option, else a SQLite file in the run store."""
     return option or f"sqlite:///{storage}/mlflow.db"
 
 
 class BackgroundUploader:
-    """A background thread that ships what the record's events complete: a trial at each rung and at its end.
+    """A background thread that uploads each trial at its rungs and at its end.
 
-    Faults are kept, never raised. What MLflow did not take is tried again, after a pause that grows; and at the end,
-    when `close` returns what is left over as sentences. On a search that is gone on with, what MLflow lacks is shipped
-    first.
+    Faults are kept, never raised. After a fault the trials that are left are tried again, after a
+    pause that grows; a last time in `close`, which returns what failed as sentences. Of a resumed
+    search, what MLflow lacks is uploaded first.
 
     Args:
-        state: of a new search, or of one whose SearchResumed is recorded. Read only in the caller's thread.
+        state: of a new search, or of one whose SearchResumed is recorded. Read only in the
+            caller's thread.
     """
 
     def __init__(self, tracking_uri: str, storage: Path, state: SearchState) -> None:
         self._uploader = _Uploader(tracking_uri, storage, state, is_running=True)
         self._state = state
         self._rungs = frozenset(state.header.budget.get("rungs", ()))
-        self._pending = _pack_trials(state)
-        self._end: dict[int, Upload] = {}
         self._is_due = bool(state.resumes or state.trials)
         self._is_closing = False
+        # Copies of the trials to upload, by number; the state of the search to upload as its end.
+        self._pending = _copy_trials(state.trials.values())
+        self._end: SearchState | None = None
+        self._is_end_left = False
+        # Time of the next round, by time.monotonic; infinite while nothing is pending.
+        self._next_round = time.monotonic() + SETTLE_SECONDS if self._pending else math.inf
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="mlflow-uploader", daemon=True)
         self._thread.start()
 
     def on_event(self, state: SearchState, event: Event) -> None:
-        """Listener for record events; returns at once."""
+        """Take a recorded event; return at once."""
         with self._changed:
             self._state = state
             if isinstance(event, TrialEnded) or (
                 isinstance(event, EpochReported) and self._is_rung(state, event)
             ):
-                self._pending[event.trial] = _pack_trial(state.trials[event.trial])
+                if not self._pending:
+                    self._next_round = time.monotonic() + SETTLE_SECONDS
+                self._pending[event.trial] = _copy_trial(state.trials[event.trial])
                 self._changed.notify()
                 self._is_due = True
             self._is_due |= isinstance(event, SearchEnded)
 
     def close(self, timeout_seconds: float = 60.0) -> list[str]:
-        """Ship the end and wait, at most this long; returns what went wrong, one sentence each. Runs that still show
-        as running are closed: no driver holds the search any more."""
+        """Upload the end, wait for it at most this long, and return the faults as sentences.
+
+        Runs that MLflow still shows as running are closed, since no driver holds the search now.
+        """
         with self._changed:
             if self._is_due:
-                going = {
-                    number: trial
-                    for number, trial in self._state.trials.items()
-                    if trial.status == "running"
-                }
-                self._pending |= _pack_trials(replace(self._state, trials=going))
-                self._end = {END: partial(SearchRuns.close, state=_copy_state(self._state))}
+                trials = self._state.trials.values()
+                self._pending |= _copy_trials(t for t in trials if t.status == "running")
+                self._end, self._is_end_left = _copy_state(self._state), True
             self._is_closing = True
             self._changed.notify()
         self._thread.join(timeout_seconds)
-        way_out = f"The record is whole. Complete MLflow from it: {self._uploader.way_out}"
+        hint = f"The record is complete. Upload the rest: {self._uploader.sync_command}"
         if self._thread.is_alive():
-            return [
-                f"MLflow must take all runs within {timeout_seconds:g} s, got no end of it. {way_out}"
-            ]
-        if not self._pending:
+            return [f"MLflow upload incomplete after {timeout_seconds:g} s. {hint}"]
+        num_left = len(self._pending) + self._is_end_left
+        if num_left == 0:
             return []
-        return [
-            f"MLflow must take all runs, got {len(self._pending)} left over: {self._uploader.fault}. {way_out}"
-        ]
+        return [_describe_left(num_left, self._uploader.fault) + f" {hint}"]
 
     def _is_rung(self, state: SearchState, event: EpochReported) -> bool:
-        """The last epoch is no rung: the trial's end follows."""
-        epoch = event.result.epoch
-        return (
-            epoch in self._rungs
-            and event.score is not None
-            and epoch < state.trials[event.trial].full_config.epochs
-        )
+        """Return whether the trial is now at a rung; the last epoch, at its end, is none."""
+        epoch, last = event.result.epoch, state.trials[event.trial].full_config.epochs
+        return epoch in self._rungs and event.score is not None and epoch < last
 
     def _run(self) -> None:
-        pause, rounds = SETTLE_SECONDS, LAST_ROUNDS
-        with self._uploader.holding():
-            while rounds:
+        """Upload what is pending, round after round, until `close` and LAST_ROUNDS more."""
+        pause, last_rounds = 0.0, LAST_ROUNDS
+        with self._uploader:
+            while last_rounds:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._pending or self._is_closing)
-                    self._changed.wait_for(lambda: self._is_closing, pause)
-                    pending, is_closing = self._pending | self._end, self._is_closing
-                left = self._uploader.upload(pending)
+                    self._wait()
+                    trials, end, is_closing = dict(self._pending), self._end, self._is_closing
+                left, is_end_left = self._uploader.upload(trials, end)
+                is_complete = not left and not is_end_left
+                if is_complete:
+                    pause = 0.0
+                else:
+                    pause = min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
                 with self._changed:
-                    news = {
-                        key: item
-                        for key, item in self._pending.items()
-                        if pending.get(key) is not item
-                    }
-                    self._pending = news | {
-                        key: item for key, item in left.items() if key not in news
-                    }
-                pause = (
-                    min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
-                    if left
-                    else SETTLE_SECONDS
-                )
+                    for number, trial in trials.items():
+                        if self._pending[number] is trial:  # else it has a newer state by now
+                            del self._pending[number]
+                    for number, trial in left.items():
+                        self._pending.setdefault(number, trial)  # behind the new ones
+                    self._is_end_left = is_end_left
+                    wait_seconds = max(pause, SETTLE_SECONDS) if self._pending else math.inf
+                    self._next_round = time.monotonic() + wait_seconds
                 if is_closing:
-                    rounds = rounds - 1 if left else 0
+                    last_rounds = 0 if is_complete else last_rounds - 1
+
+    def _wait(self) -> None:
+        """Wait for the time of the next round, or for `close`."""
+        while not self._is_closing:
+            seconds = self._next_round - time.monotonic()
+            if seconds <= 0:
+                return
+            self._changed.wait(min(seconds, threading.TIMEOUT_MAX))
 
 
 def sync_search(
@@ -165,38 +180,36 @@ def sync_search(
     is_live: bool = False,
     on_upload: Callable[[], None] = lambda: None,
 ) -> SyncReport:
-    """Complete MLflow from a record. Done twice, nothing changes any more.
+    """Complete MLflow from a record. A second call changes nothing more.
 
     Args:
-        on_upload: called after each trial that MLflow has now.
-        is_live: a driver holds the search. Then no run is closed; and where the driver ships to this very address,
-            nothing is shipped either: it does.
+        is_live: a driver holds the search. Then no run is closed; and nothing is uploaded when
+            the driver uploads to this very address itself.
+        on_upload: called after each trial that is complete in MLflow now.
 
     Raises:
-        TrackingError: when MLflow did not take everything, or another process ships the same search.
+        TrackingError: when something could not be uploaded, or another process uploads the
+            search.
     """
-    name = state.header.name
-    uploader = _Uploader(tracking_uri, storage, state, is_live, on_upload)
-    pending = _pack_trials(state)
-    end: dict[int, Upload] = {} if is_live else {END: partial(SearchRuns.close, state=state)}
-    with uploader.holding():
-        if is_live and not uploader.try_hold(0.0):
-            with translate_errors(f"{name}: MLflow must answer"):
+    name, end = state.header.name, None if is_live else state
+    left, is_end_left = _copy_trials(state.trials.values()), False
+    with _Uploader(tracking_uri, storage, state, is_live, on_upload) as uploader:
+        if is_live and not uploader.try_lock(0.0):
+            with translate_errors(f"{name}: reading its runs from MLflow"):
                 runs = SearchRuns(tracking_uri, storage, state, is_running=True)
-                return SyncReport(name, 0, sum(map(runs.is_whole, state.trials.values())), 0)
-        left = uploader.upload(pending | end)
-        for _ in range(LAST_ROUNDS - 1):
-            left = uploader.upload(left | end) if left else {}
-    if left:
-        rule = f"{name}: MLflow must take all runs, got {len(left)} left over: {uploader.fault}."
-        raise TrackingError(f"{rule} Later: {uploader.way_out}")
-    results = uploader.results
-    closed = results.pop(END, 0)
-    return SyncReport(name, sum(results.values()), len(results) - sum(results.values()), closed)
+                return SyncReport(name, 0, sum(map(runs.is_complete, state.trials.values())), 0)
+        for _ in range(LAST_ROUNDS):
+            left, is_end_left = uploader.upload(left, end)
+            if not left and not is_end_left:
+                break
+    if left or is_end_left:
+        problem = _describe_left(len(left) + is_end_left, uploader.fault)
+        raise TrackingError(f"{name}: {problem} Later: {uploader.sync_command}")
+    return SyncReport(name, uploader.num_uploaded, uploader.num_already, uploader.num_closed)
 
 
 def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
-    """Delete a search's runs in MLflow, the parent's and the trials'; returns how many there were.
+    """Delete a search's runs in MLflow, and return how many there were.
 
     Raises:
         TrackingError: when MLflow cannot be reached or refuses.
@@ -204,21 +217,8 @@ def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
         return 0
-    with translate_errors(f"{state.header.name}: MLflow must delete its runs"):
+    with translate_errors(f"{state.header.name}: deleting its runs in MLflow"):
         return SearchRuns(tracking_uri, storage, state, is_running=False).delete()
-
-
-def upload_lr_range(
-    tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path
-) -> None:
-    """Log an LR range test as a run of its own (see mlruns.py).
-
-    Raises:
-        TrackingError: when MLflow cannot be reached or refuses.
-    """
-    with translate_errors(f"{report['name']}: MLflow must take the run"):
-        storage.mkdir(parents=True, exist_ok=True)
-        log_lr_range(tracking_uri, storage, report, folder)
 
 
 def upload_evaluation(
@@ -229,41 +229,95 @@ def upload_evaluation(
     evaluation: Mapping[str, Any],
     files: Sequence[Path],
 ) -> str | None:
-    """Log an evaluation on its trial's run: the files under judge/validation or judge/test, its calibration error and the
-    accuracy of every class as metrics. Done twice, nothing changes any more.
+    """Log an evaluation on its trial's run. A second call changes nothing more.
+
+    The files go under judge/validation or judge/test; the calibration error and the accuracy of
+    every class are metrics.
 
     Returns:
-        None when MLflow has it, else a sentence that says why not and what helps.
+        None when MLflow has it, else a sentence with the reason and what helps.
     """
-    path, way_out = find_sqlite_file(tracking_uri), _describe_sync(tracking_uri, storage, state)
+    path = find_sqlite_file(tracking_uri)
     try:
         if path is None or path.exists():
             runs = SearchRuns(tracking_uri, storage, state, is_running=False)
             if runs.log_evaluation(trial, evaluation, files):
                 return None
-        fault = "no run of it there"
+        fault = "the trial has no run there"
     except Exception as exc:  # whatever MLflow raises, the figures are on disk
         fault = describe_error(exc)
-    return f"MLflow must take the evaluation of {trial.run_id}, got {fault}. The files stay; complete MLflow: {way_out}"
+    command = _make_sync_command(tracking_uri, storage, state)
+    problem = f"evaluation of {trial.run_id} not uploaded to MLflow: {fault}"
+    return f"{problem}. The files are kept. Complete MLflow: {command}"
 
 
-def _describe_sync(tracking_uri: str, storage: Path, state: SearchState) -> str:
-    """The command that completes MLflow from a record."""
-    command = f"python -m tune_cifar sync --search {state.header.name}"
-    if storage != find_storage(None):
-        command += f" --storage {shlex.quote(str(storage))}"
-    if tracking_uri != make_tracking_uri(storage, None):
-        command += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
-    return command
+def upload_lr_range(
+    tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path
+) -> None:
+    """Log an LR range test as a run of its own, with its folder as artifacts.
+
+    The run has no record: when a call fails, it is closed as FAILED.
+
+    Args:
+        report: what its sweeps.json holds.
+
+    Raises:
+        TrackingError: when MLflow cannot be reached or refuses.
+    """
+    with translate_errors(f"{report['name']}: uploading the run to MLflow"):
+        storage.mkdir(parents=True, exist_ok=True)
+        _log_lr_range(tracking_uri, storage, report, folder)
 
 
-class _Uploader:
-    """Carries shipments to MLflow. After a fault it starts over from what MLflow then has.
+def _log_lr_range(
+    tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    client, now = make_client(tracking_uri), to_ms(report["created"])
+    data_name = report["data"]["name"]
+    name, artifacts = place_experiment(tracking_uri, storage, report["space"], data_name)
+    found = find_experiment(client, name)
+    experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
+    metrics = []
+    for key, estimate in report["estimators"].items():
+        if estimate["lr"] is not None:
+            metrics.append(Metric(f"lr_{key.replace('/', '_over_')}", estimate["lr"], now, 0))
+    for sweep in report["sweeps"]:
+        for step, loss in enumerate(sweep["losses"], start=1):
+            if loss is not None:
+                metrics.append(Metric(f"loss_seed_{sweep['seed']}", loss, now, step))
+    params = [Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]]
+    tags = {
+        "kind": "lr_range",
+        "tier": report["tier"],
+        "data": data_name,
+        "verdict": report["verdict"],
+        "mlflow.note.content": f"`{report['command']}`"[:MAX_TAG_CHARACTERS],
+    }
+    run_id = client.create_run(experiment_id, now, tags, report["name"]).info.run_id
+    try:
+        client.log_batch(run_id, params=params)
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics[start : start + METRICS_PER_BATCH])
+        client.log_artifacts(run_id, str(folder))
+    except BaseException:
+        with suppress(Exception):  # the first fault is raised
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+class _Uploader(AbstractContextManager["_Uploader"]):
+    """Uploads trials and the end of one search; leaving its context releases the search's lock.
+
+    After a fault it connects anew, and so starts from what MLflow then has.
 
     Attributes:
-        fault: the last one, in words without credentials.
-        results: what each shipment that arrived returned.
-        way_out: the command that completes MLflow later.
+        fault: the last fault without credentials; empty before the first.
+        num_uploaded, num_already: trials that were uploaded, and that were complete already.
+        num_closed: runs that MLflow showed as RUNNING and were closed.
+        sync_command: the command that completes MLflow later.
     """
 
     def __init__(
@@ -275,87 +329,111 @@ class _Uploader:
         on_upload: Callable[[], None] = lambda: None,
     ) -> None:
         self.fault = ""
-        self.results: dict[int, int] = {}
+        self.num_uploaded = self.num_already = self.num_closed = 0
+        self.sync_command = _make_sync_command(tracking_uri, storage, state)
         self._on_upload = on_upload
-        self.way_out = _describe_sync(tracking_uri, storage, state)
         self._make_runs = partial(SearchRuns, tracking_uri, storage, state, is_running)
         self._resumes = list(state.resumes)
         self._runs: SearchRuns | None = None
-        self._has_failed = False
-        # Per address: a live search may be shipped to another one.
-        self._lock_file = state.folder / f"mlflow-{zlib.crc32(tracking_uri.encode()):08x}.lock"
-        self._lock: FileLock | None = None
+        # One lock per address: a live search may be uploaded to another one.
+        address = f"{zlib.crc32(tracking_uri.encode()):08x}"
+        self._lock = FileLock(state.folder / f"mlflow-{address}.lock")
 
-    @contextmanager
-    def holding(self) -> Iterator[None]:
-        """At the end, give free what the first attempt took hold of (see `try_hold`)."""
-        try:
-            yield
-        finally:
-            if self._lock is not None:
-                self._lock.release()
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
 
-    def try_hold(self, timeout_seconds: float) -> bool:
-        """Have the search's runs for this process alone, until `holding` is left; False when another has them."""
-        if self._lock is None:
-            lock = FileLock(self._lock_file)
+    def try_lock(self, timeout_seconds: float) -> bool:
+        """Lock the search's runs for this process; return False when another has locked them."""
+        if not self._lock.is_locked:
             try:
-                lock.acquire(timeout=timeout_seconds)
+                self._lock.acquire(timeout=timeout_seconds)
             except Timeout:
                 return False
-            self._lock = lock
         return True
 
-    def upload(self, pending: Mapping[int, Upload]) -> dict[int, Upload]:
-        """Try each shipment once, the search's end last; returns what did not arrive, what failed behind the rest. Two
-        faults in a row are hardly the trials': the others wait then, and all wait when MLflow does not even answer."""
-        waiting: dict[int, Upload] = {}
-        failed: dict[int, Upload] = {}
-        num_faults, is_away = 0, False
-        for key, shipment in sorted(pending.items(), key=lambda item: item[0] == END):
-            if is_away or (num_faults >= 2 and key != END):
-                waiting[key] = shipment
-                continue
+    def upload(
+        self, trials: Mapping[int, TrialState], end: SearchState | None
+    ) -> tuple[dict[int, TrialState], bool]:
+        """Try one round: each trial once, then the search's end.
+
+        The round stops when MLflow cannot be reached. After MAX_FAULTS in a row it passes over the
+        other trials.
+
+        Returns:
+            The trials that are left, those that failed last; and whether the end is left.
+        """
+        waiting, num_faults = dict(trials), 0
+        failed: dict[int, TrialState] = {}
+        while waiting and num_faults < MAX_FAULTS:
+            runs = self._connect()
+            if runs is None:
+                return waiting | failed, end is not None
+            number = next(iter(waiting))
+            trial = waiting.pop(number)
             try:
-                if key == END and self._has_failed:
-                    self._runs = None  # look once more for what arrived after all
-                is_away = True
-                runs = self._runs or self._connect()
-                is_away = False
-                self.results[key] = self.results.get(key, 0) + shipment(runs)
-                self._on_upload()
-                num_faults = 0
-            except (
-                Exception
-            ) as exc:  # whatever MLflow raises, the search goes on; the summary tells
-                self.fault, self._has_failed, self._runs = describe_error(exc), True, None
-                failed[key] = shipment
+                is_new = runs.upload_trial(trial)
+            except Exception as exc:  # whatever MLflow raises, the search continues
+                self._disconnect(exc)
+                failed[number] = trial
                 num_faults += 1
-        return waiting | failed
+                continue
+            num_faults = 0
+            self.num_uploaded += is_new
+            self.num_already += not is_new
+            self._on_upload()
+        return waiting | failed, end is not None and not self._upload_end(end)
 
-    def _connect(self) -> SearchRuns:
-        if not self.try_hold(LOCK_SECONDS):
-            raise TrackingError("one process alone must ship a search, got another at it")
-        runs = self._make_runs()
-        runs.open(self._resumes)
-        self._runs = runs
-        return runs
+    def _upload_end(self, state: SearchState) -> bool:
+        if self.fault:
+            self._runs = None  # connect anew: a call that failed may have arrived since
+        runs = self._connect()
+        if runs is None:
+            return False
+        try:
+            self.num_closed += runs.close(state)
+        except Exception as exc:
+            self._disconnect(exc)
+            return False
+        return True
+
+    def _connect(self) -> SearchRuns | None:
+        """Return the search's runs, opened; None when that fails."""
+        if self._runs is None:
+            try:
+                if not self.try_lock(LOCK_SECONDS):
+                    raise TrackingError("another process uploads this search")
+                runs = self._make_runs()
+                runs.open(self._resumes)
+            except Exception as exc:
+                self._disconnect(exc)
+                return None
+            self._runs = runs
+        return self._runs
+
+    def _disconnect(self, fault: Exception) -> None:
+        self.fault, self._runs = describe_error(fault), None
 
 
-def _pack_trials(state: SearchState) -> dict[int, Upload]:
-    """A shipment for every trial that has something to tell."""
-    told = (
-        trial for trial in state.trials.values() if trial.status != "running" or trial.epochs_done
-    )
-    return {trial.number: _pack_trial(trial) for trial in told}
+def _make_sync_command(tracking_uri: str, storage: Path, state: SearchState) -> str:
+    command = f"python -m tune_cifar sync --search {state.header.name}"
+    if storage != find_storage(None):
+        command += f" --storage {shlex.quote(str(storage))}"
+    if tracking_uri != make_tracking_uri(storage, None):
+        command += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
+    return command
 
 
-def _pack_trial(trial: TrialState) -> Upload:
-    return partial(SearchRuns.upload_trial, trial=_copy_trial(trial))
+def _describe_left(num_runs: int, fault: str) -> str:
+    return f"MLflow upload incomplete, {num_runs} left over: {fault}."
+
+
+def _copy_trials(trials: Iterable[TrialState]) -> dict[int, TrialState]:
+    """Copy the trials that have results, by number."""
+    return {t.number: _copy_trial(t) for t in trials if t.status != "running" or t.epochs_done}
 
 
 def _copy_trial(trial: TrialState) -> TrialState:
-    """A trial that no later event changes; an ended one is that already."""
+    """Copy a trial, so that no later event changes it; an ended one does not change any more."""
     if trial.status != "running":
         return trial
     return replace(trial, epochs=list(trial.epochs), retries=list(trial.retries))
@@ -364,47 +442,3 @@ def _copy_trial(trial: TrialState) -> TrialState:
 def _copy_state(state: SearchState) -> SearchState:
     trials = {number: _copy_trial(trial) for number, trial in state.trials.items()}
     return replace(state, trials=trials, resumes=list(state.resumes), arrivals={})
-
-
-def log_lr_range(tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path) -> None:
-    """A run of its own for an LR range test (`report` is what its sweeps.json holds), its folder as artifacts. No
-    record stands behind it: where a call fails, the run is closed as FAILED."""
-    from mlflow.entities import Metric, Param
-
-    client, now = make_client(tracking_uri), to_ms(report["created"])
-    name, artifacts = place_experiment(
-        tracking_uri, storage, report["space"], report["data"]["name"]
-    )
-    found = find_experiment(client, name)
-    experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
-    points = [
-        (f"lr_{key.replace('/', '_over_')}", found["lr"], 0)
-        for key, found in report["estimators"].items()
-    ]
-    for sweep in report["sweeps"]:
-        points += [
-            (f"loss_seed_{sweep['seed']}", loss, step)
-            for step, loss in enumerate(sweep["losses"], 1)
-        ]
-    metrics = [Metric(key, value, now, step) for key, value, step in points if value is not None]
-    tags = {
-        "kind": "lr_range",
-        "tier": report["tier"],
-        "data": report["data"]["name"],
-        "verdict": report["verdict"],
-    }
-    tags |= {"mlflow.note.content": f"`{report['command']}`"[:MAX_TAG_CHARACTERS]}
-    run_id = client.create_run(experiment_id, now, tags, report["name"]).info.run_id
-    try:
-        client.log_batch(
-            run_id,
-            params=[Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]],
-        )
-        for start in range(0, len(metrics), METRICS_PER_BATCH):
-            client.log_batch(run_id, metrics[start : start + METRICS_PER_BATCH])
-        client.log_artifacts(run_id, str(folder))
-    except BaseException:
-        with suppress(Exception):  # the first fault is told
-            client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FINISHED")

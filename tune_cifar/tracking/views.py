@@ -1,7 +1,8 @@
-"""How MLflow's page opens on the searches of a space: tags of the experiment, as MLflow 3.17's own page writes them.
+"""The saved views that MLflow's page opens a space's searches with, as tags of the experiment.
 
-A saved view stands in the tag `mlflow.sharedViewState.ID`: a name, and the page's state as JSON in the JSON. A tag that
-is there is left alone: somebody may have changed the view on the page.
+The tags have the format of MLflow 3.17's own page. A view is in the tag
+`mlflow.sharedViewState.ID`: a name, and the page's state as JSON inside the JSON. An existing tag
+is left alone, since someone may have changed the view on the page.
 """
 
 from __future__ import annotations
@@ -14,27 +15,31 @@ from typing import Any
 
 from tune_cifar.record.events import Header
 
-# MLflow refuses longer ones; a view of more than some thirty knobs would be.
+# MLflow refuses longer tags; a view of more than about thirty knobs is too long.
 MAX_TAG_CHARACTERS = 5000
 VIEW_TAG = "mlflow.sharedViewState."
 OUR_VIEWS = f"{VIEW_TAG}tune_cifar_"
 NOTE = """\
-The space {space} on {data}. **Views** (top right): *Searches* nests the trials of each search in its run; *Trials, best
-first* compares them in a table, or in charts.
+The space {space} on {data}. **Views** (top right): *Searches* nests the trials of each search in
+its run; *Trials, best first* compares them in a table, or in charts.
 
-Knobs are parameters, the figures of every epoch metrics. `score` is the val_acc of a complete trial's last epoch;
-trials compare only where data, split, sizes and epochs agree.
+Knobs are parameters, the figures of every epoch metrics. `score` is the val_acc of a complete
+trial's last epoch; trials compare only where data, split, sizes and epochs agree.
 """
-# What a trial's figures are drawn of, one chart each.
+# The metrics of the charts of curves, one chart each.
 CURVES = ("val_acc", "val_loss", "train_acc", "train_loss", "lr")
+# Marks charts and sections that the page has not made itself.
+OURS = {"deleted": False, "isGenerated": False}
 
 
 def make_experiment_tags(header: Header) -> dict[str, str]:
-    """The tags that the experiment of this record should have. A search brings the views; the trials' has its tier's
-    knobs for columns."""
+    """Return the tags that the experiment of this record should have.
+
+    A search has the views. The view of trials has the knobs of the search's tier as columns.
+    """
     data = header.data.label or header.data.name
     tags = {
-        # Without a kind, MLflow takes an experiment for one of language models and hides the runs.
+        # Without a kind, MLflow hides the runs, as in an experiment with language models.
         "mlflow.experimentKind": "custom_model_development",
         "mlflow.note.content": NOTE.format(space=header.space, data=data),
     }
@@ -59,12 +64,12 @@ def make_experiment_tags(header: Header) -> dict[str, str]:
 
 
 def list_view_links(experiment_id: str, tags: Mapping[str, str]) -> dict[str, str]:
-    """Where our views of an experiment are, behind the server's address, by their names."""
+    """Return the links to our views of an experiment, relative to the server's address, by name."""
     page = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey="
     links = {}
     for key, value in sorted(tags.items()):
         if key.startswith(OUR_VIEWS):
-            with suppress(ValueError, KeyError, TypeError):  # else MLflow's page passes over it too
+            with suppress(ValueError, KeyError, TypeError):  # MLflow's page ignores it too
                 links[str(json.loads(value)["name"])] = page + key.removeprefix(VIEW_TAG)
     return links
 
@@ -75,7 +80,10 @@ def _make_view(name: str, header: Header, state: dict[str, Any]) -> str:
 
 
 def _make_state(order: str, columns: list[str]) -> dict[str, Any]:
-    """All runs in descending order, with these columns. Sorted by anything but their start, runs are not nested."""
+    """Return a page with all runs in descending order and these columns.
+
+    Only runs sorted by their start are nested.
+    """
     return {
         "searchFilter": "",
         "orderByKey": order,
@@ -86,13 +94,13 @@ def _make_state(order: str, columns: list[str]) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "selectedColumns": columns,
         "columnOrder": columns,
-        "columnWidths": {"metrics.`gain_over_baseline`": 150},  # as wide as its name
+        "columnWidths": {"metrics.`gain_over_baseline`": 150},  # the width of its name
         "runsHiddenMode": "SHOW_ALL",
     }
 
 
 def _make_charts(knobs: list[str]) -> dict[str, Any]:
-    """The charts beside the table: the knobs in parallel coordinates, coloured by val_acc; then the curves."""
+    """Return the page's charts: the knobs in parallel coordinates with val_acc; then the curves."""
     parallel = {
         "type": "PARALLEL",
         "selectedParams": knobs,
@@ -107,22 +115,23 @@ def _make_charts(knobs: list[str]) -> dict[str, Any]:
         "lineSmoothness": 0,
     }
     curves = [{**curve, "metricKey": name, "selectedMetricKeys": [name]} for name in CURVES]
-    charts = [(parallel, "knobs"), *((found, "curves") for found in curves)]
-    ours = {"deleted": False, "isGenerated": False}
+    charts = [_make_chart("knobs", 0, parallel)]
+    charts += [_make_chart("curves", number, chart) for number, chart in enumerate(curves, start=1)]
     return {
-        "isAccordionReordered": True,  # else by name
-        "compareRunCharts": [
-            {"uuid": f"{section}-{number}", "metricSectionId": section, "runsCountToCompare": 100}
-            | chart
-            | ours
-            for number, (chart, section) in enumerate(charts)
-        ],
+        "isAccordionReordered": True,  # keep our order; else sections are sorted by name
+        "compareRunCharts": charts,
         "compareRunSections": [
-            {"uuid": uuid, "name": name, "columns": columns, "display": True, "isReordered": False}
-            | ours
-            for uuid, name, columns in (
-                ("knobs", "Knobs and val_acc", 1),
-                ("curves", "Epoch by epoch", 3),
-            )
+            _make_section("knobs", "Knobs and val_acc", 1),
+            _make_section("curves", "Epoch by epoch", 3),
         ],
     }
+
+
+def _make_chart(section: str, number: int, chart: dict[str, Any]) -> dict[str, Any]:
+    place = {"uuid": f"{section}-{number}", "metricSectionId": section, "runsCountToCompare": 100}
+    return place | chart | OURS
+
+
+def _make_section(uuid: str, name: str, columns: int) -> dict[str, Any]:
+    section = {"uuid": uuid, "name": name, "columns": columns}
+    return section | {"display": True, "isReordered": False} | OURS

@@ -1,8 +1,9 @@
 """Atomic, checksummed checkpoints of a Trainer's state, and weights without pickle.
 
-A checkpoint file is one line of magic, one line with the SHA-256 of the rest, then torch's own archive. Every file here
-is written to a temporary one, synced and renamed, so that what stands under its final name is whole or was damaged
-later; the checksum tells. Loading admits tensors and plain containers only (`weights_only=True`).
+A checkpoint file is one line of magic, one line with the SHA-256 of the rest, then torch's own
+archive. Every file is written to a temporary one, synced and renamed, so a crash leaves no partial
+file under the final name; the checksum detects later damage. Loading accepts only tensors and
+plain containers (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from tune_cifar.errors import CheckpointError, DiskFullError
 from tune_cifar.record.files import write_atomically
 
 MAGIC = b"tune_cifar checkpoint 1\n"
-T = TypeVar("T")
-# The shortest time between two checkpoints of a training: writing them must cost it nothing that counts.
+# The shortest time between two checkpoints of a training, so that writing them costs little.
 CHECKPOINT_SECONDS = 60.0
-# What a system says when there is no room: on the disk, in a quota, for a file so large.
+# No room on the disk, in the quota, or a file too large.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a Trainer's state so that a crash at any moment leaves the old file or the new one, never a part.
+    """Write a Trainer's state; a crash at any moment leaves the old file or the new one.
 
     Raises:
-        CheckpointError: when the disk does not take it; the old file stays.
+        CheckpointError: the file cannot be written; the old one stays.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -47,19 +48,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU.
 
     Raises:
-        CheckpointError: when the file is missing, torn, altered, or holds more than tensors and plain values.
+        CheckpointError: the file is missing, incomplete or altered, or holds anything but tensors
+            and plain values.
     """
     payload = _read_payload(path)
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as exc:  # torch and pickle raise many kinds
-        raise CheckpointError(
-            f"{path}: tensors and plain values must be in it, got something else."
-        ) from exc
+        rule = "a checkpoint must hold only tensors and plain values"
+        raise CheckpointError(f"{path}: {rule}, got something else.") from exc
     if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path}: a training's state must be in it, got a {type(state).__name__}."
-        )
+        rule = "a checkpoint must hold a training's state"
+        raise CheckpointError(f"{path}: {rule}, got a {type(state).__name__}.")
     return state
 
 
@@ -68,70 +68,63 @@ def _make_head(payload: bytes) -> bytes:
 
 
 def _read_payload(path: Path) -> bytes:
-    """What stands behind the checksum, proved by it and not unpickled."""
+    """Return the bytes behind the checksum, once they match it; nothing is unpickled."""
     try:
         content = path.read_bytes()
     except OSError as exc:
-        raise CheckpointError(
-            f"{path}: a readable file must be there, got {exc.strerror}."
-        ) from exc
-    payload = content[len(MAGIC) + 65 :]
+        raise CheckpointError(f"{path}: cannot read the file: {exc.strerror}.") from exc
+    payload = content[len(MAGIC) + 65 :]  # 64 hexadecimal digits and the end of the line
     if not payload or not content.startswith(_make_head(payload)):
-        raise CheckpointError(
-            f"{path}: the checksum must match, got a torn or altered file. Use the one before it."
-        )
+        problem = "the checksum does not match, so the file is incomplete or altered"
+        raise CheckpointError(f"{path}: {problem}. Use the checkpoint before it.")
     return payload
 
 
 def save_weights(
     path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """A model's state_dict as safetensors, contiguous on the CPU, written atomically.
+    """Write a model's state_dict as safetensors, atomically.
 
     Raises:
-        CheckpointError: when the disk does not take it.
+        CheckpointError: the file cannot be written; the old one stays.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     _write(path, save(tensors, metadata))
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A model's state_dict from safetensors.
+    """Read a model's state_dict from safetensors to the CPU.
 
     Raises:
-        CheckpointError: when the file is missing or not safetensors.
+        CheckpointError: the file is missing or not safetensors.
     """
     try:
         weights: dict[str, torch.Tensor] = load_file(path)
     except Exception as exc:  # safetensors raises its own and the system's errors
-        raise CheckpointError(
-            f"{path}: whole safetensors weights must be there, got: {exc}"
-        ) from exc
+        raise CheckpointError(f"{path}: not a complete safetensors file: {exc}") from exc
     return weights
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """What `save_weights` wrote beside the weights; empty where it was given none.
+    """Read the metadata that `save_weights` wrote beside the weights; empty without any.
 
     Raises:
-        CheckpointError: when the file is missing or not safetensors.
+        CheckpointError: the file is missing or not safetensors.
     """
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except Exception as exc:  # safetensors raises its own and the system's errors
-        raise CheckpointError(
-            f"{path}: whole safetensors weights must be there, got: {exc}"
-        ) from exc
+        raise CheckpointError(f"{path}: not a complete safetensors file: {exc}") from exc
 
 
 class CheckpointFolder:
-    """The newest checkpoints of one training: at most one a minute and one at the end, the last two kept.
+    """The newest checkpoints of one training.
 
     Args:
         folder: created when the first checkpoint is written.
-        every_seconds: shortest time between two checkpoints that `is_due` asks for.
-        keep: how many of the newest stay.
+        every_seconds: shortest time between two checkpoints, for `is_due`.
+        keep: number of the newest checkpoints that are kept.
     """
 
     def __init__(
@@ -143,18 +136,21 @@ class CheckpointFolder:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """True once `every_seconds` have passed since the last save (or since the start)."""
+        """Return whether `every_seconds` have passed since the last save or the start."""
         return time.monotonic() - self._last >= self._every_seconds
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write the state under its epoch's number, then keep it and the newest before it. What a killed write left is
-        deleted first; checkpoints of later epochs too, once this one is there: they were damaged, or it had been read.
+        """Write the state under its epoch's number and delete the checkpoints no longer needed.
+
+        Partial files of killed writes are deleted first. Checkpoints of later epochs are deleted
+        once this one is there: they are damaged, or this training would have resumed from them.
 
         Raises:
-            CheckpointError: when the disk does not take it. The old ones stay, and `is_due` waits as after a success.
+            CheckpointError: the file cannot be written. The old checkpoints stay, and `is_due`
+                waits as after a success.
         """
         path = self.folder / f"checkpoint-{state['epoch']:04d}.pt"
-        _remove(self._torn())
+        _remove(self._partial_files())
         try:
             save_checkpoint(path, state)
         finally:
@@ -164,24 +160,25 @@ class CheckpointFolder:
         return path
 
     def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest whole state, or None, and a sentence for every damaged file passed over on the way."""
-        return self._take_newest(load_checkpoint)
+        """Return the newest intact state, or None, and a sentence for every damaged file."""
+        return self._read_newest(load_checkpoint)
 
     def find_newest(self) -> tuple[int | None, list[str]]:
-        """The epoch of the newest whole checkpoint, or None, and a sentence for every damaged one passed over. Only
-        checksums are looked at: nothing is unpickled."""
+        """Return the epoch of the newest intact checkpoint, or None, and a sentence for every
+        damaged file. Only checksums are verified; nothing is unpickled.
+        """
 
         def read_epoch(path: Path) -> int:
             _read_payload(path)
             return int(path.stem.removeprefix("checkpoint-"))
 
-        return self._take_newest(read_epoch)
+        return self._read_newest(read_epoch)
 
     def delete(self) -> None:
-        """Remove all checkpoints: the training is over and its weights are kept elsewhere."""
-        _remove([*self._paths(), *self._torn()])
+        """Delete all checkpoints."""
+        _remove([*self._paths(), *self._partial_files()])
 
-    def _take_newest(self, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
+    def _read_newest(self, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
         notes: list[str] = []
         for path in reversed(self._paths()):
             try:
@@ -194,12 +191,12 @@ class CheckpointFolder:
         """Oldest first."""
         return sorted(self.folder.glob("checkpoint-[0-9][0-9][0-9][0-9].pt"))
 
-    def _torn(self) -> list[Path]:
+    def _partial_files(self) -> list[Path]:
         return list(self.folder.glob("checkpoint-*.tmp"))
 
 
 def _remove(paths: list[Path]) -> None:
-    """Delete files; one that cannot be deleted stays: it hurts no training."""
+    """Delete files; one that cannot be deleted stays and does no harm."""
     for path in paths:
         with suppress(OSError):
             path.unlink()
@@ -209,12 +206,10 @@ def _write(path: Path, content: bytes) -> None:
     """Write a file atomically.
 
     Raises:
-        CheckpointError: when the disk does not take it; the old file stays.
+        CheckpointError: the file cannot be written; the old one stays.
     """
     try:
         write_atomically(path, content)
     except OSError as exc:
         kind = DiskFullError if exc.errno in DISK_FULL else CheckpointError
-        raise kind(
-            f"{path}: the file must reach the disk, got {exc.strerror!r}. Make room."
-        ) from exc
+        raise kind(f"{path}: cannot write the file: {exc.strerror}. Make room.") from exc

@@ -1,8 +1,9 @@
-"""The learning-rate range test: the loss of single training steps while the learning rate grows exponentially (Smith,
-arXiv:1506.01186), and what can be read off that curve.
+"""The learning-rate range test (Smith, arXiv:1506.01186) and its three estimators.
 
-The first part is pure: numbers in, numbers out. Three estimators read the smoothed curve of each seed; only where their
-medians over the seeds lie within a decade of each other is a value suggested.
+A sweep records the loss of single training steps while the learning rate grows exponentially.
+Three estimators read the smoothed curve of each seed. A value is suggested only if their medians
+over the seeds lie within a decade of each other. All but `run_sweeps` are pure functions of
+numbers.
 """
 
 from __future__ import annotations
@@ -19,69 +20,70 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.trainer import Trainer
 
-# Standard deviation of the smoothing kernel, in decades of learning rate. Of 0.1, 0.15, 0.2, 0.25, 0.3 and 0.4 the
-# narrowest at which steepest stayed at the fall and did not jump to the bumps behind it; wider ones move valley and
-# minimum/10 down, at 0.4 by up to a half (s8, 3 seeds of 100 steps, s10, 1 of 60; tier cpu, CIFAR-10, 2026-11-21).
+# Standard deviation of the smoothing kernel, in decades of learning rate. Of 0.1, 0.15, 0.2, 0.25,
+# 0.3 and 0.4 it is the narrowest at which steepest stayed at the fall and did not jump to the bumps
+# behind it. Wider ones move valley and minimum/10 down, 0.4 by up to a half (s8, 3 seeds of 100
+# steps, s10, 1 of 60; tier cpu, CIFAR-10, 2026-11-21).
 SMOOTHING_DECADES = 0.2
-# Fewer and the kernel would see single steps.
+# With fewer the kernel would cover single steps.
 MIN_STEPS_PER_DECADE = 5
-# A sweep has diverged when its smoothed loss exceeds so many times the lowest so far, as in fastai.
+# A sweep has diverged when its smoothed loss exceeds its lowest by this factor, as in fastai.
 DIVERGENCE_FACTOR = 4.0
-# A curve falls when it does so by more than this fraction of its starting level, and by more than so many standard
+# A curve falls if its fall exceeds this fraction of its starting level, and this many standard
 # deviations of the smoothed curve's noise: the highest and lowest of pure noise lie 4 to 5 apart.
 MIN_FALL_FRACTION, MIN_FALL_SDS = 0.01, 8.0
-# The fall has begun after this fraction of it, and is over when the loss has risen by as much again.
+# The fall starts after this fraction of it, and ends when the loss has risen by as much again.
 WALL_FRACTION = 0.1
-# A sweep has begun within the fall when its first level lies above that of its first decade by more than this fraction
-# of the way down.
+# A sweep starts within the fall if its first level lies above that of its first decade by more than
+# this fraction of the way down.
 BEGUN_FRACTION = 1 / 3
 # With fewer losses there is no curve.
 MIN_LOSSES = 5
-# Medians further apart, as a factor, are no agreement.
+# The estimators agree if their medians lie within this factor.
 MAX_DISAGREEMENT = 10.0
-# What --write proposes goes so far beyond the lowest and the highest estimator.
+# The proposed range exceeds the lowest and the highest estimator by this factor.
 RANGE_FACTOR = 10.0
-# The schema's bound of max_lr; its lower one is 0.
-HIGHEST_LR = next(
-    rule.le for rule in TrainConfig.model_fields["max_lr"].metadata if hasattr(rule, "le")
-)
+# The schema's upper bound of max_lr; the lower one is 0.
+_BOUNDS = TrainConfig.model_fields["max_lr"].metadata
+HIGHEST_LR = next(bound.le for bound in _BOUNDS if hasattr(bound, "le"))
 
 Floats = NDArray[np.float64]
 
 
 def make_lrs(low: float, high: float, num_steps: int) -> tuple[float, ...]:
-    """Learning rates from low to high, each the same factor above the one before.
+    """Return learning rates from `low` to `high`, evenly spaced in their logarithm.
 
     Raises:
-        ConfigError: when they are no learning rates, span less than a decade, or are too few.
+        ConfigError: a bound is not in (0, HIGHEST_LR], the range spans less than a decade, or has
+            less than MIN_STEPS_PER_DECADE steps a decade.
     """
-    for option, value in (("--low", low), ("--high", high)):
+    for name, value in (("low", low), ("high", high)):
         if not value > 0:
-            raise ConfigError(f"{option} > 0 must hold, got {value!r}.")
+            raise ConfigError(f"`{name}` > 0 must hold, got {value!r}.")
         if not value <= HIGHEST_LR:
-            raise ConfigError(f"{option} <= {HIGHEST_LR:g} must hold, got {value!r}.")
+            raise ConfigError(f"`{name}` <= {HIGHEST_LR:g} must hold, got {value!r}.")
     if 10 * low > high:
-        raise ConfigError(f"--low: at most a tenth of --high must hold, got {low:g} and {high:g}.")
-    num_decades = math.log10(high / low)
-    if num_steps < MIN_STEPS_PER_DECADE * num_decades:
-        rule = f"--steps: at least {math.ceil(MIN_STEPS_PER_DECADE * num_decades)} must hold from {low:g} to {high:g}"
+        raise ConfigError(f"`low` must be at most a tenth of `high`, got {low:g} and {high:g}.")
+    min_steps = MIN_STEPS_PER_DECADE * math.log10(high / low)
+    if num_steps < min_steps:
+        rule = f"`steps` must be at least {math.ceil(min_steps)} from {low:g} to {high:g}"
         raise ConfigError(f"{rule} ({MIN_STEPS_PER_DECADE} a decade), got {num_steps}.")
     return tuple(float(lr) for lr in np.geomspace(low, high, num_steps))
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One seed's curve: the finite losses (nats per image), each of a training step at its learning rate."""
+    """One seed's losses (nats per image), each finite and of a step at its learning rate."""
 
     seed: int
     lrs: tuple[float, ...]
     losses: tuple[float, ...]
     diverged_at: float | None
-    """The learning rate of the step whose loss was not finite or, smoothed, too high; None of a whole sweep."""
+    """Learning rate of the step whose loss was not finite or, smoothed, too high; else None."""
 
 
 def follow_sweep(seed: int, lrs: Sequence[float], losses: Iterable[float]) -> Sweep:
-    """Take the losses of a sweep until it diverges; what would come after is not asked for."""
+    """Take the losses of a sweep until it diverges; `losses` is not iterated further."""
     log_lrs, taken, lowest = np.log10(lrs), np.empty(len(lrs)), math.inf
     count, diverged_at = 0, None
     for lr, loss in zip(lrs, losses, strict=False):
@@ -99,11 +101,15 @@ def follow_sweep(seed: int, lrs: Sequence[float], losses: Iterable[float]) -> Sw
 
 
 def smooth(log_lrs: Floats, losses: Floats, at: Floats | None = None) -> tuple[Floats, Floats]:
-    """A curve, and its slope per decade, at all its points or at those given (log10 of the learning rate).
+    """Smooth a curve; return its values and its slopes per decade.
 
-    At each point the line is taken that fits best under Gaussian weights of sd SMOOTHING_DECADES. Between even steps
-    that is a symmetric mean, which shifts no feature; at the ends, where the neighbours lie on one side only, a plain
-    mean would drag the curve along its slope, and a line does not.
+    At each point a line is fitted to the losses under Gaussian weights of sd SMOOTHING_DECADES.
+    Between even steps that equals a symmetric mean, which shifts no feature. At the ends, where all
+    neighbours lie on one side, a plain mean would be biased along the slope, and a line is not.
+
+    Args:
+        log_lrs: log10 of the learning rates, like `at`.
+        at: where to evaluate; by default at all points.
     """
     offsets = log_lrs[None, :] - (log_lrs if at is None else at)[:, None]
     weights = np.exp(-0.5 * (offsets / SMOOTHING_DECADES) ** 2)
@@ -119,14 +125,14 @@ def smooth(log_lrs: Floats, losses: Floats, at: Floats | None = None) -> tuple[F
 
 @dataclass(frozen=True)
 class Curve:
-    """A smoothed sweep, and where it falls.
+    """A smoothed sweep and its fall.
 
     Attributes:
         slopes: of the loss per decade.
-        first, lowest: the indices between which the loss falls: a tenth of the fall is done, all of it is done. 0 for
-            first: the sweep began within the fall.
-        rises: after that the loss rises again, or the sweep diverges: the minimum is one.
-        problem: why there is no fall; then first and lowest mean nothing.
+        first: index at which a tenth of the fall is done; 0 if the sweep starts within the fall.
+        lowest: index at which the fall is complete.
+        rises: whether the loss rises again or diverges after `lowest`, so it is a minimum.
+        problem: why there is no fall; then `first` and `lowest` mean nothing.
     """
 
     lrs: tuple[float, ...]
@@ -139,25 +145,27 @@ class Curve:
 
 
 def fit_curve(sweep: Sweep) -> Curve:
-    """Smooth a sweep and find its fall. Where it starts from is the median loss of its first decade."""
+    """Smooth a sweep and find its fall, which starts from the median loss of the first decade."""
     log_lrs, losses = np.log10(sweep.lrs), np.array(sweep.losses)
     count = len(losses)
     if count < MIN_LOSSES:
-        problem = f"at least {MIN_LOSSES} steps must be done before the loss diverges, got {count}; lower --low"
+        problem = f"the loss diverges after {count} steps, {MIN_LOSSES} are needed; lower `low`"
         return Curve(sweep.lrs, losses, np.zeros(count), problem=problem)
     start = float(np.median(losses[log_lrs <= log_lrs[0] + 1]))
-    # A loss of thousands in the last step would drag the curve before it up.
+    # A loss of thousands in the last step would raise the curve before it.
     smoothed, slopes = smooth(log_lrs, np.minimum(losses, DIVERGENCE_FACTOR * start))
     lowest = int(smoothed.argmin())
     start = min(start, float(smoothed[: lowest + 1].max()))  # the first decade may rise
     fall = start - float(smoothed[lowest])
-    # Of the residuals' median, which steps in a blow-up do not move: 1.48 makes it the sd of a normal distribution.
+    # Standard deviation of one loss from the median residual, which diverging steps do not move: of
+    # a normal distribution it is 1.48 times the median.
     noise = 1.48 * float(np.median(np.abs(losses - smoothed)))
-    # A mean under a Gaussian of sd s over steps d apart has so much of one loss's variance.
+    # A mean under a Gaussian of sd s over steps d apart has d / (2 sqrt(pi) s) of that variance.
     noise *= math.sqrt((log_lrs[1] - log_lrs[0]) / (2 * math.sqrt(math.pi) * SMOOTHING_DECADES))
     needed = max(MIN_FALL_FRACTION * start, MIN_FALL_SDS * noise)
     if fall <= needed:
-        problem = f"the loss must fall by more than {needed:.2g} to stand out from its noise, got {max(0.0, fall):.2g}"
+        found = f"the loss falls by {max(0.0, fall):.2g}"
+        problem = f"{found}, more than {needed:.2g} is needed to stand out from its noise"
         return Curve(sweep.lrs, smoothed, slopes, problem=problem)
     has_begun = smoothed[0] - start > BEGUN_FRACTION * (smoothed[0] - smoothed[lowest])
     before = np.flatnonzero(smoothed[:lowest] >= start - WALL_FRACTION * fall)
@@ -175,33 +183,29 @@ class Estimate:
     reason: str = ""
 
 
-STILL_FALLING = "the loss must rise again before the sweep's end, got none of it; raise --high"
-FALLS_AT_ONCE = (
-    "the sweep must start before the loss falls, got a start within the fall; lower --low"
-)
+STILL_FALLING = "the loss does not rise again before the sweep's end; raise `high`"
+FALLS_AT_ONCE = "the sweep starts within the fall of the loss; lower `low`"
+STEEPEST_AT_END = "the fall is steepest at the sweep's end; raise `high` or `steps`"
 
 
 def find_steepest(curve: Curve) -> Estimate:
-    """Where the loss falls fastest per decade (torch-lr-finder's suggestion)."""
+    """Find where the loss falls fastest per decade (torch-lr-finder's suggestion)."""
     if curve.problem:
         return Estimate(None, curve.problem)
     if curve.first == 0:
         return Estimate(None, FALLS_AT_ONCE)
     index = curve.first + int(curve.slopes[curve.first : curve.lowest + 1].argmin())
-    # At the very end of a sweep the slope is little more than noise, and beyond it may be steeper.
+    # At the end of a sweep the slope is little more than noise, and beyond it may be steeper.
     if curve.lrs[index] > curve.lrs[-1] / 10**SMOOTHING_DECADES:
-        return Estimate(
-            None,
-            "the steepest fall must lie within the sweep, got it at the end; raise --high or --steps",
-        )
+        return Estimate(None, STEEPEST_AT_END)
     return Estimate(curve.lrs[index])
 
 
 def find_valley(curve: Curve) -> Estimate:
-    """The middle of the fall, in log10 of the learning rate (fastai's suggestion).
+    """Find the middle of the fall, in log10 of the learning rate (fastai's suggestion).
 
-    Deviates from fastai: the fall begins where a tenth of it is done, not with the longest falling subsequence of
-    steps. That one begins wherever the sweep does, and --low would move the answer.
+    Unlike in fastai, the fall starts where a tenth of it is done, not with the longest falling
+    subsequence of steps: that one starts where the sweep does, so `low` would move the answer.
     """
     if curve.problem:
         return Estimate(None, curve.problem)
@@ -213,7 +217,7 @@ def find_valley(curve: Curve) -> Estimate:
 
 
 def find_minimum_tenth(curve: Curve) -> Estimate:
-    """A tenth of where the loss is lowest (fastai's older suggestion): a decade clear of the divergence."""
+    """Find a tenth of the learning rate with the lowest loss (fastai's older suggestion)."""
     if curve.problem:
         return Estimate(None, curve.problem)
     return Estimate(curve.lrs[curve.lowest] / 10) if curve.rises else Estimate(None, STILL_FALLING)
@@ -231,11 +235,12 @@ class SeedsEstimate:
     """One estimator over all seeds.
 
     Attributes:
-        lr: the median of the seeds' values, in log10; None where no more than half of the seeds gave one.
-        factor: the highest of the values over the lowest; None of fewer than two.
-        geometric_sd: their standard deviation as a factor; None of fewer than two.
-        num_seeds: how many gave one.
-        reason: of the first seed that gave none.
+        lr: the median of the seeds' values, in log10; None unless more than half of the seeds have
+            a value.
+        factor: the highest of the values over the lowest; None for fewer than two.
+        geometric_sd: their standard deviation as a factor; None for fewer than two.
+        num_seeds: how many seeds have a value.
+        reason: why the first seed without a value has none.
     """
 
     lr: float | None
@@ -250,8 +255,8 @@ class Summary:
     """All estimators over all seeds.
 
     Attributes:
-        disagreement: the highest median over the lowest; None of fewer than two.
-        suggestion: the middle one of the medians, in log10; None where they do not agree.
+        disagreement: the highest median over the lowest; None for fewer than two.
+        suggestion: the median of the medians, in log10; None if they do not agree.
     """
 
     estimators: dict[str, SeedsEstimate]
@@ -260,27 +265,27 @@ class Summary:
 
     @property
     def medians(self) -> dict[str, float]:
-        """Of the estimators that have one."""
+        """Median of each estimator that has one."""
         return {name: found.lr for name, found in self.estimators.items() if found.lr is not None}
 
     @property
     def verdict(self) -> str:
-        """What is suggested, or why nothing is."""
+        """The suggestion, or why there is none, in words."""
         values = ", ".join(f"{name} {lr:.2e}" for name, lr in self.medians.items()) or "none"
         if self.disagreement is None:
             return f"no suggestion: two estimators or more must give a value, got {values}"
+        factor = f"a factor of {self.disagreement:.3g}"
         if self.suggestion is None:
-            factor = f"{self.disagreement:.3g}, more than {MAX_DISAGREEMENT:g}"
-            return f"no suggestion: the estimators disagree by a factor of {factor}: {values}"
-        return f"suggestion: max_lr {self.suggestion:.2e}; the estimators lie within a factor of {self.disagreement:.3g}"
+            limit = f"more than {MAX_DISAGREEMENT:g}"
+            return f"no suggestion: the estimators disagree by {factor}, {limit}: {values}"
+        return f"suggestion: max_lr {self.suggestion:.2e}; the estimators lie within {factor}"
 
 
 def summarise(curves: Sequence[Curve]) -> Summary:
-    """Read every curve with every estimator, and say whether the estimators agree."""
-    found = {
-        name: _summarise_seeds([find(curve) for curve in curves])
-        for name, find in ESTIMATORS.items()
-    }
+    """Apply every estimator to every curve, and decide whether the estimators agree."""
+    found = {}
+    for name, find in ESTIMATORS.items():
+        found[name] = _summarise_seeds([find(curve) for curve in curves])
     lrs = [estimate.lr for estimate in found.values() if estimate.lr is not None]
     disagreement = max(lrs) / min(lrs) if len(lrs) >= 2 else None
     agree = disagreement is not None and disagreement <= MAX_DISAGREEMENT
@@ -303,12 +308,16 @@ def _find_log_median(lrs: Sequence[float]) -> float:
     return float(np.exp(np.median(np.log(lrs))))
 
 
-def propose_range(medians: Sequence[float], keep: Sequence[float]) -> tuple[float, float]:
-    """What to search max_lr in: from a tenth of the lowest estimator's median to ten times the highest's, so two
-    decades around the suggestion and more where the estimators lie apart. Widened to hold `keep` (the baseline, for
-    one), rounded outwards to two significant digits, and within the schema's bounds."""
-    low = round_to_two_digits(min(min(medians) / RANGE_FACTOR, *keep), math.floor)
-    high = round_to_two_digits(max(max(medians) * RANGE_FACTOR, *keep), math.ceil)
+def propose_range(medians: Sequence[float], include: Sequence[float]) -> tuple[float, float]:
+    """Propose bounds for the search of max_lr.
+
+    They reach from a tenth of the lowest estimator's median to ten times the highest's: two decades
+    around the suggestion, and more if the estimators differ. They are widened to contain the values
+    of `include` (such as the baseline's), rounded outwards to two significant digits, and lie
+    within the schema's bounds.
+    """
+    low = round_to_two_digits(min(min(medians) / RANGE_FACTOR, *include), math.floor)
+    high = round_to_two_digits(max(max(medians) * RANGE_FACTOR, *include), math.ceil)
     return low, min(high, HIGHEST_LR)
 
 
@@ -317,7 +326,7 @@ def round_to_two_digits(value: float, towards: Callable[[float], int]) -> float:
     if value == 0:
         return 0.0
     exponent = math.floor(math.log10(abs(value))) - 1
-    # The first rounding undoes what binary fractions add: 5.2e-4 is no more than itself.
+    # The inner rounding removes binary noise: 5.2e-4 must not be rounded up to 5.3e-4.
     return float(f"{towards(round(value / 10.0**exponent, 6))}e{exponent}")
 
 
@@ -329,11 +338,14 @@ def run_sweeps(
     num_seeds: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Sweep]:
-    """Sweep a fresh network for each of so many seeds, the config's first.
+    """Sweep a new network for each of `num_seeds` seeds, starting with the config's seed.
 
     Args:
-        config: of schedule constant. Its momentum holds throughout, also for a recipe whose OneCycle would cycle it.
+        config: with schedule constant. Its momentum is used at every step.
         on_step: called after each training step.
+
+    Yields:
+        the Sweep of each seed.
     """
 
     def watch(losses: Iterable[float]) -> Iterator[float]:

@@ -1,7 +1,7 @@
-"""What changes bits outside the recipe: probed once, recorded, restored.
+"""Numerics: what changes the bits of a training outside its recipe. Resolved, recorded, restored.
 
-Two trainings of one config are bitwise equal on a CPU when their `Numerics` are equal, and on one GPU when they are
-also `deterministic`.
+Two trainings of one config are bitwise equal on a CPU when their `Numerics` are equal, and on one
+GPU when they are also `deterministic`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.record.environment import find_version
 from tune_cifar.schema import Numerics
 
-# Read by cuBLAS when CUDA starts: a fixed workspace makes its kernels choose the same summation order every time.
+# The libraries whose versions may change bits.
+COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headless")
+# cuBLAS reads it when CUDA starts: with a fixed workspace its kernels keep the order of their sums.
 DETERMINISTIC_CUBLAS = ":4096:8"
 
 
@@ -29,100 +31,94 @@ def resolve_numerics(
     deterministic: bool = False,
     execution: str = "eager",
 ) -> Numerics:
-    """Settle device, precision and memory format on this machine.
+    """Choose device, precision and memory format on this machine.
 
     Args:
-        device: auto, cpu or cuda; auto takes CUDA where it is.
-        precision: auto, fp32 or bf16; auto takes bf16 where the hardware multiplies it (AMX, AVX512-BF16, CUDA
-            compute capability >= 8).
-        threads: of one training on the CPU.
-        deterministic: ask for deterministic kernels; matters on CUDA only.
+        device: auto, cpu or cuda; auto takes CUDA where there is a GPU.
+        precision: auto, fp32 or bf16; auto takes bf16 where the hardware multiplies it (AMX,
+            AVX512-BF16, CUDA compute capability >= 8).
+        threads: CPU cores of one training, `cpus_per_trial` in messages.
+        deterministic: use deterministic kernels; matters on CUDA only.
         execution: eager, or captured: a training step as one CUDA graph.
 
     Raises:
-        ConfigError: for a device, precision, number of cores or execution that this machine does not have.
+        ConfigError: an unknown value, or one that this machine cannot provide.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device: auto, cpu or cuda must be given, got {device!r}.")
+        raise ConfigError(f"`device` must be auto, cpu or cuda, got {device!r}.")
     if precision not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"--precision: auto, fp32 or bf16 must be given, got {precision!r}.")
+        raise ConfigError(f"`precision` must be auto, fp32 or bf16, got {precision!r}.")
     check_cpus(threads)
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ConfigError(
-            "--device: cuda needs a CUDA device, got a machine without one. Use --device cpu."
-        )
+        rule = "`device='cuda'` needs a CUDA device"
+        raise ConfigError(f"{rule}, but this machine has none. Use `device='cpu'`.")
     on_cuda = has_cuda and device != "cpu"
     if execution not in ("eager", "captured"):
-        raise ConfigError(f"--execution: eager or captured must be given, got {execution!r}.")
+        raise ConfigError(f"`execution` must be eager or captured, got {execution!r}.")
     if execution == "captured" and not on_cuda:
-        raise ConfigError(
-            "--execution: captured needs a CUDA device, got a training on the CPU. Leave it out."
-        )
+        rule = "`execution='captured'` needs a CUDA device"
+        raise ConfigError(f"{rule}, but the training runs on the CPU. Leave it out.")
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(on_cuda) else "fp32"
+    versions = {name: find_version(name) for name in COMPUTING_LIBRARIES}
     return Numerics(
         device="cuda" if on_cuda else "cpu",
         device_name=torch.cuda.get_device_name() if on_cuda else _cpu_name(),
         capability=_cuda_capability() if on_cuda else _cpu_capability(),
         precision=cast(Literal["fp32", "bf16"], precision),
-        # fp32 convolutions of small nets on a CPU lose time to channels_last; bf16 ones gain (one thread, AMX).
+        # On a CPU channels_last slows fp32 convolutions of small networks down and makes bf16 ones
+        # faster (one thread, AMX).
         memory_format="channels_last" if precision == "bf16" or on_cuda else "contiguous",
         threads=threads,
         deterministic=deterministic,
         execution=cast(Literal["eager", "captured"], execution),
-        versions={
-            "python": platform.python_version(),
-            **{name: find_version(name) for name in COMPUTING_LIBRARIES},
-        },
+        versions={"python": platform.python_version(), **versions},
     )
 
 
 def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
-    """The recorded settings on this machine: what can be chosen is restored, what cannot (processor, versions) is this
-    machine's own.
+    """Return the recorded settings on this machine.
+
+    What can be chosen is restored; processor, GPU and versions are those of this machine.
+
+    Args:
+        device: auto, cpu or cuda instead of the recorded device.
 
     Raises:
-        ConfigError: when the recorded device is not here.
+        ConfigError: the machine does not have the device, or fewer CPU cores than recorded.
     """
-    here = resolve_numerics(
-        device or recorded.device, recorded.precision, recorded.threads, recorded.deterministic
-    )
+    device = device or recorded.device
+    here = resolve_numerics(device, recorded.precision, recorded.threads, recorded.deterministic)
     execution = recorded.execution if here.device == "cuda" else "eager"
     return here.model_copy(update={"memory_format": recorded.memory_format, "execution": execution})
 
 
-# The libraries whose versions may change bits.
-COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headless")
-
-
 def check_cpus(num: int) -> None:
-    """Refuse more CPU cores for one training than there are.
+    """Refuse a number of CPU cores per training that this machine does not have.
 
     Raises:
-        ConfigError: when the machine does not have them.
+        ConfigError: `num` is less than 1 or more than `count_cores()`.
     """
     if not 1 <= num <= count_cores():
-        raise ConfigError(
-            f"--cpus-per-trial: 1 to {count_cores()} (the cores here) must hold, got {num}."
-        )
+        rule = f"`cpus_per_trial` must be 1 to {count_cores()} (the cores here)"
+        raise ConfigError(f"{rule}, got {num}.")
 
 
 def count_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(psutil.Process().cpu_affinity() or [0])
 
 
 def get_memory_mb(numerics: Numerics) -> float:
-    """MiB of memory of the GPU, or of the machine."""
-    num_bytes = (
-        torch.cuda.mem_get_info()[1] if numerics.device == "cuda" else psutil.virtual_memory().total
-    )
-    return num_bytes / 2**20
+    """Return the memory of the GPU, or of the machine on a CPU, in MiB."""
+    if numerics.device == "cuda":
+        return torch.cuda.mem_get_info()[1] / 2**20
+    return float(psutil.virtual_memory().total) / 2**20
 
 
 def count_gpus(device: str) -> int:
-    """CUDA devices that may be used under this --device."""
+    """Return the number of GPUs that trainings with this `device` may use."""
     return 0 if device == "cpu" else torch.cuda.device_count()
 
 
@@ -145,34 +141,36 @@ def _cpu_capability() -> str:
 
 
 def _cpu_name() -> str:
-    """Vendor's name with family and model, since virtual machines often hide the exact name."""
+    """Return the vendor's name, family and model: virtual machines often hide the exact name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
+    fields = {}
+    for line in text.split("\n\n")[0].splitlines():  # the first core
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
     if "model name" not in fields:
         return platform.processor() or platform.machine()
-    return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+    family, model = fields.get("cpu family", "?"), fields.get("model", "?")
+    return f"{fields['model name']} (family {family}, model {model})"
 
 
 def apply_numerics(numerics: Numerics) -> None:
-    """Set this process's torch flags to the recorded ones. Called at the start of every training, since warm workers
-    keep flags from the one before.
+    """Set this process's torch flags.
+
+    Every training calls it at its start, since a warm worker keeps the flags of the one before.
 
     Raises:
-        ConfigError: when the record asks for CUDA and there is none.
+        ConfigError: the device is CUDA and this machine has none.
     """
     if numerics.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "numerics: the recorded device is cuda, got a machine without one. Use --device cpu."
-        )
+        rule = "numerics: the recorded device is cuda"
+        raise ConfigError(f"{rule}, but this machine has none. Use `device='cpu'`.")
     torch.set_num_threads(numerics.threads)
     if numerics.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_CUBLAS)
-    # Setting it imports torch's compiler, two seconds of every process.
+    # Setting the flag imports torch's compiler, which takes two seconds.
     if torch.are_deterministic_algorithms_enabled() != numerics.deterministic:
         torch.use_deterministic_algorithms(numerics.deterministic)
     torch.backends.cudnn.deterministic = numerics.deterministic
@@ -180,26 +178,22 @@ def apply_numerics(numerics: Numerics) -> None:
 
 
 def autocast(numerics: Numerics) -> torch.autocast:
-    """The context in which forward passes run: bf16 matrix work when the record says so."""
+    """Return the context for forward passes: matrix products in bf16 if that is the precision."""
     return torch.autocast(numerics.device, torch.bfloat16, enabled=numerics.precision == "bf16")
 
 
 def memory_format(numerics: Numerics) -> torch.memory_format:
-    """torch's constant for the recorded memory format of images and convolution weights."""
-    return (
-        torch.channels_last
-        if numerics.memory_format == "channels_last"
-        else torch.contiguous_format
-    )
+    """Return torch's constant for the memory format of images and convolution weights."""
+    is_channels_last = numerics.memory_format == "channels_last"
+    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def compare_numerics(recorded: Numerics, current: Numerics) -> list[str]:
-    """What differs, as `name: recorded -> current`; empty when bits must agree."""
-    before, now = (
-        {**n.model_dump(exclude={"versions"}), **n.versions} for n in (recorded, current)
-    )
+    """Return the differences as `name: recorded -> current`; none when bits must agree."""
+    before = recorded.model_dump(exclude={"versions"}) | recorded.versions
+    now = current.model_dump(exclude={"versions"}) | current.versions
     return [
         f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
-        for name in dict.fromkeys([*before, *now])
+        for name in dict.fromkeys([*before, *now])  # in the order of the fields
         if before.get(name) != now.get(name)
     ]

@@ -1,7 +1,7 @@
-"""Optimizers and learning-rate schedules from a config: the only room that names torch.optim.
+"""Optimizers and learning-rate schedules from a config: the only module that names torch.optim.
 
-A schedule moves once per batch over `epochs x steps per epoch`, whatever the batch size. It depends on the config
-alone, so a resumed training asks for the rest of it.
+A schedule advances once per batch over `epochs x steps per epoch`, whatever the batch size. It
+depends on the config alone, so a resumed training takes the rest of it.
 """
 
 from __future__ import annotations
@@ -25,38 +25,34 @@ from torch.optim.lr_scheduler import (
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import TrainConfig
 
-# Adam's published defaults, which every source system kept.
+# Adam's published defaults; all source systems use them.
 BETA2, ADAM_EPS = 0.999, 1e-8
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """The config's optimizer over all parameters in one group, in torch's fused implementation.
+    """Make the config's optimizer, in torch's fused implementation.
 
-    Weight decay applies to every parameter, as in the source systems.
+    All parameters are in one group. Weight decay applies to every parameter, as in the source
+    systems.
     """
-    options: dict[str, Any] = {
-        "lr": config.max_lr,
-        "weight_decay": config.weight_decay,
-        "fused": True,
-    }
+    decay = config.decoupled_weight_decay if config.optimizer == "adamw" else config.weight_decay
+    options: dict[str, Any] = {"lr": config.max_lr, "weight_decay": decay, "fused": True}
     if config.optimizer == "sgd":
         options |= {"momentum": config.momentum, "nesterov": config.nesterov}
     else:
         options |= {"betas": (config.momentum, BETA2), "eps": ADAM_EPS}
-    if config.optimizer == "adamw":
-        options["weight_decay"] = config.decoupled_weight_decay
     return _CLASSES[config.optimizer](parameters, **options)
 
 
 def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
-    """The same optimizer without what tells `torch.compile` to leave it alone: nothing is compiled here, and torch
-    would import its compiler for that, two seconds of every process.
+    """Return the optimizer class without its `torch.compile` decorators.
+
+    Nothing is compiled here, and the decorators import torch's compiler, which takes two seconds.
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     plain = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    return type(
-        kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))}
-    )
+    plain["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), plain)
 
 
 _CLASSES = {
@@ -67,41 +63,40 @@ _CLASSES = {
 
 
 class Settings(NamedTuple):
-    """What the schedule decides about one step; momentum is Adam's beta1."""
+    """The values that a schedule gives one step; momentum is Adam's beta1."""
 
     lr: float
     momentum: float
 
 
 def schedule_steps(config: TrainConfig, num_done: int = 0) -> Iterator[Settings]:
-    """The settings of every step of a training, one cycle after another, without the first `num_done`.
+    """Return the settings of every step of a training, without the first `num_done` steps.
+
+    With warm restarts the schedule has several cycles, one after another.
 
     Raises:
-        ConfigError: when a OneCycle's warm-up would be no longer than one step.
+        ConfigError: a OneCycle's warm-up would take one step or less.
     """
     lengths = [num_epochs * config.num_steps_per_epoch for num_epochs in config.cycle_epochs]
     for total_steps in lengths:
         if config.schedule == "onecycle" and config.pct_start * total_steps <= 1:
             raise ConfigError(
-                f"schedule onecycle: pct_start x total steps > 1 must hold, got {config.pct_start} x {total_steps}. "
+                "schedule onecycle: pct_start x total steps > 1 must hold, "
+                f"got {config.pct_start} x {total_steps}. "
                 "Raise pct_start or epochs, or lower batch_size."
             )
-    steps = itertools.chain.from_iterable(
-        _schedule_cycle(config, total_steps) for total_steps in lengths
-    )
-    return itertools.islice(steps, num_done, None)
+    cycles = (_schedule_cycle(config, total_steps) for total_steps in lengths)
+    return itertools.islice(itertools.chain.from_iterable(cycles), num_done, None)
 
 
 def _schedule_cycle(config: TrainConfig, total_steps: int) -> Iterator[Settings]:
-    """From torch's schedule on an optimizer that has nothing else to do."""
+    """Yield the settings of a cycle, from torch's schedule on an optimizer of one weight."""
     optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], config)
     schedule = _make_schedule(optimizer, config, total_steps)
     group = optimizer.param_groups[0]
     for step in range(total_steps):
-        yield Settings(
-            float(group["lr"]),
-            float(group["momentum"] if "momentum" in group else group["betas"][0]),
-        )
+        momentum = group["momentum"] if "momentum" in group else group["betas"][0]
+        yield Settings(float(group["lr"]), float(momentum))
         optimizer.step()
         if step + 1 < total_steps:
             schedule.step()
@@ -130,7 +125,7 @@ def _make_schedule(optimizer: Optimizer, config: TrainConfig, total_steps: int) 
 
 
 def apply_settings(optimizer: Optimizer, settings: Settings) -> None:
-    """Let the optimizer's next step use these."""
+    """Set the learning rate and momentum of the optimizer's next step."""
     for group in optimizer.param_groups:
         group["lr"] = settings.lr
         if "betas" in group:
@@ -143,13 +138,14 @@ Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 class DeviceOptimizer:
-    """SGD, Adam and AdamW whose settings lie in device memory, so that a captured step serves every configuration.
+    """SGD, Adam and AdamW that read their settings from device memory, for captured steps.
 
-    torch's own take a tensor for the learning rate, but no momentum and no weight decay. To rounding the same updates.
+    torch's optimizers accept a tensor as learning rate, but not as momentum or weight decay. The
+    updates agree with torch's to rounding.
 
     Args:
-        knobs: lr, momentum, weight_decay and decoupled_weight_decay as tensors (). A decay that is 0 in the config is
-            left out of the program.
+        knobs: lr, momentum, weight_decay and decoupled_weight_decay as tensors (). A decay that is
+            0 in the config is left out of the program.
     """
 
     def __init__(
@@ -161,20 +157,19 @@ class DeviceOptimizer:
         self._parameters: list[torch.Tensor] = list(parameters)
         self._lr, self._momentum = knobs["lr"], knobs["momentum"]
         is_adamw = config.optimizer == "adamw"
-        self._coupled = knobs["weight_decay"] if config.weight_decay and not is_adamw else None
-        self._decoupled = (
-            knobs["decoupled_weight_decay"] if config.decoupled_weight_decay and is_adamw else None
-        )
+        has_coupled = config.weight_decay and not is_adamw
+        has_decoupled = config.decoupled_weight_decay and is_adamw
+        self._coupled = knobs["weight_decay"] if has_coupled else None
+        self._decoupled = knobs["decoupled_weight_decay"] if has_decoupled else None
         self._is_adam = config.optimizer != "sgd"
         self._nesterov = config.nesterov
         self._means = [torch.zeros_like(parameter) for parameter in self._parameters]
-        self._squares = (
-            [torch.zeros_like(parameter) for parameter in self._parameters] if self._is_adam else []
-        )
+        squared = self._means if self._is_adam else []
+        self._squares = [torch.zeros_like(mean) for mean in squared]
         self._num_steps = torch.zeros((), device=self._lr.device)
 
     def zero_grad(self) -> None:
-        """As torch.optim's."""
+        """Remove the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -187,19 +182,17 @@ class DeviceOptimizer:
             torch._foreach_add_(grads, torch._foreach_mul(self._parameters, self._coupled))
         if self._decoupled is not None:
             torch._foreach_mul_(self._parameters, 1 - self._lr * self._decoupled)
-        updates = (
-            self._find_adams_updates(grads) if self._is_adam else self._find_sgds_updates(grads)
-        )
+        updates = self._adam_updates(grads) if self._is_adam else self._sgd_updates(grads)
         torch._foreach_sub_(self._parameters, torch._foreach_mul(updates, self._lr))
 
-    def _find_sgds_updates(self, grads: list[torch.Tensor]) -> Tensors:
+    def _sgd_updates(self, grads: list[torch.Tensor]) -> Tensors:
         torch._foreach_mul_(self._means, self._momentum)
         torch._foreach_add_(self._means, grads)
         if not self._nesterov:
             return self._means
         return torch._foreach_add(grads, torch._foreach_mul(self._means, self._momentum))
 
-    def _find_adams_updates(self, grads: list[torch.Tensor]) -> Tensors:
+    def _adam_updates(self, grads: list[torch.Tensor]) -> Tensors:
         self._num_steps += 1
         torch._foreach_mul_(self._means, self._momentum)
         torch._foreach_add_(self._means, torch._foreach_mul(grads, 1 - self._momentum))
@@ -213,16 +206,16 @@ class DeviceOptimizer:
         return updates
 
     def reset(self) -> None:
-        """As before the first step, in place."""
+        """Restore the state before the first step, in place."""
         for tensor in self._list_state():
             tensor.zero_()
 
     def state_dict(self) -> dict[str, list[torch.Tensor]]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"state": self._list_state()}
 
     def load_state_dict(self, state: dict[str, list[torch.Tensor]]) -> None:
-        """In place."""
+        """Copy a checkpoint's state in place."""
         for tensor, saved in zip(self._list_state(), state["state"], strict=True):
             tensor.copy_(saved)
 

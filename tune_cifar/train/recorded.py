@@ -1,4 +1,4 @@
-"""A single training with a record of its own; and the network that a recorded run trained."""
+"""A single training with a record of its own, and the trained network of a recorded run."""
 
 from __future__ import annotations
 
@@ -36,86 +36,8 @@ from tune_cifar.train.numerics import compare_numerics
 from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import ERROR, WEIGHTS, train_trial
 
+# Called with the state after each recorded event.
 Listener = Callable[[SearchState, Event], None]
-
-
-def run_training(
-    record: Record,
-    data: TrainVal,
-    numerics: Numerics,
-    listener: Listener,
-    on_trainer: Callable[[Trainer], None] | None = None,
-) -> None:
-    """Train the baseline of a record of kind `train` as its trial 0, or go on with it where it was interrupted.
-
-    Every epoch is in the record before the listener hears of it. A diverged training ends as a result; Ctrl-C leaves it
-    to be gone on with; any other exception is written to the trial's folder, recorded as failed and raised again.
-    """
-    start = time.monotonic()
-    config = TrainConfig(**record.state.header.baseline)
-
-    def append(event: Event) -> None:
-        record.append(event)
-        listener(record.state, event)
-
-    def end(status: EndStatus, reason: str, **files: Any) -> None:
-        score = trial.find_score(status)
-        append(
-            TrialEnded(trial=0, status=status, reason=reason, score=score, time=utc_now(), **files)
-        )
-
-    if 0 not in record.state.trials:
-        dump = config.model_dump(mode="json")
-        started = TrialStarted(
-            trial=0,
-            origin="train",
-            params={},
-            config=dump,
-            fingerprint=config.fingerprint,
-            time=utc_now(),
-        )
-        append(started)
-    trial = record.state.trials[0]
-    folder = record.state.trial_folder(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    reported = trial.epochs_done
-    try:
-        if trial.status == "running":
-            for result in train_trial(config, data, numerics, folder, on_trainer):
-                if result.epoch > reported:
-                    append(EpochReported(trial=0, result=result))
-            weights = {"weights_file": relative(record, folder / WEIGHTS)}
-            end("complete", "all epochs", **weights)
-    except Diverged as exc:
-        end("diverged", str(exc))
-    except (
-        RecordError,
-        DiskFullError,
-    ):  # there is no place to tell: it can be gone on with when there is room
-        raise
-    except KeyboardInterrupt:
-        if not record.file.closed:
-            append(SearchEnded(reason=INTERRUPTED, wall_seconds=time.monotonic() - start))
-        raise
-    except Exception as exc:
-        error_file = relative(record, write_error(folder, traceback.format_exc()))
-        end("failed", repr(exc), error_file=error_file)
-        append(SearchEnded(reason="failed", wall_seconds=time.monotonic() - start))
-        raise
-    append(SearchEnded(reason="trained", wall_seconds=time.monotonic() - start))
-
-
-def write_error(folder: Path, text: str) -> Path:
-    """Keep a trial's traceback where the summary says it lies."""
-    path = folder / ERROR
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def relative(record: Record, path: Path) -> str:
-    """A path below a search's folder as the record stores it."""
-    return str(path.relative_to(record.state.folder))
 
 
 def make_header(
@@ -127,7 +49,7 @@ def make_header(
     numerics: Numerics,
     command: str,
 ) -> Header:
-    """The first line of a record: everything that was settled before the first trial."""
+    """Make the first line of a record: everything that is fixed before the first trial."""
     return Header(
         name=name,
         kind=kind,
@@ -157,11 +79,16 @@ def open_training(
     command: str,
     resume: bool,
 ) -> tuple[Record, TrainVal]:
-    """The record of a single training, new or to be gone on with, and its images.
+    """Open the record of a single training, a new one or one to resume, and load its images.
+
+    Args:
+        name: of the record; without one a new training is named after the space and the time.
+        command: the command line, for the record.
 
     Raises:
-        ConfigError: when --resume finds another configuration or other Numerics than the recorded ones.
-        RecordError: when the name is taken (or, with resume, unknown).
+        ConfigError: `resume` without a name, of a finished training, or with another config, other
+            data or other Numerics than recorded.
+        RecordError: the name is taken, or with `resume` unknown.
     """
     config = space.baseline
     data = load_train_val(source, config.train_size, config.val_size)
@@ -170,50 +97,136 @@ def open_training(
         header = make_header("train", name, space, config.seed, data.info, numerics, command)
         return Record.create(search_folder(storage, name), header), data
     if name is None:
-        raise ConfigError("--resume: needs --name, got none. Names stand in `leaderboard`.")
+        hint = "`python -m tune_cifar leaderboard` shows the names."
+        raise ConfigError(f"`resume=True` needs `name`, got none. {hint}")
     record = Record.open(search_folder(storage, name))
-    header = record.state.header
-    changes = compare_numerics(header.numerics, numerics)
-    recorded = TrainConfig(**header.baseline)
-    if recorded != config:
-        changes += [
-            f"{k}: {getattr(recorded, k)} -> {v}" for k, v in config if getattr(recorded, k) != v
-        ]
-    if header.data != data.info:
-        changes.append(f"data: {header.data.name} -> {data.info.name}")
-    if header.kind != "train":
-        changes.append(KIND_WORDS[header.kind])
+    changes = _find_changes(record.state.header, config, numerics, data.info)
     if changes or record.state.is_finished:
         record.close()
-        reason = "; ".join(changes) or "a finished training"
-        raise ConfigError(
-            f"--resume: {name} must be unfinished and as it was recorded, got {reason}."
-        )
-    now, facts = utc_now(), describe_environment()
-    record.append(
-        SearchResumed(
-            time=now, trials=1, changes=[], numerics=numerics, environment=facts, command=command
-        )
+        rule = f"`resume=True`: {name} must be unfinished and its settings as recorded"
+        raise ConfigError(f"{rule}, got {'; '.join(changes) or 'a finished training'}.")
+    resumed = SearchResumed(
+        time=utc_now(),
+        trials=1,
+        changes=[],
+        numerics=numerics,
+        environment=describe_environment(),
+        command=command,
     )
+    record.append(resumed)
     return record, data
 
 
+def _find_changes(
+    header: Header, config: TrainConfig, numerics: Numerics, data: DataInfo
+) -> list[str]:
+    """Return what differs from the record of a training, as `name: recorded -> now`."""
+    changes = compare_numerics(header.numerics, numerics)
+    recorded = TrainConfig(**header.baseline)
+    for knob, value in config:
+        before = getattr(recorded, knob)
+        if before != value:
+            changes.append(f"{knob}: {before} -> {value}")
+    if header.data != data:
+        changes.append(f"data: {header.data.name} -> {data.name}")
+    if header.kind != "train":
+        changes.append(KIND_WORDS[header.kind])
+    return changes
+
+
+def run_training(
+    record: Record,
+    data: TrainVal,
+    numerics: Numerics,
+    on_event: Listener,
+    on_trainer: Callable[[Trainer], None] | None = None,
+) -> None:
+    """Train the baseline of a record of kind `train` as its trial 0, or resume it.
+
+    A diverged training ends as a result. An interrupted one (Ctrl-C) can be resumed. Any other
+    exception is written to the trial's folder, recorded as failed and raised again.
+
+    Args:
+        on_event: called with every event once it is on disk.
+        on_trainer: called once with the Trainer before the first epoch.
+    """
+    start = time.monotonic()
+    config = TrainConfig(**record.state.header.baseline)
+
+    def append(event: Event) -> None:
+        record.append(event)
+        on_event(record.state, event)
+
+    def end_trial(status: EndStatus, reason: str, **files: Any) -> None:
+        score, now = trial.find_score(status), utc_now()
+        append(TrialEnded(trial=0, status=status, reason=reason, score=score, time=now, **files))
+
+    def end_search(reason: str) -> None:
+        append(SearchEnded(reason=reason, wall_seconds=time.monotonic() - start))
+
+    if 0 not in record.state.trials:
+        started = TrialStarted(
+            trial=0,
+            origin="train",
+            params={},
+            config=config.model_dump(mode="json"),
+            fingerprint=config.fingerprint,
+            time=utc_now(),
+        )
+        append(started)
+    trial = record.state.trials[0]
+    folder = record.state.trial_folder(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    num_recorded = trial.epochs_done
+    try:
+        if trial.status == "running":
+            for result in train_trial(config, data, numerics, folder, on_trainer):
+                if result.epoch > num_recorded:
+                    append(EpochReported(trial=0, result=result))
+            end_trial("complete", "all epochs", weights_file=relative(record, folder / WEIGHTS))
+    except Diverged as exc:
+        end_trial("diverged", str(exc))
+    except (RecordError, DiskFullError):
+        raise  # Nothing more can be recorded: the training can be resumed when there is room.
+    except KeyboardInterrupt:
+        if not record.file.closed:
+            end_search(INTERRUPTED)
+        raise
+    except Exception as exc:
+        error_file = relative(record, write_error(folder, traceback.format_exc()))
+        end_trial("failed", repr(exc), error_file=error_file)
+        end_search("failed")
+        raise
+    end_search("trained")
+
+
+def write_error(folder: Path, text: str) -> Path:
+    """Write a trial's traceback to its folder; return the path."""
+    path = folder / ERROR
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def relative(record: Record, path: Path) -> str:
+    """Return a path in a search's folder as the record stores it."""
+    return str(path.relative_to(record.state.folder))
+
+
 def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource) -> TrainVal:
-    """The run's images, checked to be the recorded ones.
+    """Load the run's images and check that they are the recorded ones.
 
     Raises:
-        DataError: when the data or the split are not those of the record.
+        DataError: the data or the split differ from the record.
     """
     data = load_train_val(source, trial.config.train_size, trial.config.val_size)
-    if data.info != state.header.data:
+    recorded = state.header.data
+    if data.info != recorded:
+        is_synthetic = recorded.name == "shapes"
+        hint = "Use `data='shapes'`." if is_synthetic else "Point `data` at CIFAR-10."
         raise DataError(
-            f"{trial.run_id}: the data must be the recorded {state.header.data.name} with split "
-            f"{state.header.data.split_hash}, got {data.info.name} with {data.info.split_hash}. "
-            + (
-                "Give --data shapes."
-                if state.header.data.name == "shapes"
-                else "Point --data at CIFAR-10."
-            )
+            f"{trial.run_id}: data must be the recorded {recorded.name} with split "
+            f"{recorded.split_hash}, got {data.info.name} with {data.info.split_hash}. {hint}"
         )
     return data
 
@@ -223,21 +236,20 @@ def load_trained(
     trial: TrialState,
     data: TrainVal,
     numerics: Numerics,
-    way_out: str = "Leave out --no-retrain to train it again.",
+    hint: str = "Leave out `no_retrain=True` to train it again.",
 ) -> Trainer:
-    """A Trainer that carries the run's kept weights.
+    """Return a Trainer with the weights that the run left.
 
     Args:
-        way_out: what the user can do when there are none.
+        hint: the end of the error's message: what the user can do.
 
     Raises:
-        RecordError: when the run's weights were not kept.
+        RecordError: the run's weights were not kept.
     """
     path = state.folder / (trial.weights_file or "")
     if trial.weights_file is None or not path.exists():
-        raise RecordError(
-            f"{trial.run_id}: weights must have been kept, got none (only a search's best trials keep them). {way_out}"
-        )
+        problem = "its weights were not kept (only a search's best trials keep them)"
+        raise RecordError(f"{trial.run_id}: {problem}. {hint}")
     trainer = Trainer(trial.config, data, numerics)
     trainer.model.load_state_dict(load_weights(path))
     return trainer

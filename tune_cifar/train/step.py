@@ -1,8 +1,9 @@
-"""One training step of a config on a device: augment, forward, backward, optimizer. Two executions of the same recipe.
+"""One training step of a config on a device: augment, forward, backward, optimizer.
 
-`EagerStep` lets torch launch one kernel after another, with the knobs as numbers. `CapturedStep` keeps every knob in
-device memory, so that one CUDA graph, captured once, serves all configurations of one shape: a warm worker takes it
-again for its next trial. Off CUDA it runs the same program uncaptured, which is how its logic is tested anywhere.
+The same recipe has two executions. `EagerStep` lets torch launch one kernel after another, with
+the knobs as numbers. `CapturedStep` keeps every knob in device memory, so that one CUDA graph
+serves all configs with the same graph key: a warm worker reuses it for its next trial. Off CUDA
+it runs the same program uncaptured, so its logic is tested on any machine.
 """
 
 from __future__ import annotations
@@ -24,28 +25,33 @@ from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.numerics import autocast, memory_format
 from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer
 
-# Knobs of TrainConfig that a captured step reads from device memory. Whether one is 0 is part of the step's shape.
+# Knobs of TrainConfig that a captured step reads from device memory. Whether a knob is 0 is part of
+# the graph key.
 DEVICE_KNOBS = (
     *("dropout", "label_smoothing", "weight_decay", "decoupled_weight_decay"),
     *("crop_pad", "hflip_p", "shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"),
     *("cutout_p", "cutout_size", "gray_p"),
 )
-# CUDA wants a few runs before a capture: libraries choose their kernels and take their workspaces.
+# Before a capture, libraries choose their kernels and allocate their workspaces.
 WARM_UP_RUNS = 3
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose (init, order, augment, dropout): streams of different purposes are unrelated."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
+    """Return a 63-bit seed for one purpose: init, order, augment or dropout.
+
+    The random streams of different purposes are unrelated.
+    """
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def make_generators(device: torch.device) -> dict[str, torch.Generator]:
-    """The dice that are rolled on the device, by purpose."""
+    """Return the random generators on the device, by purpose."""
     return {purpose: torch.Generator(device) for purpose in ("augment", "dropout")}
 
 
 def build_initial_model(config: TrainConfig) -> nn.Module:
-    """The config's network on the CPU with the initial weights that its seed gives on every device."""
+    """Return the config's network on the CPU; its initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "init"))
         return build_model(config)
@@ -57,7 +63,7 @@ class EagerStep:
     Attributes:
         model: the network on the device.
         optimizer: has a state_dict for checkpoints.
-        generators: the dice that are rolled on the device, by purpose.
+        generators: the random generators on the device, by purpose.
     """
 
     def __init__(self, config: TrainConfig, numerics: Numerics) -> None:
@@ -75,21 +81,23 @@ class EagerStep:
         self.optimizer = make_optimizer(self.model.parameters(), config)
 
     def augment(self, images_NCHW: Tensor) -> Tensor:
-        """uint8 (N, 3, 32, 32) to what the network sees in training, normalized float32; advances the dice."""
+        """Augment and normalize uint8 images (N, 3, 32, 32) to float32; advances the generator."""
         draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"])
-        batch: Tensor = self._apply_policy(
-            self._policy, images_NCHW, draws, memory_format(self._numerics)
-        )
+        layout = memory_format(self._numerics)
+        batch: Tensor = self._apply_policy(self._policy, images_NCHW, draws, layout)
         return batch
 
-    def place(self, settings: Sequence[Settings]) -> Sequence[Settings]:
-        """The settings of coming steps, where these read them."""
+    def to_device(self, settings: Sequence[Settings]) -> Sequence[Settings]:
+        """Move the settings of coming steps to where `train` reads them."""
         return settings
 
     def train(
         self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        """Train on one batch; mean loss and number of right answers, on the device, until the next step."""
+        """Train on one batch; return its mean loss and number of correct predictions.
+
+        Both stay on the device and are valid until the next step.
+        """
         images = self.augment(images_NCHW)
         with autocast(self._numerics):
             logits = self.model(images)
@@ -102,14 +110,15 @@ class EagerStep:
 
 
 class CapturedStep:
-    """A step whose knobs lie in device memory, as one CUDA graph. See EagerStep for attributes and methods.
+    """A step as one CUDA graph that reads its knobs from device memory.
 
-    What differs from the eager step: the optimizer is `DeviceOptimizer`, label smoothing is written out, and a dropout
-    mask is one uniform number per activation. A last, smaller batch runs uncaptured.
+    See EagerStep for attributes and methods. Three things differ from it: the optimizer is
+    `DeviceOptimizer`, label smoothing is written out, and a dropout mask is one uniform number per
+    activation. A last, smaller batch runs uncaptured.
     """
 
     def __init__(self, config: TrainConfig, numerics: Numerics) -> None:
-        self.shape = make_graph_key(config, numerics)
+        self.graph_key = make_graph_key(config, numerics)
         self._numerics = numerics
         self._batch_size = config.batch_size
         self._device = torch.device(numerics.device)
@@ -118,17 +127,16 @@ class CapturedStep:
         knobs = dict(zip((*DEVICE_KNOBS, *Settings._fields), self._memory.unbind(), strict=True))
         self._write_knobs(config)
         self._label_smoothing = knobs["label_smoothing"] if config.label_smoothing else None
-        living = {name: knobs[name] for name, value in _read_knobs(config).items() if value}
-        self._policy = make_policy(SimpleNamespace(**(config.model_dump() | living)))  # type: ignore[arg-type]
+        active = {name: knobs[name] for name, value in _read_knobs(config).items() if value}
+        self._policy = make_policy(SimpleNamespace(**(config.model_dump() | active)))  # type: ignore[arg-type]
         model = build_initial_model(config)
         set_dropout_generator(model, self.generators["dropout"])
-        if "dropout" in living:
+        if "dropout" in active:
             set_drop_probability(model, knobs["dropout"])
         self.model = model.to(self._device, memory_format=memory_format(numerics)).train()  # type: ignore[call-overload]
         self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
-        self._images = torch.zeros(
-            config.batch_size, 3, 32, 32, dtype=torch.uint8, device=self._device
-        )
+        image_shape = (config.batch_size, 3, 32, 32)
+        self._images = torch.zeros(image_shape, dtype=torch.uint8, device=self._device)
         self._labels = torch.zeros(config.batch_size, dtype=torch.int64, device=self._device)
         self._loss = torch.zeros((), device=self._device)
         self._num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -136,8 +144,11 @@ class CapturedStep:
         self.reset(config)
 
     def reset(self, config: TrainConfig) -> None:
-        """Begin a training of another config of the same shape, in place: weights, optimizer, dice and knobs."""
-        assert make_graph_key(config, self._numerics) == self.shape
+        """Prepare the training of another config with the same graph key, in place.
+
+        Weights, optimizer, random generators and knobs are set anew.
+        """
+        assert make_graph_key(config, self._numerics) == self.graph_key
         self._write_knobs(config)
         self.model.load_state_dict(build_initial_model(config).state_dict())
         self.optimizer.reset()
@@ -148,7 +159,7 @@ class CapturedStep:
         draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"])
         return apply_policy(self._policy, images_NCHW, draws, memory_format(self._numerics))
 
-    def place(self, settings: Sequence[Settings]) -> Sequence[Tensor]:
+    def to_device(self, settings: Sequence[Settings]) -> Sequence[Tensor]:
         return torch.tensor(settings, device=self._device).unbind()
 
     def train(
@@ -181,9 +192,8 @@ class CapturedStep:
         return loss.detach(), (logits.detach().argmax(1) == labels_N).sum()
 
     def _write_knobs(self, config: TrainConfig) -> None:
-        self._memory[: len(DEVICE_KNOBS)] = torch.tensor(
-            [*_read_knobs(config).values()], device=self._device
-        )
+        values = [*_read_knobs(config).values()]
+        self._memory[: len(DEVICE_KNOBS)] = torch.tensor(values, device=self._device)
 
 
 def _read_knobs(config: TrainConfig) -> dict[str, float]:
@@ -192,18 +202,22 @@ def _read_knobs(config: TrainConfig) -> dict[str, float]:
 
 
 def make_graph_key(config: TrainConfig, numerics: Numerics) -> Hashable:
-    """What two configs must share to be trained by one captured step."""
-    living = tuple(value != 0 for value in _read_knobs(config).values())
+    """Return what two configs must have in common to be trained by one captured step."""
+    active = tuple(value != 0 for value in _read_knobs(config).values())
     network = (config.model, config.batch_size, config.optimizer, config.nesterov)
-    return (*network, living, numerics.model_dump_json())
+    return (*network, active, numerics.model_dump_json())
 
 
 def capture(
     function: Callable[[], None], device: torch.device, generators: Iterable[torch.Generator]
 ) -> Callable[[], None]:
-    """One CUDA graph of a function that reads and writes fixed tensors alone; elsewhere the function itself.
+    """Capture a function as one CUDA graph and return its replay; off CUDA return the function.
 
-    The function is run a few times first, so whatever it changes must be set afterwards.
+    The function must read and write fixed tensors only. It runs a few times first, so the caller
+    must reset whatever it changes.
+
+    Args:
+        generators: the random generators that the function uses.
     """
     if device.type != "cuda":
         for _ in range(WARM_UP_RUNS):
@@ -224,13 +238,13 @@ def capture(
     return replay
 
 
-# Captured steps of trainings that are over, the last used at the end. Each holds a network's activations.
+# Captured steps of finished trainings, the last used at the end. Each holds the activations.
 _idle: dict[Hashable, CapturedStep] = {}
 NUM_IDLE = 2
 
 
 def acquire_step(config: TrainConfig, numerics: Numerics) -> EagerStep | CapturedStep:
-    """A step at the beginning of its training; a captured one of the same shape is used again."""
+    """Return a step ready for the first batch; an idle captured one with the same key is reused."""
     if numerics.execution == "eager" or config.augment_backend != "batched":
         return EagerStep(config, numerics)
     step = _idle.pop(make_graph_key(config, numerics), None)
@@ -241,8 +255,8 @@ def acquire_step(config: TrainConfig, numerics: Numerics) -> EagerStep | Capture
 
 
 def release_step(step: EagerStep | CapturedStep) -> None:
-    """Keep a captured step, whose training is over, for the next config of its shape."""
+    """Keep a captured step of a finished training for the next config with its graph key."""
     if isinstance(step, CapturedStep):
-        _idle[step.shape] = step
+        _idle[step.graph_key] = step
         while len(_idle) > NUM_IDLE:
             del _idle[next(iter(_idle))]

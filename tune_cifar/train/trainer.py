@@ -1,8 +1,8 @@
-"""The one training loop. Iterating a `Trainer` trains and yields an `EpochResult` per epoch; the consumer decides
-when to stop. Search, train, reproduce and confirm all use it as it is.
+"""The one training loop, used by search, train, reproduce and confirm alike.
 
-Data lie on the device as uint8 for the whole training; a batch is gathered, augmented and normalised there. Nothing
-waits for the device inside an epoch on CUDA.
+Iterating a `Trainer` trains and yields an `EpochResult` per epoch; the consumer decides when to
+stop. The data stay on the device as uint8 for the whole training; a batch is gathered, augmented
+and normalized there. On CUDA nothing waits for the device inside an epoch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
 from tune_cifar.train.optim import Settings, schedule_steps
 from tune_cifar.train.step import acquire_step, derive_seed, release_step
 
-# Images in one forward pass of an evaluation. Fixed: a validation loss may depend on it in its bits. 1,000 of s7 take
-# 0.19 s in batches of 100 to 200, 0.33 s in 250 to 500 (bf16, one thread of an EPYC Zen 5, 2026-11-21); s10 does 300
-# images/s in batches of 100, 275 in batches of 200, with equal bits (Zen 4, the same day).
+# Images in one forward pass of an evaluation. Fixed, since the bits of a validation loss may depend
+# on it. s7 takes 0.19 s for 1,000 images in batches of 100 to 200, 0.33 s in batches of 250 to 500
+# (bf16, one thread of an EPYC Zen 5, 2026-11-21); s10 evaluates 300 images/s in batches of 100, 275
+# in batches of 200, with equal bits (Zen 4, the same day).
 EVAL_BATCH_SIZE = 100
 
 
@@ -43,12 +44,12 @@ class Trainer:
 
     Attributes:
         model: the network on the numerics' device.
-        epoch: epochs done.
-        step: optimizer steps done; read by progress displays while an epoch runs.
-        results: the EpochResults of all epochs done.
+        epoch: number of epochs trained.
+        step: number of optimizer steps done; progress displays read it while an epoch runs.
+        results: the EpochResults of all epochs trained.
 
     Yields:
-        an EpochResult after each epoch, until config.epochs are done.
+        an EpochResult after each epoch, until config.epochs are trained.
 
     Raises:
         Diverged: when a training or validation loss is not finite.
@@ -66,7 +67,7 @@ class Trainer:
         self._step = acquire_step(config, numerics)
         weakref.finalize(self, release_step, self._step)
         self.model = self._step.model
-        # Order on the CPU, so that a GPU training sees the same batches; the others where they are used.
+        # The order is drawn on the CPU, so that a GPU training sees the same batches.
         order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
         self._generators = {"order": order, **self._step.generators}
         self.epoch = 0
@@ -75,7 +76,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training."""
+        """Number of optimizer steps in the whole training."""
         return self.config.epochs * self.config.num_steps_per_epoch
 
     def __iter__(self) -> Iterator[EpochResult]:
@@ -108,54 +109,50 @@ class Trainer:
         return result
 
     def _train_epoch(self) -> tuple[float, float, float]:
-        """Train every image once; returns mean loss per image, accuracy and the last step's LR."""
+        """Train on every image once; return mean loss, accuracy and the last step's LR."""
         self.model.train()
         num_images = len(self._train)
         losses: list[Tensor] = []
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
         schedule = list(itertools.islice(self._schedule, self.config.num_steps_per_epoch))
-        for indices, settings in zip(self._draw_batches(), self._step.place(schedule), strict=True):
+        batches = zip(self._draw_batches(), self._step.to_device(schedule), strict=True)
+        for indices, settings in batches:
             loss, correct = self._train_step(indices, settings)
             losses.append(loss * len(indices))
             num_correct += correct
-            if (
-                self._device.type == "cpu"
-            ):  # reading a GPU's loss would wait for it: there the epoch's end tells
+            # Reading a GPU's loss would wait for the device: there the epoch's end must do.
+            if self._device.type == "cpu":
                 self._check_finite(losses[-1:], self.step)
         self._check_finite(losses, self.step - len(losses) + 1)
-        return (
-            torch.stack(losses).sum().item() / num_images,
-            num_correct.item() / num_images,
-            schedule[-1].lr,
-        )
+        train_loss = torch.stack(losses).sum().item() / num_images
+        return train_loss, num_correct.item() / num_images, schedule[-1].lr
 
     def sweep(self, lrs: Sequence[float]) -> Iterator[float]:
-        """Train one step at each of these learning rates and yield its loss, which may be nan or inf: here divergence
-        is a measurement. The momentum is the config's. Passes over the images follow each other, each in a new order.
-        Use a Trainer of its own.
+        """Train one step at each of these learning rates and yield its loss.
+
+        A loss may be nan or inf: here divergence is a measurement. The momentum is the config's.
+        Each pass over the images has a new order. Use a separate Trainer for it.
         """
         self.model.train()
         batches = (indices for _ in itertools.count() for indices in self._draw_batches())
-        settings = self._step.place([Settings(lr, self.config.momentum) for lr in lrs])
-        for indices, placed in zip(batches, settings, strict=False):
-            yield self._train_step(indices, placed)[0].item()
+        schedule = self._step.to_device([Settings(lr, self.config.momentum) for lr in lrs])
+        for indices, settings in zip(batches, schedule, strict=False):
+            yield self._train_step(indices, settings)[0].item()
 
     def _draw_batches(self) -> tuple[Tensor, ...]:
-        """The indices of all images in a new order, by batches. Advances the order's generator."""
-        order = torch.randperm(len(self._train), generator=self._generators["order"]).to(
-            self._device
-        )
-        return torch.split(order, self.config.batch_size)
+        """Return the indices of all images in a new order, by batches; advances the generator."""
+        order = torch.randperm(len(self._train), generator=self._generators["order"])
+        return torch.split(order.to(self._device), self.config.batch_size)
 
     def _train_step(self, indices: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
-        """One optimizer step under settings that the step has placed; the mean loss and the number of right answers, on
-        the device, until the next step."""
-        images_NCHW, labels_N = (
-            self._train.images_NCHW.index_select(0, indices),
-            self._train.labels_N[indices],
-        )
+        """Train on the images of these indices; return what the step's `train` returns.
+
+        Args:
+            settings: an item of what the step's `to_device` returned.
+        """
+        images_NCHW = self._train.images_NCHW.index_select(0, indices)
         self.step += 1
-        return self._step.train(images_NCHW, labels_N, settings)
+        return self._step.train(images_NCHW, self._train.labels_N[indices], settings)
 
     def _check_finite(self, losses: list[Tensor], first_step: int) -> None:
         bad = (~torch.stack(losses).isfinite()).nonzero()
@@ -164,17 +161,19 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self, split: Split) -> tuple[float, float]:
-        """Mean cross-entropy per image (no label smoothing) and accuracy of the current weights."""
+        """Return mean cross-entropy per image (no label smoothing) and accuracy."""
         return measure_logits(self._infer(split), split.labels_N.to(self._device))
 
     def predict(self, split: Split) -> Tensor:
-        """The current weights' logits (N, 10), float32 on the CPU; those that `evaluate` measures."""
+        """Return the logits (N, 10) that `evaluate` measures, float32 on the CPU."""
         return self._infer(split).cpu()
 
     @torch.inference_mode()
     def _infer(self, split: Split) -> Tensor:
-        """Logits (N, 10), float32 on the device. Normalize alone is applied to the images, nothing random happens, and
-        nothing waits for the device."""
+        """Return logits (N, 10), float32 on the device.
+
+        The images are normalized only, nothing is random, and nothing waits for the device.
+        """
         self.model.eval()
         logits = []
         for images_NCHW in torch.split(split.images_NCHW.to(self._device), EVAL_BATCH_SIZE):
@@ -185,50 +184,52 @@ class Trainer:
 
     @property
     def peak_memory_mb(self) -> float:
-        """MiB that this process held at most: of the GPU since the epoch began, or of the machine."""
+        """Peak memory in MiB: of the GPU since the epoch began, or of this process on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kilobytes on Linux
 
     def measure_step_seconds(self, num_steps: int = 20) -> float:
-        """Median seconds of a training step, measured by training: use a Trainer of its own for it."""
+        """Return the median seconds of a step. It trains: use a separate Trainer for it."""
         self.model.train()
         order = torch.arange(len(self._train), device=self._device)
-        (settings,) = self._step.place([next(schedule_steps(self.config))])
+        (settings,) = self._step.to_device([next(schedule_steps(self.config))])
         seconds = []
         for i in range(num_steps):
             start = time.perf_counter()
-            self._train_step(
-                order.roll(-i * self.config.batch_size)[: self.config.batch_size], settings
-            )
+            indices = order.roll(-i * self.config.batch_size)[: self.config.batch_size]
+            self._train_step(indices, settings)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return sorted(seconds)[num_steps // 2]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed training needs to go on bit for bit (CPU), as tensors and plain containers."""
+        """Return all that a resumed training needs to agree bit for bit (on a CPU).
+
+        It consists of tensors and plain containers.
+        """
+        generators = {name: generator.get_state() for name, generator in self._generators.items()}
         return {
             "fingerprint": self.config.fingerprint,
             "epoch": self.epoch,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self._step.optimizer.state_dict(),
-            "generators": {
-                name: generator.get_state() for name, generator in self._generators.items()
-            },
+            "generators": generators,
             "results": [result.model_dump() for result in self.results],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state.
+        """Resume from a checkpoint's state.
 
         Raises:
-            CheckpointError: when the state belongs to another config.
+            CheckpointError: the state belongs to another config.
         """
-        if state["fingerprint"] != self.config.fingerprint:
+        found, expected = state["fingerprint"], self.config.fingerprint
+        if found != expected:
             raise CheckpointError(
-                f"checkpoint: fingerprint {self.config.fingerprint} must match, got {state['fingerprint']}. "
+                f"checkpoint: its fingerprint must be {expected}, got {found}. "
                 "It belongs to another configuration."
             )
         self.epoch, self.step = state["epoch"], state["step"]

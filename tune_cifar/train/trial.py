@@ -1,7 +1,7 @@
-"""One training with checkpoints, as search, train and confirm run it; and a single training with a record of its own.
+"""One training with checkpoints, as search, train and confirm run it.
 
-`train_trial` is the one generator behind every trial: it goes on from the newest checkpoint in the trial's folder,
-saves at most once a minute, and leaves the weights when the last epoch is done.
+`train_trial` is the generator behind every trial: it resumes from the newest checkpoint in the
+trial's folder, saves at most once a minute, and writes the weights after the last epoch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tune_cifar.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-
+# Names in a trial's folder.
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights.safetensors"
 ERROR = "error.txt"
 
 
 def stop_file(search_folder: Path) -> Path:
-    """While it exists, every training of the search ends after its epoch, with a checkpoint."""
+    """Return the file that, while it exists, ends every training of the search after its epoch."""
     return search_folder / "stopping"
 
 
@@ -38,21 +38,28 @@ def train_trial(
     on_trainer: Callable[[Trainer], None] | None = None,
     every_seconds: float = CHECKPOINT_SECONDS,
 ) -> Iterator[EpochResult]:
-    """Train, checkpointing into `folder/checkpoints`, and leave `folder/weights.safetensors` at the end. `folder` lies
-    in its search's `trials`. When the search is stopping (`stop_file`) it ends after an epoch, with a checkpoint of it.
+    """Train with checkpoints in `folder/checkpoints`; write `folder/weights.safetensors` last.
 
-    A resumed training first yields the results stored in its checkpoint again, so that a consumer which died between
-    a checkpoint and its own note of the result loses nothing. What the same recipe over another number of epochs (the
-    cycle before) left there is deleted: this training begins from scratch.
+    When the search is stopping (`stop_file`), the training ends after an epoch, with a checkpoint.
+
+    A resumed training first yields the results stored in its checkpoint again, so a consumer that
+    was killed between a checkpoint and its own record of the result loses nothing. Checkpoints of
+    the same recipe over another number of epochs (the previous stage) are deleted: this training
+    starts from scratch.
 
     Args:
-        on_trainer: called once with the Trainer before the first epoch; a display may read its `step`.
+        folder: the trial's folder, in the folder `trials` of its search.
+        on_trainer: called once with the Trainer before the first epoch; a display may read its
+            `step`.
         every_seconds: shortest time between two checkpoints.
+
+    Yields:
+        the EpochResults of all epochs, those before a resumption included.
     """
     trainer = Trainer(config, data, numerics)
     checkpoints = CheckpointFolder(folder / CHECKPOINTS, every_seconds)
     state, _ = checkpoints.load_newest()
-    if state is not None and _is_of_another_cycle(state, config):
+    if state is not None and _is_of_another_stage(state, config):
         checkpoints.delete()
     elif state is not None:
         trainer.load_state_dict(state)
@@ -73,16 +80,17 @@ def train_trial(
             return
 
 
-def _is_of_another_cycle(state: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a checkpoint, of the end or from the middle, is the same recipe's over another number of epochs."""
-    found, lengths = state["fingerprint"], range(state["epoch"], MAX_EPOCHS + 1)
-    return found != config.fingerprint and any(
-        found == config.shorten(length).fingerprint for length in lengths
-    )
+def _is_of_another_stage(state: dict[str, Any], config: TrainConfig) -> bool:
+    """Return whether a checkpoint is the same recipe's over another number of epochs."""
+    found = state["fingerprint"]
+    if found == config.fingerprint:
+        return False
+    lengths = range(state["epoch"], MAX_EPOCHS + 1)
+    return any(found == config.shorten(length).fingerprint for length in lengths)
 
 
 def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:
-    """A full disk ends no training: the checkpoint before stays."""
+    """Save a checkpoint; a full disk does not end the training, the previous one stays."""
     try:
         checkpoints.save(trainer.state_dict())
     except CheckpointError as exc:

@@ -1,13 +1,13 @@
-"""A run's network as one file for use elsewhere, and the proof that the file computes what the network computes.
+"""A run's network as one file for use elsewhere, checked against the network before it is kept.
 
-Both formats take raw images, float32 (N, 3, 32, 32), RGB, a pixel of 255 being 1.0, and give logits (N, 10):
-nobody needs this package's constants.
+Both formats take raw images, float32 (N, 3, 32, 32), RGB, in [0, 1], and return logits (N, 10).
 
-onnx: a graph with the input `images` and the output `logits`, N free, that normalizes the images itself.
-safetensors: the weights under the names of the network's state_dict; `load_network` puts the whole together.
+onnx: a graph with the input `images` and the output `logits`, N free, which normalizes the images.
+safetensors: the weights under the names of the network's state_dict; see `load_network`.
 
-Both carry the same metadata, each value a string: run_id, model, fingerprint, config (JSON), epochs, val_acc (absent
-without validation), data, split, classes, mean and std (JSON), input, output, tune_cifar (its version).
+Both have the same metadata, each value a string: run_id, model, fingerprint, config (JSON), epochs,
+val_acc (missing without validation), data, split, classes, mean and std (JSON), input, output,
+tune_cifar (its version).
 """
 
 from __future__ import annotations
@@ -37,31 +37,33 @@ from tune_cifar.train.recorded import load_trained
 from tune_cifar.train.trainer import EVAL_BATCH_SIZE
 
 Format = Literal["onnx", "safetensors"]
+CheckedPart = Literal["validation", "training"]
 
 NUM_CHECKED_IMAGES = 1_000
-# How far apart logits may be, as a share of the largest of ours. The same fp32 products summed in another order differ
-# by at most 4e-7 of it (all five networks, both formats, 1,000 images, 2026-11-21). Not absolute: logits of a hardly
-# trained network lie within 0.02, those of one that nearly diverged reach 10,000.
+# How far apart logits may be, as a fraction of the largest of ours. The same fp32 products summed
+# in another order differ by at most 4e-7 of it (all five networks, both formats, 1,000 images,
+# 2026-11-21). Not absolute: logits of a hardly trained network lie within 0.02, those of one that
+# nearly diverged reach 10,000.
 TOLERANCE = 1e-4
-# torch writes its operators in this version of ONNX's; a newer one would be converted from it and be read by fewer.
+# The version of ONNX's operators that torch writes; a newer one would be converted from it.
 ONNX_OPSET = 18
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an exported file answered the images on which it was checked, beside the network itself in fp32.
+    """An exported file's logits on some images compared with those of the network in fp32.
 
     Attributes:
-        part: the images: the run's validation images, or training ones where it has none.
+        part: the images: the run's validation images, or training images where it has none.
         largest_difference: of two logits.
-        tolerance: what that may be at most.
-        num_same: images of which both predict the same class.
-        num_contrary: images of which they predict different ones that are no tie: our logits of the two are further
-            apart than the tolerance.
+        tolerance: the largest allowed difference.
+        num_same: images with the same predicted class.
+        num_contrary: images with different predicted classes that are no tie: our logits of the two
+            classes are further apart than the tolerance.
     """
 
-    part: Literal["validation", "training"]
+    part: CheckedPart
     num_images: int
     largest_difference: float
     tolerance: float
@@ -74,10 +76,10 @@ class Agreement:
 
 
 class RawNet(nn.Module):
-    """A network that normalizes its images itself: float32 (N, 3, 32, 32) in [0, 1] to logits (N, 10).
+    """A network that normalizes its images: float32 (N, 3, 32, 32) in [0, 1] to logits (N, 10).
 
     Args:
-        mean, std: of each channel, as the network was trained with.
+        mean, std: of each channel, as in the network's training.
     """
 
     mean: Tensor
@@ -100,60 +102,60 @@ class RawNet(nn.Module):
 
 
 def check_format(file_format: Format) -> None:
-    """Refuse a format whose packages are not there.
+    """Refuse a format whose packages are not installed.
 
     Raises:
-        ConfigError: naming them, with the command that installs them.
+        ConfigError: with their names and the command that installs them.
     """
-    absent = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if file_format == "onnx" and absent:
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if file_format == "onnx" and missing:
         raise ConfigError(
-            f"--format onnx: {', '.join(ONNX_PACKAGES)} must be installed, got no {' and no '.join(absent)}. "
-            f"Run `python -m pip install {' '.join(ONNX_PACKAGES)}`, or take safetensors."
+            f"`file_format='onnx'` needs {' and '.join(missing)}, not installed here. Run "
+            f"`python -m pip install {' '.join(ONNX_PACKAGES)}`, or take safetensors."
         )
 
 
 def export_run(
     state: SearchState, trial: TrialState, data: TrainVal, file_format: Format, path: Path
 ) -> Agreement:
-    """Write a run's network with its kept weights, after it has been checked; until then nothing stands at `path`, and
-    what stood there stays.
+    """Write a run's network with its kept weights as one file, if it passes the check.
+
+    An existing file at `path` is replaced only then.
 
     Args:
-        data: the run's, as load_recorded_data returns them.
-        path: replaced; its folder must be there.
+        data: the run's, from load_recorded_data.
+        path: of the file; its folder must exist.
 
     Raises:
-        ExportError: when the written file does not compute what the network computes.
+        ExportError: when the file does not compute what the network computes.
         RecordError: when the weights were not kept.
-        ConfigError: when the format's packages are absent or the file cannot be written.
+        ConfigError: when the format's packages are missing or the file cannot be written.
     """
     check_format(file_format)
-    way_out = "Export the best one: --best --search, or keep more: search --keep-weights."
-    trainer = load_trained(state, trial, data, resolve_numerics("cpu", "fp32"), way_out)
-    split = data.val or data.train  # labels are of no account here
+    hint = "Export the best one (`best=True`), or let a search keep more of them (`keep_weights`)."
+    trainer = load_trained(state, trial, data, resolve_numerics("cpu", "fp32"), hint)
+    split = data.val or data.train  # the labels do not matter
+    part: CheckedPart = "validation" if data.val else "training"
     some = Split(split.images_NCHW[:NUM_CHECKED_IMAGES], split.labels_N[:NUM_CHECKED_IMAGES])
     logits_NK = trainer.predict(some)
     metadata = describe_run(state, trial)
     try:
-        # A folder of its own, so that nothing stays behind, whatever happens.
+        # A temporary folder, so that nothing is left behind in any case.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
             written = Path(folder) / path.name
             write = write_onnx if file_format == "onnx" else write_safetensors
             write(written, trainer.model, metadata)
             theirs_NK = answer_images(written, file_format, some.images_NCHW)
-            agreement = compare_logits(
-                logits_NK, theirs_NK, "validation" if data.val else "training"
-            )
+            agreement = compare_logits(logits_NK, theirs_NK, part)
             check_agreement(agreement, trial.run_id, file_format)
             written.replace(path)
     except OSError as exc:
-        raise ConfigError(f"{path}: a file must be writable there, got {exc.strerror!r}.") from exc
+        raise ConfigError(f"{path}: the file cannot be written: {exc.strerror}.") from exc
     return agreement
 
 
 def describe_run(state: SearchState, trial: TrialState) -> dict[str, str]:
-    """The metadata of an exported file, without what depends on its format."""
+    """Return the metadata of an exported file, except what depends on its format."""
     info = state.header.data
     facts = {
         "tune_cifar": describe_environment()["tune_cifar"],
@@ -173,14 +175,17 @@ def describe_run(state: SearchState, trial: TrialState) -> dict[str, str]:
 
 
 def write_safetensors(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """The weights of a network, under the names of its state_dict, with metadata."""
-    how = "images: float32 (N, 3, 32, 32), RGB in [0, 1]; subtract mean and divide by std, channel by channel"
+    """Write a network's weights under the names of its state_dict, with metadata."""
+    images = "images: float32 (N, 3, 32, 32), RGB in [0, 1]"
+    how = f"{images}; subtract mean and divide by std, channel by channel"
     save_weights(path, model.state_dict(), {**metadata, "input": how})
 
 
 def write_onnx(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """A network that normalizes its images itself, as an ONNX graph with its weights inside, with metadata. torch folds
-    batch norms into the convs before them."""
+    """Write a network that normalizes its images as an ONNX graph with its weights and metadata.
+
+    torch folds batch norms into the convolutions before them.
+    """
     network = RawNet(model).eval()
     with torch.no_grad():
         program = torch.onnx.export(
@@ -194,25 +199,20 @@ def write_onnx(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
         )
     assert program is not None
     graph = program.model.graph
-    # The exporter writes down for every node where in the source it comes from, with this machine's paths.
-    for thing in (
-        graph,
-        *graph,
-        *graph.inputs,
-        *graph.initializers.values(),
-        *(v for n in graph for v in n.outputs),
-    ):
-        thing.metadata_props.clear()
+    # The exporter writes each node's place in the source, with this machine's paths, as metadata.
+    outputs = [value for node in graph for value in node.outputs]
+    for part in (graph, *graph, *graph.inputs, *graph.initializers.values(), *outputs):
+        part.metadata_props.clear()
     how = "images: float32 (N, 3, 32, 32), RGB in [0, 1]; the network normalizes them itself"
     program.model.metadata_props.update({**metadata, "input": how})
     write_atomically(path, program.model_proto.SerializeToString())
 
 
 def load_network(path: Path) -> RawNet:
-    """The network of an exported safetensors file, built from that file alone, ready to answer raw images.
+    """Load the network of an exported safetensors file, from that file alone, for raw images.
 
     Raises:
-        CheckpointError: when the file is not safetensors, or not one of ours.
+        CheckpointError: when the file is not safetensors, or was not exported by `export_run`.
     """
     weights, metadata = load_weights(path), load_metadata(path)
     try:
@@ -222,15 +222,15 @@ def load_network(path: Path) -> RawNet:
         model.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError) as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: weights with their config must be there, got: {reason}"
-        ) from exc
+        raise CheckpointError(f"{path}: the file is not an exported network: {reason}") from exc
     return RawNet(model, mean, std).eval()
 
 
 def answer_images(path: Path, file_format: Format, images_NCHW: Tensor) -> Tensor:
-    """The logits (N, 10) of an exported file on uint8 images, as a stranger would get them: from that file alone, ONNX
-    through onnxruntime."""
+    """Return the logits (N, 10) of an exported file on uint8 images, from that file alone.
+
+    ONNX is run by onnxruntime.
+    """
     batches = torch.split(images_NCHW.float() / 255, EVAL_BATCH_SIZE)
     if file_format == "safetensors":
         network = load_network(path)
@@ -239,20 +239,15 @@ def answer_images(path: Path, file_format: Format, images_NCHW: Tensor) -> Tenso
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return torch.cat(
-        [
-            torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-            for images in batches
-        ]
-    )
+    logits = [session.run(["logits"], {"images": images.numpy()})[0] for images in batches]
+    return torch.cat([torch.from_numpy(found) for found in logits])
 
 
-def compare_logits(
-    ours_NK: Tensor, theirs_NK: Tensor, part: Literal["validation", "training"]
-) -> Agreement:
-    """How logits of one network, computed in two ways, agree. One that is not finite agrees with nothing."""
+def compare_logits(ours_NK: Tensor, theirs_NK: Tensor, part: CheckedPart) -> Agreement:
+    """Compare logits of one network, computed in two ways. NaN and infinity agree with nothing."""
     tolerance = TOLERANCE * ours_NK.abs().max().item()
     choice_N, theirs_N = ours_NK.argmax(1), theirs_NK.argmax(1)
+    # By how much our prediction leads theirs; not `lead_N > tolerance`, since NaN must count.
     lead_N = ours_NK.amax(1) - ours_NK.gather(1, theirs_N[:, None])[:, 0]
     return Agreement(
         part=part,
@@ -265,14 +260,18 @@ def compare_logits(
 
 
 def check_agreement(agreement: Agreement, run_id: str, file_format: Format) -> None:
-    """Refuse a file that computes something else.
+    """Refuse a file whose logits are not those of the network.
 
     Raises:
-        ExportError: with both figures.
+        ExportError: with the largest difference and the number of other predictions.
     """
-    if not agreement.holds:
-        raise ExportError(
-            f"{run_id}: the {file_format} file must give the network's logits to within {agreement.tolerance:.1e} on "
-            f"{agreement.num_images:,} {agreement.part} images, got a difference of {agreement.largest_difference:.1e} "
-            f"and {agreement.num_contrary:,} other predictions. Nothing was written."
-        )
+    if agreement.holds:
+        return
+    rule = f"the {file_format} file's logits must be the network's to within"
+    images = f"{agreement.num_images:,} {agreement.part} images"
+    found = f"a difference of {agreement.largest_difference:.1e}"
+    others = f"{agreement.num_contrary:,} other predictions"
+    raise ExportError(
+        f"{run_id}: {rule} {agreement.tolerance:.1e} on {images}, got {found} and {others}. "
+        "Nothing was written."
+    )

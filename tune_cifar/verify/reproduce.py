@@ -1,8 +1,8 @@
-"""A recorded run, trained again, and the word that compares the two: identical, within tolerance or different.
+"""A recorded run trained again and compared: identical, within tolerance or different.
 
-Under equal Numerics every recorded figure must come back bit for bit. Under others (another processor, another
-version of torch) the accuracies must lie within three standard deviations of that space's seed noise, and what
-differed is named. A failed run must fail again.
+Under equal Numerics every recorded result must be equal bit for bit. Under other Numerics (another
+processor, another version of torch) the accuracies must lie within three standard deviations of the
+space's seed noise. A diverged run must diverge again, a failed run must fail again.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from tune_cifar.train.trainer import Trainer
 
 Verdict = Literal["identical", "within tolerance", "different"]
 
-# Accuracies under other Numerics may differ by this many standard deviations of the space's seed noise.
+# Accuracies under other Numerics may differ by this many standard deviations of the seed noise.
 TOLERANCE_SDS = 3
 SEED_NOISE_FILE = Path(__file__).with_name("seed_noise.json")
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came out of training a run again.
+    """The result of training a run again.
 
     Attributes:
-        verdict: in one word.
-        epochs: how many were compared.
+        epochs: number of compared epochs.
         first_different: the first epoch that differs, from 1, or None.
-        detail: in words: which figure, recorded and now.
-        numerics: what differs in the Numerics, as `name: recorded -> current`.
-        traceback: of the exception that ended this training, empty without one.
+        detail: which figure differs, recorded and now; how a failed run ended.
+        numerics: differences of the Numerics, as `name: recorded -> current`.
+        traceback: of the exception that ended the training of a failed run; empty without one.
     """
 
     verdict: Verdict
@@ -51,29 +50,34 @@ class Reproduction:
 
 
 def load_seed_noise(space: str) -> float | None:
-    """Standard deviation of val_acc over seeds, as measured for the space by benchmarks/seed_noise.py, or None."""
-    table = json.loads(SEED_NOISE_FILE.read_text(encoding="utf-8"))
-    return float(table["spaces"][space]["sd_val_acc"]) if space in table["spaces"] else None
+    """Return the standard deviation of val_acc over seeds, or None if it has not been measured.
+
+    benchmarks/seed_noise.py measures it.
+    """
+    table = json.loads(SEED_NOISE_FILE.read_text(encoding="utf-8"))["spaces"]
+    return float(table[space]["sd_val_acc"]) if space in table else None
 
 
 def compare_epoch(recorded: EpochResult, fresh: EpochResult, tolerance: float | None) -> str | None:
-    """What differs between two results of one epoch, or None.
+    """Return what differs between two results of one epoch, or None.
 
     Args:
-        tolerance: None asks for equal bits in every reproducible field; a number is the largest allowed difference of
-            the validation accuracy (of the training accuracy where there is no validation).
+        tolerance: the largest allowed difference of the validation accuracy (without validation, of
+            the training accuracy); None compares every reproducible field bit for bit.
     """
+    where = f"epoch {recorded.epoch}"
     if tolerance is None:
         for name in REPRODUCIBLE_FIELDS:
             before, now = getattr(recorded, name), getattr(fresh, name)
             if before != now:
-                return f"epoch {recorded.epoch}: {name} recorded {before!r}, now {now!r}"
+                return f"{where}: {name} recorded {before!r}, now {now!r}"
         return None
     name = "train_acc" if recorded.val_acc is None else "val_acc"
     before, now = getattr(recorded, name), getattr(fresh, name)
     if abs(before - now) <= tolerance:
         return None
-    return f"epoch {recorded.epoch}: {name} recorded {before:.4f}, now {now:.4f}, more than {tolerance:.4f} apart"
+    values = f"{name} recorded {before:.4f}, now {now:.4f}"
+    return f"{where}: {values}, more than {tolerance:.4f} apart"
 
 
 def reproduce_run(
@@ -83,131 +87,125 @@ def reproduce_run(
     numerics: Numerics,
     on_epoch: Callable[[EpochResult, EpochResult, str | None], None],
     on_trainer: Callable[[Trainer], None] | None = None,
-) -> tuple[Reproduction, Trainer]:
-    """Train a recorded run again, epoch by epoch, until all its epochs are compared or one differs. A diverged run must
-    diverge again, under equal Numerics at the same step.
+) -> tuple[Reproduction, Trainer | None]:
+    """Train a recorded run again, epoch by epoch, until all its epochs are compared or one differs.
+
+    A diverged run must diverge again, under equal Numerics at the same step. A failed run must fail
+    again in the same epoch, with the same type of exception.
 
     Args:
-        numerics: of this training, from `restore_numerics`; equal to the recorded ones or not decides the rule.
-        on_epoch: hears of each pair of results and what differs.
+        numerics: of this training, from `restore_numerics`; the rule depends on whether they are
+            equal to the recorded ones.
+        on_epoch: called with the recorded result, the fresh one and their difference.
+        on_trainer: called with the Trainer before the first epoch.
 
     Returns:
-        the comparison, and the Trainer as it stands at the end (its model may be judged on the test set).
+        The comparison, and the Trainer as it is at the end; None when it could not be made again,
+        as in a run that failed so.
 
     Raises:
-        RecordError: when the run has nothing to compare: no epoch, and it did not diverge.
-        ConfigError: when Numerics differ and the space's seed noise has not been measured.
+        RecordError: when nothing is recorded to compare: no epoch and neither divergence nor
+        failure. ConfigError: when epochs must be compared under other Numerics and the space's
+        seed noise has
+            not been measured.
     """
-    if not trial.epochs and trial.status != "diverged":
-        raise RecordError(
-            f"{trial.run_id}: at least one recorded epoch must be there to compare, got none."
-        )
+    if not trial.epochs and trial.status not in ("diverged", "failed"):
+        raise RecordError(f"{trial.run_id}: the run has no recorded epoch to compare.")
     changed = tuple(compare_numerics(trial.driver.numerics, numerics))
-    tolerance = _find_tolerance(state, trial, changed)
-    trainer = Trainer(trial.config, data, numerics)
-    if on_trainer is not None:
-        on_trainer(trainer)
-    epochs = iter(trainer)
-    for recorded in trial.epochs:
-        try:
-            fresh = next(epochs)
-        except Diverged as exc:
-            difference: str | None = f"epoch {recorded.epoch}: recorded as finite, now {exc}"
-        else:
-            difference = compare_epoch(recorded, fresh, tolerance)
-            on_epoch(recorded, fresh, difference)
-        if difference is not None:
-            return Reproduction(
-                "different", recorded.epoch, recorded.epoch, difference, changed
-            ), trainer
-    num_epochs = len(trial.epochs)
-    difference = _compare_divergence(trial, epochs, changed) if trial.status == "diverged" else None
-    if difference is not None:
-        return Reproduction(
-            "different", num_epochs + 1, num_epochs + 1, difference, changed
-        ), trainer
-    return Reproduction(
-        "within tolerance" if changed else "identical", num_epochs, None, "", changed
-    ), trainer
-
-
-def _find_tolerance(
-    state: SearchState, trial: TrialState, changed: tuple[str, ...]
-) -> float | None:
-    """What `compare_epoch` allows when these Numerics have changed; a ConfigError when it has not been measured."""
-    if not changed:
-        return None
-    sd = load_seed_noise(state.header.space)
-    if sd is None:
-        raise ConfigError(
-            f"{trial.run_id}: the Numerics differ ({'; '.join(changed)}) and the seed noise of space "
-            f"{state.header.space} is not in {SEED_NOISE_FILE.name}. Measure it: python benchmarks/seed_noise.py."
-        )
-    return TOLERANCE_SDS * sd
-
-
-def replay_failure(
-    state: SearchState,
-    trial: TrialState,
-    data: TrainVal,
-    numerics: Numerics,
-    on_epoch: Callable[[EpochResult, EpochResult, str | None], None],
-    on_trainer: Callable[[Trainer], None] | None = None,
-) -> Reproduction:
-    """Train a failed run again, through the epoch in which it failed. It must fail there again with the same type of
-    exception, after epochs that agree as those of any other run; the arguments are those of `reproduce_run`.
-
-    Raises:
-        ConfigError: when epochs must be compared, Numerics differ and the space's seed noise has not been measured.
-    """
-    failure = parse_failure(read_error(state, trial))
-    changed = tuple(compare_numerics(trial.driver.numerics, numerics))
-    tolerance = _find_tolerance(state, trial, changed) if trial.epochs else None
-    num_epochs, last = len(trial.epochs), len(trial.epochs) + 1
+    tolerance = _find_tolerance(state, trial, changed) if changed and trial.epochs else None
+    expected: type[Exception] = Exception if trial.status == "failed" else Diverged
+    trainer: Trainer | None = None
 
     def train() -> Iterator[EpochResult]:
+        nonlocal trainer
         trainer = Trainer(trial.config, data, numerics)
         if on_trainer is not None:
             on_trainer(trainer)
         yield from trainer
 
-    epochs = train()
-    for epoch, recorded in enumerate((*trial.epochs, None), start=1):
+    def conclude(
+        first_different: int | None, detail: str, error: Exception | None = None
+    ) -> tuple[Reproduction, Trainer | None]:
+        verdict: Verdict = "within tolerance" if changed else "identical"
+        if first_different is not None:
+            verdict = "different"
+        epochs = first_different or len(trial.epochs)
+        text = _format_error(error) if error is not None and trial.status == "failed" else ""
+        return Reproduction(verdict, epochs, first_different, detail, changed, text), trainer
+
+    fresh_epochs = train()
+    for recorded in trial.epochs:
+        epoch = recorded.epoch
         try:
-            fresh = next(epochs, None)
-        except Exception as exc:  # what is looked for: all of it is shown
-            text = "".join(traceback.format_exception(exc))
-            now = parse_failure(text)
-            if recorded is None and now.kind == failure.kind:
-                verdict: Verdict = "within tolerance" if changed else "identical"
-                return Reproduction(
-                    verdict, num_epochs, None, f"It fails again: {now.what}", changed, text
-                )
-            before = f"failed with {failure.what}" if recorded is None else "finished"
-            detail = f"epoch {epoch}: recorded as {before}, now {now.what}"
-            return Reproduction("different", epoch, epoch, detail, changed, text)
-        if recorded is None or fresh is None:
-            break
+            fresh = next(fresh_epochs)
+        except expected as exc:
+            detail = f"epoch {epoch}: recorded as finished, now {_describe_error(exc)}"
+            return conclude(epoch, detail, exc)
         difference = compare_epoch(recorded, fresh, tolerance)
         on_epoch(recorded, fresh, difference)
         if difference is not None:
-            return Reproduction("different", epoch, epoch, difference, changed)
-    when = "after the last epoch" if num_epochs == trial.config.epochs else f"in epoch {last}"
-    detail = (
-        f"It failed {when} ({failure.what}) and does not fail now: the fault was not the configuration's, but the "
-        "machine's (memory, disk, a killed process)."
-    )
-    return Reproduction("different", last, last, detail, changed)
-
-
-def _compare_divergence(
-    trial: TrialState, epochs: Iterator[EpochResult], changed: tuple[str, ...]
-) -> str | None:
-    """What differs in the epoch in which the recorded run diverged, or None."""
+            return conclude(epoch, difference)
+    if trial.status not in ("diverged", "failed"):
+        return conclude(None, "")
+    epoch = len(trial.epochs) + 1
     try:
-        next(epochs)
-    except Diverged as exc:
-        if changed or str(exc) == trial.reason:
-            return None
-        return f"recorded: {trial.reason} Now: {exc}"
-    return f"epoch {len(trial.epochs) + 1}: recorded {trial.reason} Now the loss stayed finite."
+        next(fresh_epochs, None)
+    except expected as exc:
+        difference = _compare_errors(state, trial, exc, is_exact=not changed)
+        if difference is not None:
+            return conclude(epoch, difference, exc)
+        is_failure = trial.status == "failed"
+        return conclude(None, f"It fails again: {_describe_error(exc)}" if is_failure else "", exc)
+    return conclude(epoch, _describe_missing_error(state, trial))
+
+
+def _find_tolerance(state: SearchState, trial: TrialState, changed: tuple[str, ...]) -> float:
+    """Return what `compare_epoch` allows under other Numerics."""
+    space = state.header.space
+    sd = load_seed_noise(space)
+    if sd is None:
+        missing = f"the seed noise of space {space} is not in {SEED_NOISE_FILE.name}"
+        raise ConfigError(
+            f"{trial.run_id}: the Numerics differ ({'; '.join(changed)}) and {missing}. "
+            "Measure it: python benchmarks/seed_noise.py."
+        )
+    return TOLERANCE_SDS * sd
+
+
+def _compare_errors(
+    state: SearchState, trial: TrialState, error: Exception, is_exact: bool
+) -> str | None:
+    """Return what differs between the exceptions that ended the run, recorded and now, or None.
+
+    Args:
+        is_exact: whether a divergence must happen at the same step.
+    """
+    if trial.status == "diverged":
+        is_equal = not is_exact or str(error) == trial.reason
+        return None if is_equal else f"recorded: {trial.reason} Now: {error}"
+    before, now = parse_failure(read_error(state, trial)), parse_failure(_format_error(error))
+    if before.kind == now.kind:
+        return None
+    where = f"epoch {len(trial.epochs) + 1}"
+    return f"{where}: recorded as failed with {before.what}, now {now.what}"
+
+
+def _describe_missing_error(state: SearchState, trial: TrialState) -> str:
+    """Return in words that the run ended with an exception, and now does not."""
+    epoch = len(trial.epochs) + 1
+    if trial.status == "diverged":
+        return f"epoch {epoch}: recorded {trial.reason} Now the loss is finite."
+    is_end = epoch > trial.config.epochs
+    when = "after the last epoch" if is_end else f"in epoch {epoch}"
+    before = parse_failure(read_error(state, trial)).what
+    cause = "the machine (memory, disk, a killed process), not the configuration"
+    return f"It failed {when} ({before}) and does not fail now: the cause was {cause}."
+
+
+def _describe_error(error: Exception) -> str:
+    """Return an exception's type and message; of a divergence the message alone."""
+    return str(error) if isinstance(error, Diverged) else parse_failure(_format_error(error)).what
+
+
+def _format_error(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

@@ -1,4 +1,4 @@
-"""The sealed test set: the one room that opens it, and writes every opening down (openings.py)."""
+"""Evaluation on the test set, and the log of it. No other module opens the test file."""
 
 from __future__ import annotations
 
@@ -19,41 +19,40 @@ from tune_cifar.train.trainer import Trainer
 
 
 def check_testable(trial: TrialState) -> None:
-    """Refuse a test of a training that has no end to be judged.
+    """Refuse to evaluate an unfinished training on the test set.
 
     Raises:
         RecordError: when the training did not run to its last epoch.
     """
     if trial.status != "complete":
-        raise RecordError(
-            f"{trial.run_id}: only a complete training may be tested, got a {trial.status} one."
-        )
+        rule = "only a complete training can be evaluated on the test set"
+        raise RecordError(f"{trial.run_id}: {rule}, this one is {trial.status}.")
 
 
 def open_test(
     trainer: Trainer, trial: TrialState, source: DataSource, test_log: Path, command: str
 ) -> tuple[TestEvaluation, Evaluation, Split]:
-    """Judge the trainer's weights on the test set, in one evaluation, and append the opening to the file.
+    """Evaluate the trainer's weights on the test set, and append the result to the test log.
+
+    Args:
+        command: of the user, for the log.
 
     Returns:
-        the opening, the evaluation of the same answers, and the images that were opened, for its figures.
+        The row of the log, the evaluation, and the test images for its figures.
 
     Raises:
-        DataError: when the test file is missing or not genuine.
-        RecordError: when the opening could not be written down; nothing is judged then.
+        DataError: when the test file is missing or its checksum is wrong.
+        RecordError: when the log cannot be written; nothing is evaluated then.
     """
     split = load_test(source)
     try:
         file = test_log.open("a", newline="", encoding="utf-8")
     except OSError as exc:
-        raise RecordError(
-            f"{test_log}: every opening must be written down, got {exc.strerror!r}."
-        ) from exc
+        raise RecordError(f"{test_log}: the test log cannot be written: {exc.strerror}.") from exc
     with file:
-        evaluation = evaluate_logits(
-            trainer.predict(split), split.labels_N, CLASS_NAMES[source.name], "test"
-        )
-        opening = TestEvaluation(
+        names = CLASS_NAMES[source.name]
+        evaluation = evaluate_logits(trainer.predict(split), split.labels_N, names, "test")
+        row = TestEvaluation(
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             commit=describe_environment().get("git_commit", ""),
             fingerprint=trial.fingerprint,
@@ -68,7 +67,7 @@ def open_test(
         writer = csv.writer(file, lineterminator="\n")
         if file.tell() == 0:
             writer.writerow(OPENINGS_COLUMNS)
-        writer.writerow(astuple(opening))
+        writer.writerow(astuple(row))
         file.flush()
         os.fsync(file.fileno())
-    return opening, evaluation, split
+    return row, evaluation, split

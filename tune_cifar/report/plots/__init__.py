@@ -1,1 +1,1 @@
-"""Tables in, figures out; nothing is computed here. A file per kind of figure; `style` is what they share."""
+"""Figures, drawn from the tables of report/tables.py: a file per kind; `style` is shared."""

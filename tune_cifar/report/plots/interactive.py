@@ -1,4 +1,4 @@
-"""The one figure that asks for a mouse: parallel coordinates whose axes can be brushed and moved."""
+"""The interactive figure: parallel coordinates whose axes can be brushed and moved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tune_cifar.report.plots.style import is_log_knob, label_knob
 
 
 def make_parallel_html(slices: pd.DataFrame) -> str:
-    """A fragment of HTML that carries its own JavaScript and needs no network.
+    """Return an HTML fragment with its own JavaScript, which needs no network.
 
     Args:
         slices: tables.make_slices.
@@ -24,39 +24,24 @@ def make_parallel_html(slices: pd.DataFrame) -> str:
     dimensions = [_make_axis(wide[knob], knob) for knob in knobs]
     dimensions += [{"label": "trial", "values": list(wide.index)}]
     dimensions += [{"label": "accuracy at the first rung (%)", "values": list(score.round(2))}]
-    colours = {
-        "color": list(score),
-        "colorscale": "Viridis",
-        "reversescale": True,
-        "showscale": True,
-    }
-    figure = go.Figure(go.Parcoords(line=colours, dimensions=dimensions), layout={"height": 430})
-    return str(
-        figure.to_html(
-            full_html=False, include_plotlyjs=True, div_id="parallel", config={"displaylogo": False}
-        )
-    )
+    line = {"color": list(score), "colorscale": "Viridis", "reversescale": True, "showscale": True}
+    figure = go.Figure(go.Parcoords(line=line, dimensions=dimensions), layout={"height": 430})
+    config = {"displaylogo": False}
+    html = figure.to_html(full_html=False, include_plotlyjs=True, div_id="parallel", config=config)
+    return str(html)
 
 
 def _make_axis(values: pd.Series[Any], knob: str) -> dict[str, object]:
-    """Numbers on the knob's own scale with its values as ticks; choices by their names."""
+    """Return an axis: numbers on the knob's own scale with its values as ticks, choices by name."""
+    axis: dict[str, object] = {"label": label_knob(knob)}
     if isinstance(values.iloc[0], str):
         codes, names = pd.factorize(values, sort=True)
-        return {
-            "label": label_knob(knob),
-            "values": list(codes),
-            "tickvals": list(range(len(names))),
-            "ticktext": list(names),
-        }
+        places = list(range(len(names)))
+        return axis | {"values": list(codes), "tickvals": places, "ticktext": list(names)}
     numbers = values.astype("float64")
     if not is_log_knob(knob):
-        return {"label": label_knob(knob), "values": list(numbers)}
-    places = np.log10(numbers)
-    ticks = np.linspace(places.min(), places.max(), 5)
+        return axis | {"values": list(numbers)}
+    logs = np.log10(numbers)
+    ticks = np.linspace(logs.min(), logs.max(), 5)
     texts = [f"{10**tick:.2g}" for tick in ticks]
-    return {
-        "label": label_knob(knob),
-        "values": list(places),
-        "tickvals": list(ticks),
-        "ticktext": texts,
-    }
+    return axis | {"values": list(logs), "tickvals": list(ticks), "ticktext": texts}

@@ -17,10 +17,11 @@ MARK_COLOURS = (VERMILION, BLUE, GREEN)
 
 
 def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
-    """Write the PNG of an LR range test: losses as points and smoothed, a line for each seed, and the estimators.
+    """Write the figure of an LR range test: losses and smoothed losses by seed, and the estimates.
 
     Args:
-        report: what sweeps.json holds.
+        report: the content of sweeps.json.
+        path: of the PNG file.
     """
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     sweeps = [sweep for sweep in report["sweeps"] if sweep["losses"]]
@@ -28,16 +29,16 @@ def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
         axes.plot(sweep["lrs"], sweep["losses"], ".", markersize=3, color=str(shade), alpha=0.3)
         axes.plot(sweep["lrs"], sweep["smoothed"], color=str(shade), label=f"seed {sweep['seed']}")
     for (name, found), colour in zip(report["estimators"].items(), MARK_COLOURS, strict=True):
-        if found["lr"] is not None:
-            spread = (
-                f", seeds within x {found['factor']:.2g}" if found["factor"] is not None else ""
-            )
-            axes.axvline(found["lr"], color=colour, label=f"{name}: {found['lr']:.2e}{spread}")
+        if found["lr"] is None:
+            continue
+        text = f"{name}: {found['lr']:.2e}"
+        if found["factor"] is not None:
+            text += f", seeds within x {found['factor']:.2g}"
+        axes.axvline(found["lr"], color=colour, label=text)
     baseline = report["config"]["max_lr"]
-    axes.axvline(
-        baseline, color="black", linewidth=1, linestyle=":", label=f"baseline: {baseline:.2e}"
-    )
-    if sweeps:  # the blow-up at a sweep's end would press the fall flat
+    text = f"baseline: {baseline:.2e}"
+    axes.axvline(baseline, color="black", linewidth=1, linestyle=":", label=text)
+    if sweeps:  # without limits the divergence at a sweep's end would dominate the figure
         starts = [sweep["smoothed"][0] for sweep in sweeps]
         axes.set_ylim(0.9 * min(min(sweep["smoothed"]) for sweep in sweeps), 1.3 * max(starts))
     axes.set_xscale("log")
@@ -46,9 +47,8 @@ def save_lr_range(report: Mapping[str, Any], path: Path) -> None:
     label = label_data(report["data"]["name"])
     data = f", {label}" if label else ""
     recipe = f"{report['config']['optimizer']}, batches of {report['config']['batch_size']}"
-    axes.set_title(
-        f"LR range test of {report['space']} ({report['tier']}){data}: {recipe}", fontsize=10
-    )
+    space = f"{report['space']} ({report['tier']})"
+    axes.set_title(f"LR range test of {space}{data}: {recipe}", fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.2)
     save(figure, path)

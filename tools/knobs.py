@@ -1,6 +1,6 @@
-"""Fills the table of knobs in search_spaces/README.md with what `spaces knobs` shows: from the schema.
+"""Fill the table of knobs in search_spaces/README.md from the schema, as `spaces knobs` shows it.
 
-python docs/knobs.py    # `make docs`
+python tools/knobs.py    # `make docs`
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ BEGIN, END = "<!-- knobs:begin -->\n", "<!-- knobs:end -->"
 
 
 def render_table() -> str:
-    """The knobs in Markdown, a line each."""
+    """Render the knobs as a Markdown table, one row per knob."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     rows += [(f"`{name}`", *cells) for name, *cells in (knob.row for knob in list_knobs())]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def fill(page: str) -> str:
-    """The page with the table as it is now between its markers."""
+    """Return the page with the current table between its markers."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{render_table()}{END}{after}"

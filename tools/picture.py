@@ -1,6 +1,6 @@
-"""Draws README's picture, docs/asha.png: the early stopping of a recorded search, as its report shows it.
+"""Draw README's picture, docs/asha.png: the early stopping of a recorded search, as in its report.
 
-python docs/picture.py NAME [--storage DIR]
+python tools/picture.py NAME [--storage DIR]
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from tune_cifar.report.plots.search import draw_asha
 from tune_cifar.report.plots.style import save
 from tune_cifar.report.tables import make_rung_scores, make_rungs
 
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "asha.png"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -23,11 +25,9 @@ def main() -> None:
     parser.add_argument("--storage", help="the run store")
     arguments = parser.parse_args()
     state = read_state(search_folder(find_storage(arguments.storage), arguments.name))
-    title = f"{state.header.name}: {state.header.space}, tier {state.header.tier}, {state.header.data.name}"
-    save(
-        draw_asha(make_rung_scores(state), make_rungs(state), title),
-        Path(__file__).with_name("asha.png"),
-    )
+    header = state.header
+    title = f"{header.name}: {header.space}, tier {header.tier}, {header.data.name}"
+    save(draw_asha(make_rung_scores(state), make_rungs(state), title), PICTURE)
 
 
 if __name__ == "__main__":
