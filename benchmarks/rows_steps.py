@@ -14,7 +14,7 @@ from tune_cifar.errors import RecordError
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import TestEvaluation, find_openings, find_test_log
+from tune_cifar.record.test_log import TestEvaluation, find_test_evaluations, find_test_log
 from tune_cifar.schema import TrainConfig, inactive_knobs
 from tune_cifar.search.forecast import forecast_search
 from tune_cifar.space.select import load_space
@@ -91,7 +91,7 @@ class Queue:
 
     def find_test_evaluation(self, config: TrainConfig) -> TestEvaluation | None:
         """Return the newest test evaluation of a training of this config."""
-        found = find_openings(self.test_log, config.fingerprint, self.data_name)
+        found = find_test_evaluations(self.test_log, config.fingerprint, self.data_name)
         return found[-1] if found else None
 
 

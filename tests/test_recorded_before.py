@@ -1,19 +1,23 @@
-"""A run store that version 0.1.0 at commit 2f461d6 recorded, before its modules became packages, still opens.
+"""A run store that version 0.1.0 recorded at commit 2f461d6, before the packages, still opens.
 
-It holds two searches of `smoke` on synthetic data, fp32, one thread: `done` (4 trials) and `cut`, interrupted in its
-third trial. Made by, in an empty folder (the second ended by SIGTERM after nine lines of its record):
+It has two searches of `smoke` on synthetic data, fp32, one thread: `done` (4 trials) and `cut`,
+interrupted in its third trial. They were made in an empty folder by these commands, the second
+ended by SIGTERM after nine lines of its record:
 
-    S="--space smoke --tier full --data shapes --precision fp32 --set train_size=60 --set val_size=50 --keep-weights 1"
+    S="--space smoke --tier full --data shapes --precision fp32 --set train_size=60"
+    S="$S --set val_size=50 --keep-weights 1"
     python -m tune_cifar search $S --set batch_size=5 --trials 4 --name done
-    python -m tune_cifar search $S --set train_size=400 --set batch_size=4 --max-concurrent 1 --trials 4 --name cut
+    python -m tune_cifar search $S --set train_size=400 --set batch_size=4 --max-concurrent 1 \\
+        --trials 4 --name cut
 
-MLflow's absolute artifact locations stand in it as `/recorded/`.
+MLflow's absolute artifact locations are stored as `/recorded/`.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -34,13 +38,11 @@ def recorded(workplace: Path) -> Path:
     """The run store, unpacked."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(workplace, filter="data")
-    database = sqlite3.connect(workplace / "runs" / "mlflow.db")
-    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-        database.execute(
-            f"UPDATE {table} SET {column} = replace({column}, '/recorded/', '{workplace}/')"
-        )
-    database.commit()
-    database.close()
+    with closing(sqlite3.connect(workplace / "runs" / "mlflow.db")) as database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            relocated = f"replace({column}, '/recorded/', '{workplace}/')"
+            database.execute(f"UPDATE {table} SET {column} = {relocated}")
+        database.commit()
     return workplace / "runs"
 
 
@@ -56,7 +58,7 @@ def test_records_checkpoints_and_weights_open(recorded: Path) -> None:
     assert state is not None and (state["epoch"], problems) == (1, [])
 
 
-def test_fingerprints_are_what_they_were(recorded: Path) -> None:
+def test_fingerprints_are_unchanged(recorded: Path) -> None:
     for state in load_searches(recorded):
         for trial in state.trials.values():
             assert trial.config.fingerprint == trial.fingerprint
@@ -70,14 +72,13 @@ def test_the_leaderboard_shows_them(recorded: Path) -> None:
 @pytest.mark.slow
 def test_mlflows_store_opens_and_has_everything_already(recorded: Path) -> None:
     uri = f"sqlite:///{recorded}/mlflow.db"
-    shipped = load_uploaded_trials(uri, "done")
+    uploaded = load_uploaded_trials(uri, "done")
     ours = load_trials(load_searches(recorded, search="done"))
-    assert list(shipped["score"].fillna(-1)) == list(ours["score"].fillna(-1))
+    assert list(uploaded["score"].fillna(-1)) == list(ours["score"].fillna(-1))
     answer = invoke("sync", "--search", "done")
     assert answer.exit_code == 0, answer.output
-    assert answer.stdout.startswith("done: 0 trials shipped, 4 already there, 0 runs closed"), (
-        answer.stdout
-    )
+    line = "done: 0 trials uploaded, 4 already there, 0 runs closed"
+    assert answer.stdout.startswith(line), answer.stdout
 
 
 @pytest.mark.slow
@@ -92,7 +93,7 @@ def test_a_run_is_reproduced_and_reported(recorded: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_an_interrupted_search_asks_once_and_goes_on(recorded: Path) -> None:
+def test_an_interrupted_search_asks_once_and_is_resumed(recorded: Path) -> None:
     words = ("search", "--name", "cut", "--resume", "--data", "shapes")
     assert "accept_changes=True" in refuse(ConfigError, *words)
     answer = invoke(*words, "--accept-changes")

@@ -35,7 +35,7 @@ from tests.builders import CIFAR10, NUMERICS, ROOT, SHAPES_INFO, make_trial, wri
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import Confirmation, Event, SearchEnded
 from tune_cifar.record.state import INTERRUPTED, SearchState
-from tune_cifar.record.test_log import OPENINGS_COLUMNS
+from tune_cifar.record.test_log import TEST_LOG_COLUMNS
 from tune_cifar.schema import TrainConfig
 from tune_cifar.space.select import SearchSpace, load_space, parse_setting, read_space
 from tune_cifar.train.recorded import make_header
@@ -105,7 +105,7 @@ def log_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) ->
     with queue.test_log.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
-            writer.writerow(OPENINGS_COLUMNS)
+            writer.writerow(TEST_LOG_COLUMNS)
         identity = ("2026-11-22T01:02:03Z", "abc", config.fingerprint, config.seed, run_id, data)
         writer.writerow([*identity, 10000, test_acc, 0.5, "a test"])
 

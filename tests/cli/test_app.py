@@ -1,4 +1,4 @@
-"""The command line: help with examples, JSON for scripts, a sentence for mistakes, and a training from start to end."""
+"""The command line: help, JSON, a sentence for mistakes, and a training from start to end."""
 
 from __future__ import annotations
 
@@ -412,7 +412,8 @@ def test_data_verify_exits_with_1_for_a_wrong_file_and_shows_brackets_as_they_ar
 @pytest.mark.usefixtures("workplace")
 def test_data_verify_of_the_stand_in_says_that_it_has_no_files() -> None:
     answer = invoke("data", "verify", "--data", "shapes")
-    assert (answer.exit_code, answer.stdout) == (0, "Synthetic data are generated: they have no files.\n")
+    assert answer.exit_code == 0
+    assert answer.stdout == "Synthetic data are generated: they have no files.\n"
     assert json.loads(invoke("data", "verify", "--data", "shapes", "--json").stdout) == []
 
 
@@ -545,9 +546,7 @@ def test_train_tells_its_epochs_survives_a_dead_tracking_store_and_names_a_next_
         for line in lines
         if line.startswith("MLflow upload incomplete, 2 left over: TrackingError: ")
     ]
-    assert (
-        ": unable to open database file. The record is complete. Upload the rest: " in fault
-    )
+    assert ": unable to open database file. The record is complete. Upload the rest: " in fault
     assert lines[-2] == f"t:0: complete, val_acc {100 * (state.trials[0].val_acc or 0):.2f} %"
     again = paste(lines[-1])
     assert again.exit_code == 0 and "identical over 3 epochs" in again.stdout

@@ -1,4 +1,4 @@
-"""What a search and a training show while they run and at their end: views of the record, in words."""
+"""What a search and a training show while they run and at their end."""
 
 from __future__ import annotations
 
@@ -219,7 +219,8 @@ def test_live_table_shows_trials_best_gain_and_time() -> None:
     assert lines[3].split() == ["0", "(baseline)", "complete", "3/3", "70.00", "%", "0.1"]
     assert (
         lines[4]
-        == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), +5.00 points over the baseline"
+        == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), "
+        "+5.00 points over the baseline"
     )
     assert re.fullmatch(r"0:00:0\d gone, about 0:00:1\d to go", lines[5]) and len(lines) == 6
 
@@ -276,7 +277,7 @@ def test_live_table_stays_small_and_shows_what_runs_first() -> None:
 
 
 def test_live_display_is_not_disturbed_by_trials_that_start_while_it_draws() -> None:
-    """The record grows in one thread while another draws: the view keeps a dict that never changes its size."""
+    """The record grows in one thread while another draws: the view keeps a dict of its own."""
     view = make_view(make_console()[0])
     state = tell(view, [make_start(0)])
     seen = view._state
@@ -292,12 +293,15 @@ def test_summary_tells_counts_best_knobs_and_the_gain_beside_its_noise() -> None
     assert "best: trial 1, val_acc 80.00 % after 3 epochs" in text
     assert re.search(r"max_lr +0\.1 +0\.1 *\n", text)
     # sqrt(2 x 0.8 x 0.2 / 100) = 5.66 points
-    gain = "gain over the baseline (60.00 %): +20.00 points, beyond twice the 5.66 points that 100 validation images"
+    gain = (
+        "gain over the baseline (60.00 %): +20.00 points, beyond twice the 5.66 points "
+        "that 100 validation images"
+    )
     assert (
         gain in text
         and "one seed, best of 2: an upper guess until it is confirmed over seeds" in text
     )
-    assert "NOT CIFAR-10" not in text and "pinned" not in text and "failed" not in text
+    assert "NOT CIFAR-10" not in text and "fixed for" not in text and "failed" not in text
 
 
 def test_summary_says_when_the_gain_is_within_the_noise_and_when_there_is_none() -> None:
@@ -450,7 +454,8 @@ def test_training_prints_one_line_per_epoch_with_the_time_that_is_left(
         view.watch(Trainer(make_config(epochs=4), shapes, fp32))
         view.say(make_result(1, epoch_seconds=20.0), "  agrees")
     assert text.getvalue() == (
-        "epoch 1: train_loss 1.5000, train_acc 40.00 %, val_acc 50.00 %, lr 0.1, 250 images/s, 0:01:00 left (shapes)  "
+        "epoch 1: train_loss 1.5000, train_acc 40.00 %, val_acc 50.00 %, lr 0.1, "
+        "250 images/s, 0:01:00 left (shapes)  "
         "agrees\n"
     )
 

@@ -1,4 +1,4 @@
-"""What is recorded, listed; a search deleted; what failed in one; MLflow brought up to the records."""
+"""Searches listed and deleted; what failed in one; MLflow brought up to the records."""
 
 from __future__ import annotations
 
@@ -101,10 +101,8 @@ def test_the_list_shows_how_far_each_search_came_and_how_to_go_on(storage: Path)
     )
     assert "shapes" in rows[3] and "cifar10" in rows[4]
     assert error.startswith(f"{storage}/searches/torn/record.jsonl:") and "fits its CRC" in error
-    assert (
-        hint
-        == f"continue killed: python -m tune_cifar search --name killed --resume --storage {storage}"
-    )
+    command = f"search --name killed --resume --storage {storage}"
+    assert hint == f"continue killed: python -m tune_cifar {command}"
 
 
 def test_a_search_on_the_stand_in_goes_on_with_the_stand_in(tmp_path: Path) -> None:
@@ -139,7 +137,8 @@ def test_looking_at_searches_imports_nothing_heavy(storage: Path, command: str) 
         "from tune_cifar.cli.app import app\n"
         f"try: app({command.split()!r}, prog_name='tune_cifar')\n"
         "except SystemExit as exc: assert not exc.code\n"
-        "heavy = {'ray', 'torch', 'mlflow', 'optuna', 'pandas', 'albumentations', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'ray', 'torch', 'mlflow', 'optuna', 'pandas', 'albumentations', 'matplotlib'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(storage)}
@@ -333,10 +332,8 @@ def test_failures_are_shown_with_their_trials_a_traceback_and_the_command_that_r
     answer = invoke("failures", "--search", "s7-1", "--storage", str(tmp_path))
     assert answer.exit_code == 0, answer.output
     lines = answer.stdout.splitlines()
-    assert (
-        lines[0]
-        == "2 x torch.OutOfMemoryError: CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
-    )
+    message = "CUDA out of memory. Tried to allocate # MiB. GPU # has # MiB left."
+    assert lines[0] == f"2 x torch.OutOfMemoryError: {message}"
     assert lines[1:3] == ["  in: train/trainer.py:131 in _train_step", "  failed: 1, 2"]
     command = f"python -m tune_cifar reproduce s7-1:1 --storage {tmp_path}"
     assert lines[3] == f"  repeat: {command}"

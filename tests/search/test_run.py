@@ -603,7 +603,7 @@ def test_a_run_store_that_cannot_be_written_ends_the_search_in_a_sentence(
     assert _guard(driver, write, "otherwise") == "otherwise"
     assert isinstance(driver.fault, RecordError)
     assert str(driver.fault) == (
-        "runs/x/error.txt: the run store must be writable, got 'No space left on device'. "
+        "runs/x/error.txt: cannot write to the run store: No space left on device. "
         "Make room, then give `resume=True`."
     )
 
@@ -879,3 +879,30 @@ def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_
 
 def test_a_request_prefers_the_cpu_tier_without_a_gpu(tmp_path: Path) -> None:
     assert SearchRequest(SHAPES, tmp_path, "test", device="cpu").default_tier == "cpu"
+
+
+OWNER = """
+import subprocess, sys
+import tune_cifar.search.worker
+import ray
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+assert ray.get(ray.remote(lambda: 1).remote()) == 1
+address = ray.get_runtime_context().gcs_address
+sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1], address]).returncode)
+"""
+STRANGER = """
+import os, sys
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = "f" * 64
+import ray
+try:
+    ray.init(address=sys.argv[1], logging_level="CRITICAL")
+except ConnectionError:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.slow
+def test_nobody_without_the_commands_token_gets_into_its_ray_processes() -> None:
+    answer = subprocess.run([sys.executable, "-c", OWNER, STRANGER], capture_output=True, text=True)
+    assert answer.returncode == 7, answer.stderr[-2000:]

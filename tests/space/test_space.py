@@ -24,7 +24,7 @@ from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space import knobs
-from tune_cifar.space.knobs import describe_effect, list_knobs
+from tune_cifar.space.knob_table import describe_effect, list_knobs
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range
 from tune_cifar.space.reader import (
     describe_edit,

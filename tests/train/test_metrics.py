@@ -180,7 +180,8 @@ def test_an_evaluations_folder_holds_four_figures_and_all_data(tmp_path: Path) -
     files = save_evaluation(evaluation, make_grey_images(5), title, folder)
     assert files == [folder / name for name in FILES]
     sizes = [read_size(path) for path in files[1:]]
-    assert sizes == [(946, 836), (836, 506), (704, 792), (1155, 616)]
+    expected = [(946, 836), (836, 506), (704, 792), (1155, 616)]
+    assert np.allclose(sizes, expected, rtol=0, atol=1)  # versions of matplotlib round differently
     found = json.loads(files[0].read_text())
     assert (found["title"], found["confusion"]) == (title, evaluation.confusion.tolist())
     confidence = pytest.approx(0.9)

@@ -40,7 +40,7 @@ from tune_cifar.record.events import Confirmation, Event, Kind
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, TestEvaluation
+from tune_cifar.record.test_log import TEST_LOG_COLUMNS, TEST_LOG_FILE, TestEvaluation
 from tune_cifar.schema import DataInfo, TrainConfig
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import Cost, Resources, SearchPlan, SearchRequest
@@ -483,10 +483,10 @@ def test_only_a_finished_confirmation_with_a_score_chooses_what_is_tested(tmp_pa
     unfinished = write_confirmed(tmp_path, state, [0.5], name="half")
     failed = write_confirmed(tmp_path, state, ["failed"] * 4, name="bad")
     command = "python -m tune_cifar"
-    confirm_x = f"{command} confirm --search x"
+    first, resume = f"{command} confirm --search x", f"{command} search --name half --resume"
     sentences = {
-        f"search x is not confirmed. Run first: {confirm_x}": None,
-        f"confirmation half is not finished. Run first: {confirm_x} --resume": unfinished,
+        f"search x is not confirmed. Run first: {first}": None,
+        f"confirmation half is not finished. Run first: {resume}": unfinished,
         "no training of confirmation bad has a score. "
         f"See: {command} failures --search bad": failed,
     }
@@ -543,7 +543,7 @@ def make_row(state: SearchState, number: int, acc: float, **changes: Any) -> Tes
 
 def write_log(path: Path, rows: Sequence[TestEvaluation]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([OPENINGS_COLUMNS, *(astuple(row) for row in rows)])
+        csv.writer(file).writerows([TEST_LOG_COLUMNS, *(astuple(row) for row in rows)])
 
 
 def test_test_accuracies_are_read_from_the_test_log(tmp_path: Path) -> None:
@@ -595,8 +595,8 @@ def store(workplace: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--top 0", "greater than or equal to 1"),
-        ("--seeds 0", "greater than or equal to 1"),
+        ("--top 0", "Invalid value for '--top'"),
+        ("--seeds 0", "Invalid value for '--seeds'"),
         (
             "--final --set epochs=1",
             "--set belongs to the confirmation: --final trains what was confirmed.",
@@ -760,7 +760,7 @@ def test_the_leaderboard_keeps_validation_confirmed_and_test_apart(workplace: Pa
     rows = [make_row(final, n, acc) for n, acc in enumerate((0.8, 0.875, 0.75, 0.875))]
     rows += [make_row(other, 0, 0.76), make_row(searched, 1, 0.77)]
     rows.append(make_row(searched, 0, 0.11, fingerprint="of another run store"))
-    write_log(workplace / "analysis" / OPENINGS_FILE, rows)
+    write_log(workplace / "analysis" / TEST_LOG_FILE, rows)
     text = invoke("leaderboard", "--search", "x").stdout
     starts = list_starts(text)
     parts = [starts.index(word) for word in ("VALIDATION:", "CONFIRMED:", "TEST:")]
@@ -796,7 +796,7 @@ def test_the_leaderboard_names_synthetic_data_and_what_is_unfinished(workplace: 
     storage = workplace / "runs"
     state = write_search(storage, [0.5, 0.7], data=SHAPES_INFO)
     write_confirmed(storage, state, [0.5, 0.6, 0.5])
-    write_log(storage / OPENINGS_FILE, [make_row(state, 1, 0.4, images=1000)])
+    write_log(storage / TEST_LOG_FILE, [make_row(state, 1, 0.4, images=1000)])
     text = invoke("leaderboard").stdout
     assert "2 epochs of 1,000 images, NOT CIFAR-10 (shapes), 3 of 4 trainings so far" in text
     *_, last = text.splitlines()
@@ -822,7 +822,7 @@ def test_a_leaderboard_with_confirmations_needs_neither_torch_nor_ray(workplace:
 
 
 def read_log(storage: Path) -> list[str]:
-    return (storage / OPENINGS_FILE).read_text(encoding="utf-8").splitlines()
+    return (storage / TEST_LOG_FILE).read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.faults  # it takes long, as these do
@@ -832,10 +832,10 @@ def test_a_search_is_confirmed_interrupted_and_resumed(tmp_path: Path) -> None:
     answer = run_in_a_process(*SEARCH_WORDS, *settings, folder=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     words = ("confirm", "--search", "x", "--data", "shapes")
-    command = [sys.executable, "-m", "tune_cifar", *words]
+    started = [sys.executable, "-m", "tune_cifar", *words]
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(tmp_path / "runs")}
     process = subprocess.Popen(
-        [*command, "--seeds=2", "--top=1", "--max-concurrent=1"],
+        [*started, "--seeds=2", "--top=1", "--max-concurrent=1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -850,7 +850,8 @@ def test_a_search_is_confirmed_interrupted_and_resumed(tmp_path: Path) -> None:
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in text, text
     assert "x-confirm: 4 trainings of 1 epoch each; 1 at once" in text
-    assert f"go on with:\n  python -m tune_cifar {' '.join(words)} --resume\n" in text
+    command = "python -m tune_cifar search --name x-confirm --resume --data shapes"
+    assert f"continue it with:\n  {command}\n" in text
     broken = read_state(record.parent)
     assert not broken.is_finished and len(broken.trials) < 4
 

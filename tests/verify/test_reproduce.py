@@ -37,7 +37,12 @@ from tune_cifar.record.events import EpochReported, Header, SearchEnded, TrialEn
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import OPENINGS_COLUMNS, OPENINGS_FILE, find_openings, find_test_log
+from tune_cifar.record.test_log import (
+    TEST_LOG_COLUMNS,
+    TEST_LOG_FILE,
+    find_test_evaluations,
+    find_test_log,
+)
 from tune_cifar.schema import EpochResult, Numerics
 from tune_cifar.space.select import list_spaces
 from tune_cifar.train.checkpoint import load_weights
@@ -579,9 +584,9 @@ def test_a_run_is_evaluated_on_the_test_set_once_logged_and_again_only_with_the_
     words = ("reproduce", "small:0", "--data", "shapes", "--test", "--no-retrain")
     first = invoke(*words)
     assert first.exit_code == 0, first.output
-    path = storage / OPENINGS_FILE
+    path = storage / TEST_LOG_FILE
     (row,) = read_log(path)
-    assert tuple(row) == OPENINGS_COLUMNS and b"\r" not in path.read_bytes()
+    assert tuple(row) == TEST_LOG_COLUMNS and b"\r" not in path.read_bytes()
     assert (row["run_id"], row["data"]) == ("small:0", "shapes")
     assert row["fingerprint"] == trained.trials[0].fingerprint
     assert (row["images"], row["seed"]) == ("1000", "0")
@@ -609,7 +614,7 @@ def test_a_run_is_evaluated_on_the_test_set_once_logged_and_again_only_with_the_
     assert found["test_opened_before"] is True
     assert found["test"]["test_acc"] == float(row["test_acc"])
     assert "evaluation" not in found and not folder.exists()
-    assert f"opened before, for small:0 on {row['date']}; --again opens it again" in second.stderr
+    assert f"evaluated before, for small:0 on {row['date']}; --again" in second.stderr
 
     folder.parent.rmdir()
     folder.parent.touch()  # figures that cannot be written do not undo the evaluation
@@ -627,7 +632,7 @@ def test_a_run_is_evaluated_on_the_test_set_once_logged_and_again_only_with_the_
 def test_a_tested_run_is_trained_again_all_the_same(workplace: Path, trained: SearchState) -> None:
     storage = workplace / "runs"
     rewrite(storage, trained, change_epoch(1, train_loss=add_ulp))
-    write_log(storage / OPENINGS_FILE, trained.trials[0], "shapes")
+    write_log(storage / TEST_LOG_FILE, trained.trials[0], "shapes")
     answer = reproduce(storage, "--test", "--json")
     assert answer.exit_code == 1
     found = json.loads(answer.stdout)
@@ -637,48 +642,48 @@ def test_a_tested_run_is_trained_again_all_the_same(workplace: Path, trained: Se
 def write_log(path: Path, trial: TrialState, data: str) -> None:
     row = ("d", "c", trial.fingerprint, 0, trial.run_id, data, 10000, 0.5, 1.5, "x, y")
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([OPENINGS_COLUMNS, row])
+        csv.writer(file).writerows([TEST_LOG_COLUMNS, row])
 
 
 def test_test_evaluations_of_other_trainings_and_other_data_do_not_count(
     tmp_path: Path, trained: SearchState
 ) -> None:
-    trial, path = trained.trials[0], tmp_path / OPENINGS_FILE
-    assert find_openings(path, trial.fingerprint, "shapes") == []
+    trial, path = trained.trials[0], tmp_path / TEST_LOG_FILE
+    assert find_test_evaluations(path, trial.fingerprint, "shapes") == []
     path.touch()
-    assert find_openings(path, trial.fingerprint, "shapes") == []
+    assert find_test_evaluations(path, trial.fingerprint, "shapes") == []
     write_log(path, trial, "shapes")
-    assert find_openings(path, "another", "shapes") == []
-    assert find_openings(path, trial.fingerprint, "cifar10") == []
-    (row,) = find_openings(path, trial.fingerprint, "shapes")
+    assert find_test_evaluations(path, "another", "shapes") == []
+    assert find_test_evaluations(path, trial.fingerprint, "cifar10") == []
+    (row,) = find_test_evaluations(path, trial.fingerprint, "shapes")
     assert (row.test_acc, row.images, row.command) == (0.5, 10000, "x, y")
 
 
 @pytest.mark.parametrize(
-    "content", ["date,commit\n", ",".join(OPENINGS_COLUMNS) + "\nonly,three,cells\n"]
+    "content", ["date,commit\n", ",".join(TEST_LOG_COLUMNS) + "\nonly,three,cells\n"]
 )
 def test_a_damaged_test_log_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / OPENINGS_FILE).write_text(content)
+    (tmp_path / TEST_LOG_FILE).write_text(content)
     with pytest.raises(
         RecordError,
         match=r"TEST_OPENINGS\.csv: .* columns date, commit, .* Mend or move the file\.$",
     ):
-        find_openings(tmp_path / OPENINGS_FILE, "f", "shapes")
+        find_test_evaluations(tmp_path / TEST_LOG_FILE, "f", "shapes")
 
 
 def test_the_test_log_of_cifar10_lies_in_the_checkout_where_there_is_one(workplace: Path) -> None:
     storage = workplace / "runs"
-    assert find_test_log(storage, "cifar10") == storage / OPENINGS_FILE
+    assert find_test_log(storage, "cifar10") == storage / TEST_LOG_FILE
     (workplace / "analysis").mkdir()
-    assert find_test_log(storage, "cifar10") == workplace / "analysis" / OPENINGS_FILE
-    assert find_test_log(storage, "shapes") == storage / OPENINGS_FILE
+    assert find_test_log(storage, "cifar10") == workplace / "analysis" / TEST_LOG_FILE
+    assert find_test_log(storage, "shapes") == storage / TEST_LOG_FILE
 
 
 def test_nothing_is_evaluated_when_the_test_log_cannot_be_written(
     tmp_path: Path, trained: SearchState
 ) -> None:
     rewrite(tmp_path, trained)
-    (tmp_path / OPENINGS_FILE).symlink_to(tmp_path / "no such folder" / "x.csv")
+    (tmp_path / TEST_LOG_FILE).symlink_to(tmp_path / "no such folder" / "x.csv")
     sentence = refuse_run(RecordError, tmp_path, "small:0", "--test", "--no-retrain")
     reason = "No such file or directory"
     assert sentence.endswith(f"TEST_OPENINGS.csv: the test log cannot be written: {reason}.")
@@ -698,7 +703,7 @@ def test_missing_weights_are_refused_with_the_way_out(tmp_path: Path, trained: S
     sentence = refuse_run(RecordError, tmp_path, "small:0", "--test", "--no-retrain")
     assert sentence.startswith("small:0: its weights were not kept")
     assert sentence.endswith("Leave out `no_retrain=True` to train it again.")
-    assert not (tmp_path / OPENINGS_FILE).exists()
+    assert not (tmp_path / TEST_LOG_FILE).exists()
 
 
 def test_kept_weights_are_those_of_the_last_epoch(
@@ -734,7 +739,7 @@ def test_training_works_without_the_test_file_and_the_test_names_it_until_it_is_
     quickest = resolve_numerics("cpu", "auto")
     assert train_small(workplace / "runs", quickest, source=source).trials[0].status == "complete"
     words = ("reproduce", "small:0", "--test", "--no-retrain")
-    path = workplace / "analysis" / OPENINGS_FILE
+    path = workplace / "analysis" / TEST_LOG_FILE
     sentence = refuse(DataError, *words)
     assert f"{without_test / TEST_FILE}: the file is missing." in sentence
     assert not path.exists()
@@ -746,7 +751,7 @@ def test_training_works_without_the_test_file_and_the_test_names_it_until_it_is_
     assert (row["data"], row["images"]) == ("cifar10", "10000")
     assert "NOT CIFAR-10" not in answer.stdout
     (without_test / TEST_FILE).unlink()
-    assert f"opened before, for small:0 on {row['date']}" in invoke(*words).stdout
+    assert f"evaluated before, for small:0 on {row['date']}" in invoke(*words).stdout
 
 
 @pytest.mark.slow

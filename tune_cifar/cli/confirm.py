@@ -286,14 +286,14 @@ def _evaluate_tests(
     state: SearchState, data: str | None, tracking_uri: str | None, console: Console
 ) -> None:
     """Evaluate on the test set every complete training that was not evaluated on it before."""
-    from tune_cifar.record.test_log import find_openings, find_test_log
+    from tune_cifar.record.test_log import find_test_evaluations, find_test_log
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
 
     name = state.header.data.name
     test_log = find_test_log(state.storage, name)
     complete = [trial for trial in state.trials.values() if trial.status == "complete"]
-    untested = [t for t in complete if not find_openings(test_log, t.fingerprint, name)]
+    untested = [t for t in complete if not find_test_evaluations(test_log, t.fingerprint, name)]
     if not untested:
         return
     source = options.find_recorded_data(state, data)

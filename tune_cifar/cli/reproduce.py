@@ -53,7 +53,7 @@ def reproduce(
     Example: python -m tune_cifar reproduce --best --space s10
     """
     from tune_cifar.record.store import find_storage
-    from tune_cifar.record.test_log import find_openings, find_test_log
+    from tune_cifar.record.test_log import find_test_evaluations, find_test_log
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import check_testable
@@ -74,7 +74,7 @@ def reproduce(
         check_testable(trial)
         if not again:
             test_log = find_test_log(state.storage, source.name)
-            logged = find_openings(test_log, trial.fingerprint, source.name)
+            logged = find_test_evaluations(test_log, trial.fingerprint, source.name)
     trainer: Trainer | None = None
     if not (no_retrain and logged):
         numerics = restore_numerics(trial.driver.numerics, device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tune_cifar.errors import RecordError
 
-OPENINGS_FILE = "TEST_OPENINGS.csv"
+TEST_LOG_FILE = "TEST_OPENINGS.csv"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TestEvaluation:
     command: str
 
 
-OPENINGS_COLUMNS = tuple(column.name for column in fields(TestEvaluation))
+TEST_LOG_COLUMNS = tuple(column.name for column in fields(TestEvaluation))
 
 
 def find_test_log(storage: Path, data_name: str) -> Path:
@@ -42,7 +42,7 @@ def find_test_log(storage: Path, data_name: str) -> Path:
     """
     folder = Path("analysis").resolve()
     is_in_checkout = folder.is_dir() and data_name == "cifar10"
-    return (folder if is_in_checkout else storage) / OPENINGS_FILE
+    return (folder if is_in_checkout else storage) / TEST_LOG_FILE
 
 
 def load_test_log(path: Path) -> list[TestEvaluation]:
@@ -56,17 +56,17 @@ def load_test_log(path: Path) -> list[TestEvaluation]:
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     try:
-        if tuple(header) != OPENINGS_COLUMNS:
+        if tuple(header) != TEST_LOG_COLUMNS:
             raise ValueError(f"the columns {', '.join(header) or 'none'}")
         return [_read_row(row) for row in rows]
     except (ValueError, TypeError) as exc:
-        columns = ", ".join(OPENINGS_COLUMNS)
+        columns = ", ".join(TEST_LOG_COLUMNS)
         raise RecordError(
             f"{path}: the rows must have the columns {columns}, got {exc}. Mend or move the file."
         ) from exc
 
 
-def find_openings(path: Path, fingerprint: str, data_name: str) -> list[TestEvaluation]:
+def find_test_evaluations(path: Path, fingerprint: str, data_name: str) -> list[TestEvaluation]:
     """Return the logged test evaluations of a training on these data, oldest first.
 
     Raises:
@@ -78,5 +78,5 @@ def find_openings(path: Path, fingerprint: str, data_name: str) -> list[TestEval
 
 def _read_row(row: list[str]) -> TestEvaluation:
     numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
-    cells = dict(zip(OPENINGS_COLUMNS, row, strict=True))
+    cells = dict(zip(TEST_LOG_COLUMNS, row, strict=True))
     return TestEvaluation(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})

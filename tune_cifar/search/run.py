@@ -119,8 +119,8 @@ def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> A
         return action()
     except OSError as exc:
         place = exc.filename or driver.record.state.folder
-        got = f"the run store must be writable, got {exc.strerror!r}"
-        fault = RecordError(f"{place}: {got}. Make room, then give `resume=True`.")
+        problem = f"{place}: cannot write to the run store: {exc.strerror}"
+        fault = RecordError(f"{problem}. Make room, then give `resume=True`.")
     except Exception as exc:
         fault = exc
     driver.fault = driver.fault or fault

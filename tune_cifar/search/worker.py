@@ -6,18 +6,22 @@ Every worker imports this module before its first trial, so it imports nothing o
 from __future__ import annotations
 
 import os
+import secrets
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Ray reads these when it is imported: no output of its own, no token file, workers stay in the
-# folder and at the priority of the process that started them (at Ray's nice 15 they would starve
-# beside other work, and measured steps would predict nothing), no snapshots (the record is enough).
+# Ray reads these when it is imported: no output of its own, workers stay in the folder and at the
+# priority of the process that started them (at Ray's nice 15 they would starve beside other work,
+# and measured steps would predict nothing), no snapshots (the record is enough). Ray's processes
+# listen on all addresses of the machine and run what they are sent: the token, a new one for each
+# command, keeps everybody else out.
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_AUTH_MODE": "disabled",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -86,6 +86,7 @@ class BackgroundUploader:
         self._uploader = _Uploader(tracking_uri, storage, state, is_running=True)
         self._state = state
         self._rungs = frozenset(state.header.budget.get("rungs", ()))
+        # Whether there is anything to upload; otherwise `close` does not even connect.
         self._is_due = bool(state.resumes or state.trials)
         self._is_closing = False
         # Copies of the trials to upload, by number; the state of the search to upload as its end.

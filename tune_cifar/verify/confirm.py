@@ -206,7 +206,7 @@ def check_confirmed(state: SearchState | None, search: str) -> SearchState:
         raise RecordError(f"`final`: search {search} is not confirmed. {hint}")
     name = state.header.name
     if not state.is_finished:
-        hint = f"Run first: {command} confirm --search {search} --resume"
+        hint = f"Run first: {command} search --name {name} --resume"
         raise RecordError(f"`final`: confirmation {name} is not finished. {hint}")
     if all(found.mean is None for found in summarise(state)):
         hint = f"See: {command} failures --search {name}"
@@ -221,17 +221,17 @@ def summarise(state: SearchState) -> list[Confirmed]:
     return _compare(state, scores)
 
 
-def summarise_tests(state: SearchState, openings: Sequence[TestEvaluation]) -> list[Confirmed]:
+def summarise_tests(state: SearchState, evaluations: Sequence[TestEvaluation]) -> list[Confirmed]:
     """Return the candidates of a final confirmation by test accuracy, as far as it is known.
 
     A test evaluation of the same training under another name counts, since no training is evaluated
     twice. A diverged training counts as chance.
 
     Args:
-        openings: the test log.
+        evaluations: the test log.
     """
     data = state.header.data.name
-    known = {found.fingerprint: found.test_acc for found in openings if found.data == data}
+    known = {found.fingerprint: found.test_acc for found in evaluations if found.data == data}
     scores = {}
     for trial in state.trials.values():
         is_diverged = trial.status == "diverged"

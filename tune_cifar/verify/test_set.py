@@ -13,7 +13,7 @@ from tune_cifar.data.load import CLASS_NAMES, Split, load_test
 from tune_cifar.errors import RecordError
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.state import TrialState
-from tune_cifar.record.test_log import OPENINGS_COLUMNS, TestEvaluation
+from tune_cifar.record.test_log import TEST_LOG_COLUMNS, TestEvaluation
 from tune_cifar.train.metrics import Evaluation, evaluate_logits
 from tune_cifar.train.trainer import Trainer
 
@@ -66,7 +66,7 @@ def open_test(
         )
         writer = csv.writer(file, lineterminator="\n")
         if file.tell() == 0:
-            writer.writerow(OPENINGS_COLUMNS)
+            writer.writerow(TEST_LOG_COLUMNS)
         writer.writerow(astuple(row))
         file.flush()
         os.fsync(file.fileno())
