@@ -218,8 +218,7 @@ def test_live_table_shows_trials_best_gain_and_time() -> None:
     assert lines[2].split() == ["1", "complete", "3/3", "75.00", "%", "0.1"]
     assert lines[3].split() == ["0", "(baseline)", "complete", "3/3", "70.00", "%", "0.1"]
     assert (
-        lines[4]
-        == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), "
+        lines[4] == "3/6 trials: 1 running, 2 complete   best 75.00 % (trial 1), "
         "+5.00 points over the baseline"
     )
     assert re.fullmatch(r"0:00:0\d gone, about 0:00:1\d to go", lines[5]) and len(lines) == 6

@@ -247,10 +247,7 @@ def test_a_name_that_could_lead_elsewhere_is_refused(storage: Path, name: str) -
 
 def test_an_unknown_search_is_refused_with_the_nearest_name(storage: Path) -> None:
     sentence = refuse(RecordError, "searches", "delete", "wole", "--yes", "--storage", str(storage))
-    assert (
-        sentence
-        == f"no search named 'wole' in {storage}. Did you mean whole?"
-    )
+    assert sentence == f"no search named 'wole' in {storage}. Did you mean whole?"
 
 
 def test_no_link_is_followed(storage: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -260,10 +257,7 @@ def test_no_link_is_followed(storage: Path, tmp_path_factory: pytest.TempPathFac
     folder.symlink_to(elsewhere)
     words = ("--yes", "--keep-mlflow", "--storage", str(storage))
     sentence = refuse(RecordError, "searches", "delete", "linked", *words)
-    assert (
-        sentence
-        == f"{folder} is a link or a file, not a folder. Delete it by hand."
-    )
+    assert sentence == f"{folder} is a link or a file, not a folder. Delete it by hand."
     folder.unlink()
     (storage / "searches" / "whole" / "trials").symlink_to(away)
     (storage / "searches" / "whole" / "file").symlink_to(elsewhere / "record.jsonl")

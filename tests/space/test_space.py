@@ -23,7 +23,7 @@ from optuna.distributions import (
 from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
-from tune_cifar.space import knobs
+from tune_cifar.space import knob_table
 from tune_cifar.space.knob_table import describe_effect, list_knobs
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range
 from tune_cifar.space.reader import (
@@ -1087,7 +1087,7 @@ def test_an_effect_that_is_no_list_of_settings_is_not_listed_as_one(
         return {"momentum": "why"} if (config.optimizer == "sgd") == config.cycle_momentum else {}
 
     monkeypatch.setattr(knobs, "inactive_knobs", find_inactive)
-    monkeypatch.setattr(knobs, "_find_inactive", knobs._find_inactive.__wrapped__)
+    monkeypatch.setattr(knob_table, "_find_inactive", knob_table._find_inactive.__wrapped__)
     assert describe_effect("momentum") == "depends on more than one rule"
 
 

@@ -157,10 +157,10 @@ def evaluate_test(
         the row of the test log, and what `keep_evaluation` returns.
     """
     from tune_cifar.record.test_log import find_test_log
-    from tune_cifar.verify.test_set import open_test
+    from tune_cifar.verify.test_set import evaluate_test_set
 
     test_log = find_test_log(state.storage, source.name)
-    row, evaluation, split = open_test(trainer, trial, source, test_log, this_command())
+    row, evaluation, split = evaluate_test_set(trainer, trial, source, test_log, this_command())
     say_test(trial.run_id, row, f"written into {test_log}", console)
     try:
         kept = keep_evaluation(state, trial, evaluation, split, None, tracking_uri)

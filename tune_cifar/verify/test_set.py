@@ -29,7 +29,7 @@ def check_testable(trial: TrialState) -> None:
         raise RecordError(f"{trial.run_id}: {rule}, this one is {trial.status}.")
 
 
-def open_test(
+def evaluate_test_set(
     trainer: Trainer, trial: TrialState, source: DataSource, test_log: Path, command: str
 ) -> tuple[TestEvaluation, Evaluation, Split]:
     """Evaluate the trainer's weights on the test set, and append the result to the test log.
