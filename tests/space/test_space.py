@@ -1086,7 +1086,7 @@ def test_an_effect_that_is_no_list_of_settings_is_not_listed_as_one(
     def find_inactive(config: TrainConfig) -> dict[str, str]:
         return {"momentum": "why"} if (config.optimizer == "sgd") == config.cycle_momentum else {}
 
-    monkeypatch.setattr(knobs, "inactive_knobs", find_inactive)
+    monkeypatch.setattr(knob_table, "inactive_knobs", find_inactive)
     monkeypatch.setattr(knob_table, "_find_inactive", knob_table._find_inactive.__wrapped__)
     assert describe_effect("momentum") == "depends on more than one rule"
 
