@@ -13,6 +13,7 @@ import tune_cifar
 from tune_cifar.errors import ConfigError, did_you_mean
 from tune_cifar.schema import (
     KNOBS,
+    DataInfo,
     EpochResult,
     Frozen,
     TrainConfig,
@@ -371,3 +372,8 @@ def test_warm_restarts_belong_to_the_fingerprint_where_there_are_any() -> None:
     assert len({config.fingerprint for config in configs}) == 3
     constant = make_config("constant_adamw", epochs=9)
     assert "warm_restarts" in inactive_knobs(constant.model_copy(update={"warm_restarts": (2,)}))
+
+
+def test_figures_on_other_data_than_cifar10_carry_a_warning() -> None:
+    assert DataInfo(name="cifar10", digest="d", split_hash="s").label == ""
+    assert DataInfo(name="shapes", digest="d", split_hash="s").label == "NOT CIFAR-10 (shapes)"
