@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tune_cifar.space.knob_table import COLUMNS, list_knobs
+from tune_cifar.space.overview import COLUMNS, list_knobs
 
 PAGE = Path(__file__).resolve().parent.parent / "search_spaces" / "README.md"
 BEGIN, END = "<!-- knobs:begin -->\n", "<!-- knobs:end -->"

@@ -23,8 +23,8 @@ from optuna.distributions import (
 from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
-from tune_cifar.space import knob_table
-from tune_cifar.space.knob_table import describe_effect, list_knobs
+from tune_cifar.space import overview
+from tune_cifar.space.overview import describe_effect, list_knobs
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range
 from tune_cifar.space.reader import (
     describe_edit,
@@ -1086,8 +1086,8 @@ def test_an_effect_that_is_no_list_of_settings_is_not_listed_as_one(
     def find_inactive(config: TrainConfig) -> dict[str, str]:
         return {"momentum": "why"} if (config.optimizer == "sgd") == config.cycle_momentum else {}
 
-    monkeypatch.setattr(knob_table, "inactive_knobs", find_inactive)
-    monkeypatch.setattr(knob_table, "_find_inactive", knob_table._find_inactive.__wrapped__)
+    monkeypatch.setattr(overview, "inactive_knobs", find_inactive)
+    monkeypatch.setattr(overview, "_find_inactive", overview._find_inactive.__wrapped__)
     assert describe_effect("momentum") == "depends on more than one rule"
 
 

@@ -105,7 +105,7 @@ def knobs(as_json: options.Json = False) -> None:
 
     from rich.table import Table
 
-    from tune_cifar.space.knob_table import COLUMNS, list_knobs
+    from tune_cifar.space.overview import COLUMNS, list_knobs
 
     found = list_knobs()
     if as_json:

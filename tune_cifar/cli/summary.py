@@ -97,7 +97,7 @@ def print_search_summary(
     else:
         score, epochs = format_percent(best.score), best.config.epochs
         say(f"best: trial {best.number}, val_acc {score} after {epochs} epochs", console)
-        console.print(_knob_table(state, best))
+        console.print(_overview(state, best))
         say(describe_gain(state, best), console)
     files = [trial.error_file for trial in state.trials.values() if trial.error_file]
     if files:
@@ -123,7 +123,7 @@ def _describe_prediction(state: SearchState) -> str:
     return f"trial-epochs: {trained} trained, {predicted:.0f} predicted (error {error})"
 
 
-def _knob_table(state: SearchState, best: TrialState) -> Table:
+def _overview(state: SearchState, best: TrialState) -> Table:
     """The searched hyperparameters of the baseline and of the best trial."""
     table = Table("knob", "baseline", "best", box=None, header_style="bold", padding=(0, 2))
     for knob in state.header.distributions:
