@@ -24,8 +24,8 @@ from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space import overview
-from tune_cifar.space.overview import describe_effect, list_knobs
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range
+from tune_cifar.space.overview import describe_effect, list_knobs
 from tune_cifar.space.reader import (
     describe_edit,
     find_range,
