@@ -143,6 +143,15 @@ def test_an_old_log_gets_the_new_column_and_keeps_its_lines(tmp_path: Path) -> N
     assert load_test_log(path) == [OLD_ROW, ROW]
 
 
+@pytest.mark.parametrize("header", [OLD_COLUMNS, TEST_LOG_COLUMNS])
+def test_old_and_new_lines_may_stand_in_one_log(tmp_path: Path, header: tuple[str, ...]) -> None:
+    """As after a merge of two branches' committed logs."""
+    path = tmp_path / TEST_LOG_FILE
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, astuple(OLD_ROW)[:-1], astuple(ROW)])
+    assert load_test_log(path) == [OLD_ROW, ROW]
+
+
 def test_a_copy_gets_what_it_lacks_once(tmp_path: Path) -> None:
     path = tmp_path / TEST_LOG_FILE
     write_old(path, OLD_ROW)

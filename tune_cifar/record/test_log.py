@@ -106,7 +106,7 @@ def load_test_log(path: Path) -> list[TestEvaluation]:
         header, *rows = csv.reader(io.StringIO(text or EMPTY_LOG, newline=""))
         if tuple(header) not in (TEST_LOG_COLUMNS, OLD_COLUMNS):
             raise ValueError(f"the columns {', '.join(header) or 'none'}")
-        return [_read_row(header, row) for row in rows]
+        return [_read_row(row) for row in rows]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as exc:
@@ -203,7 +203,9 @@ def _drop_repeated(evaluations: Iterable[TestEvaluation]) -> list[TestEvaluation
     return list({repr(found): found for found in evaluations}.values())
 
 
-def _read_row(columns: Sequence[str], row: list[str]) -> TestEvaluation:
+def _read_row(row: list[str]) -> TestEvaluation:
+    # Whatever the header: in a merge, lines of both kinds come together.
+    columns = OLD_COLUMNS if len(row) == len(OLD_COLUMNS) else TEST_LOG_COLUMNS
     numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
     cells = dict(zip(columns, row, strict=True))
     return TestEvaluation(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})
