@@ -13,9 +13,10 @@ For each space, in steps that call the public commands only and resume as these 
 4. best: the best confirmed recipe, trained and tested as the baseline was. `confirm --final` trains
    the same; here each training appears in the table as soon as it is tested.
 
-A training whose fingerprint is in the log of test evaluations is not repeated, whichever command
-trained it. Every test evaluation becomes a line of analysis/ROWS.csv, made from the records and the
-log alone. Without a GPU a training of steps 1 and 4 uses all cores.
+A training whose fingerprint is in the log of test evaluations (the run store's, or its committed
+copy in analysis/, which `run` keeps) is not repeated, whichever command trained it. Every test
+evaluation becomes a line of analysis/ROWS.csv, made from the records and the log alone. Without a
+GPU a training of steps 1 and 4 uses all cores.
 
 `--data shapes` tries the queue on synthetic data, with its own names, log and table; the page
 stays as it is. `--tier`, `--set` and other spaces (smoke) are for that alone. Paths are relative
@@ -53,7 +54,12 @@ say = partial(print, flush=True)
 
 
 def collect_rows(queue: Queue, steps: Iterable[Step]) -> None:
-    """Append the test evaluations of these steps that the table lacks; then update the page."""
+    """Append the test evaluations of these steps that the table lacks; then update the page.
+
+    On CIFAR-10 the committed test log is brought up to date as well.
+    """
+    if not queue.is_synthetic:
+        queue.copy_test_log()
     rows = load_table(queue.table)
     known = {(row["space"], row["part"], row["fingerprint"]) for row in rows}
     num_known = len(rows)
@@ -212,7 +218,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    os.chdir(ROOT)  # the log of test evaluations on CIFAR-10 is found from here
+    os.chdir(ROOT)  # analysis/ is found from here
     try:
         queue = make_queue(arguments)
         max_seconds = parse_duration(arguments.max_time) if arguments.max_time else math.inf

@@ -10,12 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tune_cifar.data.load import CIFAR10_DIGEST
+from tune_cifar.data.shapes import SHAPES_DIGEST
 from tune_cifar.errors import RecordError
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import TestEvaluation, find_test_evaluations, find_test_log
-from tune_cifar.schema import TrainConfig, inactive_knobs
+from tune_cifar.record.test_log import (
+    TEST_LOG_FILE,
+    TestEvaluation,
+    add_test_evaluations,
+    find_test_evaluations,
+    find_test_log,
+    load_test_log,
+)
+from tune_cifar.schema import DataInfo, TrainConfig, inactive_knobs
 from tune_cifar.search.forecast import forecast_search
 from tune_cifar.space.select import load_space
 from tune_cifar.train.numerics import count_cores, count_gpus
@@ -55,17 +64,25 @@ class Queue:
         return (self.data or os.environ.get("TUNE_CIFAR_DATA")) == "shapes"
 
     @property
-    def data_name(self) -> str:
-        return "shapes" if self.is_synthetic else "cifar10"
+    def data_info(self) -> DataInfo:
+        """Which data; the test set does not depend on their split."""
+        if self.is_synthetic:
+            return DataInfo(name="shapes", digest=SHAPES_DIGEST, split_hash="")
+        return DataInfo(name="cifar10", digest=CIFAR10_DIGEST, split_hash="")
 
     @property
     def test_log(self) -> Path:
-        return find_test_log(self.storage, self.data_name)
+        return find_test_log(self.storage)
 
     @property
     def table(self) -> Path:
-        """ROWS.csv, beside the log of test evaluations."""
-        return self.test_log.with_name("ROWS.csv")
+        """ROWS.csv: in analysis/, on synthetic data in the run store."""
+        return (self.storage if self.is_synthetic else Path("analysis").resolve()) / "ROWS.csv"
+
+    def copy_test_log(self) -> None:
+        """Add what the run store's log has on CIFAR-10 to the committed copy in analysis/."""
+        on_cifar10 = [found for found in load_test_log(self.test_log) if found.data == "cifar10"]
+        add_test_evaluations(self.table.with_name(TEST_LOG_FILE), on_cifar10)
 
     def list_steps(self, spaces: Iterable[str]) -> list[Step]:
         """Return all steps of these spaces, in order."""
@@ -90,9 +107,9 @@ class Queue:
         return read_state(folder) if folder.exists() else None
 
     def find_test_evaluation(self, config: TrainConfig) -> TestEvaluation | None:
-        """Return the newest test evaluation of a training of this config."""
-        found = find_test_evaluations(self.test_log, config.fingerprint, self.data_name)
-        return found[-1] if found else None
+        """Return the first test evaluation of a training of this config."""
+        found = find_test_evaluations(self.storage, config.fingerprint, self.data_info)
+        return found[0] if found else None
 
 
 def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:

@@ -31,11 +31,11 @@ from rows_steps import (
 )
 from rows_table import BEGIN, COLUMNS, END, describe_cell, load_table, render_table, write_page
 
-from tests.builders import CIFAR10, NUMERICS, ROOT, SHAPES_INFO, make_trial, write_record
+from tests.builders import CIFAR10, CONFIG, NUMERICS, ROOT, SHAPES_INFO, make_trial, write_record
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import Confirmation, Event, SearchEnded
 from tune_cifar.record.state import INTERRUPTED, SearchState
-from tune_cifar.record.test_log import TEST_LOG_COLUMNS
+from tune_cifar.record.test_log import TEST_LOG_COLUMNS, TEST_LOG_FILE, load_test_log
 from tune_cifar.schema import TrainConfig
 from tune_cifar.space.select import SearchSpace, load_space, parse_setting, read_space
 from tune_cifar.train.recorded import make_header
@@ -100,14 +100,15 @@ def train(
 
 def log_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) -> None:
     """Append a test evaluation to the log."""
-    data = queue.data_name
+    data = queue.data_info
     is_new = not queue.test_log.exists()
+    queue.test_log.parent.mkdir(exist_ok=True)
     with queue.test_log.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(TEST_LOG_COLUMNS)
-        identity = ("2026-11-22T01:02:03Z", "abc", config.fingerprint, config.seed, run_id, data)
-        writer.writerow([*identity, 10000, test_acc, 0.5, "a test"])
+        identity = ("2026-11-22T01:02:03Z", "abc", config.fingerprint, config.seed, run_id)
+        writer.writerow([*identity, data.name, 10000, test_acc, 0.5, "a test", data.digest])
 
 
 def search_and_confirm(
@@ -269,6 +270,31 @@ def test_a_test_evaluation_is_added_to_the_table_and_the_page_once(queue: Queue)
     assert written == f"before\n{BEGIN}\n{render_table([first, second])}\n{END}\nafter\n"
     rows.collect_rows(queue, steps)
     assert (rows.PAGE.read_text(), queue.table.read_text()) == (written, text)
+
+
+def test_the_committed_test_log_gets_what_the_run_stores_log_has_on_cifar10(queue: Queue) -> None:
+    committed = Path("analysis", TEST_LOG_FILE)
+    log_test(queue, train(queue, BASELINE), 0.8, "rows-s8-baseline-1:0")
+    log_test(dataclasses.replace(queue, data="shapes"), CONFIG, 0.9, "small:0")
+    log_test(queue, CONFIG, 0.7, "by-hand:0")
+    rows.collect_rows(queue, [BASELINE])
+    tested = [(found.run_id, found.test_acc) for found in load_test_log(committed)]
+    assert tested == [("rows-s8-baseline-1:0", 0.8), ("by-hand:0", 0.7)]
+    before = committed.stat()
+    rows.collect_rows(queue, [BASELINE])
+    assert committed.stat().st_ino == before.st_ino, "nothing was new"
+
+
+def test_a_fresh_clone_trains_nothing_that_was_tested_before(queue: Queue) -> None:
+    """The committed log alone has it, in the columns of before."""
+    config = find_config(queue, BASELINE)
+    assert config is not None
+    log_test(queue, config, 0.8, "rows-s8-baseline-1:0")
+    lines = [line.rsplit(",", 1)[0] for line in queue.test_log.read_text().splitlines()]
+    Path("analysis", TEST_LOG_FILE).write_text("\n".join(lines))
+    queue.test_log.unlink()
+    assert find_stage(queue, BASELINE) == "done"
+    assert find_stage(dataclasses.replace(queue, data="shapes"), BASELINE) == "not begun"
 
 
 def make_row(test_acc: str, **changes: str) -> dict[str, str]:

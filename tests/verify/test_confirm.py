@@ -551,6 +551,8 @@ def test_test_accuracies_are_read_from_the_test_log(tmp_path: Path) -> None:
     rows = [make_row(state, n, acc) for n, acc in enumerate((0.8, 0.875, 0.75))]
     rows.append(make_row(state, 3, 0.99, data="shapes"))
     rows.append(make_row(state, 3, 0.98, fingerprint="another"))
+    rows.append(make_row(state, 2, 0.97))  # --again: the first one counts
+    rows.append(make_row(state, 3, 0.96, data_digest="d2"))
     baseline, best = summarise_tests(state, rows)
     assert (baseline.scores, best.scores) == ({1: 0.8, 2: 0.75}, {1: 0.875})
     assert best.gain == Gain(0.875 - 0.8, None, 1) and not best.same_recipe

@@ -28,8 +28,9 @@ from tests.builders import (
     run_trials,
     train_small,
 )
+from tests.faults.disks import limit_file_size
 from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
-from tune_cifar.data.load import TrainVal
+from tune_cifar.data.load import CIFAR10_DIGEST, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, DataError, RecordError
 from tune_cifar.models.build import MODELS
 from tune_cifar.models.s7 import S7Net
@@ -37,12 +38,7 @@ from tune_cifar.record.events import EpochReported, Header, SearchEnded, TrialEn
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import search_folder
-from tune_cifar.record.test_log import (
-    TEST_LOG_COLUMNS,
-    TEST_LOG_FILE,
-    find_test_evaluations,
-    find_test_log,
-)
+from tune_cifar.record.test_log import OLD_COLUMNS, TEST_LOG_COLUMNS, TEST_LOG_FILE
 from tune_cifar.schema import EpochResult, Numerics
 from tune_cifar.space.select import list_spaces
 from tune_cifar.train.checkpoint import load_weights
@@ -575,7 +571,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
 def test_a_run_is_evaluated_on_the_test_set_once_logged_and_again_only_with_the_option(
     workplace: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On synthetic data the test log stays in the run store, although ./analysis is there."""
+    """The test log is the run store's, although ./analysis is there."""
     # A chunk of the 10,000 images: evaluating all of them takes 10 s in fp32.
     monkeypatch.setattr("tune_cifar.data.shapes._NUM_TEST_IMAGES", 1000)
     (workplace / "analysis").mkdir()
@@ -642,51 +638,7 @@ def test_a_tested_run_is_trained_again_all_the_same(workplace: Path, trained: Se
 def write_log(path: Path, trial: TrialState, data: str) -> None:
     row = ("d", "c", trial.fingerprint, 0, trial.run_id, data, 10000, 0.5, 1.5, "x, y")
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([TEST_LOG_COLUMNS, row])
-
-
-def test_test_evaluations_of_other_trainings_and_other_data_do_not_count(
-    tmp_path: Path, trained: SearchState
-) -> None:
-    trial, path = trained.trials[0], tmp_path / TEST_LOG_FILE
-    assert find_test_evaluations(path, trial.fingerprint, "shapes") == []
-    path.touch()
-    assert find_test_evaluations(path, trial.fingerprint, "shapes") == []
-    write_log(path, trial, "shapes")
-    assert find_test_evaluations(path, "another", "shapes") == []
-    assert find_test_evaluations(path, trial.fingerprint, "cifar10") == []
-    (row,) = find_test_evaluations(path, trial.fingerprint, "shapes")
-    assert (row.test_acc, row.images, row.command) == (0.5, 10000, "x, y")
-
-
-@pytest.mark.parametrize(
-    "content", ["date,commit\n", ",".join(TEST_LOG_COLUMNS) + "\nonly,three,cells\n"]
-)
-def test_a_damaged_test_log_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / TEST_LOG_FILE).write_text(content)
-    with pytest.raises(
-        RecordError,
-        match=r"TEST_OPENINGS\.csv: .* columns date, commit, .* Mend or move the file\.$",
-    ):
-        find_test_evaluations(tmp_path / TEST_LOG_FILE, "f", "shapes")
-
-
-def test_the_test_log_of_cifar10_lies_in_the_checkout_where_there_is_one(workplace: Path) -> None:
-    storage = workplace / "runs"
-    assert find_test_log(storage, "cifar10") == storage / TEST_LOG_FILE
-    (workplace / "analysis").mkdir()
-    assert find_test_log(storage, "cifar10") == workplace / "analysis" / TEST_LOG_FILE
-    assert find_test_log(storage, "shapes") == storage / TEST_LOG_FILE
-
-
-def test_nothing_is_evaluated_when_the_test_log_cannot_be_written(
-    tmp_path: Path, trained: SearchState
-) -> None:
-    rewrite(tmp_path, trained)
-    (tmp_path / TEST_LOG_FILE).symlink_to(tmp_path / "no such folder" / "x.csv")
-    sentence = refuse_run(RecordError, tmp_path, "small:0", "--test", "--no-retrain")
-    reason = "No such file or directory"
-    assert sentence.endswith(f"TEST_OPENINGS.csv: the test log cannot be written: {reason}.")
+        csv.writer(file).writerows([OLD_COLUMNS, row])
 
 
 def test_a_training_that_is_not_complete_is_not_tested(tmp_path: Path, fp32: Numerics) -> None:
@@ -739,19 +691,29 @@ def test_training_works_without_the_test_file_and_the_test_names_it_until_it_is_
     quickest = resolve_numerics("cpu", "auto")
     assert train_small(workplace / "runs", quickest, source=source).trials[0].status == "complete"
     words = ("reproduce", "small:0", "--test", "--no-retrain")
-    path = workplace / "analysis" / TEST_LOG_FILE
+    path = workplace / "runs" / TEST_LOG_FILE
+    with limit_file_size(10), pytest.raises(RecordError, match=r"the test log cannot be written"):
+        raise invoke(*words).exception or AssertionError  # before the test file is looked for
     sentence = refuse(DataError, *words)
     assert f"{without_test / TEST_FILE}: the file is missing." in sentence
-    assert not path.exists()
+    assert read_log(path) == []
     assert cifar10.folder is not None
     (without_test / TEST_FILE).symlink_to(cifar10.folder / BATCHES_FOLDER / TEST_FILE)
     answer = invoke(*words)
     assert answer.exit_code == 0, answer.output
     (row,) = read_log(path)
     assert (row["data"], row["images"]) == ("cifar10", "10000")
+    assert row["data_digest"] == CIFAR10_DIGEST
     assert "NOT CIFAR-10" not in answer.stdout
     (without_test / TEST_FILE).unlink()
     assert f"evaluated before, for small:0 on {row['date']}" in invoke(*words).stdout
+    # From another folder, which has an analysis/ as well.
+    (workplace / "elsewhere" / "analysis").mkdir(parents=True)
+    monkeypatch.chdir(workplace / "elsewhere")
+    places = ("--storage", str(workplace / "runs"), "--data", str(workplace / "data"))
+    answer = invoke(*words, *places)
+    assert answer.exit_code == 0, answer.output
+    assert f"evaluated before, for small:0 on {row['date']}" in answer.stdout
 
 
 @pytest.mark.slow

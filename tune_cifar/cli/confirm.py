@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.evaluate import evaluate_test
+from tune_cifar.cli.evaluate import evaluate_test, say_test
 from tune_cifar.cli.terminal import (
     paste,
     print_json,
@@ -264,16 +264,15 @@ def _plan(
 
 def _report(state: SearchState, as_json: bool, console: Console) -> None:
     """Say what a finished confirmation found."""
-    from tune_cifar.record.test_log import find_test_log, load_test_log
+    from tune_cifar.record.test_log import find_test_log, load_test_logs
     from tune_cifar.verify.confirm import summarise, summarise_tests
 
     settled, name = state.header.confirmation, state.header.name
     assert settled is not None
     answer: dict[str, Any] = {"search": settled.search, "name": name, "final": settled.final}
     if settled.final:
-        test_log = find_test_log(state.storage, state.header.data.name)
-        confirmed = summarise_tests(state, load_test_log(test_log))
-        answer["test_log"] = str(test_log)
+        confirmed = summarise_tests(state, load_test_logs(state.storage))
+        answer["test_log"] = str(find_test_log(state.storage))
     else:
         confirmed = summarise(state)
     if as_json:
@@ -286,14 +285,13 @@ def _evaluate_tests(
     state: SearchState, data: str | None, tracking_uri: str | None, console: Console
 ) -> None:
     """Evaluate on the test set every complete training that was not evaluated on it before."""
-    from tune_cifar.record.test_log import find_test_evaluations, find_test_log
+    from tune_cifar.record.test_log import find_test_evaluations
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
 
-    name = state.header.data.name
-    test_log = find_test_log(state.storage, name)
+    storage, info = state.storage, state.header.data
     complete = [trial for trial in state.trials.values() if trial.status == "complete"]
-    untested = [t for t in complete if not find_test_evaluations(test_log, t.fingerprint, name)]
+    untested = [t for t in complete if not find_test_evaluations(storage, t.fingerprint, info)]
     if not untested:
         return
     source = options.find_recorded_data(state, data)
@@ -302,7 +300,10 @@ def _evaluate_tests(
         way_out = "They belong to what is confirmed: confirm it under another --name."
         numerics = restore_numerics(trial.driver.numerics)
         trainer = load_trained(state, trial, loaded, numerics, way_out)
-        evaluate_test(state, trial, trainer, source, tracking_uri, console)
+        row, kept = evaluate_test(state, trial, trainer, source, tracking_uri, console)
+        if kept is None:
+            before = f"evaluated before, for {row.run_id} on {row.date}"
+            say_test(trial.run_id, row, before, console)
 
 
 def print_confirmed(confirmed: Sequence[Confirmed], state: SearchState, console: Console) -> None:

@@ -150,18 +150,25 @@ def evaluate_test(
     source: DataSource,
     tracking_uri: str | None,
     console: Console,
-) -> tuple[TestEvaluation, dict[str, Any]]:
+    again: bool = False,
+) -> tuple[TestEvaluation, dict[str, Any] | None]:
     """Evaluate on the test set, write it into the test log, and keep its figures.
 
+    Args:
+        again: although this training was evaluated before.
+
     Returns:
-        the row of the test log, and what `keep_evaluation` returns.
+        the row of the test log, and what `keep_evaluation` returns. None when another command has
+        evaluated this training meanwhile: the row is its first evaluation, nothing is said.
     """
     from tune_cifar.record.test_log import find_test_log
     from tune_cifar.verify.test_set import evaluate_test_set
 
-    test_log = find_test_log(state.storage, source.name)
-    row, evaluation, split = evaluate_test_set(trainer, trial, source, test_log, this_command())
-    say_test(trial.run_id, row, f"written into {test_log}", console)
+    row, fresh = evaluate_test_set(trainer, state, trial, source, this_command(), again)
+    if fresh is None:
+        return row, None
+    evaluation, split = fresh
+    say_test(trial.run_id, row, f"written into {find_test_log(state.storage)}", console)
     try:
         kept = keep_evaluation(state, trial, evaluation, split, None, tracking_uri)
     except ConfigError as exc:  # the log has the evaluation, so this is no failure of the command

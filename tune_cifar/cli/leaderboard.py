@@ -89,28 +89,28 @@ def _print_confirmations(states: list[SearchState]) -> None:
 def _print_tests(states: list[SearchState], storage: Path) -> None:
     """Print these searches' test evaluations: a table per final confirmation, else a line."""
     from tune_cifar.cli.confirm import print_confirmed
-    from tune_cifar.record.test_log import find_test_log, load_test_log
+    from tune_cifar.record.test_log import load_test_logs
     from tune_cifar.report.format import format_percent
     from tune_cifar.verify.confirm import summarise_tests
 
-    files = {find_test_log(storage, state.header.data.name) for state in states}
-    logged = [found for path in files for found in load_test_log(path)]
-    logged.sort(key=lambda found: found.date)
+    logged = load_test_logs(storage)
     finals = _select_confirmations(states, final=True)
     # Run ids repeat in other run stores, so a training is named by its fingerprint and data too.
     shown, summarised = set(), set()
     for state in states:
         for trial in state.trials.values():
-            training = (trial.fingerprint, state.header.data.name)
+            training = (trial.fingerprint, state.header.data)
             shown.add((trial.run_id, *training))
             if state in finals:
                 summarised.add(training)
-    others = [
-        found
-        for found in logged
-        if (found.run_id, found.fingerprint, found.data) in shown
-        and (found.fingerprint, found.data) not in summarised
-    ]
+    all_data = {state.header.data for state in states}
+    others = []
+    for found in logged:
+        for data in filter(found.is_on, all_data):
+            training = (found.fingerprint, data)
+            if (found.run_id, *training) in shown and training not in summarised:
+                others.append(found)
+                break
     if finals or others:
         say("TEST: accuracy on the test set, chosen by validation alone", style="bold")
     for state in finals:

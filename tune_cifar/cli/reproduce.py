@@ -53,7 +53,7 @@ def reproduce(
     Example: python -m tune_cifar reproduce --best --space s10
     """
     from tune_cifar.record.store import find_storage
-    from tune_cifar.record.test_log import find_test_evaluations, find_test_log
+    from tune_cifar.record.test_log import find_test_evaluations
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import check_testable
@@ -73,8 +73,8 @@ def reproduce(
     if test:
         check_testable(trial)
         if not again:
-            test_log = find_test_log(state.storage, source.name)
-            logged = find_test_evaluations(test_log, trial.fingerprint, source.name)
+            data_info = state.header.data
+            logged = find_test_evaluations(state.storage, trial.fingerprint, data_info)
     trainer: Trainer | None = None
     if not (no_retrain and logged):
         numerics = restore_numerics(trial.driver.numerics, device)
@@ -84,15 +84,18 @@ def reproduce(
         else:
             trainer = _retrain(state, trial, loaded, numerics, answer, console)
     if test and answer.get("verdict") != "different":
+        kept = None
         if logged:
-            row = logged[-1]
+            row = logged[0]
+        else:
+            assert trainer is not None
+            row, kept = evaluate_test(state, trial, trainer, source, tracking_uri, console, again)
+        if kept is None:
             before = f"evaluated before, for {row.run_id} on {row.date}; --again does it once more"
             say_test(trial.run_id, row, before, console)
         else:
-            assert trainer is not None
-            row, kept = evaluate_test(state, trial, trainer, source, tracking_uri, console)
             answer["evaluation"] = kept
-        answer |= {"test": asdict(row), "test_opened_before": bool(logged)}
+        answer |= {"test": asdict(row), "test_opened_before": kept is None}
     if as_json:
         print_json(answer)
     if answer.get("verdict") == "different":

@@ -58,6 +58,9 @@ NUM_SPLIT_TRAIN_IMAGES = NUM_TRAIN_IMAGES - NUM_VAL_IMAGES
 
 # Decides which 5,000 images validate; not an option. (The date of CIFAR-10's technical report.)
 SPLIT_SEED = 20_090_408
+# Names the published training files in records.
+_MD5S = "".join(FILES[name][0] for name in TRAIN_FILES)
+CIFAR10_DIGEST = hashlib.sha256(_MD5S.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +182,5 @@ def _load_cifar10(folder: Path) -> tuple[Tensor, Tensor, DataInfo]:
     order_N = make_split_order(labels_N)
     for channel in range(IMAGE_SHAPE[0]):  # reordered in place, by thirds: no second copy of 150 MB
         images_NCHW[:, channel] = images_NCHW[order_N, channel]
-    md5s = "".join(FILES[name][0] for name in TRAIN_FILES)
-    digest = hashlib.sha256(md5s.encode()).hexdigest()[:16]
-    info = DataInfo(name="cifar10", digest=digest, split_hash=hash_split(order_N))
+    info = DataInfo(name="cifar10", digest=CIFAR10_DIGEST, split_hash=hash_split(order_N))
     return torch.from_numpy(images_NCHW), torch.from_numpy(labels_N[order_N]), info

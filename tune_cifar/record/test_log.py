@@ -1,16 +1,29 @@
 """The test log: every evaluation on the test set, as rows of a CSV file.
 
-This module only reads the log. `verify/test_set.py` evaluates and writes it.
+A run store has one log, which every evaluation is written into. A checkout of the project has a
+committed copy of it in analysis/, which `make rows` keeps: a fresh clone knows what was tested.
+What either of them has is not evaluated again. `verify/test_set.py` evaluates.
 """
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, fields
+import fcntl
+import io
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import IO
 
 from tune_cifar.errors import RecordError
+from tune_cifar.record.environment import PACKAGE
+from tune_cifar.record.files import write_atomically
+from tune_cifar.schema import DataInfo
 
+logger = logging.getLogger(__name__)
 TEST_LOG_FILE = "TEST_OPENINGS.csv"
 
 
@@ -30,53 +43,169 @@ class TestEvaluation:
     test_acc: float
     test_loss: float
     command: str
+    data_digest: str = ""
+    """As in DataInfo; empty in lines of a log from before this column."""
+
+    def is_on(self, data: DataInfo) -> bool:
+        """Return whether it was on these data.
+
+        A line without a digest counts for every version of the data set that it names: rather no
+        evaluation than a second one. CIFAR-10 has only one version.
+        """
+        if self.data_digest:
+            return self.data_digest == data.digest
+        return self.data == data.name
 
 
 TEST_LOG_COLUMNS = tuple(column.name for column in fields(TestEvaluation))
+# Logs from before the column data_digest.
+OLD_COLUMNS = TEST_LOG_COLUMNS[:-1]
+EMPTY_LOG = ",".join(TEST_LOG_COLUMNS)
 
 
-def find_test_log(storage: Path, data_name: str) -> Path:
-    """Return the path of the test log: in ./analysis of a checkout, else in the run store.
+def find_test_log(storage: Path) -> Path:
+    """Return the path of the run store's test log; it need not exist."""
+    return storage / TEST_LOG_FILE
 
-    Evaluations on synthetic data always go to the run store, apart from those on CIFAR-10.
+
+def list_project_logs() -> list[Path]:
+    """Return where a committed copy may be: in the package's checkout, and in ./analysis."""
+    return [folder / "analysis" / TEST_LOG_FILE for folder in (PACKAGE.parent, Path())]
+
+
+def load_test_logs(storage: Path) -> list[TestEvaluation]:
+    """Read the test evaluations that the run store's log or a committed copy has, oldest first.
+
+    Raises:
+        RecordError: as `load_test_log`.
     """
-    folder = Path("analysis").resolve()
-    is_in_checkout = folder.is_dir() and data_name == "cifar10"
-    return (folder if is_in_checkout else storage) / TEST_LOG_FILE
+    found = []
+    for path in (find_test_log(storage), *list_project_logs()):
+        found += load_test_log(path)
+    return sorted(_drop_repeated(found), key=lambda evaluation: evaluation.date)
+
+
+def find_test_evaluations(storage: Path, fingerprint: str, data: DataInfo) -> list[TestEvaluation]:
+    """Return the logged test evaluations of a training on these data, oldest first.
+
+    Raises:
+        RecordError: as `load_test_log`.
+    """
+    logged = load_test_logs(storage)
+    return [found for found in logged if found.fingerprint == fingerprint and found.is_on(data)]
 
 
 def load_test_log(path: Path) -> list[TestEvaluation]:
-    """Read all test evaluations, oldest first; none when there is no file.
+    """Read the test evaluations of one file, in its order; none when there is no file.
 
     Raises:
-        RecordError: when the file does not have the rows of a test log.
+        RecordError: when it cannot be read, or does not have the rows of a test log.
     """
-    if not path.exists() or path.stat().st_size == 0:
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
     try:
-        if tuple(header) != TEST_LOG_COLUMNS:
+        text = path.read_bytes().decode()
+        header, *rows = csv.reader(io.StringIO(text or EMPTY_LOG, newline=""))
+        if tuple(header) not in (TEST_LOG_COLUMNS, OLD_COLUMNS):
             raise ValueError(f"the columns {', '.join(header) or 'none'}")
         return [_read_row(row) for row in rows]
-    except (ValueError, TypeError) as exc:
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        raise RecordError(f"{path}: the test log cannot be read: {exc.strerror}.") from exc
+    except (ValueError, TypeError, csv.Error) as exc:
         columns = ", ".join(TEST_LOG_COLUMNS)
         raise RecordError(
             f"{path}: the rows must have the columns {columns}, got {exc}. Mend or move the file."
         ) from exc
 
 
-def find_test_evaluations(path: Path, fingerprint: str, data_name: str) -> list[TestEvaluation]:
-    """Return the logged test evaluations of a training on these data, oldest first.
+@contextmanager
+def lock_test_log(storage: Path) -> Iterator[Path]:
+    """Keep other processes from evaluating on the test set; yield the path of the log.
+
+    From the look into the log until the new row is in it, so that no two processes evaluate the
+    same training. The log is then known to be readable, writable and of today's columns.
 
     Raises:
-        RecordError: as `load_test_log`.
+        RecordError: when the log cannot be locked, read or written.
     """
-    key = (fingerprint, data_name)
-    return [found for found in load_test_log(path) if (found.fingerprint, found.data) == key]
+    path = find_test_log(storage)
+    with _lock(path):
+        logged = load_test_log(path)
+        try:
+            path.open("ab").close()  # a file that somebody made read-only is not replaced
+        except OSError as exc:
+            raise _make_write_error(path, exc) from exc
+        write_test_log(path, logged)
+        yield path
+
+
+def add_test_evaluations(path: Path, evaluations: Iterable[TestEvaluation]) -> None:
+    """Add to a log those of the evaluations that it lacks.
+
+    Raises:
+        RecordError: when the log cannot be read or written.
+    """
+    logged = load_test_log(path)
+    extended = _drop_repeated([*logged, *evaluations])
+    if len(extended) > len(logged):
+        write_test_log(path, extended)
+
+
+def write_test_log(path: Path, evaluations: Sequence[TestEvaluation]) -> None:
+    """Replace a log; a crash leaves the old one or the new one.
+
+    Raises:
+        RecordError: when it cannot be written. The old one stays.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([TEST_LOG_COLUMNS, *map(astuple, evaluations)])
+    try:
+        write_atomically(_follow(path), text.getvalue().encode())
+    except OSError as exc:
+        raise _make_write_error(path, exc) from exc
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Lock a log, after the process that has it now; the lock ends with the returned file."""
+    try:
+        target = _follow(path)
+        file = target.with_name(f"{target.name}.lock").open("ab")
+    except OSError as exc:
+        raise _make_write_error(path, exc) from exc
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("%s: another test evaluation is running, waiting for its end.", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except BaseException as exc:
+        file.close()
+        if isinstance(exc, OSError):
+            hint = "Move the run store to a file system with locks."
+            problem = f"the test log cannot be locked: {exc.strerror}"
+            raise RecordError(f"{path}: {problem}. {hint}") from exc
+        raise
+    return file
+
+
+def _follow(path: Path) -> Path:
+    """Return the file itself: a link to a log stays a link, and all its paths have one lock."""
+    return Path(os.path.realpath(path))
+
+
+def _make_write_error(path: Path, exc: OSError) -> RecordError:
+    return RecordError(f"{path}: the test log cannot be written: {exc.strerror}.")
+
+
+def _drop_repeated(evaluations: Iterable[TestEvaluation]) -> list[TestEvaluation]:
+    """Return each evaluation once; by its text, since a loss that is NaN equals nothing."""
+    return list({repr(found): found for found in evaluations}.values())
 
 
 def _read_row(row: list[str]) -> TestEvaluation:
+    # Whatever the header: in a merge, lines of both kinds come together.
+    columns = OLD_COLUMNS if len(row) == len(OLD_COLUMNS) else TEST_LOG_COLUMNS
     numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
-    cells = dict(zip(TEST_LOG_COLUMNS, row, strict=True))
+    cells = dict(zip(columns, row, strict=True))
     return TestEvaluation(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})

@@ -225,13 +225,15 @@ def summarise_tests(state: SearchState, evaluations: Sequence[TestEvaluation]) -
     """Return the candidates of a final confirmation by test accuracy, as far as it is known.
 
     A test evaluation of the same training under another name counts, since no training is evaluated
-    twice. A diverged training counts as chance.
+    twice; of several (`--again`) the first. A diverged training counts as chance.
 
     Args:
-        evaluations: the test log.
+        evaluations: the test logs, oldest first.
     """
-    data = state.header.data.name
-    known = {found.fingerprint: found.test_acc for found in evaluations if found.data == data}
+    known: dict[str, float] = {}
+    for found in evaluations:
+        if found.is_on(state.header.data):
+            known.setdefault(found.fingerprint, found.test_acc)
     scores = {}
     for trial in state.trials.values():
         is_diverged = trial.status == "diverged"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import os
-from dataclasses import astuple
 from datetime import UTC, datetime
-from pathlib import Path
 
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import CLASS_NAMES, Split, load_test
 from tune_cifar.errors import RecordError
 from tune_cifar.record.environment import describe_environment
-from tune_cifar.record.state import TrialState
-from tune_cifar.record.test_log import TEST_LOG_COLUMNS, TestEvaluation
+from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.test_log import (
+    TestEvaluation,
+    find_test_evaluations,
+    load_test_log,
+    lock_test_log,
+    write_test_log,
+)
 from tune_cifar.train.metrics import Evaluation, evaluate_logits
 from tune_cifar.train.trainer import Trainer
 
@@ -30,26 +32,36 @@ def check_testable(trial: TrialState) -> None:
 
 
 def evaluate_test_set(
-    trainer: Trainer, trial: TrialState, source: DataSource, test_log: Path, command: str
-) -> tuple[TestEvaluation, Evaluation, Split]:
-    """Evaluate the trainer's weights on the test set, and append the result to the test log.
+    trainer: Trainer,
+    state: SearchState,
+    trial: TrialState,
+    source: DataSource,
+    command: str,
+    again: bool = False,
+) -> tuple[TestEvaluation, tuple[Evaluation, Split] | None]:
+    """Evaluate the trainer's weights on the test set, unless its training was, and log the result.
+
+    Nothing of the result is known to anybody before its row is on the disk. A process that is
+    killed before that leaves the log as it was.
 
     Args:
         command: of the user, for the log.
+        again: evaluate although this training was evaluated before.
 
     Returns:
-        The row of the log, the evaluation, and the test images for its figures.
+        The row of the log. With the evaluation, and the test images for its figures; None when the
+        row is that of the first evaluation, before this one.
 
     Raises:
         DataError: when the test file is missing or its checksum is wrong.
-        RecordError: when the log cannot be written; nothing is evaluated then.
+        RecordError: when the log cannot be read or written; the test file is not opened then.
     """
-    split = load_test(source)
-    try:
-        file = test_log.open("a", newline="", encoding="utf-8")
-    except OSError as exc:
-        raise RecordError(f"{test_log}: the test log cannot be written: {exc.strerror}.") from exc
-    with file:
+    data = state.header.data
+    with lock_test_log(state.storage) as test_log:
+        logged = find_test_evaluations(state.storage, trial.fingerprint, data)
+        if logged and not again:
+            return logged[0], None
+        split = load_test(source)
         names = CLASS_NAMES[source.name]
         evaluation = evaluate_logits(trainer.predict(split), split.labels_N, names, "test")
         row = TestEvaluation(
@@ -63,11 +75,7 @@ def evaluate_test_set(
             test_acc=evaluation.accuracy,
             test_loss=evaluation.loss,
             command=command,
+            data_digest=data.digest,
         )
-        writer = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writerow(TEST_LOG_COLUMNS)
-        writer.writerow(astuple(row))
-        file.flush()
-        os.fsync(file.fileno())
-    return row, evaluation, split
+        write_test_log(test_log, [*load_test_log(test_log), row])
+    return row, (evaluation, split)
