@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from tune_cifar.schema import (
     DataInfo,
     EpochResult,
     Frozen,
+    Numerics,
     TrainConfig,
     describe_validation_error,
     inactive_knobs,
@@ -377,3 +379,33 @@ def test_warm_restarts_belong_to_the_fingerprint_where_there_are_any() -> None:
 def test_figures_on_other_data_than_cifar10_carry_a_warning() -> None:
     assert DataInfo(name="cifar10", digest="d", split_hash="s").label == ""
     assert DataInfo(name="shapes", digest="d", split_hash="s").label == "NOT CIFAR-10 (shapes)"
+
+
+NUMERICS: dict[str, Any] = {
+    "device": "cuda",
+    "device_name": "a GPU",
+    "capability": "sm_80",
+    "precision": "fp32",
+    "memory_format": "channels_last",
+    "threads": 1,
+    "deterministic": True,
+    "execution": "eager",
+    "versions": {},
+}
+
+
+def test_what_an_old_record_calls_fp32_on_a_gpu_was_tf32() -> None:
+    """It has no settings, and torch's default was not changed then."""
+    old = Numerics(**NUMERICS)
+    assert (old.precision, old.settings) == ("tf32", None)
+    assert Numerics.model_validate_json(json.dumps(NUMERICS)) == old
+    assert Numerics(**old.model_dump()) == old
+    assert Numerics(**NUMERICS, settings={}).precision == "fp32"
+    for other in ({"device": "cpu"}, {"precision": "bf16"}):
+        values = NUMERICS | other
+        assert Numerics(**values).precision == values["precision"]
+
+
+def test_numerics_of_a_gpu_are_taken_over_as_they_are() -> None:
+    today = Numerics(**NUMERICS, settings={})
+    assert Numerics.model_validate(today) is today

@@ -374,7 +374,8 @@ class Numerics(Frozen):
     """Name of the processor or GPU."""
     capability: str
     """Instruction set that torch's kernels use on a CPU, compute capability of a GPU."""
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "tf32", "bf16"]
+    """Of convolutions and matrix products; `tf32` is that of a GPU's fp32 convolutions."""
     memory_format: Literal["channels_last", "contiguous"]
     threads: int = Field(ge=1)
     """Threads of one training on the CPU."""
@@ -384,6 +385,17 @@ class Numerics(Frozen):
     """How a training step runs: kernel by kernel, or captured once and replayed."""
     versions: dict[str, str]
     """Versions of python, torch, numpy and albumentations."""
+    settings: dict[str, str] | None = None
+    """Environment variables of computing libraries that are set; None in a record without them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_tf32(cls, values: Any) -> Any:
+        """Read tf32 where an old record says fp32 of a GPU: torch's default ruled then."""
+        old = {"device": "cuda", "precision": "fp32", "settings": None}
+        if isinstance(values, dict) and {**old, **values}.items() >= old.items():
+            return {**values, "precision": "tf32"}
+        return values
 
 
 class DataInfo(Frozen):

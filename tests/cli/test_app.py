@@ -165,7 +165,7 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     (
         "train --space s7 --precision fp8",
         ConfigError,
-        "`precision` must be auto, fp32 or bf16, got 'fp8'.",
+        "`precision` must be auto, fp32, tf32 or bf16, got 'fp8'.",
     ),
     ("train --space s7 --resume", ConfigError, "`resume=True` needs `name`, got none."),
     ("train --space s7 --name ../x", RecordError, "a search's name must have 1 to 64 of"),

@@ -80,6 +80,19 @@ def test_an_unchanged_machine_has_no_changes(tmp_path: Path, fp32: Numerics) -> 
     check_accepted(changes, accept_changes=False)
 
 
+def test_a_variable_that_changes_bits_must_be_accepted(tmp_path: Path, fp32: Numerics) -> None:
+    before, now = ({"settings": {"MKL_CBWR": value}} for value in ("AVX2", "AVX"))
+    state = run_driver(tmp_path, fp32.model_copy(update=before), [])
+    changes = find_changes(state, DATA, fp32.model_copy(update=now), describe_environment())
+    assert changes.deciding == ("MKL_CBWR: AVX2 -> AVX",)
+
+
+def test_a_search_recorded_without_variables_asks_for_none(tmp_path: Path, fp32: Numerics) -> None:
+    state = run_driver(tmp_path, fp32.model_copy(update={"settings": None}), [])
+    now = fp32.model_copy(update={"settings": {"MKL_CBWR": "AVX2"}})
+    assert find_changes(state, DATA, now, describe_environment()).deciding == ()
+
+
 def test_what_decides_results_must_be_accepted_and_the_rest_is_listed(
     tmp_path: Path, fp32: Numerics
 ) -> None:

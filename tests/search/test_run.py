@@ -906,3 +906,23 @@ except ConnectionError:
 def test_nobody_without_the_commands_token_gets_into_its_ray_processes() -> None:
     answer = subprocess.run([sys.executable, "-c", OWNER, STRANGER], capture_output=True, text=True)
     assert answer.returncode == 7, answer.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_variable_that_changes_bits_reaches_the_workers_and_resume_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's bits are those of a training in a process that has it, too."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    words = (*SEARCH_WORDS, *SMALL_SETTINGS, "--trials=2", "--max-concurrent=1", "--name=x")
+    answer = run_in_a_process(*words, folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    header = read_state(search_folder(tmp_path / "runs", "x")).header
+    assert header.numerics.settings == {"ONEDNN_MAX_CPU_ISA": "SSE41"}
+    answer = run_in_a_process("reproduce", "x:0", folder=tmp_path)
+    assert "identical over" in answer.stdout, answer.stdout + answer.stderr
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    words = ("search", "--name=x", "--resume", "--trials=3")
+    answer = run_in_a_process(*words, folder=tmp_path)
+    assert answer.returncode == 1
+    assert "as recorded, got ONEDNN_MAX_CPU_ISA: SSE41 -> not set. Restore it" in answer.stderr

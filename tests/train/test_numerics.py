@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +14,20 @@ from typing import Any
 import pytest
 import torch
 
+from tests.builders import ROOT
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.schema import Numerics
 from tune_cifar.train.numerics import (
+    CPU_VARIABLES,
+    CUDA_VARIABLES,
     apply_numerics,
     autocast,
     compare_numerics,
     count_cores,
     count_gpus,
+    describe_unrecorded,
+    find_settings,
     memory_format,
     resolve_numerics,
     restore_numerics,
@@ -85,7 +91,12 @@ def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: st
     ("changes", "sentence"),
     [
         ({"device": "gpu"}, "`device` must be auto, cpu or cuda, got 'gpu'."),
-        ({"precision": "fp16"}, "`precision` must be auto, fp32 or bf16, got 'fp16'."),
+        ({"precision": "fp16"}, "`precision` must be auto, fp32, tf32 or bf16, got 'fp16'."),
+        (
+            {"device": "cpu", "precision": "tf32"},
+            "`precision='tf32'` needs a CUDA device, but the training runs on the CPU. "
+            "Use `precision='fp32'`.",
+        ),
         ({"execution": "graph"}, "`execution` must be eager or captured, got 'graph'."),
         (
             {"device": "cpu", "execution": "captured"},
@@ -138,6 +149,13 @@ def test_recorded_numerics_are_restored_where_they_can_be(fp32: Numerics) -> Non
     assert here.execution == "eager"
 
 
+def test_tf32_of_a_gpu_is_fp32_on_a_cpu(fp32: Numerics) -> None:
+    recorded = fp32.model_copy(update={"device": "cuda", "precision": "tf32"})
+    here = restore_numerics(recorded, "cpu")
+    assert (here.device, here.precision) == ("cpu", "fp32")
+    assert "precision: tf32 -> fp32" in compare_numerics(recorded, here)
+
+
 OTHER_VALUES: dict[str, Any] = {
     "execution": "captured",
     "device": "cuda",
@@ -158,7 +176,7 @@ def test_comparison_names_what_differs_before_and_now(fp32: Numerics, name: str)
 
 
 def test_comparison_covers_every_field(fp32: Numerics) -> None:
-    assert set(OTHER_VALUES) == set(Numerics.model_fields) - {"versions"}
+    assert set(OTHER_VALUES) == set(Numerics.model_fields) - {"versions", "settings"}
 
 
 def test_comparison_names_changed_new_and_gone_libraries(fp32: Numerics) -> None:
@@ -169,6 +187,193 @@ def test_comparison_names_changed_new_and_gone_libraries(fp32: Numerics) -> None
         "numpy: 2.0 -> absent",
         "albumentations: absent -> 2.0",
     ]
+
+
+def test_comparison_names_every_variable_that_differs(fp32: Numerics) -> None:
+    before = fp32.model_copy(update={"settings": {"MKL_CBWR": "AVX2", "OMP_DYNAMIC": "TRUE"}})
+    now = fp32.model_copy(update={"settings": {"MKL_CBWR": "AVX", "ONEDNN_MAX_CPU_ISA": "AVX2"}})
+    assert compare_numerics(before, now) == [
+        "MKL_CBWR: AVX2 -> AVX",
+        "OMP_DYNAMIC: TRUE -> not set",
+        "ONEDNN_MAX_CPU_ISA: not set -> AVX2",
+    ]
+
+
+def test_variables_that_were_not_recorded_do_not_differ(fp32: Numerics) -> None:
+    old = fp32.model_copy(update={"settings": None})
+    now = fp32.model_copy(update={"settings": {"MKL_CBWR": "AVX2"}})
+    assert compare_numerics(old, now) == []
+    assert describe_unrecorded(old, now, is_identical=True) == []
+    (note,) = describe_unrecorded(old, now, is_identical=False)
+    assert note.endswith("were not recorded; set here: MKL_CBWR=AVX2")
+    assert describe_unrecorded(now, now, is_identical=False) == []
+
+
+def test_an_old_record_of_a_gpu_is_said_to_be_tf32(fp32: Numerics) -> None:
+    values = {**fp32.model_dump(exclude={"settings"}), "device": "cuda"}
+    old = Numerics(**values)
+    (note,) = describe_unrecorded(old, old, is_identical=True)
+    assert "recorded as fp32" in note and "TF32" in note
+
+
+def test_only_variables_that_change_bits_on_the_device_are_settings() -> None:
+    environment = {"MKL_CBWR": "AVX2", "NVIDIA_TF32_OVERRIDE": "0", "HOME": "/", "OMP_DYNAMIC": ""}
+    assert find_settings(False, environment) == {"MKL_CBWR": "AVX2"}
+    assert find_settings(True, environment) == {"NVIDIA_TF32_OVERRIDE": "0"}
+    assert not set(CPU_VARIABLES) & set(CUDA_VARIABLES)
+
+
+@pytest.mark.parametrize("name", CPU_VARIABLES)
+def test_each_such_variable_makes_other_numerics(fp32: Numerics, name: str) -> None:
+    here = fp32.model_copy(update={"settings": find_settings(False, {name: "1"})})
+    assert f"{name}: not set -> 1" in compare_numerics(
+        fp32.model_copy(update={"settings": {}}), here
+    )
+
+
+def test_onednns_variables_have_their_present_names() -> None:
+    """The newest of a variable's names counts, as in oneDNN."""
+    environment = {"MKLDNN_MAX_CPU_ISA": "SSE41", "DNNL_DEFAULT_FPMATH_MODE": "ANY"}
+    expected = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ONEDNN_DEFAULT_FPMATH_MODE": "ANY"}
+    assert find_settings(False, environment) == expected
+    environment |= {"DNNL_MAX_CPU_ISA": "AVX2"}
+    assert find_settings(False, environment) == expected | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    environment |= {"ONEDNN_MAX_CPU_ISA": "AVX"}
+    assert find_settings(False, environment) == expected | {"ONEDNN_MAX_CPU_ISA": "AVX"}
+
+
+# Flags of torch that change bits, as a user's own code may have set them.
+FLAGS = [
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.backends.cudnn.enabled = False",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.enabled = False",
+    "torch.backends.mkldnn.deterministic = True",
+    "torch.backends.mkldnn.set_flags(_fp32_precision='bf16')",
+    "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.set_float32_matmul_precision('medium')",
+]
+
+
+def read_flags() -> dict[str, Any]:
+    backends: Any = torch.backends
+    return {
+        "TF32 convolutions": (backends.cudnn.allow_tf32, backends.cudnn.conv.fp32_precision),
+        "TF32 products": backends.cuda.matmul.allow_tf32,
+        "products": (torch.get_float32_matmul_precision(), backends.mkldnn.matmul.fp32_precision),
+        "convolutions": backends.mkldnn.conv.fp32_precision,
+        "enabled": (backends.cudnn.enabled, backends.mkldnn.enabled),
+        "deterministic": backends.mkldnn.deterministic,
+    }
+
+
+@pytest.mark.usefixtures("flags")
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_training_in_fp32_or_tf32_is_one_whatever_flags_others_set(
+    fp32: Numerics, flag: str
+) -> None:
+    """What torch calculates with; that a GPU then does so needs a GPU."""
+    for precision, is_tf32 in (("fp32", False), ("tf32", True)):
+        exec(flag)
+        apply_numerics(fp32.model_copy(update={"precision": precision}))
+        assert read_flags() == {
+            "TF32 convolutions": (is_tf32, "tf32" if is_tf32 else "none"),
+            "TF32 products": False,
+            "products": ("highest", "ieee"),
+            "convolutions": "none",
+            "enabled": (True, True),
+            "deterministic": False,
+        }
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flags")
+def test_fp32_convolutions_on_a_gpu_are_exact_and_tf32_ones_are_not() -> None:
+    images, weights = torch.rand(8, 64, 16, 16), torch.rand(64, 64, 3, 3)
+    exact = torch.nn.functional.conv2d(images.double(), weights.double())
+    errors = {}
+    for precision in ("fp32", "tf32"):
+        apply_numerics(resolve_numerics("cuda", precision))
+        found = torch.nn.functional.conv2d(images.cuda(), weights.cuda()).cpu()
+        errors[precision] = float(((found - exact) / exact).abs().max())
+    assert errors["fp32"] < 1e-5 < errors["tf32"]
+
+
+# Two steps of a training, in a process whose environment and flags are given. OMP_WAIT_POLICY
+# lets threads sleep while they wait, which changes no bit.
+CHILD = """\
+import hashlib, json, sys
+import torch
+from tests.builders import SHAPES, make_config
+from tune_cifar.data.load import load_train_val
+from tune_cifar.train.numerics import resolve_numerics
+from tune_cifar.train.trainer import Trainer
+exec(sys.argv[1])
+data, found = load_train_val(SHAPES, 16, 8), {}
+for precision, threads in (("fp32", 1), ("bf16", 1), ("fp32", 2), ("bf16", 2)):
+    config = make_config(train_size=16, val_size=8, batch_size=8, epochs=1, pct_start=0.6)
+    numerics = resolve_numerics("cpu", precision, min(threads, int(sys.argv[2])))
+    trainer = Trainer(config, data, numerics)
+    results = [result.train_loss for result in trainer]
+    state = trainer.model.state_dict().values()
+    weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in state)
+    digest = hashlib.sha256(weights + json.dumps(results).encode()).hexdigest()
+    found[f"{precision} {threads}"] = [digest, numerics.model_dump_json()]
+print(json.dumps(found))
+"""
+
+
+def train_in_a_process(environment: dict[str, str], code: str = "") -> dict[str, list[str]]:
+    words = [sys.executable, "-c", CHILD, code, str(count_cores())]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", **environment}
+    answer = subprocess.run(words, capture_output=True, text=True, check=True, env=variables)
+    found: dict[str, list[str]] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, list[str]]:
+    """Bits and Numerics of the trainings in the environment of the tests."""
+    return train_in_a_process({})
+
+
+# Some that are recorded, one of each kind; then those that are not, which must change nothing.
+VARIABLES = [
+    "ONEDNN_MAX_CPU_ISA=AVX2",
+    "DNNL_MAX_CPU_ISA=SSE41",
+    "MKLDNN_MAX_CPU_ISA=AVX2",
+    "ATEN_CPU_CAPABILITY=avx2",
+    "OMP_THREAD_LIMIT=1",
+    "OMP_NUM_THREADS=2 OMP_NESTED=TRUE OMP_SCHEDULE=dynamic MKL_NUM_THREADS=2 MKL_NUM_STRIPES=1 "
+    "OPENBLAS_NUM_THREADS=2 OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES=X86_V4 "
+    "OPENCV_CPU_DISABLE=AVX2 OPENCV_IPP=disabled FBGEMM_NO_ASMJIT=1 "
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("plain numerics")
+@pytest.mark.parametrize("variables", VARIABLES, ids=lambda variables: variables.split("=")[0])
+def test_a_variable_changes_no_bits_or_the_numerics_too(
+    plain: dict[str, list[str]], variables: str
+) -> None:
+    environment = dict(variable.split("=") for variable in variables.split())
+    for name, (digest, numerics) in train_in_a_process(environment).items():
+        assert digest == plain[name][0] or numerics != plain[name][1], name
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("plain numerics")
+def test_flags_that_others_set_change_no_bits(plain: dict[str, list[str]]) -> None:
+    flags = [*FLAGS, "torch.set_flush_denormal(True)"]
+    # The older interface refuses to set what the newer one has set.
+    code = "\n".join(flag for flag in flags if "fp32_precision = 'ieee'" not in flag)
+    assert train_in_a_process({}, code) == plain
 
 
 @pytest.mark.usefixtures("flags")

@@ -196,6 +196,44 @@ def test_under_other_numerics_the_verdict_is_within_tolerance_and_names_what_dif
 
 
 @pytest.mark.usefixtures("noise")
+def test_a_variable_that_changes_bits_is_named_and_only_then_may_they_differ(
+    tmp_path: Path, trained: SearchState
+) -> None:
+    settings = {"settings": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
+    numerics = trained.header.numerics.model_copy(update=settings)
+    rewrite(tmp_path, trained, change_epoch(3, train_loss=add_ulp), numerics=numerics)
+    answer = reproduce(tmp_path)
+    assert answer.exit_code == 0, answer.output
+    assert "within tolerance over 3 epochs" in answer.stdout
+    assert "numerics differ: ONEDNN_MAX_CPU_ISA: AVX2 -> not set" in answer.stdout
+
+
+def test_an_old_record_is_identical_or_says_which_variables_it_lacks(
+    tmp_path: Path, trained: SearchState
+) -> None:
+    old = trained.header.numerics.model_copy(update={"settings": None})
+    rewrite(tmp_path / "equal", trained, numerics=old)
+    answer = reproduce(tmp_path / "equal")
+    assert answer.stdout.splitlines()[4:] == ["identical over 3 epochs"]
+    rewrite(tmp_path / "other", trained, change_epoch(2, train_loss=add_ulp), numerics=old)
+    answer = reproduce(tmp_path / "other")
+    assert answer.exit_code == 1 and "different over 2 epochs" in answer.stdout
+    note = "environment variables that change bits were not recorded; set here: none"
+    assert note in answer.stdout
+    assert json.loads(reproduce(tmp_path / "other", "--json").stdout)["unrecorded"] == [note]
+
+
+@pytest.mark.slow
+def test_a_variable_set_in_this_shell_alone_is_named(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, which reads it. The verdict is that of the processor."""
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "SSE41")
+    answer = run_in_a_process("reproduce", "small:0")
+    assert "ONEDNN_MAX_CPU_ISA: not set -> SSE41" in answer.stdout + answer.stderr
+
+
+@pytest.mark.usefixtures("noise")
 def test_under_other_numerics_more_than_three_sds_are_different(
     tmp_path: Path, trained: SearchState
 ) -> None:

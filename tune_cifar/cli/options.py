@@ -79,8 +79,8 @@ Precision = Annotated[
     str,
     typer.Option(
         "--precision",
-        metavar="auto|fp32|bf16",
-        help="auto takes bf16 where the hardware multiplies it.",
+        metavar="auto|fp32|tf32|bf16",
+        help="auto takes bf16 where the hardware multiplies it; tf32 is for CUDA only.",
         rich_help_panel=HARDWARE,
     ),
 ]

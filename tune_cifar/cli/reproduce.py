@@ -131,6 +131,8 @@ def _retrain(
         say(outcome.detail, console)
     for change in outcome.numerics:
         say(f"numerics differ: {change}", console)
+    for note in outcome.unrecorded:
+        say(note, console)
     answer |= {
         "verdict": outcome.verdict,
         "epochs": outcome.epochs,
@@ -138,6 +140,8 @@ def _retrain(
         "detail": outcome.detail,
         "numerics": list(outcome.numerics),
     }
+    if outcome.unrecorded:
+        answer["unrecorded"] = list(outcome.unrecorded)
     if trial.status == "failed":
         answer["traceback"] = outcome.traceback
     return trainer

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
+from tune_cifar.record.machine import count_cores, find_memory
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # The code that decides which trials run and how they are trained, scored and stopped. The other
@@ -40,14 +39,14 @@ def find_version(name: str) -> str:
 
 
 def describe_environment() -> dict[str, str]:
-    """Return versions, platform, cores, memory, code digest and git commit, for the record.
+    """Return versions, platform, usable cores and memory, code digest and commit, for the record.
 
     The commit ends in `+changes` when the tree has uncommitted changes.
     """
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: find_version(name) for name in RECORDED_LIBRARIES}
-    facts["cores"] = str(os.cpu_count())
-    facts["memory_gib"] = f"{psutil.virtual_memory().total / 2**30:.1f}"
+    facts["cores"] = str(count_cores())
+    facts["memory_gib"] = f"{find_memory() / 2**30:.1f}"
     facts["code"] = digest_code()
     commit = _ask_git(PACKAGE.parent, "rev-parse", "HEAD")
     if commit:

@@ -113,7 +113,7 @@ def make_report(
     slices, importances = tables.make_slices(state), tables.make_importances(state)
     distributions = list_distributions(state.header)
     numerics = state.header.numerics
-    settings = numerics.model_dump(exclude={"versions"})
+    settings = numerics.model_dump(exclude={"versions", "settings"}) | (numerics.settings or {})
     return environment.get_template("report.html").render(
         state=state,
         header=state.header,

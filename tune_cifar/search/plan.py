@@ -22,6 +22,7 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import build_model
 from tune_cifar.record.events import Confirmation, SearchResumed
 from tune_cifar.record.journal import check_is_new
+from tune_cifar.record.machine import count_cores
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
@@ -30,7 +31,6 @@ from tune_cifar.search.rungs import list_stages
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.numerics import (
     check_cpus,
-    count_cores,
     count_gpus,
     get_memory_mb,
     resolve_numerics,

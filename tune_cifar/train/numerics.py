@@ -6,22 +6,57 @@ GPU when they are also `deterministic`.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-import psutil
 import torch
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.environment import find_version
+from tune_cifar.record.machine import count_cores, find_memory
 from tune_cifar.schema import Numerics
 
 # The libraries whose versions may change bits.
 COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headless")
 # cuBLAS reads it when CUDA starts: with a fixed workspace its kernels keep the order of their sums.
 DETERMINISTIC_CUBLAS = ":4096:8"
+# Environment variables that change bits. Libraries read them once, at their first operation at the
+# latest, so that a process can tell them but not restore them. Not here: what `apply_numerics` sets
+# (OMP_NUM_THREADS, MKL_NUM_THREADS). The experiment is in tests/train/test_numerics.py.
+CPU_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "MKL_CBWR",
+    "MKL_DOMAIN_NUM_THREADS",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OMP_DYNAMIC",
+    "OMP_MAX_ACTIVE_LEVELS",
+    "OMP_THREAD_LIMIT",
+    "ONEDNN_CPU_ISA_HINTS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_MKLDNN_MATMUL_MIN_DIM",
+    "TORCH_MKLDNN_MATMUL_MIN_SIZE",
+)
+# oneDNN's own prefix and its former ones, which still count; the first that is set does.
+ONEDNN_PREFIXES = ("ONEDNN_", "DNNL_", "MKLDNN_")
+CUDA_VARIABLES = (
+    "CUBLAS_EMULATE_SINGLE_PRECISION",
+    "CUBLAS_EMULATION_STRATEGY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUDNN_CONV_WSCAP_DBG",
+    "CUDNN_ERRATA_JSON_FILE",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
+    "TORCH_CUDNN_V8_API_DISABLED",
+)
 
 
 def resolve_numerics(
@@ -35,8 +70,9 @@ def resolve_numerics(
 
     Args:
         device: auto, cpu or cuda; auto takes CUDA where there is a GPU.
-        precision: auto, fp32 or bf16; auto takes bf16 where the hardware multiplies it (AMX,
-            AVX512-BF16, CUDA compute capability >= 8).
+        precision: auto, fp32, tf32 or bf16; auto takes bf16 where the hardware multiplies it (AMX,
+            AVX512-BF16, CUDA compute capability >= 8). tf32, torch's own default on CUDA, rounds
+            the factors of fp32 convolutions to 10 bits; fp32 rounds nothing.
         threads: CPU cores of one training, `cpus_per_trial` in messages.
         deterministic: use deterministic kernels; matters on CUDA only.
         execution: eager, or captured: a training step as one CUDA graph.
@@ -46,14 +82,17 @@ def resolve_numerics(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"`device` must be auto, cpu or cuda, got {device!r}.")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"`precision` must be auto, fp32 or bf16, got {precision!r}.")
+    if precision not in ("auto", "fp32", "tf32", "bf16"):
+        raise ConfigError(f"`precision` must be auto, fp32, tf32 or bf16, got {precision!r}.")
     check_cpus(threads)
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         rule = "`device='cuda'` needs a CUDA device"
         raise ConfigError(f"{rule}, but this machine has none. Use `device='cpu'`.")
     on_cuda = has_cuda and device != "cpu"
+    if precision == "tf32" and not on_cuda:
+        rule = "`precision='tf32'` needs a CUDA device"
+        raise ConfigError(f"{rule}, but the training runs on the CPU. Use `precision='fp32'`.")
     if execution not in ("eager", "captured"):
         raise ConfigError(f"`execution` must be eager or captured, got {execution!r}.")
     if execution == "captured" and not on_cuda:
@@ -66,7 +105,7 @@ def resolve_numerics(
         device="cuda" if on_cuda else "cpu",
         device_name=torch.cuda.get_device_name() if on_cuda else _cpu_name(),
         capability=_cuda_capability() if on_cuda else _cpu_capability(),
-        precision=cast(Literal["fp32", "bf16"], precision),
+        precision=cast(Literal["fp32", "tf32", "bf16"], precision),
         # On a CPU channels_last slows fp32 convolutions of small networks down and makes bf16 ones
         # faster (one thread, AMX).
         memory_format="channels_last" if precision == "bf16" or on_cuda else "contiguous",
@@ -74,13 +113,33 @@ def resolve_numerics(
         deterministic=deterministic,
         execution=cast(Literal["eager", "captured"], execution),
         versions={"python": platform.python_version(), **versions},
+        settings=find_settings(on_cuda, _read_environment()),
     )
+
+
+def find_settings(on_cuda: bool, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that are set and change bits of a training on a GPU, or on a CPU."""
+    names = CUDA_VARIABLES if on_cuda else CPU_VARIABLES
+    settings = {}
+    for name in names:
+        synonyms = [name.replace(ONEDNN_PREFIXES[0], prefix) for prefix in ONEDNN_PREFIXES]
+        found = [environment[synonym] for synonym in synonyms if environment.get(synonym)]
+        if found:
+            settings[name] = found[0]
+    return settings
+
+
+@functools.cache
+def _read_environment() -> dict[str, str]:
+    """Return the environment of the first call: a change after it reaches no library."""
+    return dict(os.environ)
 
 
 def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
     """Return the recorded settings on this machine.
 
-    What can be chosen is restored; processor, GPU and versions are those of this machine.
+    What can be chosen is restored; processor, GPU, versions and environment variables are those of
+    this machine. On a CPU fp32 takes the place of tf32.
 
     Args:
         device: auto, cpu or cuda instead of the recorded device.
@@ -89,7 +148,10 @@ def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
         ConfigError: the machine does not have the device, or fewer CPU cores than recorded.
     """
     device = device or recorded.device
-    here = resolve_numerics(device, recorded.precision, recorded.threads, recorded.deterministic)
+    is_tf32 = recorded.precision == "tf32"
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    precision = "fp32" if is_tf32 and on_cpu else recorded.precision
+    here = resolve_numerics(device, precision, recorded.threads, recorded.deterministic)
     execution = recorded.execution if here.device == "cuda" else "eager"
     return here.model_copy(update={"memory_format": recorded.memory_format, "execution": execution})
 
@@ -105,16 +167,11 @@ def check_cpus(num: int) -> None:
         raise ConfigError(f"{rule}, got {num}.")
 
 
-def count_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(psutil.Process().cpu_affinity() or [0])
-
-
 def get_memory_mb(numerics: Numerics) -> float:
-    """Return the memory of the GPU, or of the machine on a CPU, in MiB."""
+    """Return the memory of the GPU, or on a CPU what this process may use of it, in MiB."""
     if numerics.device == "cuda":
         return torch.cuda.mem_get_info()[1] / 2**20
-    return float(psutil.virtual_memory().total) / 2**20
+    return find_memory() / 2**20
 
 
 def count_gpus(device: str) -> int:
@@ -157,7 +214,7 @@ def _cpu_name() -> str:
 
 
 def apply_numerics(numerics: Numerics) -> None:
-    """Set this process's torch flags.
+    """Set this process's torch flags: all that change bits, also those that others may have set.
 
     Every training calls it at its start, since a warm worker keeps the flags of the one before.
 
@@ -175,6 +232,21 @@ def apply_numerics(numerics: Numerics) -> None:
         torch.use_deterministic_algorithms(numerics.deterministic)
     torch.backends.cudnn.deterministic = numerics.deterministic
     torch.backends.cudnn.benchmark = numerics.device == "cuda" and not numerics.deterministic
+    _set_precision(numerics.precision)
+
+
+def _set_precision(precision: str) -> None:
+    """Let fp32 be fp32 on a CPU and a GPU; with `tf32` a GPU's convolutions are TF32."""
+    backends: Any = torch.backends
+    # First those of the newer interface, of which torch's own code still reads only the older one.
+    for setting in (backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn):
+        setting.fp32_precision = "none"
+    backends.mkldnn.set_flags(_enabled=True, _deterministic=False, _fp32_precision="none")
+    backends.mkldnn.conv.fp32_precision = "none"
+    backends.cudnn.enabled = True
+    backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(False)
 
 
 def autocast(numerics: Numerics) -> torch.autocast:
@@ -189,11 +261,38 @@ def memory_format(numerics: Numerics) -> torch.memory_format:
 
 
 def compare_numerics(recorded: Numerics, current: Numerics) -> list[str]:
-    """Return the differences as `name: recorded -> current`; none when bits must agree."""
-    before = recorded.model_dump(exclude={"versions"}) | recorded.versions
-    now = current.model_dump(exclude={"versions"}) | current.versions
-    return [
+    """Return the differences as `name: recorded -> current`; none when bits must agree.
+
+    What was not recorded does not differ: see `describe_unrecorded`.
+    """
+    before = recorded.model_dump(exclude={"versions", "settings"}) | recorded.versions
+    now = current.model_dump(exclude={"versions", "settings"}) | current.versions
+    changes = [
         f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
         for name in dict.fromkeys([*before, *now])  # in the order of the fields
         if before.get(name) != now.get(name)
     ]
+    if recorded.settings is None or current.settings is None:
+        return changes
+    for name in dict.fromkeys([*recorded.settings, *current.settings]):
+        was, is_now = (each.get(name, "not set") for each in (recorded.settings, current.settings))
+        changes += [f"{name}: {was} -> {is_now}"] if was != is_now else []
+    return changes
+
+
+def describe_unrecorded(recorded: Numerics, current: Numerics, is_identical: bool) -> list[str]:
+    """Return, a sentence each, what matters and an old record does not say.
+
+    Args:
+        is_identical: the bits are equal, so that no variable can have changed them.
+    """
+    notes: list[str] = []
+    if recorded.settings is not None:
+        return notes
+    if recorded.precision == "tf32":
+        notes.append("recorded as fp32, but a GPU's convolutions were TF32: it is precision tf32")
+    if not is_identical:
+        here = ", ".join(f"{name}={value}" for name, value in (current.settings or {}).items())
+        what = "environment variables that change bits"
+        notes.append(f"{what} were not recorded; set here: {here or 'none'}")
+    return notes

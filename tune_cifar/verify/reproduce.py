@@ -19,7 +19,7 @@ from tune_cifar.errors import ConfigError, Diverged, RecordError
 from tune_cifar.record.failures import parse_failure, read_error
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
-from tune_cifar.train.numerics import compare_numerics
+from tune_cifar.train.numerics import compare_numerics, describe_unrecorded
 from tune_cifar.train.trainer import Trainer
 
 Verdict = Literal["identical", "within tolerance", "different"]
@@ -39,6 +39,7 @@ class Reproduction:
         detail: which figure differs, recorded and now; how a failed run ended.
         numerics: differences of the Numerics, as `name: recorded -> current`.
         traceback: of the exception that ended the training of a failed run; empty without one.
+        unrecorded: what matters of the Numerics and was not recorded, a sentence each.
     """
 
     verdict: Verdict
@@ -47,6 +48,7 @@ class Reproduction:
     detail: str
     numerics: tuple[str, ...]
     traceback: str = ""
+    unrecorded: tuple[str, ...] = ()
 
 
 def load_seed_noise(space: str) -> float | None:
@@ -131,7 +133,9 @@ def reproduce_run(
             verdict = "different"
         epochs = first_different or len(trial.epochs)
         text = _format_error(error) if error is not None and trial.status == "failed" else ""
-        return Reproduction(verdict, epochs, first_different, detail, changed, text), trainer
+        notes = describe_unrecorded(trial.driver.numerics, numerics, verdict == "identical")
+        found = (verdict, epochs, first_different, detail, changed, text, tuple(notes))
+        return Reproduction(*found), trainer
 
     fresh_epochs = train()
     for recorded in trial.epochs:
