@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from io import StringIO
+from io import FileIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -500,6 +500,26 @@ def test_an_lr_range_test_shows_a_bar_over_the_steps_of_all_seeds_on_a_terminal(
         view.say(Sweep(0, (1e-3,), (2.0,), 0.1))
         view._progress.refresh()
     assert "1/21 steps" in strip_codes(text.getvalue())
+
+
+def test_a_display_that_cannot_be_written_says_so_once_and_ends_nothing(
+    shapes: TrainVal, fp32: Numerics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every method of every view, the live ones too, on a disk without room."""
+    with TextIOWrapper(FileIO("/dev/full", "w"), write_through=True) as full:
+        for options in ({}, {"force_terminal": True}):
+            console = Console(file=full, width=100, **options)  # type: ignore[arg-type]
+            with make_view(console) as search:
+                tell(search, make_trial(0, [0.3, 0.5, 0.7], "complete"))
+                search.stop()
+            with TrainingView(console, SHAPES_INFO) as training:
+                training.watch(Trainer(make_config(), shapes, fp32))
+                training.say(make_result(1))
+            with SweepView(console, num_seeds=1, num_steps=2) as sweeping:
+                sweeping.step()
+                sweeping.say(Sweep(0, (1e-3,), (2.0,), None))
+    fault = "The display failed, and the command goes on (OSError: [Errno 28] No space left on "
+    assert capsys.readouterr().err.count(fault) == 6
 
 
 def test_formats_are_for_people() -> None:

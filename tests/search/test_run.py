@@ -35,7 +35,7 @@ from tests.faults.disks import limit_file_size
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import EpochReported
 from tune_cifar.record.journal import Record, read_state
-from tune_cifar.record.state import SearchState
+from tune_cifar.record.state import INTERRUPTED, SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, Numerics, TrainConfig
 from tune_cifar.search.driver import SearchDriver
@@ -875,6 +875,51 @@ def test_a_trial_that_raises_is_reported_with_its_traceback_and_the_search_goes_
     assert state.trials[0].status == "failed" and state.trials[0].error_file is not None
     assert "Traceback" in (state.folder / state.trials[0].error_file).read_text()
     assert state.counts["complete"] >= 1 and len(state.trials) == 4
+
+
+SHOW_BADLY = """
+import os, signal, sys
+from pathlib import Path
+from tune_cifar.data.files import find_data
+from tune_cifar.record.events import EpochReported
+from tune_cifar.search.plan import SearchRequest
+from tune_cifar.search.run import prepare_search, run_search
+from tune_cifar.space.select import load_space
+
+def write(*args):
+    Path("/dev/full").write_text("a line")
+
+def interrupt(state, event):
+    if isinstance(event, EpochReported):
+        os.kill(os.getpid(), signal.SIGINT)
+
+small = {"epochs": 2, "train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
+space = load_space("smoke", "cpu", small).limit(2, None)
+request = SearchRequest(find_data("shapes"), Path("runs"), "test", name="shown")
+listener = write if sys.argv[1] == "listener" else interrupt
+state, faults = run_search(prepare_search(space, request), listener, write)
+assert not faults
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faulty", "reason"),
+    [
+        ("listener", "all trials"),
+        pytest.param("on_interrupt", INTERRUPTED, marks=pytest.mark.faults),
+    ],
+)
+def test_a_display_that_cannot_be_written_does_not_end_a_search(
+    tmp_path: Path, faulty: str, reason: str
+) -> None:
+    command = [sys.executable, "-c", SHOW_BADLY, faulty]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    fault = "shown: its display failed and is off (OSError: [Errno 28] No space left on device)\n"
+    assert answer.stderr == (fault if faulty == "listener" else "")
+    state = read_state(search_folder(tmp_path / "runs", "shown"))
+    assert state.finished is not None and state.finished.reason == reason
 
 
 def test_a_request_prefers_the_cpu_tier_without_a_gpu(tmp_path: Path) -> None:

@@ -560,6 +560,7 @@ def test_at_a_terminal_the_user_is_asked(
     mini: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch, typed: str, is_written: bool
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal(typed))
+    monkeypatch.setattr(sys, "stderr", Terminal())
     report = report_on(mini, fp32, bowl)
     proposal = _propose(
         str(mini), report, yes=False, as_json=False, console=Console(file=io.StringIO())

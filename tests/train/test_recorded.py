@@ -47,6 +47,22 @@ def test_every_event_is_on_disk_before_on_event_is_called(tmp_path: Path, fp32: 
     assert events == [("TrialStarted", 0), *epochs, ("TrialEnded", 3), ("SearchEnded", 3)]
 
 
+def test_a_listeners_fault_is_said_once_and_spoils_no_training(
+    tmp_path: Path, trained: SearchState, fp32: Numerics, caplog: pytest.LogCaptureFixture
+) -> None:
+    record, data = open_small(tmp_path, fp32)
+
+    def show(state: SearchState, event: Event) -> None:
+        Path("/dev/full").write_text(str(event))
+
+    with record:
+        run_training(record, data, fp32, show)
+    trial = read_state(search_folder(tmp_path, "small")).trials[0]
+    assert trial.status == "complete" and curve(trial.epochs) == curve(trained.trials[0].epochs)
+    fault = "OSError: [Errno 28] No space left on device"
+    assert caplog.messages == [f"small: its display failed and is off ({fault})"]
+
+
 def test_a_training_ends_complete_with_its_score_and_the_weights_that_reached_it(
     tmp_path: Path, fp32: Numerics
 ) -> None:

@@ -29,6 +29,7 @@ from tune_cifar.cli import (
     train,
     ui,
 )
+from tune_cifar.cli.streams import Streams
 from tune_cifar.cli.terminal import app, name_options, stderr
 from tune_cifar.errors import TuneCifarError
 
@@ -64,12 +65,14 @@ def run() -> None:
 def main() -> None:
     """Run the command line and end the process; `kill` ends a command as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    streams = Streams(sys.argv[1:])
     status: int | str | None = 1
 
     def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else status is not None)
+        number = status if isinstance(status, int) else int(status is not None)
+        os._exit(streams.settle_status(number))
 
     # Registered first, so called last: tearing down torch, Ray and MLflow takes 1 to 2 s more.
     atexit.register(leave)

@@ -1,10 +1,15 @@
-"""The display of a running search, training or LR range test; plain lines without a terminal."""
+"""The display of a running search, training or LR range test; plain lines without a terminal.
+
+A display's fault ends nothing: it is said once, and the run goes on.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tune_cifar.cli.summary import make_trial_table
-from tune_cifar.cli.terminal import say
+from tune_cifar.cli.terminal import say, stderr
 from tune_cifar.record.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
 from tune_cifar.record.state import SearchState, describe_counts
 from tune_cifar.report.format import format_percent, format_seconds, format_value
@@ -34,9 +39,63 @@ if TYPE_CHECKING:
 
 # Rows of the live table: enough to see what happens, few enough for a small window.
 NUM_ROWS = 14
+P = ParamSpec("P")
+T = TypeVar("T")
+V = TypeVar("V", bound="_View")
 
 
-class SearchView:
+def only_shows(
+    method: Callable[Concatenate[V, P], T],
+) -> Callable[Concatenate[V, P], T | None]:
+    """Make a view's method return None instead of raising; the first fault is said on stderr."""
+
+    @functools.wraps(method)
+    def show(view: V, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return method(view, *args, **kwargs)
+        except Exception as exc:
+            if not view.has_failed:
+                view.has_failed = True
+                fault = f"{type(exc).__name__}: {exc}"
+                say(f"The display failed, and the command goes on ({fault}).", stderr())
+            return None
+
+    return show
+
+
+class _View:
+    """A context manager that shows something that moves, on a terminal alone."""
+
+    has_failed = False
+    _is_on = False
+
+    def __init__(self, console: Console, moving: Live | Progress) -> None:
+        self._console = console
+        self._moving = moving
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._start = time.monotonic()
+        self._turn_on()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._turn_off()
+
+    @only_shows
+    def _turn_on(self) -> None:
+        if self._console.is_terminal:
+            self._moving.start()
+            self._is_on = True
+
+    @only_shows
+    def _turn_off(self) -> None:
+        # Not asked of the console again: a terminal that has gone is none any more.
+        if self._is_on:
+            self._moving.stop()
+
+
+class SearchView(_View):
     """The display of a running search: a listener of its record and a context manager.
 
     Args:
@@ -48,28 +107,21 @@ class SearchView:
     def __init__(
         self, console: Console, budget: Budget, num_concurrent: int, epoch_seconds: float
     ) -> None:
-        self._console = console
         self._budget = budget.model_copy(update={"max_time_seconds": None})
         self._max_seconds = budget.max_time_seconds
         self._num_concurrent = num_concurrent
         self._epoch_seconds = epoch_seconds
-        self._start = time.monotonic()
         self._state: SearchState | None = None
         self._forecast: tuple[SearchState | None, float] | None = None
-        self._live = Live(
-            console=console, refresh_per_second=2, get_renderable=self._render, transient=True
+        live = Live(
+            console=console,
+            refresh_per_second=2,
+            get_renderable=lambda: self._render() or Text(),
+            transient=True,
         )
+        super().__init__(console, live)
 
-    def __enter__(self) -> SearchView:
-        self._start = time.monotonic()
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-
+    @only_shows
     def on_event(self, state: SearchState, event: Event) -> None:
         """Show an event of the record."""
         # The display reads in a thread of its own, so it gets a dict that no event changes.
@@ -77,6 +129,7 @@ class SearchView:
         if not self._console.is_terminal and (line := self._describe(state, event)):
             say(line, self._console)
 
+    @only_shows
     def stop(self) -> None:
         """Say that the search is about to end; called from a signal's handler."""
         words = "stopping after the running epochs; Ctrl-C again stops at once; --resume continues"
@@ -122,6 +175,7 @@ class SearchView:
             line += f"; best so far {acc} (trial {best.number}), about {eta} to go"
         return line
 
+    @only_shows
     def _render(self) -> RenderableType:
         if self._state is None:
             return Text("waiting for the first worker ...", style="dim")
@@ -143,29 +197,22 @@ class SearchView:
         return Text(f"{line}\n{format_seconds(time.monotonic() - self._start)} gone, {left}")
 
 
-class TrainingView:
+class TrainingView(_View):
     """A progress bar over the steps of one training, and a line per epoch."""
 
     def __init__(self, console: Console, data: DataInfo) -> None:
-        self._console = console
         self._data = f" ({data.name})" if data.label else ""
         columns = _make_columns("epoch {task.fields[epoch]}")
         self._progress = _StepProgress(*columns, console=console, transient=True)
+        super().__init__(console, self._progress)
 
-    def __enter__(self) -> TrainingView:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-
+    @only_shows
     def watch(self, trainer: Trainer) -> None:
         """Show this Trainer's steps."""
         self._progress.trainer = trainer
         self._progress.add_task("train", total=trainer.total_steps, epoch="")
 
+    @only_shows
     def say(self, result: EpochResult, note: str = "") -> None:
         """Print one line for a finished epoch, with the time that is left at its pace."""
         trainer = self._progress.trainer
@@ -200,34 +247,25 @@ class _StepProgress(Progress):
         return list(super().get_renderables())
 
 
-class SweepView:
+class SweepView(_View):
     """A progress bar over all steps of an LR range test's sweeps; a line per sweep."""
 
     def __init__(self, console: Console, num_seeds: int, num_steps: int) -> None:
-        self._console = console
         self._num_steps = num_steps
         self._num_left = num_seeds * num_steps
         self._num_done = 0
-        self._start = time.monotonic()
         self._progress = Progress(*_make_columns("sweeping"), console=console, transient=True)
         self._task = self._progress.add_task("sweep", total=self._num_left)
+        super().__init__(console, self._progress)
 
-    def __enter__(self) -> SweepView:
-        self._start = time.monotonic()
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-
+    @only_shows
     def step(self) -> None:
         """Count one training step."""
         self._num_done += 1
         self._num_left -= 1
         self._progress.advance(self._task)
 
+    @only_shows
     def say(self, sweep: Sweep) -> None:
         """Print one line for a finished sweep; one that diverged has left steps out."""
         self._num_left -= self._num_left % self._num_steps

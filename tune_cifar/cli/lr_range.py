@@ -242,7 +242,7 @@ def _propose(
         say(f"{label}: this range says nothing about CIFAR-10.", console, "bold yellow")
     if not diff:
         note, accepted = f"{file.path}: max_lr has the proposed range already", False
-    elif yes or (sys.stdin.isatty() and not as_json):
+    elif yes or (sys.stdin.isatty() and sys.stderr.isatty() and not as_json):
         accepted = yes or typer.confirm("Change the file?", err=True)
         note = f"written into {file.path}" if accepted else "not written"
     else:

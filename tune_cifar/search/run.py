@@ -47,7 +47,7 @@ from tune_cifar.search.resume import check_accepted, describe_restored, find_cha
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
 from tune_cifar.train.numerics import restore_numerics
-from tune_cifar.train.recorded import Listener, make_header
+from tune_cifar.train.recorded import Listener, Shown, make_header
 
 # Seconds that the end of a search waits for MLflow, and after a second Ctrl-C.
 UPLOAD_SECONDS = 60.0
@@ -112,7 +112,8 @@ def prepare_resume(
 def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
     """Call the action; an exception ends the search and is raised at its end.
 
-    Tune would wrap the exception or attribute it to a trial.
+    Tune would wrap the exception or attribute it to a trial. An OSError is the run store's: what
+    only shows the search raises none (`Shown`).
     """
     fault: Exception
     try:
@@ -244,8 +245,9 @@ def run_search(
     the second at once. Either way it can be resumed.
 
     Args:
-        listener: called with every event after it is on disk, in this thread.
-        on_interrupt: called after the first signal.
+        listener: called with every event after it is on disk, in this thread; its faults end
+            nothing.
+        on_interrupt: called after the first signal; its faults end nothing.
 
     Returns:
         the search as recorded, and a sentence for each upload to MLflow that failed.
@@ -257,11 +259,11 @@ def run_search(
     with _open_record(plan) as record:
         uri = make_tracking_uri(request.storage, request.tracking_uri)
         uploader = BackgroundUploader(uri, request.storage, record.state)
+        show = Shown(listener or (lambda state, event: None))
 
         def on_event(state: SearchState, event: Event) -> None:
             uploader.on_event(state, event)
-            if listener is not None:
-                listener(state, event)
+            show(state, event)
 
         driver = SearchDriver(record, plan.space, on_event, request.keep_weights)
         try:
@@ -339,7 +341,8 @@ def _catch_signals(driver: SearchDriver, on_interrupt: Callable[[], None] | None
             raise KeyboardInterrupt
         driver.interrupt()
         if on_interrupt is not None:
-            on_interrupt()
+            with suppress(Exception):
+                on_interrupt()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -36,8 +37,29 @@ from tune_cifar.train.numerics import compare_numerics
 from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import ERROR, WEIGHTS, train_trial
 
+logger = logging.getLogger(__name__)
 # Called with the state after each recorded event.
 Listener = Callable[[SearchState, Event], None]
+
+
+class Shown:
+    """A listener that only shows: after its first fault it is not called again, and nothing ends.
+
+    The record has the event already.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener: Listener | None = listener
+
+    def __call__(self, state: SearchState, event: Event) -> None:
+        if self._listener is None:
+            return
+        try:
+            self._listener(state, event)
+        except Exception as exc:
+            self._listener = None
+            fault = f"{type(exc).__name__}: {exc}"
+            logger.warning("%s", f"{state.folder.name}: its display failed and is off ({fault})")
 
 
 def make_header(
@@ -147,15 +169,15 @@ def run_training(
     exception is written to the trial's folder, recorded as failed and raised again.
 
     Args:
-        on_event: called with every event once it is on disk.
+        on_event: called with every event once it is on disk; its faults end nothing.
         on_trainer: called once with the Trainer before the first epoch.
     """
-    start = time.monotonic()
+    start, show = time.monotonic(), Shown(on_event)
     config = TrainConfig(**record.state.header.baseline)
 
     def append(event: Event) -> None:
         record.append(event)
-        on_event(record.state, event)
+        show(record.state, event)
 
     def end_trial(status: EndStatus, reason: str, **files: Any) -> None:
         score, now = trial.find_score(status), utc_now()
