@@ -234,6 +234,8 @@ def _run(plan: SearchPlan, data_option: str, storage_option: str) -> None:
     from tune_cifar.cli.summary import print_search_summary
 
     state, faults = run_plan(plan, stdout())
+    if state.header.name != plan.name:
+        say(f"{plan.name} was taken meanwhile by another search: this one is {state.header.name}.")
     dropped = list(plan.space.dropped) if plan.past is None else []
     print_search_summary(stdout(), state, faults, dropped, data_option, storage_option)
     if not state.is_finished:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import build_model
 from tune_cifar.record.events import Confirmation, SearchResumed
+from tune_cifar.record.files import find_lock_problem
 from tune_cifar.record.journal import check_is_new
 from tune_cifar.record.state import SearchState
-from tune_cifar.record.store import search_folder
+from tune_cifar.record.store import make_name, search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.search.rungs import list_stages
@@ -219,7 +220,9 @@ def settle_search(
         RecordError: when the name is taken.
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
-    name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = request.name
+    if name is None:
+        name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
     check_is_new(search_folder(request.storage, name))
     how = (request.cpus_per_trial, request.deterministic, request.execution)
     numerics = resolve_numerics(request.device, request.precision, *how)
@@ -345,11 +348,13 @@ def check_disk(storage: Path, needs: DiskNeeds) -> None:
     """Refuse a search that would later lack a writable folder or disk space.
 
     Raises:
-        ConfigError: when the temporary folder or the run store is not writable, or the disk too
-            small.
+        ConfigError: when the temporary folder or the run store is not writable, the run store's
+            file system has no locks, or the disk is too small.
     """
     _check_temporary_folder()
     check_folder(storage, "the run store", "storage")
+    if problem := find_lock_problem(_find_existing(storage)):
+        raise ConfigError(f"{storage}: {problem}. Give a folder elsewhere as `storage`.")
     free = shutil.disk_usage(_find_existing(storage)).free
     if needs.total > free:
         needed = f"{_format_mb(needs.total)} must be free for the search ({needs.describe()})"
