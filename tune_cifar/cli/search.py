@@ -45,11 +45,8 @@ KeepWeights = Annotated[
         rich_help_panel=options.RECORDS,
     ),
 ]
-# Options that a record has settled.
-SETTLED = (
-    *("space", "tier", "settings", "seed", "warm_start", "warm_trials"),
-    *("device", "precision", "execution", "cpus_per_trial", "deterministic"),
-)
+# Options that only a search has.
+SEARCHS = ("trials", "max_time", "keep_weights", "seed", "warm_start", "warm_trials")
 
 
 def search(
@@ -92,7 +89,7 @@ def search(
     folder = find_storage(storage)
     if name is not None:
         check_name(name)
-    if (space is None) != resume:
+    if space is None and not resume:
         raise typer.BadParameter("Give --space for a new search, or --resume with --name.")
     if resume:
         state = _find_resumed(context, folder, name)
@@ -121,6 +118,8 @@ def search(
         max_concurrent=max_concurrent,
         tracking_uri=tracking_uri,
         keep_weights=keep_weights,
+        warm_start=warm_start,
+        warm_trials=None if warm_start is None else warm_trials,
     )
     if resume:
         plan = _plan_resume(request, trials, max_time, accept_changes)
@@ -134,15 +133,19 @@ def search(
 
 
 def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> SearchState:
-    """Return the record to continue; refuse options that it has settled."""
+    """Return the record to continue; refuse options that differ from it."""
     from tune_cifar.record.store import load_searches
 
-    options.refuse_given(context, SETTLED, "belongs to a new search: the record has it.")
     if name is None:
         raise typer.BadParameter("--resume needs --name. Names stand in `searches list`.")
     (state,) = load_searches(storage, search=name)
-    if state.header.kind != "search":
-        options.refuse_given(context, ("trials", "max_time", "keep_weights"), "is a search's.")
+    header = state.header
+    if header.kind != "search":
+        options.refuse_given(context, SEARCHS, "is a search's.")
+    more = {"seed": header.seed, "warm_start": header.warm_start}
+    if header.warm_start is not None:
+        more["warm_trials"] = header.warm_trials
+    options.refuse_changed(context, header, more)
     return state
 
 
@@ -200,9 +203,14 @@ def _leave_if_over(
 ) -> None:
     """Tell how a finished search ended, and leave, unless it is to have more trials or time."""
     from tune_cifar.cli.summary import print_search_summary
+    from tune_cifar.search.plan import count_trials
 
-    has_more_time = max_time is not None and len(state.trials) < state.num_trials
-    if state.is_finished and trials is None and not has_more_time:
+    num_started, num_trials = len(state.trials), state.num_trials
+    if trials is not None:
+        num_trials = count_trials(trials, num_started)
+    # After a time limit, trials or time are asked for anew by naming them.
+    has_more = num_started < num_trials and (trials is not None or max_time is not None)
+    if state.is_finished and not has_more:
         repeated = repeat_options(data=data), repeat_options(storage=storage)
         print_search_summary(stdout(), state, [], [], *repeated)
         raise typer.Exit

@@ -61,7 +61,8 @@ USABLE_MEMORY = 0.9
 class SearchRequest:
     """Runtime options of a search; none of them changes a training's recipe.
 
-    None means the default for this machine or this search.
+    None means the default for this machine or this search. `warm_start` and `warm_trials` are for
+    the record alone: the space has those trials already.
     """
 
     source: DataSource
@@ -78,6 +79,8 @@ class SearchRequest:
     max_concurrent: int | None = None
     tracking_uri: str | None = None
     keep_weights: int = 3
+    warm_start: str | None = None
+    warm_trials: int | None = None
 
     @property
     def default_tier(self) -> str:
