@@ -103,7 +103,7 @@ def confirm(
         source=options.find_recorded_data(state, data),
         storage=folder,
         command=this_command(),
-        name=name or _choose_name(folder, search, final),
+        name=name,
         device=device,
         precision=precision,
         deterministic=deterministic,
@@ -220,14 +220,14 @@ def _choose_name(storage: Path, search: str, is_final: bool) -> str:
     from tune_cifar.record.journal import is_taken
     from tune_cifar.record.store import load_searches, search_folder
 
-    kind = "final" if is_final else "confirm"
-    for name in number_names(f"{search[:54]}-{kind}"):
+    for name in number_names(f"{search[:54]}-{'final' if is_final else 'confirm'}"):
         if not is_taken(search_folder(storage, name)):
             return name
         settled = load_searches(storage, search=name)[0].header.confirmation
         if settled is not None and (settled.search, settled.final) == (search, is_final):
             way_out = "Continue or show it with `resume=True`, or give `name` for another."
-            raise NameTakenError(f"{name}: a {kind} of this search exists already. {way_out}")
+            what = "final confirmation" if is_final else "confirmation"
+            raise NameTakenError(f"{name}: a {what} of this search exists already. {way_out}")
     raise AssertionError("the numbers never end")
 
 
@@ -280,7 +280,8 @@ def _plan(
     with console.status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
-        request = replace(request, keep_weights=_count_weights(settled))
+        name = request.name or _choose_name(request.storage, search, is_final)
+        request = replace(request, name=name, keep_weights=_count_weights(settled))
         plan = prepare_search(space, request, settled)
     say(plan.describe(), console)
     return plan
