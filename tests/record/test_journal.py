@@ -599,8 +599,10 @@ NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
 
 
 @pytest.fixture(params=NO_LOCKS, ids=errno.errorcode.get)
-def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """No flock works; returns the system's words."""
+def without_locks(
+    folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """No flock works once the search is written; returns the system's words."""
 
     def refuse(*args: Any) -> None:
         raise OSError(request.param, os.strerror(request.param))

@@ -478,7 +478,7 @@ def test_two_tests_of_one_second_get_two_folders(tmp_path: Path) -> None:
     assert made == [wanted.name, f"{wanted.name}-2", f"{wanted.name}-3"]
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the test's folder cannot be made: Not a directory"):
-        make_report_folder(tmp_path / "file" / "x")
+        make_report_folder(tmp_path / "file" / "x" / "y")
 
 
 # The command

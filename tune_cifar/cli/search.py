@@ -126,9 +126,7 @@ def search(
     else:
         assert space is not None
         found = choose_space(request, space, tier, settings or [], trials, max_time)
-        if warm_start is not None:
-            found = _warm_start(found, request, warm_start, warm_trials)
-        plan = _plan_search(found, request)
+        plan = _plan_search(_warm_start(found, request), request)
     _run(plan, repeat_options(data=data), repeat_options(storage=storage))
 
 
@@ -149,15 +147,15 @@ def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> Se
     return state
 
 
-def _warm_start(
-    space: SearchSpace, request: SearchRequest, search: str, num_best: int
-) -> SearchSpace:
-    """Put another search's best trials first, and say which do not fit."""
+def _warm_start(space: SearchSpace, request: SearchRequest) -> SearchSpace:
+    """Put another search's best trials first, if one is named, and say which do not fit."""
     from tune_cifar.record.store import load_searches
     from tune_cifar.search.resume import warm_start
 
-    (state,) = load_searches(request.storage, search=search)
-    space, notes = warm_start(space, state, num_best)
+    if request.warm_start is None or request.warm_trials is None:
+        return space
+    (state,) = load_searches(request.storage, search=request.warm_start)
+    space, notes = warm_start(space, state, request.warm_trials)
     for note in notes:
         say(note, stderr())
     return space
