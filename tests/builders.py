@@ -6,12 +6,14 @@ import hashlib
 import io
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -701,3 +703,29 @@ def make_train_words(workplace: Path, name: str, *more: str) -> list[str]:
     words += ["--precision", "fp32", *TINY_SETTINGS, "--name", name]
     unreachable = f"sqlite:///{workplace}/no/such/folder/mlflow.db"
     return [*words, "--tracking-uri", unreachable, *more]
+
+
+# --- A file system without locks
+
+NO_FLOCK = (
+    "#include <errno.h>\nint flock(int f, int o) { (void)f; (void)o; errno = %d; return -1; }"
+)
+
+
+def make_lockless(folder: Path, number: int) -> Path:
+    """Return a library that, preloaded, lets every flock of a process fail with this errno."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler here: flock cannot be made to fail")
+    source, library = folder / "no_flock.c", folder / "no_flock.so"
+    source.write_text(NO_FLOCK % number, encoding="utf-8")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+class StoppedClock(datetime):
+    """A clock that stands: two names of one second."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> StoppedClock:
+        return cls(2026, 1, 2, 3, 4, 5)

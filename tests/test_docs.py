@@ -387,6 +387,11 @@ def write_unfinished() -> None:
     write_record(Path("runs"), make_header("mine"), make_trial(0, [0.3], None))
 
 
+def rename_unfinished() -> None:
+    write_unfinished()
+    Path("runs/searches/mine").rename("runs/searches/better")
+
+
 def write_s7_with_an_inactive_knob() -> None:
     write_s7("mine.yaml", "\nsearch:", "  momentum: 0.9\n\nsearch:")
 
@@ -404,6 +409,7 @@ PREPARATIONS: dict[str, Callable[[], None]] = {
     "The name is taken": write_unfinished,
     "A search was cut off": write_unfinished,
     "The record is damaged": tear_record,
+    "A search's folder was renamed or copied": rename_unfinished,
     "`--best` finds no search": write_unfinished,
 }
 SECTIONS = dict(part.split("\n", 1) for part in read(TROUBLE).split("\n## ")[1:])

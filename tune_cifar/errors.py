@@ -7,6 +7,8 @@ TuneCifarError
 ├── CheckpointError    a checkpoint is damaged or belongs to another configuration
 │   └── DiskFullError  the disk is full: no checkpoint or weights could be written
 ├── RecordError        a search's record cannot be read, or a name is taken or unknown
+│   ├── NameTakenError     a record of the name exists already
+│   └── RenamedError       the folder of a record has another name than the record
 ├── TrackingError      MLflow cannot be reached or refuses
 ├── ExportError        an exported file does not compute what the network computes
 └── Diverged           the loss is nan or inf: a result of a trial, not a fault of the program
@@ -54,6 +56,14 @@ class DiskFullError(CheckpointError):
 
 class RecordError(TuneCifarError):
     """A search's record cannot be read, or a search's name is taken or unknown."""
+
+
+class NameTakenError(RecordError):
+    """A record of the name exists already."""
+
+
+class RenamedError(RecordError):
+    """The folder of a record has another name than the record: it was renamed or copied."""
 
 
 class TrackingError(TuneCifarError):

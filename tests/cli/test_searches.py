@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,12 +20,15 @@ from tests.builders import (
     SEARCH_FINISHED,
     SEARCH_INTERRUPTED,
     SHAPES_INFO,
+    TINY_SETTINGS,
     TRIALS,
     invoke,
     make_failed_trial,
     make_header,
+    make_lockless,
     make_trial,
     refuse,
+    run_in_a_process,
     write_failures,
     write_search,
 )
@@ -296,6 +301,43 @@ def test_when_mlflow_cannot_be_reached_the_folder_goes_only_when_its_runs_may_st
     assert sentence.endswith("The search is still there; --keep-mlflow deletes its folder alone.")
     assert "whole" in list_names(storage)
     assert invoke(*words, "--keep-mlflow").exit_code == 0 and "whole" not in list_names(storage)
+
+
+def test_a_copied_folder_is_deleted_without_the_originals_runs_and_not_called_damaged(
+    storage: Path,
+) -> None:
+    shutil.copytree(storage / "searches" / "whole", storage / "searches" / "copy")
+    words = ("searches", "delete", "copy", "--yes", "--storage", str(storage))
+    error = invoke(*words).exception
+    assert isinstance(error, RecordError) and "a copy of search whole" in str(error)
+    assert "--keep-mlflow deletes the folder alone" in str(error)
+    answer = invoke(*words, "--keep-mlflow")
+    assert answer.exit_code == 0 and "copy is deleted: a record of another name" in answer.stdout
+    assert list_names(storage) == {"whole", "stopped", "killed", "torn"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_and_its_searches_can_be_read(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The system's flock fails in a process of its own; what is recorded there was copied there."""
+    monkeypatch.setenv("LD_PRELOAD", str(make_lockless(storage, number)))
+    place = ("--storage", str(storage))
+    answer = run_in_a_process("searches", "list", *place)
+    assert answer.returncode == 0, answer.stderr
+    states = [line for line in answer.stdout.splitlines() if "  search  s7 " in line]
+    assert ["driver died" in line for line in states] == [True, False, False]
+    rule = f"the file system must have locks (flock), got '{os.strerror(number)}'"
+    train = ("train", "--space", "smoke", "--data", "shapes", *TINY_SETTINGS, "--name", "new")
+    for words in (train, ("search", "--name", "stopped", "--resume")):
+        answer = run_in_a_process(*words, *place)
+        assert answer.returncode == 1, answer.stdout
+        assert f"{rule}. Give a folder elsewhere as --storage." in answer.stderr
+        assert "Traceback" not in answer.stderr
+    assert list_names(storage) == {"whole", "stopped", "killed", "torn"}
+    answer = run_in_a_process("sync", "--search", "whole", *place)
+    assert answer.returncode == 1 and rule in answer.stderr and "Warning" not in answer.stderr
 
 
 # failures

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,7 @@ from tests.builders import (
     make_trial,
     write_record,
 )
-from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.errors import ConfigError, RecordError, RenamedError
 from tune_cifar.record.events import (
     Candidate,
     Confirmation,
@@ -385,12 +389,22 @@ def test_a_record_that_starts_with_another_event_is_refused(folder: Path) -> Non
         read_state(folder)
 
 
-def test_a_renamed_folder_is_refused_since_run_ids_carry_the_name(folder: Path) -> None:
+def test_a_renamed_folder_is_refused_with_the_name_to_give_back(folder: Path) -> None:
     other = folder.rename(folder.with_name("s7-9"))
-    with pytest.raises(
-        RecordError, match=r"the header of search 's7-9' must come first, got Header\(name='s7-1'"
-    ):
-        read_state(other)
+    for read in (read_state, Record.open):
+        with pytest.raises(RenamedError) as caught:
+            read(other)
+        rule = "search s7-1 in a renamed folder; run ids, MLflow and reports have that name"
+        assert str(caught.value) == f"{other}: {rule}. Rename the folder back to s7-1."
+    assert read_state(other.rename(folder)).header.name == "s7-1"
+
+
+def test_a_copied_folder_is_refused_as_a_copy_and_the_original_is_read(folder: Path) -> None:
+    copy = folder.with_name("s7-1 (copy)")
+    shutil.copytree(folder, copy)
+    with pytest.raises(RenamedError, match=r"a copy of search s7-1, which .* Delete the copy, or"):
+        read_state(copy)
+    assert read_state(folder).header.name == "s7-1"
 
 
 def test_an_unknown_search_is_refused(folder: Path) -> None:
@@ -567,10 +581,85 @@ def test_a_search_in_use_is_refused_with_the_name_of_its_owner(folder: Path) -> 
 
 
 def test_a_search_whose_folder_takes_no_owner_is_refused(folder: Path) -> None:
-    (folder / "owner.json").unlink()
     (folder / "owner.json").mkdir()
     with pytest.raises(RecordError, match=r"s7-1: cannot write its record: Is a directory\."):
         Record.open(folder)
+    assert not is_live(folder)
+
+
+def test_a_closed_search_has_no_owner(folder: Path) -> None:
+    with Record.open(folder) as record:
+        assert (folder / "owner.json").exists()
+        record.close()
+        assert not (folder / "owner.json").exists()
+
+
+# What flock answers on NFS without its lock service, on Lustre without `flock`, and some FUSE.
+NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
+
+
+@pytest.fixture(params=NO_LOCKS, ids=errno.errorcode.get)
+def without_locks(
+    folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """No flock works once the search is written; returns the system's words."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    return os.strerror(request.param)
+
+
+def write_owner(folder: Path, **changes: Any) -> None:
+    """Write an owner of this process, now, as a driver does."""
+    since = datetime.now(UTC).isoformat()
+    owner = {"pid": os.getpid(), "host": platform.node(), "since": since}
+    (folder / "owner.json").write_text(json.dumps(owner | changes))
+
+
+def test_without_locks_no_search_is_recorded_and_the_reason_is_said(
+    folder: Path, tmp_path: Path, without_locks: str
+) -> None:
+    other = search_folder(tmp_path, "s7-2")
+    rule = f"the file system must have locks (flock), got '{without_locks}'"
+    for refuse, place in (
+        (lambda: Record.open(folder), folder),
+        (lambda: Record.create(other, make_header("s7-2")), other),
+        (lambda: Record.create_numbered(other, make_header("s7-2")), other),
+    ):
+        with pytest.raises(RecordError) as caught:
+            refuse()
+        assert str(caught.value) == f"{place}: {rule}. Give a folder elsewhere as `storage`."
+    assert [path.name for path in other.parent.iterdir()] == ["s7-1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["searches"]
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_a_search_is_live_only_while_its_owner_is(folder: Path) -> None:
+    assert not is_live(folder), "it has no owner"
+    (folder / "owner.json").write_text("torn {")
+    assert not is_live(folder)
+    write_owner(folder)
+    assert is_live(folder)
+    with pytest.raises(RecordError, match=rf"in use by process {os.getpid()} on "):
+        Record.open(folder)
+    write_owner(folder, since="2000-01-01T00:00:00+00:00")
+    assert not is_live(folder), "another process has the number now"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    write_owner(folder, pid=ended.pid)
+    assert not is_live(folder)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_an_owner_on_another_host_is_live_while_it_writes(folder: Path) -> None:
+    write_owner(folder, host="elsewhere", pid=1)
+    assert is_live(folder)
+    with pytest.raises(RecordError, match="in use by process 1 on elsewhere since "):
+        Record.open(folder)
+    silent = time.time() - 3700
+    os.utime(folder / "record.jsonl", (silent, silent))
     assert not is_live(folder)
 
 
@@ -643,6 +732,21 @@ def test_of_processes_that_create_one_name_exactly_one_wins(tmp_path: Path) -> N
     outcomes = [process.communicate(timeout=600)[0].strip() for process in processes]
     assert sorted(outcomes) == ["lost", "lost", "lost", "won"]
     assert read_state(search_folder(tmp_path, "s7-1")).header.command == str(outcomes.index("won"))
+
+
+def test_of_processes_that_take_one_name_nobody_chose_each_gets_a_record(tmp_path: Path) -> None:
+    script = CREATE.replace("Record.create(", "Record.create_numbered(")
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    processes = [
+        subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)
+    ]
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == len(processes))
+    (tmp_path / "go").touch()
+    assert {process.communicate(timeout=600)[0] for process in processes} == {"won\n"}
+    names = ["s7-1", "s7-1-2", "s7-1-3", "s7-1-4"]
+    headers = [read_state(search_folder(tmp_path, name)).header for name in names]
+    assert [header.name for header in headers] == names
+    assert {header.command for header in headers} == {"0", "1", "2", "3"}
 
 
 def wait_for(is_true: Callable[[], bool], seconds: float = 600.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.builders import (
     SEARCH_INTERRUPTED,
     SHAPES_INFO,
     TRIALS,
+    StoppedClock,
     make_header,
     make_start,
     make_trial,
@@ -30,7 +32,9 @@ from tune_cifar.record.store import (
     list_rows,
     list_searches,
     load_searches,
+    make_name,
     measure_folder,
+    search_folder,
 )
 
 
@@ -270,3 +274,32 @@ def test_finding_runs_and_failures_imports_nothing_heavy(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
     )
     assert answer.returncode == 0, answer.stderr
+
+
+def test_a_renamed_or_copied_folder_is_no_damaged_one(
+    state: SearchState, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(state.folder, state.folder.with_name("copy"))
+    write_search(tmp_path, "s7-2", 2, TRIALS).folder.rename(state.folder.with_name("better"))
+    rows = {row.name: (row.stage, row.error) for row in list_rows(tmp_path)}
+    assert rows["s7-1"] == ("driver died", None)
+    assert rows["copy"][0] == rows["better"][0] == "renamed"
+    assert "a copy of search s7-1" in str(rows["copy"][1])
+    assert str(rows["better"][1]).endswith("Rename the folder back to s7-2.")
+    assert [found.header.name for found in load_searches(tmp_path)] == ["s7-1"]
+    assert caplog.text.count("left out: ") == 2 and "damaged" not in caplog.text
+    with pytest.raises(RecordError, match="Rename the folder back to s7-2"):
+        find_run(tmp_path, "better:0")
+
+
+def test_a_name_that_nobody_chose_is_free_and_fit_for_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_cifar.record.store.datetime", StoppedClock)
+    for name in ("s7-cpu-20260102-030405", "s7-cpu-20260102-030405-2"):
+        assert make_name(tmp_path, "s7-cpu") == name
+        search_folder(tmp_path, name).mkdir(parents=True)
+    long = make_name(tmp_path, "x" * 64)
+    assert long == f"{'x' * 44}-20260102-030405"
+    search_folder(tmp_path, long).mkdir()
+    assert make_name(tmp_path, "x" * 64) == f"{long}-2"

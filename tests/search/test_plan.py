@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.builders import CIFAR10, NUMERICS, SHAPES, make_header, make_trial, write_record
+from tests.builders import (
+    CIFAR10,
+    NUMERICS,
+    SHAPES,
+    StoppedClock,
+    make_header,
+    make_trial,
+    write_record,
+)
+from tune_cifar.errors import ConfigError, NameTakenError
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.search.forecast import START_SECONDS
 from tune_cifar.search.plan import (
     CONTEXT_MB,
     Cost,
+    DiskNeeds,
     Resources,
     SearchPlan,
     SearchRequest,
+    check_disk,
     measure_cost,
+    settle_search,
 )
+from tune_cifar.search.run import _open_record
 from tune_cifar.space.select import load_space
 
 GB = 1024.0
@@ -103,3 +120,41 @@ def test_on_a_gpu_what_the_process_holds_there_is_measured(fp32: Numerics) -> No
     config = load_space("smoke").baseline.model_copy(update=SIZES)
     cost = measure_cost(config, SHAPES, fp32.model_copy(update={"device": "cuda"}), num_steps=2)
     assert CONTEXT_MB < cost.memory_mb < CONTEXT_MB + 1000 and cost.device_mb > 1000
+
+
+def test_two_nameless_searches_planned_in_one_second_get_two_records(tmp_path: Path) -> None:
+    """Another process can take the name between the plan and the record."""
+    request = SearchRequest(SHAPES, tmp_path, "search")
+    plan = replace(make_plan(9, None), request=request)
+    names = []
+    for _ in range(2):
+        with _open_record(plan) as record:
+            names.append(record.state.header.name)
+    assert names == ["n", "n-2"]
+    with pytest.raises(NameTakenError, match="n: a search of this name exists already"):
+        _open_record(replace(plan, request=replace(request, name="n")))
+
+
+def test_a_nameless_search_is_planned_under_a_free_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_cifar.record.store.datetime", StoppedClock)
+    space = load_space("smoke", "cpu", {**SIZES, "pct_start": 0.9})
+    name = "smoke-cpu-20260102-030405"
+    search_folder(tmp_path, name).mkdir(parents=True)
+    plan = settle_search(space, SearchRequest(SHAPES, tmp_path, "search", device="cpu"))
+    assert plan.name == f"{name}-2"
+    with pytest.raises(NameTakenError):
+        settle_search(space, SearchRequest(SHAPES, tmp_path, "search", name=name, device="cpu"))
+
+
+def test_a_run_store_without_locks_is_refused_before_the_workers_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    sentence = "the file system must have locks .*'No locks available'.* elsewhere as `storage`"
+    with pytest.raises(ConfigError, match=sentence):
+        check_disk(tmp_path / "runs", DiskNeeds(0, 0, 0))

@@ -21,7 +21,7 @@ from tests.faults.disks import limit_file_size
 from tune_cifar.cli.lr_range import _propose, _write
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, SpaceError, TrackingError
-from tune_cifar.report.lr_range import make_report, save_report
+from tune_cifar.report.lr_range import make_report, make_report_folder, save_report
 from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space.layout import Range
@@ -470,6 +470,15 @@ def test_mlflow_gets_a_run_with_knobs_medians_losses_and_files_and_a_broken_one_
         upload_lr_range(uri, store, report, tmp_path / "found")
     statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
     assert sorted(statuses) == ["FAILED", "FINISHED"]
+
+
+def test_two_tests_of_one_second_get_two_folders(tmp_path: Path) -> None:
+    wanted = tmp_path / "lr_range" / "s10-cpu-20260102-030405"
+    made = [make_report_folder(wanted).name for _ in range(3)]
+    assert made == [wanted.name, f"{wanted.name}-2", f"{wanted.name}-3"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="the test's folder cannot be made: Not a directory"):
+        make_report_folder(tmp_path / "file" / "x" / "y")
 
 
 # The command

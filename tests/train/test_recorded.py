@@ -12,6 +12,7 @@ from tests.builders import (
     EXPLODING_KNOBS,
     SHAPES,
     SMALL_KNOBS,
+    StoppedClock,
     curve,
     ignore_event,
     interrupt_small,
@@ -210,6 +211,19 @@ def test_a_name_in_use_is_refused_and_without_a_name_one_is_made(
     record, _ = open_small(tmp_path, fp32, name=None)
     with record:
         assert record.state.header.name.startswith("train-smoke-20")
+
+
+def test_two_nameless_trainings_of_one_second_get_two_names(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_cifar.record.store.datetime", StoppedClock)
+    names = []
+    for _ in range(3):
+        record, _ = open_small(tmp_path, fp32, name=None)
+        with record:
+            names.append(record.state.header.name)
+    name = "train-smoke-20260102-030405"
+    assert names == [name, f"{name}-2", f"{name}-3"]
 
 
 def test_a_diverged_training_is_a_result_with_chance_as_its_score(

@@ -33,9 +33,9 @@ from tests.builders import (
     run_in_a_process,
     write_record,
 )
-from tune_cifar.cli.confirm import describe_curse, describe_pairs
+from tune_cifar.cli.confirm import _choose_name, describe_curse, describe_pairs
 from tune_cifar.data.load import load_train_val
-from tune_cifar.errors import ConfigError, DataError, RecordError
+from tune_cifar.errors import ConfigError, DataError, NameTakenError, RecordError
 from tune_cifar.record.events import Confirmation, Event, Kind
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
@@ -607,9 +607,10 @@ def store(workplace: Path) -> Path:
             "--final --top 2",
             "--top belongs to the confirmation: --final trains what was confirmed.",
         ),
-        ("--resume --seeds 3", "--seeds belongs to a new confirmation: the record has it."),
-        ("--resume --set epochs=1", "--set belongs to a new confirmation: the record has it."),
-        ("--resume --device cpu", "--device belongs to a new confirmation: the record has it."),
+        ("--resume --seeds 3", "x-confirm is recorded with --seeds 2, got 3. Leave out what"),
+        ("--resume --top 2", "x-confirm is recorded with --top 1, got 2."),
+        ("--resume --set epochs=1", "x-confirm is recorded with --set epochs unset, got 1."),
+        ("--resume --device cuda", "x-confirm is recorded with --device cpu, got cuda."),
         ("--accept-changes", "--accept-changes belongs to --resume."),
     ],
 )
@@ -634,7 +635,17 @@ def test_a_search_must_be_named() -> None:
             "`search` must be the name of a search, got x-confirm, a confirmation.",
         ),
         ("--search x --name ../y", RecordError, "a search's name must have 1 to 64 of"),
-        ("--search x", RecordError, "x-confirm: a search of this name exists already."),
+        (
+            "--search x",
+            NameTakenError,
+            "x-confirm: a confirmation of this search exists already. Continue or show it with "
+            "`resume=True`, or give `name` for another.",
+        ),
+        (
+            "--search x --name x-confirm",
+            NameTakenError,
+            "x-confirm: a search of this name exists already.",
+        ),
         ("--search x --set seed=1", ConfigError, "`settings` must not change seed"),
         ("--search x --set maxlr=1", ConfigError, "`settings`: 'maxlr' is not a known knob."),
         (
@@ -652,6 +663,35 @@ def test_a_search_must_be_named() -> None:
 @pytest.mark.usefixtures("store")
 def test_a_mistake_is_answered_in_one_sentence(words: str, kind: Any, sentence: str) -> None:
     assert sentence in refuse(kind, "confirm", *words.split(), "--data", "shapes")
+
+
+@pytest.mark.usefixtures("store")
+def test_the_command_of_a_confirmation_with_resume_appended_is_accepted() -> None:
+    options = "--device cpu --precision fp32 --cpus-per-trial 1"
+    answer = confirm(*f"--top 1 --seeds 2 {options} --resume".split())
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout == confirm("--resume").stdout
+
+
+def test_a_confirmation_nobody_named_takes_a_number_where_something_else_has_its_name(
+    store: Path,
+) -> None:
+    write_search(store, [0.5], "y-confirm", data=SHAPES_INFO)
+    assert _choose_name(store, "y", False) == "y-confirm-2"
+    assert _choose_name(store, "x", True) == "x-final"
+    assert _choose_name(store, "z" * 64, False) == f"{'z' * 54}-confirm"
+    with pytest.raises(NameTakenError):
+        _choose_name(store, "x", False)
+
+
+def test_a_confirmation_from_before_there_was_a_top_counts_its_candidates(workplace: Path) -> None:
+    state = write_search(workplace / "runs", [0.5, 0.7, 0.8], data=SHAPES_INFO)
+    space, settled = make_confirmation(state, 5, 1, {})
+    assert settled.top == 5
+    made = space, settled.model_copy(update={"top": None})
+    play(open_confirmation(workplace / "runs", made, data=SHAPES_INFO), [0.5, 0.6, 0.6])
+    assert confirm("--resume", "--top", "2").exit_code == 0
+    assert confirm("--resume", "--top", "5").exit_code == 2
 
 
 def test_nothing_is_resumed_and_nothing_tested_before_there_is_a_confirmation(

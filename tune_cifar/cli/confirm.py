@@ -19,7 +19,7 @@ from tune_cifar.cli.terminal import (
     stdout,
     this_command,
 )
-from tune_cifar.errors import ConfigError
+from tune_cifar.errors import ConfigError, NameTakenError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,11 +52,6 @@ Name = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the newest one of --search, or --name.")
 ]
-# Options that a recorded confirmation has settled.
-SETTLED = (
-    *("top", "seeds", "settings"),
-    *("device", "precision", "execution", "cpus_per_trial", "deterministic"),
-)
 
 
 def confirm(
@@ -92,10 +87,13 @@ def confirm(
     from tune_cifar.record.store import find_storage, load_searches
     from tune_cifar.search.plan import SearchRequest
 
-    _refuse_misplaced(context, final, resume, accept_changes)
+    _refuse_misplaced(context, final)
+    if accept_changes and not resume:
+        raise typer.BadParameter("--accept-changes belongs to --resume.")
     folder = find_storage(storage)
     if resume:
         recorded = _find_recorded(folder, search, final, name)
+        _refuse_changed(context, recorded)
         resume_confirmation(
             recorded, data, tracking_uri, gpus_per_trial, max_concurrent, accept_changes, as_json
         )
@@ -105,7 +103,7 @@ def confirm(
         source=options.find_recorded_data(state, data),
         storage=folder,
         command=this_command(),
-        name=name or f"{search}-{'final' if final else 'confirm'}",
+        name=name,
         device=device,
         precision=precision,
         deterministic=deterministic,
@@ -194,17 +192,43 @@ def _finish(state: SearchState, data: str | None, tracking_uri: str | None, as_j
         paste(f"\nnext:\n  {command}", console)
 
 
-def _refuse_misplaced(
-    context: typer.Context, is_final: bool, resumes: bool, accepts_changes: bool
-) -> None:
-    """Refuse options that the record has settled."""
+def _refuse_misplaced(context: typer.Context, is_final: bool) -> None:
+    """Refuse options that the confirmation has settled for a final one."""
     if is_final:
         words = "belongs to the confirmation: --final trains what was confirmed."
         options.refuse_given(context, ("top", "settings"), words)
-    if resumes:
-        options.refuse_given(context, SETTLED, "belongs to a new confirmation: the record has it.")
-    elif accepts_changes:
-        raise typer.BadParameter("--accept-changes belongs to --resume.")
+
+
+def _refuse_changed(context: typer.Context, recorded: SearchState) -> None:
+    """Refuse options that differ from the confirmation to continue."""
+    settled = recorded.header.confirmation
+    assert settled is not None
+    top = len(settled.candidates) - 1 if settled.top is None else settled.top
+    more = {"top": top, "seeds": len(settled.seeds)}
+    options.refuse_changed(context, recorded.header, more)
+
+
+def _choose_name(storage: Path, search: str, is_final: bool) -> str:
+    """Return the name of a confirmation that was given none: the search's, -confirm or -final.
+
+    A number is added where something else has the name.
+
+    Raises:
+        NameTakenError: when the search's own confirmation has it.
+    """
+    from tune_cifar.record.files import number_names
+    from tune_cifar.record.journal import is_taken
+    from tune_cifar.record.store import load_searches, search_folder
+
+    for name in number_names(f"{search[:54]}-{'final' if is_final else 'confirm'}"):
+        if not is_taken(search_folder(storage, name)):
+            return name
+        settled = load_searches(storage, search=name)[0].header.confirmation
+        if settled is not None and (settled.search, settled.final) == (search, is_final):
+            way_out = "Continue or show it with `resume=True`, or give `name` for another."
+            what = "final confirmation" if is_final else "confirmation"
+            raise NameTakenError(f"{name}: a {what} of this search exists already. {way_out}")
+    raise AssertionError("the numbers never end")
 
 
 def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) -> SearchState:
@@ -256,7 +280,8 @@ def _plan(
     with console.status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
-        request = replace(request, keep_weights=_count_weights(settled))
+        name = request.name or _choose_name(request.storage, search, is_final)
+        request = replace(request, name=name, keep_weights=_count_weights(settled))
         plan = prepare_search(space, request, settled)
     say(plan.describe(), console)
     return plan

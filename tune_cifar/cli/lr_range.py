@@ -92,7 +92,7 @@ def lr_range(
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.store import find_storage
-    from tune_cifar.report.lr_range import make_report, save_report
+    from tune_cifar.report.lr_range import make_report, make_report_folder, save_report
     from tune_cifar.search.plan import check_folder
     from tune_cifar.train.lr_range import make_lrs
     from tune_cifar.train.numerics import resolve_numerics
@@ -109,7 +109,7 @@ def lr_range(
     name = f"{recipe.name}-{recipe.tier}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = out or store / "lr_range" / name
     check_folder(folder, "the test's folder", "out" if out else "storage")
-    if (folder / "sweeps.json").exists():
+    if out is not None and (out / "sweeps.json").exists():
         raise ConfigError(f"--out: a folder without another test must be given, got {folder}.")
     source = find_data(data)
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
@@ -117,6 +117,9 @@ def lr_range(
     print_synthetic_banner(console, source.name)
     images = load_train_val(source, recipe.baseline.train_size, val_size=0)
     sweeps = _sweep(recipe.baseline, images, numerics, lrs, seeds, console)
+    if out is None:
+        folder = make_report_folder(folder)
+        name = folder.name
     report = make_report(f"lr-range-{name}", recipe, images.info, numerics, sweeps, this_command())
     _print_findings(report, console)
     save_report(report, folder)

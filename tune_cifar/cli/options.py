@@ -6,16 +6,17 @@ All are runtime options: none changes a recipe. Those that most people need firs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tune_cifar.errors import ConfigError
+from tune_cifar.errors import ConfigError, SpaceError
 
 if TYPE_CHECKING:
     from tune_cifar.data.files import DataSource
+    from tune_cifar.record.events import Header
     from tune_cifar.record.state import SearchState, TrialState
 
 # Panels of `--help`, below the options that most people need first.
@@ -163,10 +164,95 @@ RecordedDevice = Annotated[
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
     """Refuse, as wrong usage, options of these parameters that stand on the command line."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"{parameter.opts[0]} {why}")
+    for name, option in _list_given(context):
+        if name in names:
+            raise typer.BadParameter(f"{option} {why}")
+
+
+def _list_given(context: typer.Context) -> list[tuple[str, str]]:
+    """Return parameter and option of all that stands on the command line."""
+    sources = {p: context.get_parameter_source(p.name or "") for p in context.command.params}
+    return [
+        (str(parameter.name), parameter.opts[0])
+        for parameter, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    ]
+
+
+def refuse_changed(
+    context: typer.Context, header: Header, more: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse, as wrong usage, options on the command line that differ from a record to continue.
+
+    The command that made the record may so be typed again with --resume. The word `auto` stands
+    for what was chosen then.
+
+    Args:
+        more: recorded values of the command's own parameters.
+    """
+    numerics = header.numerics
+    recorded = {
+        "tier": header.tier,
+        "device": numerics.device,
+        "precision": numerics.precision,
+        "execution": numerics.execution,
+        "cpus_per_trial": numerics.threads,
+        "deterministic": numerics.deterministic,
+        **(more or {}),
+    }
+    changed: list[str] = []
+    for name, option in _list_given(context):
+        given = context.params[name]
+        if name == "space":
+            changed += _find_changed_space(given, header)
+        elif name == "settings":
+            changed += _find_changed_settings(given, header)
+        elif name in recorded and given not in (recorded[name], "auto"):
+            before, now = _describe(recorded[name]), _describe(given)
+            changed.append(f"{option} {before}, got {now}")
+    if changed:
+        way_out = f"Leave out what differs: search --name {header.name} --resume."
+        recorded_with = f"{header.name} is recorded with {'; '.join(changed)}"
+        raise typer.BadParameter(f"{recorded_with}. {way_out}")
+
+
+def _find_changed_space(given: str, header: Header) -> list[str]:
+    """Return how a space, named or a file, differs from the recorded one; nothing if it does not.
+
+    A name whose file is gone is not read: the record has its text.
+    """
+    from tune_cifar.space.select import read_space
+
+    try:
+        file = read_space(given)
+    except SpaceError:
+        if given == header.space:
+            return []
+        raise
+    if file.header.space != header.space:
+        return [f"--space {header.space}, got {given}"]
+    if file.text != header.space_text:
+        return [f"--space {header.space} of another text, got {file.path} as it is now"]
+    return []
+
+
+def _find_changed_settings(given: Iterable[str], header: Header) -> list[str]:
+    """Return the hyperparameters fixed on the command line that the record has otherwise."""
+    from tune_cifar.space.select import parse_setting
+
+    changed = []
+    for knob, value in dict(parse_setting(setting) for setting in given).items():
+        now = list(value) if isinstance(value, tuple) else value  # JSON has no tuples
+        if knob not in header.pinned:
+            changed.append(f"--set {knob} unset, got {now}")
+        elif (before := header.pinned[knob]) != now:
+            changed.append(f"--set {knob}={before}, got {now}")
+    return changed
+
+
+def _describe(value: Any) -> str:
+    words = {None: "unset", True: "on", False: "off"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def choose_run(

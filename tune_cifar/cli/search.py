@@ -45,11 +45,8 @@ KeepWeights = Annotated[
         rich_help_panel=options.RECORDS,
     ),
 ]
-# Options that a record has settled.
-SETTLED = (
-    *("space", "tier", "settings", "seed", "warm_start", "warm_trials"),
-    *("device", "precision", "execution", "cpus_per_trial", "deterministic"),
-)
+# Options that only a search has.
+SEARCHS = ("trials", "max_time", "keep_weights", "seed", "warm_start", "warm_trials")
 
 
 def search(
@@ -92,7 +89,7 @@ def search(
     folder = find_storage(storage)
     if name is not None:
         check_name(name)
-    if (space is None) != resume:
+    if space is None and not resume:
         raise typer.BadParameter("Give --space for a new search, or --resume with --name.")
     if resume:
         state = _find_resumed(context, folder, name)
@@ -121,40 +118,44 @@ def search(
         max_concurrent=max_concurrent,
         tracking_uri=tracking_uri,
         keep_weights=keep_weights,
+        warm_start=warm_start,
+        warm_trials=None if warm_start is None else warm_trials,
     )
     if resume:
         plan = _plan_resume(request, trials, max_time, accept_changes)
     else:
         assert space is not None
         found = choose_space(request, space, tier, settings or [], trials, max_time)
-        if warm_start is not None:
-            found = _warm_start(found, request, warm_start, warm_trials)
-        plan = _plan_search(found, request)
+        plan = _plan_search(_warm_start(found, request), request)
     _run(plan, repeat_options(data=data), repeat_options(storage=storage))
 
 
 def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> SearchState:
-    """Return the record to continue; refuse options that it has settled."""
+    """Return the record to continue; refuse options that differ from it."""
     from tune_cifar.record.store import load_searches
 
-    options.refuse_given(context, SETTLED, "belongs to a new search: the record has it.")
     if name is None:
         raise typer.BadParameter("--resume needs --name. Names stand in `searches list`.")
     (state,) = load_searches(storage, search=name)
-    if state.header.kind != "search":
-        options.refuse_given(context, ("trials", "max_time", "keep_weights"), "is a search's.")
+    header = state.header
+    if header.kind != "search":
+        options.refuse_given(context, SEARCHS, "is a search's.")
+    more = {"seed": header.seed, "warm_start": header.warm_start}
+    if header.warm_start is not None:
+        more["warm_trials"] = header.warm_trials
+    options.refuse_changed(context, header, more)
     return state
 
 
-def _warm_start(
-    space: SearchSpace, request: SearchRequest, search: str, num_best: int
-) -> SearchSpace:
-    """Put another search's best trials first, and say which do not fit."""
+def _warm_start(space: SearchSpace, request: SearchRequest) -> SearchSpace:
+    """Put another search's best trials first, if one is named, and say which do not fit."""
     from tune_cifar.record.store import load_searches
     from tune_cifar.search.resume import warm_start
 
-    (state,) = load_searches(request.storage, search=search)
-    space, notes = warm_start(space, state, num_best)
+    if request.warm_start is None or request.warm_trials is None:
+        return space
+    (state,) = load_searches(request.storage, search=request.warm_start)
+    space, notes = warm_start(space, state, request.warm_trials)
     for note in notes:
         say(note, stderr())
     return space
@@ -200,9 +201,14 @@ def _leave_if_over(
 ) -> None:
     """Tell how a finished search ended, and leave, unless it is to have more trials or time."""
     from tune_cifar.cli.summary import print_search_summary
+    from tune_cifar.search.plan import count_trials
 
-    has_more_time = max_time is not None and len(state.trials) < state.num_trials
-    if state.is_finished and trials is None and not has_more_time:
+    num_started, num_trials = len(state.trials), state.num_trials
+    if trials is not None:
+        num_trials = count_trials(trials, num_started)
+    # After a time limit, trials or time are asked for anew by naming them.
+    has_more = num_started < num_trials and (trials is not None or max_time is not None)
+    if state.is_finished and not has_more:
         repeated = repeat_options(data=data), repeat_options(storage=storage)
         print_search_summary(stdout(), state, [], [], *repeated)
         raise typer.Exit
@@ -234,6 +240,8 @@ def _run(plan: SearchPlan, data_option: str, storage_option: str) -> None:
     from tune_cifar.cli.summary import print_search_summary
 
     state, faults = run_plan(plan, stdout())
+    if state.header.name != plan.name:
+        say(f"{plan.name} was taken meanwhile by another search: this one is {state.header.name}.")
     dropped = list(plan.space.dropped) if plan.past is None else []
     print_search_summary(stdout(), state, faults, dropped, data_option, storage_option)
     if not state.is_finished:

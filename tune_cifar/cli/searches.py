@@ -9,7 +9,13 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import paste, print_json, repeat_options, say, stderr, stdout
-from tune_cifar.errors import ConfigError, RecordError, TrackingError, did_you_mean
+from tune_cifar.errors import (
+    ConfigError,
+    RecordError,
+    RenamedError,
+    TrackingError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,16 +108,19 @@ def delete(
     folder = _find_folder(root, name)
     _check_not_live(folder)
     state: SearchState | None = None
+    unread = "a damaged record"
     try:
         state = read_state(folder)
     except (RecordError, ConfigError) as exc:
+        if isinstance(exc, RenamedError):
+            unread = "a record of another name"
         if not keep_mlflow:
             hint = (
                 "Its runs in MLflow cannot be told from it: --keep-mlflow deletes the folder alone."
             )
             raise RecordError(f"{exc} {hint}") from exc
     size = decimal(measure_folder(folder))
-    trials = "a damaged record" if state is None else _count(len(state.trials), "trial")
+    trials = unread if state is None else _count(len(state.trials), "trial")
     runs = "; its runs in MLflow stay" if keep_mlflow else " and its runs in MLflow"
     if not yes and not typer.confirm(f"Delete {name} ({trials}, {size}){runs}?", err=True):
         say("Nothing was deleted.", stderr())

@@ -9,6 +9,7 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import paste, repeat_options, say, stdout, this_command
+from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
     from tune_cifar.data.files import DataSource
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def train(
+    context: typer.Context,
     space: options.Space,
     tier: Annotated[
         str,
@@ -37,7 +39,7 @@ def train(
 ) -> None:
     """Train one configuration: a space's baseline with your changes.
 
-    It saves a checkpoint each minute; --resume, with the same options, continues it.
+    It saves a checkpoint each minute; --resume continues it.
 
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
@@ -50,11 +52,28 @@ def train(
     folder = find_storage(storage)
     if name is not None:
         check_name(name)
+        if resume:
+            resume_training(_find_recorded(context, folder, name), data, tracking_uri)
+            return
     source = find_data(data)
     found = load_space(space, tier, dict(parse_setting(setting) for setting in settings or []))
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     given = repeat_options(data=data, storage=storage)
     _train(found, source, numerics, folder, name, resume, tracking_uri, given)
+
+
+def _find_recorded(context: typer.Context, storage: Path, name: str) -> SearchState:
+    """Return the training to continue; refuse options that differ from it."""
+    from tune_cifar.record.events import KIND_WORDS
+    from tune_cifar.record.store import load_searches
+
+    (state,) = load_searches(storage, search=name)
+    kind = state.header.kind
+    if kind != "train":
+        way_out = f"Use `search --name {name} --resume`."
+        raise ConfigError(f"{name} must be a single training, got {KIND_WORDS[kind]}. {way_out}")
+    options.refuse_changed(context, state.header)
+    return state
 
 
 def resume_training(state: SearchState, data: str | None, tracking_uri: str | None) -> None:

@@ -62,6 +62,7 @@ class Confirmation(Frozen):
         search: name of the search that is confirmed.
         candidates: the search's baseline first.
         seeds: training seeds.
+        top: how many of the best trials were asked for; None in old records.
         final: train on all images, then evaluate each training once on the test set.
     """
 
@@ -69,6 +70,7 @@ class Confirmation(Frozen):
     candidates: Annotated[list[Candidate], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
     final: bool
+    top: int | None = None
 
     @property
     def num_trials(self) -> int:
@@ -94,6 +96,8 @@ class Header(Frozen):
         pinned: knobs fixed by the user.
         space_text: the whole space file.
         predicted_epochs: epochs of all trials together that the budget was expected to take.
+        warm_start: the search whose best trials were put first; None also in old records.
+        warm_trials: how many of them were asked for.
     """
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -114,6 +118,8 @@ class Header(Frozen):
     command: str
     confirmation: Confirmation | None = None
     predicted_epochs: float | None = None
+    warm_start: str | None = None
+    warm_trials: int | None = None
 
     @property
     def fidelity(self) -> str:

@@ -15,13 +15,15 @@ import platform
 import re
 import shutil
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from io import FileIO
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
-from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.errors import ConfigError, NameTakenError, RecordError, RenamedError
 from tune_cifar.record.events import (
     NAME,
     REPAIR_HINT,
@@ -31,13 +33,21 @@ from tune_cifar.record.events import (
     encode_event,
     utc_now,
 )
-from tune_cifar.record.files import sync
+from tune_cifar.record.files import (
+    describe_lock_problem,
+    find_lock_problem,
+    number_names,
+    sync,
+)
 from tune_cifar.record.state import SearchState, require
 
 RECORD_FILE = "record.jsonl"
 OWNER_FILE = "owner.json"
 # How long `Record.open` waits for the lock: `is_live` holds it for an instant.
 LOCK_SECONDS = 1.0
+# Where locks do not work, a driver on another host that wrote nothing for so long counts as dead.
+# It writes with every epoch.
+SILENT_SECONDS = 3600.0
 
 
 @dataclass(eq=False)
@@ -58,14 +68,17 @@ class Record(AbstractContextManager["Record"]):
         two processes that create the same search one gets the error.
 
         Raises:
-            RecordError: when the folder exists already or cannot be created.
+            NameTakenError: when the folder exists already.
+            RecordError: when it cannot be created, or its file system has no locks.
         """
         line, _ = encode_event(1, header)
         check_is_new(folder)
         storage = folder.parent.parent
-        new = storage / f".new-{folder.name}-{os.getpid()}"
+        new = storage / f".new-{folder.name}-{uuid4().hex[:8]}"
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            if problem := find_lock_problem(folder.parent):
+                raise RecordError(_describe_lockless(folder, problem))
             new.mkdir()
             (new / RECORD_FILE).write_bytes(line)
             sync(new / RECORD_FILE)
@@ -77,6 +90,19 @@ class Record(AbstractContextManager["Record"]):
             check_is_new(folder)
             raise RecordError(f"{folder}: cannot create the search: {exc.strerror}.") from exc
         return cls.open(folder)
+
+    @classmethod
+    def create_numbered(cls, folder: Path, header: Header) -> Record:
+        """Create as `create` does, under a name that nobody chose: a number is added if need be.
+
+        Of processes that take one name at once each gets a record, the second NAME-2.
+        """
+        names = number_names(folder.name)
+        while True:
+            name = next(names)
+            with suppress(NameTakenError):
+                named = header.model_copy(update={"name": name})
+                return cls.create(folder.with_name(name), named)
 
     @classmethod
     def open(cls, folder: Path) -> Record:
@@ -138,6 +164,9 @@ class Record(AbstractContextManager["Record"]):
 
     def close(self) -> None:
         """Release the search for other processes. Closing twice does nothing more."""
+        if not self.file.closed:
+            with suppress(OSError):
+                (self.state.folder / OWNER_FILE).unlink()
         self.file.close()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -153,8 +182,10 @@ def is_live(folder: Path) -> bool:
     with _open_file(folder, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:
+            return _has_owner(folder)
     return False
 
 
@@ -177,13 +208,18 @@ def check_name(name: str) -> str:
 
 
 def check_is_new(folder: Path) -> None:
-    """Raise a RecordError when the search's folder exists already."""
+    """Raise a NameTakenError when the search's folder exists already."""
+    if is_taken(folder):
+        rule = "a search of this name exists already. Choose another name, or delete the search."
+        raise NameTakenError(f"{folder}: {rule}")
+
+
+def is_taken(folder: Path) -> bool:
+    """Return whether the search's folder exists already."""
     try:
-        is_taken = folder.exists()
+        return folder.exists()
     except OSError:  # creating the folder will report it
-        is_taken = False
-    rule = "a search of this name exists already. Choose another name, or delete the search."
-    require(not is_taken, str(folder), rule)
+        return False
 
 
 def _open_file(folder: Path, mode: Literal["rb", "r+b"]) -> FileIO:
@@ -204,6 +240,35 @@ def _lock(file: FileIO, folder: Path) -> None:
                 owner = _describe_owner(folder)
                 raise RecordError(f"{folder}: in use by {owner}. Wait, or stop it.") from exc
             time.sleep(0.05)
+        except OSError as exc:
+            if _has_owner(folder):
+                owner = _describe_owner(folder)
+                raise RecordError(f"{folder}: in use by {owner}. Wait, or stop it.") from exc
+            raise RecordError(_describe_lockless(folder, describe_lock_problem(exc))) from exc
+
+
+def _describe_lockless(folder: Path, problem: str) -> str:
+    """Return why a search is not recorded here: two drivers could write into one record."""
+    return f"{folder}: {problem}. Give a folder elsewhere as `storage`."
+
+
+def _has_owner(folder: Path) -> bool:
+    """Return whether a driver seems to hold the search, where no lock can tell.
+
+    It may hold a lock through another mount of the file system. A process of this host is looked
+    up. One of another host counts until it has been silent for SILENT_SECONDS.
+    """
+    import psutil
+
+    try:
+        owner = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
+        pid, since = int(owner["pid"]), datetime.fromisoformat(owner["since"]).timestamp()
+        if owner["host"] == platform.node():
+            # A process that started later has taken the number of one that died.
+            return bool(psutil.Process(pid).create_time() <= since)
+        return time.time() - (folder / RECORD_FILE).stat().st_mtime < SILENT_SECONDS
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return False
 
 
 def _describe_owner(folder: Path) -> str:
@@ -232,14 +297,30 @@ def replay(folder: Path, content: bytes) -> tuple[SearchState, int]:
                 raise RecordError(f"damaged line, not JSON that fits its CRC. {REPAIR_HINT}")
             if state is not None:
                 state.apply(event)
-            elif isinstance(event, Header) and event.name == folder.name:
+            elif isinstance(event, Header):
+                _check_folder_name(folder, event.name)
                 state = SearchState(folder, event)
             else:
                 rule = f"the header of search {folder.name!r} must come first"
                 raise RecordError(f"{rule}, got {event!r:.60}.")
+        except RenamedError:
+            raise
         except (RecordError, ConfigError) as exc:
             raise RecordError(f"{path}:{number}: {exc}") from exc
         size += len(line) + 1
     if state is None:
         raise RecordError(f"{path}: not even a complete header. Delete the folder: nothing ran.")
     return state, size
+
+
+def _check_folder_name(folder: Path, name: str) -> None:
+    """Raise a RenamedError unless the folder has the search's name, with what to do about it."""
+    if folder.name == name:
+        return
+    if (folder.with_name(name) / RECORD_FILE).exists():
+        rule = f"a copy of search {name}, which is beside it; a run id must name one search"
+        way_out = f"Delete the copy, or move it into another run store as {name}."
+    else:
+        rule = f"search {name} in a renamed folder; run ids, MLflow and reports have that name"
+        way_out = f"Rename the folder back to {name}."
+    raise RenamedError(f"{folder}: {rule}. {way_out}")

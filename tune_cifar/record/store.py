@@ -8,16 +8,29 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from tune_cifar.errors import ConfigError, RecordError, did_you_mean
+from tune_cifar.errors import ConfigError, RecordError, RenamedError, did_you_mean
 from tune_cifar.record.events import NAME
-from tune_cifar.record.journal import RECORD_FILE, check_name, is_live, read_state, replay
+from tune_cifar.record.files import number_names
+from tune_cifar.record.journal import (
+    RECORD_FILE,
+    check_name,
+    is_live,
+    is_taken,
+    read_state,
+    replay,
+)
 from tune_cifar.record.state import SearchState, TrialState, describe_counts
 from tune_cifar.schema import Status
 
 logger = logging.getLogger(__name__)
+
+Stage = Literal["running", "finished", "interrupted", "driver died", "renamed", "damaged"]
+# A name has 64 characters at most; this leaves 20 for the time and a number.
+MAX_START = 44
 
 
 def find_storage(option: str | Path | None) -> Path:
@@ -43,6 +56,16 @@ def search_folder(storage: Path, name: str) -> Path:
         RecordError: when the name is not fit for a search.
     """
     return searches_folder(storage) / check_name(name)
+
+
+def make_name(storage: Path, start: str) -> str:
+    """Return a free name for a record that was given none: a start, the time, perhaps a number.
+
+    Another process can take it before the record is created: see `Record.create_numbered`.
+    """
+    name = f"{start[:MAX_START]}-{datetime.now():%Y%m%d-%H%M%S}"
+    free = (each for each in number_names(name) if not is_taken(search_folder(storage, each)))
+    return next(free)
 
 
 def list_searches(storage: Path) -> list[Path]:
@@ -109,16 +132,16 @@ class SearchRow:
 
     Attributes:
         stage: `running` while a driver holds it; `driver died` when none does and no end is
-            recorded.
+            recorded; `renamed` where the folder has another name than its record.
         end: why its last driver ended.
         counts: number of trials of every status.
         best: run id of the best complete trial.
         size_bytes: of all files in its folder.
-        error: why a damaged one cannot be read; only its name and size are known then.
+        error: why a damaged or renamed one is not read; only its name and size are known then.
     """
 
     name: str
-    stage: Literal["running", "finished", "interrupted", "driver died", "damaged"]
+    stage: Stage
     size_bytes: int
     kind: str | None = None
     space: str | None = None
@@ -142,10 +165,9 @@ def _make_search_row(folder: Path) -> SearchRow:
         live = is_live(folder)  # first: a search that ends meanwhile must not look as if it died
         state = read_state(folder)
     except (RecordError, ConfigError) as exc:
-        return SearchRow(folder.name, "damaged", measure_folder(folder), error=str(exc))
-    stage: Literal["running", "finished", "interrupted", "driver died"] = (
-        "running" if live else "driver died"
-    )
+        problem: Stage = "renamed" if isinstance(exc, RenamedError) else "damaged"
+        return SearchRow(folder.name, problem, measure_folder(folder), error=str(exc))
+    stage: Stage = "running" if live else "driver died"
     if state.finished is not None:
         stage = "finished" if state.is_finished else "interrupted"
     header, best = state.header, state.best

@@ -11,6 +11,7 @@ from typing import Any
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.events import utc_now
+from tune_cifar.record.files import make_folder
 from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import KNOBS, DataInfo, Numerics, inactive_knobs
 from tune_cifar.space.select import SearchSpace
@@ -59,6 +60,18 @@ def make_report(
         **asdict(summary),
         "verdict": summary.verdict,
     }
+
+
+def make_report_folder(folder: Path) -> Path:
+    """Make the folder of a test that nobody named; a number is added where it is taken.
+
+    Raises:
+        ConfigError: when it cannot be made.
+    """
+    try:
+        return make_folder(folder)
+    except OSError as exc:
+        raise ConfigError(f"{folder}: the test's folder cannot be made: {exc.strerror}.") from exc
 
 
 def save_report(report: dict[str, Any], folder: Path) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +21,11 @@ from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import build_model
 from tune_cifar.record.events import Confirmation, SearchResumed
+from tune_cifar.record.files import find_lock_problem
 from tune_cifar.record.journal import check_is_new
 from tune_cifar.record.machine import count_cores
 from tune_cifar.record.state import SearchState
-from tune_cifar.record.store import search_folder
+from tune_cifar.record.store import make_name, search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.search.rungs import list_stages
@@ -60,7 +61,8 @@ USABLE_MEMORY = 0.9
 class SearchRequest:
     """Runtime options of a search; none of them changes a training's recipe.
 
-    None means the default for this machine or this search.
+    None means the default for this machine or this search. `warm_start` and `warm_trials` are for
+    the record alone: the space has those trials already.
     """
 
     source: DataSource
@@ -77,6 +79,8 @@ class SearchRequest:
     max_concurrent: int | None = None
     tracking_uri: str | None = None
     keep_weights: int = 3
+    warm_start: str | None = None
+    warm_trials: int | None = None
 
     @property
     def default_tier(self) -> str:
@@ -219,7 +223,9 @@ def settle_search(
         RecordError: when the name is taken.
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
-    name = request.name or f"{space.name}-{space.tier}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = request.name
+    if name is None:
+        name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
     check_is_new(search_folder(request.storage, name))
     how = (request.cpus_per_trial, request.deterministic, request.execution)
     numerics = resolve_numerics(request.device, request.precision, *how)
@@ -345,11 +351,13 @@ def check_disk(storage: Path, needs: DiskNeeds) -> None:
     """Refuse a search that would later lack a writable folder or disk space.
 
     Raises:
-        ConfigError: when the temporary folder or the run store is not writable, or the disk too
-            small.
+        ConfigError: when the temporary folder or the run store is not writable, the run store's
+            file system has no locks, or the disk is too small.
     """
     _check_temporary_folder()
     check_folder(storage, "the run store", "storage")
+    if problem := find_lock_problem(_find_existing(storage)):
+        raise ConfigError(f"{storage}: {problem}. Give a folder elsewhere as `storage`.")
     free = shutil.disk_usage(_find_existing(storage)).free
     if needs.total > free:
         needed = f"{_format_mb(needs.total)} must be free for the search ({needs.describe()})"

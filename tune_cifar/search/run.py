@@ -285,8 +285,14 @@ def _open_record(plan: SearchPlan) -> Record:
         header = make_header(
             kind, plan.name, plan.space, seed, plan.data, plan.numerics, plan.request.command
         )
-        more = {"confirmation": plan.confirmation, "predicted_epochs": plan.forecast.epochs.mean}
-        return Record.create(folder, header.model_copy(update=more))
+        more = {
+            "confirmation": plan.confirmation,
+            "predicted_epochs": plan.forecast.epochs.mean,
+            "warm_start": plan.request.warm_start,
+            "warm_trials": plan.request.warm_trials,
+        }
+        create = Record.create_numbered if plan.request.name is None else Record.create
+        return create(folder, header.model_copy(update=more))
     record = Record.open(folder)
     record.append(plan.resumed)
     return record

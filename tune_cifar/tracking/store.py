@@ -15,6 +15,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from tune_cifar.errors import TrackingError, hide_credentials
+from tune_cifar.record.files import find_lock_problem
 
 MAX_FAULT_CHARACTERS = 300
 # A line that may precede the database's own message.
@@ -85,6 +86,7 @@ def _initialise_sqlite(path: Path) -> None:
         return
     from mlflow import MlflowClient
 
+    check_locks(path.parent)
     with FileLock(f"{path}.lock", timeout=INITIALISING_SECONDS):
         if path.stat().st_size:
             return
@@ -94,6 +96,12 @@ def _initialise_sqlite(path: Path) -> None:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
+
+
+def check_locks(folder: Path) -> None:
+    """Raise a TrackingError where files cannot be locked; filelock would wait, or lock softly."""
+    if problem := find_lock_problem(folder):
+        raise TrackingError(f"{folder}: {problem}")
 
 
 def place_experiment(

@@ -26,6 +26,7 @@ from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import find_storage
 from tune_cifar.tracking.runs import METRICS_PER_BATCH, SearchRuns, to_ms
 from tune_cifar.tracking.store import (
+    check_locks,
     create_experiment,
     describe_error,
     find_experiment,
@@ -346,6 +347,7 @@ class _Uploader(AbstractContextManager["_Uploader"]):
     def try_lock(self, timeout_seconds: float) -> bool:
         """Lock the search's runs for this process; return False when another has locked them."""
         if not self._lock.is_locked:
+            check_locks(Path(self._lock.lock_file).parent)
             try:
                 self._lock.acquire(timeout=timeout_seconds)
             except Timeout:

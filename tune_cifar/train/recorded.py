@@ -6,7 +6,6 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from tune_cifar.record.events import (
 )
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
-from tune_cifar.record.store import search_folder
+from tune_cifar.record.store import make_name, search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import load_weights
@@ -115,9 +114,11 @@ def open_training(
     config = space.baseline
     data = load_train_val(source, config.train_size, config.val_size)
     if not resume:
-        name = name or f"train-{space.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        create = Record.create
+        if name is None:
+            name, create = make_name(storage, f"train-{space.name}"), Record.create_numbered
         header = make_header("train", name, space, config.seed, data.info, numerics, command)
-        return Record.create(search_folder(storage, name), header), data
+        return create(search_folder(storage, name), header), data
     if name is None:
         hint = "`python -m tune_cifar leaderboard` shows the names."
         raise ConfigError(f"`resume=True` needs `name`, got none. {hint}")

@@ -123,7 +123,8 @@ def make_confirmation(
         is_new = config not in [candidate.config for candidate in candidates]
         if is_new and len(candidates) <= num_top:
             candidates.append(Candidate(run_id=trial.run_id, score=trial.score, config=config))
-    return _make_space(state, candidates, num_seeds, changes, is_final=False)
+    space, made = _make_space(state, candidates, num_seeds, changes, is_final=False)
+    return space, made.model_copy(update={"top": num_top})
 
 
 def make_final(
