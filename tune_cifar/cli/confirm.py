@@ -258,7 +258,8 @@ def _plan(
 
         request = replace(request, keep_weights=_count_weights(settled))
         plan = prepare_search(space, request, settled)
-    say(plan.describe(), console)
+    for note in (*plan.notes, plan.describe()):
+        say(note, console)
     return plan
 
 
@@ -296,6 +297,7 @@ def _evaluate_tests(
     untested = [t for t in complete if not find_test_evaluations(test_log, t.fingerprint, name)]
     if not untested:
         return
+    options.check_tracking_uri(state.storage, tracking_uri, console)
     source = options.find_recorded_data(state, data)
     for trial in untested:
         loaded = load_recorded_data(state, trial, source)

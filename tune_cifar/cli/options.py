@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tune_cifar.cli.terminal import say
 from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tune_cifar.data.files import DataSource
     from tune_cifar.record.state import SearchState, TrialState
 
@@ -167,6 +170,14 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(f"{parameter.opts[0]} {why}")
+
+
+def check_tracking_uri(storage: Path, uri: str | None, console: Console) -> None:
+    """Refuse an address that can never take an upload; say so when MLflow is away for now."""
+    from tune_cifar.tracking.store import check_tracking
+
+    if (note := check_tracking(storage, uri)) is not None:
+        say(note, console, "yellow")
 
 
 def choose_run(

@@ -75,6 +75,8 @@ def reproduce(
         if not again:
             test_log = find_test_log(state.storage, source.name)
             logged = find_test_evaluations(test_log, trial.fingerprint, source.name)
+        if not logged:
+            options.check_tracking_uri(state.storage, tracking_uri, console)
     trainer: Trainer | None = None
     if not (no_retrain and logged):
         numerics = restore_numerics(trial.driver.numerics, device)
