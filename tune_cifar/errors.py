@@ -26,8 +26,12 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def hide_credentials(text: str) -> str:
-    """Replace `user:password@` (or `token@`) in every address of a text by `***@`."""
-    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+    """Replace `user:password@` (or `token@`) in every address of a text by `***@`.
+
+    So are a password that is not escaped (`user:pass/word@`) and one that stands after a `?`.
+    """
+    text = re.sub(r"(?<=://)[^/\s]\S*@", "***@", text)
+    return re.sub(r"(?i)(?<=[?&])((?:password|passwd|pwd|token)=)[^&\s'\"]+", r"\1***", text)
 
 
 class TuneCifarError(Exception):

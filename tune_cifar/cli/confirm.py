@@ -283,7 +283,8 @@ def _plan(
         name = request.name or _choose_name(request.storage, search, is_final)
         request = replace(request, name=name, keep_weights=_count_weights(settled))
         plan = prepare_search(space, request, settled)
-    say(plan.describe(), console)
+    for note in (*plan.notes, plan.describe()):
+        say(note, console)
     return plan
 
 
@@ -319,6 +320,7 @@ def _evaluate_tests(
     untested = [t for t in complete if not find_test_evaluations(storage, t.fingerprint, info)]
     if not untested:
         return
+    options.check_tracking_uri(state.storage, tracking_uri, console)
     source = options.find_recorded_data(state, data)
     for trial in untested:
         loaded = load_recorded_data(state, trial, source)

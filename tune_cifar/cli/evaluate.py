@@ -63,6 +63,7 @@ def evaluate(
     if not trial.config.val_size:
         way_out = "Try: reproduce --test."
         raise RecordError(f"{trial.run_id} was trained without validation images. {way_out}")
+    options.check_tracking_uri(state.storage, tracking_uri, console)
     loaded = load_recorded_data(state, trial, options.find_recorded_data(state, data))
     assert loaded.val is not None
     way_out = "Evaluate the best one: --best --search, or keep more: search --keep-weights."

@@ -111,6 +111,7 @@ def lr_range(
     check_folder(folder, "the test's folder", "out" if out else "storage")
     if out is not None and (out / "sweeps.json").exists():
         raise ConfigError(f"--out: a folder without another test must be given, got {folder}.")
+    options.check_tracking_uri(store, tracking_uri, stderr() if as_json else stdout())
     source = find_data(data)
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     console = stderr() if as_json else stdout()

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tune_cifar.cli.terminal import say
 from tune_cifar.errors import ConfigError, SpaceError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tune_cifar.data.files import DataSource
     from tune_cifar.record.events import Header
     from tune_cifar.record.state import SearchState, TrialState
@@ -253,6 +256,14 @@ def _find_changed_settings(given: Iterable[str], header: Header) -> list[str]:
 def _describe(value: Any) -> str:
     words = {None: "unset", True: "on", False: "off"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def check_tracking_uri(storage: Path, uri: str | None, console: Console) -> None:
+    """Refuse an address that can never take an upload; say so when MLflow is away for now."""
+    from tune_cifar.tracking.store import check_tracking
+
+    if (note := check_tracking(storage, uri)) is not None:
+        say(note, console, "yellow")
 
 
 def choose_run(

@@ -75,6 +75,8 @@ def reproduce(
         if not again:
             data_info = state.header.data
             logged = find_test_evaluations(state.storage, trial.fingerprint, data_info)
+        if not logged:
+            options.check_tracking_uri(state.storage, tracking_uri, console)
     trainer: Trainer | None = None
     if not (no_retrain and logged):
         numerics = restore_numerics(trial.driver.numerics, device)

@@ -170,7 +170,8 @@ def _plan_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
         from tune_cifar.search.run import prepare_search
 
         plan = prepare_search(space, request)
-    say(plan.describe())
+    for note in (*plan.notes, plan.describe()):
+        say(note)
     return plan
 
 

@@ -111,6 +111,7 @@ def _train(
     from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
     from tune_cifar.train.recorded import open_training, run_training
 
+    options.check_tracking_uri(storage, tracking_uri, stdout())
     print_synthetic_banner(stdout(), source.name)
     record, data = open_training(space, source, numerics, storage, name, this_command(), resume)
     name, is_interrupted = record.state.header.name, False

@@ -13,7 +13,8 @@ from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.format import format_percent
 from tune_cifar.schema import EpochResult, TrainConfig
-from tune_cifar.tracking.store import find_sqlite_file, translate_errors
+from tune_cifar.tracking.address import find_sqlite_file
+from tune_cifar.tracking.store import translate_errors
 from tune_cifar.tracking.uploaded import read_trials
 
 if TYPE_CHECKING:

@@ -30,6 +30,8 @@ from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.search.rungs import list_stages
 from tune_cifar.space.select import SearchSpace
+from tune_cifar.tracking.address import make_tracking_uri
+from tune_cifar.tracking.store import check_tracking
 from tune_cifar.train.numerics import (
     check_cpus,
     count_gpus,
@@ -140,7 +142,7 @@ class SearchPlan:
         cost: measured, of one trial.
         past: the recorded search, when it is resumed.
         resumed: the event that a resumed search appends to its record; None for a new search.
-        notes: what was restored and what has changed, a sentence each.
+        notes: what was restored, what has changed and whether MLflow is away, a sentence each.
         confirmation: set when a search's best trials are trained again under new seeds.
     """
 
@@ -239,7 +241,7 @@ def check_and_measure(
     numerics: Numerics,
     start_workers: Callable[[Resources], None] | None = None,
 ) -> SearchPlan:
-    """Check that the machine can run a search and measure 20 training steps.
+    """Check that the machine can run a search and that MLflow can; measure 20 training steps.
 
     Args:
         start_workers: called in this thread while others read the data and measure.
@@ -247,6 +249,7 @@ def check_and_measure(
     Raises:
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
+    make_tracking_uri(request.storage, request.tracking_uri)  # refuses a bad one at once
     resources = resolve_resources(request, numerics, count_gpus(request.device))
     config = space.baseline
     needs = estimate_disk_needs(space, resources.max_concurrent, request.keep_weights)
@@ -257,7 +260,9 @@ def check_and_measure(
         if start_workers is not None:
             start_workers(resources)
         data, cost = loaded.result().info, measured.result()
-    return SearchPlan(space, request, name, data, numerics, resources, cost)
+    away = check_tracking(request.storage, request.tracking_uri)  # last: its imports take memory
+    notes = () if away is None else (away,)
+    return SearchPlan(space, request, name, data, numerics, resources, cost, notes=notes)
 
 
 def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:

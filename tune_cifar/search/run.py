@@ -105,7 +105,7 @@ def prepare_resume(
     notes = describe_restored(state, space.budget.rungs)
     notes += [f"changed since: {change}" for change in changes.harmless]
     notes += [f"accepted: {change}" for change in changes.deciding]
-    plan = replace(plan, past=state, resumed=event, notes=tuple(notes))
+    plan = replace(plan, past=state, resumed=event, notes=(*plan.notes, *notes))
     return replace(plan, confirmation=state.header.confirmation)
 
 

@@ -39,10 +39,11 @@ from tune_cifar.tracking.views import MAX_TAG_CHARACTERS, make_experiment_tags
 EPOCH_METRICS = ("val_acc", "val_loss", "train_acc", "train_loss", "lr", "images_per_second")
 # Prefix of the names of an evaluation's metrics.
 PART_PREFIX: dict[str, str] = {"validation": "val", "test": "test"}
-# MLflow's status for each of ours. A run whose driver stopped before its trial ended is KILLED too.
+# MLflow's status for each of ours: early stopping is a success. A run whose driver stopped before
+# its trial ended is KILLED.
 RUN_STATUS: dict[Status, str] = {
     "complete": "FINISHED",
-    "stopped": "KILLED",
+    "stopped": "FINISHED",
     "diverged": "FAILED",
     "failed": "FAILED",
     "running": "RUNNING",

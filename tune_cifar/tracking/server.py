@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,9 +13,9 @@ import time
 from contextlib import suppress
 
 from tune_cifar.errors import TrackingError, hide_credentials
+from tune_cifar.tracking.address import find_sqlite_file
 from tune_cifar.tracking.store import (
     MLFLOW_ENVIRONMENT,
-    find_sqlite_file,
     list_experiments,
     make_client,
     translate_errors,
@@ -23,6 +24,8 @@ from tune_cifar.tracking.views import list_view_links
 
 # The port of MLflow's UI, unless it is in use.
 UI_PORT = 5077
+# A line of the process that names an exception.
+ERROR = re.compile(r"\w(?:Error|Exception)\b")
 
 
 def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
@@ -35,7 +38,8 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
         port: None takes UI_PORT, or any free port when that is in use.
 
     Raises:
-        TrackingError: when there is no such SQLite file, the port is in use, or the process ends.
+        TrackingError: when there is no such SQLite file, MLflow cannot open the database, the port
+            is in use, or the process ends.
     """
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
@@ -45,6 +49,8 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
         port = _find_port()
     elif _is_listening(port):
         raise TrackingError(f"`port` must be free, got {port}, which is in use. Leave it out.")
+    with translate_errors("opening MLflow's store"):
+        make_client(tracking_uri)  # says why it cannot; moved artifacts are found again
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
@@ -58,7 +64,7 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
                 if process.poll() is not None:
                     output.seek(0)
                     lines = output.read().decode(errors="replace").splitlines()
-                    errors = [hide_credentials(line) for line in lines if "Error" in line]
+                    errors = [hide_credentials(line) for line in lines if ERROR.search(line)]
                     fault = errors[-1] if errors else "no message"
                     status = f"exit status {process.returncode}"
                     raise TrackingError(f"MLflow's UI ended with {status}: {fault}.")

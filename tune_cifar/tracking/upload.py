@@ -24,13 +24,14 @@ from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import find_storage
+from tune_cifar.tracking.address import find_sqlite_file
+from tune_cifar.tracking.address import make_tracking_uri as make_tracking_uri
 from tune_cifar.tracking.runs import METRICS_PER_BATCH, SearchRuns, to_ms
 from tune_cifar.tracking.store import (
     check_locks,
     create_experiment,
     describe_error,
     find_experiment,
-    find_sqlite_file,
     make_client,
     place_experiment,
     translate_errors,
@@ -64,11 +65,6 @@ class SyncReport:
     uploaded: int
     already: int
     closed: int
-
-
-def make_tracking_uri(storage: Path, option: str | None) -> str:
-    """Return the tracking address: the option, else a SQLite file in the run store."""
-    return option or f"sqlite:///{storage}/mlflow.db"
 
 
 class BackgroundUploader:
