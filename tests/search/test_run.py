@@ -890,12 +890,12 @@ def write(*args):
     Path("/dev/full").write_text("a line")
 
 def interrupt(state, event):
-    if isinstance(event, EpochReported):
+    if isinstance(event, EpochReported) and sum(t.epochs_done for t in state.trials.values()) == 1:
         os.kill(os.getpid(), signal.SIGINT)
 
 small = {"epochs": 2, "train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
 space = load_space("smoke", "cpu", small).limit(2, None)
-request = SearchRequest(find_data("shapes"), Path("runs"), "test", name="shown")
+request = SearchRequest(find_data("shapes"), Path("runs").absolute(), "test", name="shown")
 listener = write if sys.argv[1] == "listener" else interrupt
 state, faults = run_search(prepare_search(space, request), listener, write)
 assert not faults

@@ -577,6 +577,16 @@ def test_at_a_terminal_the_user_is_asked(
     assert proposal["written"] is is_written and (mini.read_text() != SPACE) is is_written
 
 
+def test_nobody_is_asked_where_the_question_cannot_be_seen(
+    mini: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `lr-range ... 2>> log` at a terminal: the command would wait for ever."""
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    report, out = report_on(mini, fp32, bowl), io.StringIO()
+    proposal = _propose(str(mini), report, False, False, Console(file=out, width=500))
+    assert not proposal["written"] and "there is no terminal to ask at" in out.getvalue()
+
+
 def test_a_range_that_stands_there_already_is_not_written_again(mini: Path, fp32: Numerics) -> None:
     report, out = report_on(mini, fp32, bowl), io.StringIO()
     assert _propose(str(mini), report, True, False, Console(file=io.StringIO()))["written"]
