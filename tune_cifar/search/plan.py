@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -381,11 +382,12 @@ def check_folder(folder: Path, what: str, parameter: str) -> None:
 
 
 def _check_temporary_folder() -> None:
-    """Check the folder that Ray takes: RAY_TMPDIR, else TMPDIR, else /tmp.
+    """Check the folder that Ray takes: RAY_TMPDIR, else on Linux TMPDIR, else /tmp.
 
     Python's tempfile would skip a bad one; Ray does not.
     """
-    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "TMPDIR")
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
+    name = next((name for name in names if name in os.environ), names[-1])
     folder = Path(os.environ.get(name, "/tmp"))
     if not folder.is_absolute():
         raise ConfigError(f"{name} must be an absolute path, got {str(folder)!r}.")

@@ -33,9 +33,6 @@ CPU_VARIABLES = (
     "MKL_DOMAIN_NUM_THREADS",
     "MKL_DYNAMIC",
     "MKL_ENABLE_INSTRUCTIONS",
-    "OMP_DYNAMIC",
-    "OMP_MAX_ACTIVE_LEVELS",
-    "OMP_THREAD_LIMIT",
     "ONEDNN_CPU_ISA_HINTS",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
@@ -85,6 +82,7 @@ def resolve_numerics(
     if precision not in ("auto", "fp32", "tf32", "bf16"):
         raise ConfigError(f"`precision` must be auto, fp32, tf32 or bf16, got {precision!r}.")
     check_cpus(threads)
+    check_openmp(threads, _read_environment())
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         rule = "`device='cuda'` needs a CUDA device"
@@ -165,6 +163,24 @@ def check_cpus(num: int) -> None:
     if not 1 <= num <= count_cores():
         rule = f"`cpus_per_trial` must be 1 to {count_cores()} (the cores here)"
         raise ConfigError(f"{rule}, got {num}.")
+
+
+def check_openmp(threads: int, environment: Mapping[str, str]) -> None:
+    """Refuse a number of threads that OpenMP would lower: oneDNN waits for the others for ever.
+
+    Raises:
+        ConfigError: with the variable.
+    """
+    limit = environment.get("OMP_THREAD_LIMIT", "")
+    is_lowered = {
+        "OMP_DYNAMIC": environment.get("OMP_DYNAMIC", "").lower() == "true",
+        "OMP_MAX_ACTIVE_LEVELS": environment.get("OMP_MAX_ACTIVE_LEVELS") == "0",
+        "OMP_THREAD_LIMIT": limit.isdecimal() and int(limit) < threads,
+    }
+    for name, is_low in is_lowered.items():
+        if threads > 1 and is_low:
+            rule = f"{name} must allow the {threads} threads of `cpus_per_trial`"
+            raise ConfigError(f"{rule}, got {environment[name]}. Unset it.")
 
 
 def get_memory_mb(numerics: Numerics) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import resource
+import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -187,7 +188,8 @@ class Trainer:
         """Peak memory in MiB: of the GPU since the epoch began, or of this process on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kilobytes on Linux
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
     def measure_step_seconds(self, num_steps: int = 20) -> float:
         """Return the median seconds of a step. It trains: use a separate Trainer for it."""
