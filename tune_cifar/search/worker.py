@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -15,13 +16,9 @@ from typing import Any
 
 # Ray reads these when it is imported: no output of its own, workers stay in the folder and at the
 # priority of the process that started them (at Ray's nice 15 they would starve beside other work,
-# and measured steps would predict nothing), no snapshots (the record is enough). Ray's processes
-# listen on all addresses of the machine and run what they are sent: the token, a new one for each
-# command, keeps everybody else out.
+# and measured steps would predict nothing), no snapshots (the record is enough).
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -32,7 +29,13 @@ RAY_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
 }
-os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+if "ray" not in sys.modules:
+    # Ray's processes listen on all addresses of the machine and run what they are sent. A token,
+    # a new one for each command, keeps everybody else out; Ray's own would be a file in the user's
+    # home. Where Ray is imported already, its own it is: it reads these then no more.
+    RAY_ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+for name, value in RAY_ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
 
 import torch
 from ray import tune
