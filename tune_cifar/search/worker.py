@@ -17,7 +17,8 @@ from typing import Any
 # priority of the process that started them (at Ray's nice 15 they would starve beside other work,
 # and measured steps would predict nothing), no snapshots (the record is enough). Ray's processes
 # listen on all addresses of the machine and run what they are sent: the token, a new one for each
-# command, keeps everybody else out.
+# command, keeps everybody else out. Users may set other values, but one: under `uv run` Ray would
+# upload the working folder and start its workers with uv.
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "token",
@@ -33,6 +34,7 @@ RAY_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
 }
 os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 import torch
 from ray import tune
@@ -40,6 +42,7 @@ from ray import tune
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, Diverged
+from tune_cifar.priority import make_session_nice
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.trial import stop_file, train_trial
 
@@ -52,6 +55,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial; Ray calls this when the worker starts."""
+        make_session_nice()
         self._results: Iterator[tuple[int, EpochResult]] | None = None
         self.reset_config(config)
 
