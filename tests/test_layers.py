@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "tune_cifar"
 
 # From the bottom up. Packages of one tier do not import each other.
 TIERS = (
-    ("schema", "errors"),
+    ("schema", "errors", "priority"),
     ("record", "space", "data", "models", "augment"),
     ("train", "tracking"),
     ("search",),
@@ -27,7 +27,7 @@ TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}
 FREE = {"errors"}
 # The packages and modules that may import a heavy or replaceable dependency.
 DEPENDENCIES = {
-    "ray": {"search/run", "search/worker"},
+    "ray": {"search/run", "search/worker", "search/cluster"},
     "optuna": {"space", "search/sampler", "report/tables", "report/dashboard"},
     "mlflow": {"tracking"},
     "filelock": {"tracking"},

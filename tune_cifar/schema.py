@@ -34,6 +34,8 @@ NUM_VAL_IMAGES = 5_000
 NUM_CLASSES = 10
 CHANCE_ACCURACY = 1 / NUM_CLASSES
 MAX_EPOCHS = 1000
+# Of trainings and samplers: a search's sampler adds the trial's number, and numpy takes 32 bits.
+MAX_SEED = 2**31 - 1
 
 
 def knob(
@@ -130,7 +132,7 @@ class TrainConfig(Frozen):
         NUM_VAL_IMAGES, "validation images", "data/load", unit="images", ge=0, le=NUM_VAL_IMAGES
     )
     """A stratified prefix of the 5,000 validation images; 0 only with train_size 50,000."""
-    seed: int = knob(0, "seed", "train/step", ge=0, le=2**31 - 1)
+    seed: int = knob(0, "seed", "train/step", ge=0, le=MAX_SEED)
     """Seeds every random stream of the training: initial weights, order, augmentation, dropout."""
 
     augment_backend: Literal["batched", "albumentations"] = knob(
@@ -323,7 +325,8 @@ def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{context['error']}."
     if kind in _BOUNDS:
         key, sign = _BOUNDS[kind]
-        return f"{where} {sign} {context[key]:g} must hold, got {got!r}."
+        bound = context[key] if isinstance(context[key], int) else f"{context[key]:g}"
+        return f"{where} {sign} {bound} must hold, got {got!r}."
     if kind == "literal_error":
         field = model.model_fields.get(where)
         options = get_args(field.annotation) if field is not None else ()

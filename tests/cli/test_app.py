@@ -134,6 +134,17 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
         ConfigError,
         "`gpus_per_trial` must be 0 on a CPU, got 1.",
     ),
+    ("plan --space s7 --trials 100001", ConfigError, "`trials` <= 100000 must hold, got 100001."),
+    (
+        "plan --space s7 --data shapes --seed -1",
+        ConfigError,
+        "`seed` must be 0 to 2147483647, got -1.",
+    ),
+    (
+        "train --space s7 --set seed=99999999999",
+        ConfigError,
+        "`settings`: seed <= 2147483647 must hold, got 99999999999.",
+    ),
     ("spaces show s11", SpaceError, "no search space named 's11'."),
     (
         "spaces check no/such.yaml",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.builders import SHAPES, make_space
-from tests.faults.disks import limit_file_size, mount_small_disk
+from tests.faults.disks import drop_root, limit_file_size, mount_small_disk
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import Numerics
@@ -171,3 +174,53 @@ def test_a_relative_temporary_folder_is_refused(
 ) -> None:
     monkeypatch.setenv("TMPDIR", text)
     assert refuse(tmp_path).startswith("TMPDIR must be an absolute path, got ")
+
+
+def test_another_users_ray_folder_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would end with a traceback, after all checks have passed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a folder of another user")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are closed to others
+    try:
+        folder.chmod(0o1777)
+        (folder / "ray").mkdir(mode=0o755)
+        monkeypatch.setenv("RAY_TMPDIR", str(folder))
+        with drop_root():
+            sentence = refuse(folder)
+        (folder / "ray").chmod(0o1777)  # as Ray makes it: for all
+        with drop_root():
+            check_disk(folder, NEEDS)
+    finally:
+        shutil.rmtree(folder)
+    rule = f"{folder}/ray: Ray's folder must be writable, got 'Permission denied' at {folder}/ray."
+    assert sentence == f"{rule} Set RAY_TMPDIR to a folder of your own."
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_ray_folder_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short enough for Ray's sockets
+    monkeypatch.setenv(name, str(folder))
+    try:
+        (folder / "ray").write_text("")
+        assert "/ray: Ray's folder must be writable, got 'Not a directory'" in refuse(tmp_path)
+        (folder / "ray").unlink()
+        (folder / "ray").symlink_to("/no/such/folder")
+        assert "Ray's folder must be writable, got 'No such file or dir" in refuse(tmp_path)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_read_only_ray_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    try:
+        with mount_small_disk(folder / "ray", num_kb=100) as disk:
+            command = ["mount", "-o", "remount,ro", str(disk)]
+            subprocess.run(command, check=True)
+            assert "Ray's folder must be writable, got 'Read-only file system'" in refuse(tmp_path)
+    finally:
+        shutil.rmtree(folder)

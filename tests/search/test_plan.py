@@ -7,6 +7,7 @@ import fcntl
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.builders import (
     SHAPES,
     StoppedClock,
     make_header,
+    make_space,
     make_trial,
     write_record,
 )
@@ -35,6 +37,8 @@ from tune_cifar.search.plan import (
     settle_search,
 )
 from tune_cifar.search.run import _open_record
+from tune_cifar.search.sampler import Sampler, make_study
+from tune_cifar.space.layout import MAX_TRIALS, SamplerBudget
 from tune_cifar.space.select import load_space
 
 GB = 1024.0
@@ -158,3 +162,38 @@ def test_a_run_store_without_locks_is_refused_before_the_workers_start(
     sentence = "the file system must have locks .*'No locks available'.* elsewhere as `storage`"
     with pytest.raises(ConfigError, match=sentence):
         check_disk(tmp_path / "runs", DiskNeeds(0, 0, 0))
+
+
+LARGEST_SEED = 2**31 - 1
+
+
+@pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 99_999_999_999, 10**400])
+def test_a_seed_that_the_sampler_would_not_take_is_refused_before_anything_is_made(
+    tmp_path: Path, seed: int
+) -> None:
+    """It adds the trial's number, and numpy's seeds have 32 bits."""
+    request = SearchRequest(SHAPES, tmp_path / "runs", "test", seed=seed)
+    with pytest.raises(ConfigError, match=f"^`seed` must be 0 to {LARGEST_SEED}, got {seed}\\.$"):
+        settle_search(load_space("smoke", "cpu"), request)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [0, -1, 100_001, 10**400])
+def test_a_senseless_number_of_weights_is_refused_before_anything_is_made(
+    tmp_path: Path, number: int
+) -> None:
+    request = SearchRequest(SHAPES, tmp_path / "runs", "test", keep_weights=number)
+    with pytest.raises(ConfigError, match=f"^`keep_weights` must be 1 to 100000, got {number}"):
+        settle_search(load_space("smoke", "cpu"), request)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["tpe", "random", "qmc"])
+def test_the_largest_seed_serves_the_last_trial_of_the_longest_search(kind: Any) -> None:
+    startup = 1 if kind == "tpe" else 0
+    sampler = SamplerBudget(kind=kind, startup=startup)
+    space = make_space(trials=MAX_TRIALS, sampler=sampler)
+    assert Sampler(space, LARGEST_SEED).ask(0)[1] == "baseline"
+    last = Sampler(space, LARGEST_SEED)._make_sampler(LARGEST_SEED + MAX_TRIALS - 1)
+    study = make_study(last)
+    assert set(study.ask(space.distributions).params) == set(space.distributions)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from tests.builders import make_result, make_space, make_stages_driver
+from tests.builders import SHAPES, make_result, make_space, make_stages_driver
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.environment import (
     DECIDING_PACKAGES,
@@ -24,14 +24,16 @@ from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import DataInfo, Numerics
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.search.plan import count_trials
+from tune_cifar.search.plan import SearchRequest, count_trials
 from tune_cifar.search.resume import (
     check_accepted,
+    check_resumable,
     describe_restored,
     find_changes,
     restore_space,
     warm_start,
 )
+from tune_cifar.search.run import prepare_resume
 from tune_cifar.space.reader import parse_recorded, parse_space
 from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
@@ -281,3 +283,29 @@ def test_trials_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
         count_trials(text, num_started)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 8, 99_999_999_999])
+def test_an_old_search_whose_seed_the_sampler_would_not_take_says_what_to_do(
+    tmp_path: Path, fp32: Numerics, seed: int
+) -> None:
+    header = make_header("search", "x", make_space(), seed, DATA, fp32, "test")
+    Record.create(search_folder(tmp_path, "x"), header).close()
+    before = (search_folder(tmp_path, "x") / "record.jsonl").read_bytes()
+    rule = f"x: its seed must be 0 to {2**32 - 9} (with 9 trials), got {seed}"
+    hint = "Start a new search with another `seed`; `warm_start` takes over the best trials."
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{rule}. {hint}')}$"):
+        prepare_resume(SearchRequest(SHAPES, tmp_path, "test", name="x"), None, None, True)
+    assert (search_folder(tmp_path, "x") / "record.jsonl").read_bytes() == before
+
+
+def test_an_old_search_whose_seed_the_sampler_takes_is_resumed(fp32: Numerics) -> None:
+    header = make_header("search", "x", make_space(), 2**32 - 9, DATA, fp32, "test")
+    check_resumable(header, 9)
+    check_resumable(header.model_copy(update={"kind": "confirm", "seed": -1}), 9)
+
+
+def test_more_trials_than_a_search_may_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`trials` <= 100000 must hold, got 100001\."):
+        make_space().limit(count_trials("+1", 100_000))
+    assert make_space().limit(count_trials("100000")).budget.trials == 100_000

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -637,7 +639,7 @@ def test_resources_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "num_gpus", "fits"), [(0.25, 1, 4), (0.5, 2, 4), (1.0, 2, 2), (2.0, 2, 1), (0.3, 1, 3)]
+    ("gpus", "num_gpus", "fits"), [(0.25, 1, 4), (0.5, 2, 4), (1.0, 2, 2), (0.3, 1, 3)]
 )
 def test_trials_are_packed_on_gpus_by_their_fractions(
     tmp_path: Path,
@@ -653,12 +655,18 @@ def test_trials_are_packed_on_gpus_by_their_fractions(
     assert resolve_resources(request, on_gpu, num_gpus).max_concurrent == fits
 
 
-def test_a_gpu_count_that_is_neither_a_fraction_nor_whole_is_refused(
-    tmp_path: Path, fp32: Numerics
+@pytest.mark.parametrize(
+    "gpus", [1.5, 2.0, 1e300, -1.0, -0.1, math.nan, math.inf, -math.inf, 1e-5, 5e-324]
+)
+def test_more_or_less_than_a_fraction_of_one_gpu_is_refused(
+    tmp_path: Path, fp32: Numerics, gpus: float
 ) -> None:
+    """A trial trains on one GPU: another that Ray kept for it would stand idle."""
     on_gpu = fp32.model_copy(update={"device": "cuda"})
-    with pytest.raises(ConfigError, match=r"a fraction up to 1 or a whole number, got 1\.5"):
-        resolve_resources(SearchRequest(SHAPES, tmp_path, "test", gpus_per_trial=1.5), on_gpu, 2)
+    request = SearchRequest(SHAPES, tmp_path, "test", gpus_per_trial=gpus)
+    rule = "`gpus_per_trial` must be 0 or 0.0001 to 1, since a trial uses one GPU"
+    with pytest.raises(ConfigError, match=f"^{re.escape(rule)}, got {re.escape(f'{gpus:g}')}"):
+        resolve_resources(request, on_gpu, 2)
 
 
 # From here on: searches on Ray.
@@ -834,7 +842,7 @@ def test_workers_have_the_priority_of_who_started_them() -> None:
     """At Ray's default, nice 15, they starve beside other work: measured steps predict nothing."""
     script = (
         "import os\n"
-        "from tune_cifar.search.run import ray, start_ray\n"
+        "from tune_cifar.search.cluster import ray, start_ray\n"
         "from tune_cifar.search.plan import Resources\n"
         "start_ray(Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=1, num_gpus=0))\n"
         "assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)\n"

@@ -416,6 +416,23 @@ def report_on(space: Path, numerics: Numerics, *curves: Curve) -> dict[str, Any]
     return make_report("lr-range-mini", recipe, info, numerics, sweeps, "python -m tune_cifar")
 
 
+def test_seeds_beyond_the_largest_are_refused_before_the_first_sweep(
+    few: TrainVal, fp32: Numerics
+) -> None:
+    config = make_config(schedule="constant", seed=2**31 - 2, **FEW_IMAGES)
+    steps: list[None] = []
+    sweeps = run_sweeps(config, few, fp32, LRS[90:94], 3, lambda: steps.append(None))
+    rule = r"`seeds` <= 2 \(from seed 2147483646 on\) must hold, got 3\."
+    with pytest.raises(ConfigError, match=rule):
+        next(sweeps)
+    assert steps == []
+
+
+def test_more_steps_than_memory_would_hold_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`steps` <= 100000 must hold, got 9999999999999\."):
+        make_lrs(1e-6, 1.0, 9_999_999_999_999)
+
+
 @pytest.mark.slow
 def test_the_saved_document_is_enough_to_draw_the_same_figure(
     mini: Path, fp32: Numerics, tmp_path: Path

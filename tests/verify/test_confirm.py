@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -939,3 +940,21 @@ def test_a_final_evaluates_each_training_on_the_test_set_once(tmp_path: Path) ->
     (candidate,) = json.loads(again.stdout)["candidates"]
     assert candidate["scores"] == {"1": float(row.split(",")[7])}
     assert read_log(storage) == [header, row]
+
+
+@pytest.mark.parametrize("num_seeds", [0, -1, 50_001, 10**400])
+def test_a_confirmation_has_at_least_one_seed_and_no_more_trainings_than_a_search(
+    tmp_path: Path, num_seeds: int
+) -> None:
+    state = write_search(tmp_path, [0.5, 0.7])
+    rule = "`seeds` must be 1 to 50000 (with 2 candidates)"
+    with pytest.raises(ConfigError, match=f"^{re.escape(rule)}, got {num_seeds}\\.$"):
+        make_confirmation(state, 1, num_seeds, {})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 100])
+def test_an_old_search_with_a_seed_out_of_bounds_can_be_confirmed(
+    tmp_path: Path, seed: int
+) -> None:
+    state = write_search(tmp_path, [0.5, 0.7], seed=seed)
+    assert write_confirmed(tmp_path, state, [0.5, 0.7], seeds=1).is_finished

@@ -32,6 +32,7 @@ from tune_cifar.cli import (
 from tune_cifar.cli.streams import Streams
 from tune_cifar.cli.terminal import app, name_options, stderr
 from tune_cifar.errors import TuneCifarError
+from tune_cifar.priority import make_session_nice
 
 COMMANDS = {
     "Search": (search.search, plan.plan, train.train, lr_range.lr_range),
@@ -65,6 +66,7 @@ def run() -> None:
 def main() -> None:
     """Run the command line and end the process; `kill` ends a command as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    make_session_nice()
     streams = Streams(sys.argv[1:])
     status: int | str | None = 1
 

@@ -27,7 +27,8 @@ def leaderboard(
     as_json: options.Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, all knobs.")] = False,
     top: Annotated[
-        int, typer.Option("--top", metavar="N", help="Rows per group in the table.")
+        int,
+        typer.Option("--top", metavar="N", min=1, help="Rows per group in the table."),
     ] = 15,
     storage: options.Storage = None,
 ) -> None:
@@ -140,7 +141,7 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         title += f"split {group['split_hash']}, fidelity {group['fidelity']}"
         knobs = [knob for knob in searched if rows[knob].nunique() > 1][:6]
         table = Table("run", "status", "epochs", "val_acc", *knobs, box=None, header_style="bold")
-        for row in rows.head(top).to_dict("records"):
+        for row in rows.head(min(top, len(rows))).to_dict("records"):
             acc = None if math.isnan(row["val_acc"]) else row["val_acc"]
             cells = [str(row["epochs_done"]), format_percent(acc)]
             cells += [format_value(row[knob]) for knob in knobs]

@@ -27,9 +27,10 @@ from tune_cifar.record.journal import check_is_new
 from tune_cifar.record.machine import count_cores
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import make_name, search_folder
-from tune_cifar.schema import DataInfo, Numerics, TrainConfig
+from tune_cifar.schema import MAX_SEED, DataInfo, Numerics, TrainConfig
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.search.rungs import list_stages
+from tune_cifar.space.layout import MAX_TRIALS
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.address import make_tracking_uri
 from tune_cifar.tracking.store import check_tracking
@@ -56,6 +57,8 @@ SEARCH_BYTES, TRIAL_BYTES, EPOCH_BYTES = 2_000_000, 40_000, 2_500
 MAX_TEMPORARY_BYTES = 107 - len("/ray/session__/sockets/plasma_store") - 26 - 7
 # MiB of a GPU that a process holds beside torch's allocator (CUDA's context, kernels): an estimate.
 CONTEXT_MB = 600.0
+# The smallest fraction of a GPU that Ray counts.
+MIN_GPUS = 0.0001
 # Fraction of a device's memory that is given to trials.
 USABLE_MEMORY = 0.9
 
@@ -226,6 +229,7 @@ def settle_search(
         RecordError: when the name is taken.
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
+    check_request(request)
     name = request.name
     if name is None:
         name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
@@ -250,6 +254,7 @@ def check_and_measure(
     Raises:
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
+    check_request(request)
     make_tracking_uri(request.storage, request.tracking_uri)  # refuses a bad one at once
     resources = resolve_resources(request, numerics, count_gpus(request.device))
     config = space.baseline
@@ -266,6 +271,19 @@ def check_and_measure(
     return SearchPlan(space, request, name, data, numerics, resources, cost, notes=notes)
 
 
+def check_request(request: SearchRequest) -> None:
+    """Refuse a seed that the sampler would not take, and a senseless number of weights.
+
+    Raises:
+        ConfigError: with the bounds.
+    """
+    seed, keep = request.seed, request.keep_weights
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"`seed` must be 0 to {MAX_SEED}, got {seed}.")
+    if not 1 <= keep <= MAX_TRIALS:
+        raise ConfigError(f"`keep_weights` must be 1 to {MAX_TRIALS}, got {keep}.")
+
+
 def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:
     """Check the requested resources against the machine; by default as many trials run as fit.
 
@@ -278,18 +296,13 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
         gpus = 1.0 if numerics.device == "cuda" else 0.0
     if gpus and numerics.device == "cpu":
         raise ConfigError(f"`gpus_per_trial` must be 0 on a CPU, got {gpus:g}. Leave it out.")
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        rule = "`gpus_per_trial` must be a fraction up to 1 or a whole number"
-        raise ConfigError(f"{rule}, got {gpus:g}.")
-    if gpus > num_gpus:
-        rule = f"`gpus_per_trial` <= {num_gpus} (the GPUs here) must hold"
+    if gpus and not MIN_GPUS <= gpus <= 1:
+        rule = f"`gpus_per_trial` must be 0 or {MIN_GPUS:g} to 1, since a trial uses one GPU"
         raise ConfigError(f"{rule}, got {gpus:g}.")
     if at_once is not None and at_once < 1:
         raise ConfigError(f"`max_concurrent` >= 1 must hold, got {at_once}.")
     num_fitting = count_cores() // cpus
-    if gpus >= 1:
-        num_fitting = min(num_fitting, int(num_gpus / gpus))
-    elif gpus:
+    if gpus:
         num_fitting = min(num_fitting, num_gpus * int(1 / gpus))
     return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
 
@@ -321,10 +334,10 @@ def count_trials(text: str, num_started: int | None = None) -> int:
         ConfigError: when the text is neither, or means fewer trials than there are.
     """
     if num_started is None:
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        if not re.fullmatch(r"[1-9][0-9]{0,18}", text):
             raise ConfigError(f"`trials` must be a whole number >= 1, got {text!r}.")
         return int(text)
-    if not re.fullmatch(r"\+?[1-9][0-9]{0,8}", text):
+    if not re.fullmatch(r"\+?[1-9][0-9]{0,18}", text):
         rule = "`trials` must be a number such as 40 or +50 with `resume=True`"
         raise ConfigError(f"{rule}, got {text!r}.")
     num_trials = num_started * text.startswith("+") + int(text)
@@ -395,6 +408,9 @@ def _check_temporary_folder() -> None:
         rule = f"{name} must be a path of at most {MAX_TEMPORARY_BYTES} bytes (of Ray's sockets)"
         raise ConfigError(f"{rule}, got {size}: {folder}.")
     _check_writable(folder, f"{folder}: the temporary folder", f"Set {name} to one that is.")
+    used = folder / "ray"
+    if os.path.lexists(used):  # perhaps another user's
+        _check_writable(used, f"{used}: Ray's folder", "Set RAY_TMPDIR to a folder of your own.")
 
 
 def _find_existing(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.events import Header
 from tune_cifar.record.state import SearchState
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
-from tune_cifar.search.sampler import fit_point
+from tune_cifar.search.sampler import MAX_SAMPLER_SEED, fit_point
 from tune_cifar.space.layout import Budget
 from tune_cifar.space.reader import parse_recorded
 from tune_cifar.space.select import SearchSpace, read_space, select_tier
@@ -55,6 +55,21 @@ def restore_space(header: Header) -> SearchSpace:
     # Old records lack the fidelity, which was `epochs`.
     budget = Budget.model_validate_json(json.dumps({"fidelity": "epochs"} | header.budget))
     return replace(space, budget=budget, points=tuple(header.points), obstacle=None)
+
+
+def check_resumable(header: Header, num_trials: int) -> None:
+    """Refuse to resume a search whose seed leads beyond the seeds that the sampler takes.
+
+    Searches were recorded before a new one's seed had bounds (`check_request`).
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    largest = MAX_SAMPLER_SEED + 1 - num_trials
+    if header.kind == "search" and not 0 <= header.seed <= largest:
+        rule = f"its seed must be 0 to {largest} (with {num_trials} trials)"
+        hint = "Start a new search with another `seed`; `warm_start` takes over the best trials."
+        raise ConfigError(f"{header.name}: {rule}, got {header.seed}. {hint}")
 
 
 def find_changes(

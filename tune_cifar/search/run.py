@@ -21,7 +21,6 @@ from typing import Any, Literal
 # Before ray: it sets what ray reads when it is imported.
 from tune_cifar.search.worker import TrialWorker, unpack_epochs  # isort: split
 
-import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -34,16 +33,22 @@ from tune_cifar.record.events import Confirmation, Event, Fault, Kind, SearchRes
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
+from tune_cifar.search.cluster import start_ray, use_ray
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import (
-    Resources,
     SearchPlan,
     SearchRequest,
     check_and_measure,
     count_trials,
     settle_search,
 )
-from tune_cifar.search.resume import check_accepted, describe_restored, find_changes, restore_space
+from tune_cifar.search.resume import (
+    check_accepted,
+    check_resumable,
+    describe_restored,
+    find_changes,
+    restore_space,
+)
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
 from tune_cifar.train.numerics import restore_numerics
@@ -86,6 +91,7 @@ def prepare_resume(
     space = restore_space(state.header)
     num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
     space = space.limit(num_trials, max_time_seconds)
+    check_resumable(state.header, num_trials)
     last = state.resumes[-1] if state.resumes else state.header
     numerics = restore_numerics(last.numerics)
     environment = describe_environment()
@@ -218,22 +224,6 @@ class _Stopper(Stopper):  # type: ignore[misc]
         return self._driver.is_cut
 
 
-def start_ray(resources: Resources) -> None:
-    """Start a silent local Ray cluster without dashboard; another cluster is never joined.
-
-    Ray's processes end with the thread that started them.
-    """
-    if not ray.is_initialized():
-        ray.init(
-            address="local",
-            num_cpus=resources.cpus_per_trial * resources.max_concurrent,
-            num_gpus=resources.num_gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="CRITICAL",
-        )
-
-
 def run_search(
     plan: SearchPlan,
     listener: Listener | None = None,
@@ -254,9 +244,10 @@ def run_search(
 
     Raises:
         RecordError: when the name is taken or the record cannot be locked or written.
+        ConfigError: when another search runs in this process, or other code has started Ray.
     """
     request, at_once = plan.request, False
-    with _open_record(plan) as record:
+    with use_ray(plan.resources), _open_record(plan) as record:
         uri = make_tracking_uri(request.storage, request.tracking_uri)
         uploader = BackgroundUploader(uri, request.storage, record.state)
         show = Shown(listener or (lambda state, event: None))
@@ -307,7 +298,6 @@ def _run_tune(
         "source": (source.name, str(source.folder) if source.folder else None),
         "numerics": plan.numerics.model_dump(mode="json"),
     }
-    start_ray(resources)
     per_trial = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
     # Tune requires an experiment folder; nothing in it is ever read.
     scratch_folder = tempfile.TemporaryDirectory(prefix="tune_cifar-")

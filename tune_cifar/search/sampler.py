@@ -23,6 +23,9 @@ from tune_cifar.record.events import Confirmation, Header, Origin
 from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
 from tune_cifar.space.select import SearchSpace
 
+# The largest seed that Optuna's samplers take (numpy's). A trial's is (seed + number).
+MAX_SAMPLER_SEED = 2**32 - 1
+
 
 class Proposal(NamedTuple):
     """Searched values of a trial (of a confirmation: candidate and seed), origin, and recipe."""

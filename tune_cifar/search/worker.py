@@ -16,7 +16,8 @@ from typing import Any
 
 # Ray reads these when it is imported: no output of its own, workers stay in the folder and at the
 # priority of the process that started them (at Ray's nice 15 they would starve beside other work,
-# and measured steps would predict nothing), no snapshots (the record is enough).
+# and measured steps would predict nothing), no snapshots (the record is enough). Users may set
+# other values.
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,6 +37,8 @@ if "ray" not in sys.modules:
     RAY_ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 for name, value in RAY_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+# Not to be changed: under `uv run` Ray would upload the working folder and start workers with uv.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 import torch
 from ray import tune
@@ -43,6 +46,7 @@ from ray import tune
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, Diverged
+from tune_cifar.priority import make_session_nice
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.trial import stop_file, train_trial
 
@@ -55,6 +59,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial; Ray calls this when the worker starts."""
+        make_session_nice()
         self._results: Iterator[tuple[int, EpochResult]] | None = None
         self.reset_config(config)
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tune_cifar.schema import Frozen
+from tune_cifar.schema import MAX_SEED, Frozen
 
 TIERS = ("full", "cpu")
+MAX_TRIALS = 100_000
 
 
 class Published(Frozen):
@@ -64,7 +65,7 @@ FIDELITY_WORDS: dict[Fidelity, str] = {
 class TrialBudget(Frozen):
     """The part of a budget that the file writes as the program has it."""
 
-    trials: int = Field(ge=1, le=100_000)
+    trials: int = Field(ge=1, le=MAX_TRIALS)
     fidelity: Fidelity = "cycles"
     """What a trial trains up to a rung: a complete schedule over the rung's epochs, from scratch
     (`cycles`); a complete schedule from the rung before, with its weights (`cycles/continue`); or
@@ -73,7 +74,7 @@ class TrialBudget(Frozen):
     """Epochs after which trials are compared; the last is the full training."""
     reduction_factor: int = Field(ge=2, le=100)
     sampler: SamplerBudget
-    seed: int = Field(ge=0, le=2**31 - 1)
+    seed: int = Field(ge=0, le=MAX_SEED)
     """The sampler's; the trainings' seed is a knob."""
 
     @field_validator("rungs", mode="before")

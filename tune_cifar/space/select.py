@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from tune_cifar.errors import ConfigError, SpaceError, did_you_mean
 from tune_cifar.schema import KNOBS, TrainConfig
 from tune_cifar.space.document import read_document
-from tune_cifar.space.layout import TIERS, Budget, Choices, Range, Searched, SpaceFile, SpaceHeader
+from tune_cifar.space.layout import (
+    MAX_TRIALS,
+    TIERS,
+    Budget,
+    Choices,
+    Range,
+    Searched,
+    SpaceFile,
+    SpaceHeader,
+)
 from tune_cifar.space.reader import describe_path, parse_space
 from tune_cifar.space.rules import (
     describe_inactive,
@@ -88,11 +97,14 @@ class SearchSpace:
         The sampler's startup stays: a search of fewer trials is a random one.
 
         Raises:
-            ConfigError: for less than one trial, and when nothing can be searched.
+            ConfigError: for less than one trial, more than MAX_TRIALS, and when nothing can be
+                searched.
         """
         self.check_searchable()
         if trials is not None and trials < 1:
             raise ConfigError(f"`trials` >= 1 must hold, got {trials}.")
+        if trials is not None and trials > MAX_TRIALS:
+            raise ConfigError(f"`trials` <= {MAX_TRIALS} must hold, got {trials}.")
         limits = {"trials": trials, "max_time_seconds": max_time_seconds}
         update = {name: value for name, value in limits.items() if value is not None}
         return replace(self, budget=self.budget.model_copy(update=update))

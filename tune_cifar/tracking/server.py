@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 
 from tune_cifar.errors import TrackingError, hide_credentials
+from tune_cifar.priority import make_session_nice
 from tune_cifar.tracking.address import find_sqlite_file
 from tune_cifar.tracking.store import (
     MLFLOW_ENVIRONMENT,
@@ -60,6 +61,7 @@ def run_ui(tracking_uri: str, port: int | None) -> tuple[subprocess.Popen[bytes]
             command, env=environment, start_new_session=True, stdout=output, stderr=output
         )
         try:
+            make_session_nice(process.pid)
             while not _is_listening(port):
                 if process.poll() is not None:
                     output.seek(0)

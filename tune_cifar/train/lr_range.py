@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tune_cifar.data.load import TrainVal
 from tune_cifar.errors import ConfigError
-from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.schema import MAX_SEED, Numerics, TrainConfig
 from tune_cifar.train.trainer import Trainer
 
 # Standard deviation of the smoothing kernel, in decades of learning rate. Of 0.1, 0.15, 0.2, 0.25,
@@ -27,6 +27,8 @@ from tune_cifar.train.trainer import Trainer
 SMOOTHING_DECADES = 0.2
 # With fewer the kernel would cover single steps.
 MIN_STEPS_PER_DECADE = 5
+# Of a sweep, so that what is typed cannot fill the memory.
+MAX_STEPS = 100_000
 # A sweep has diverged when its smoothed loss exceeds its lowest by this factor, as in fastai.
 DIVERGENCE_FACTOR = 4.0
 # A curve falls if its fall exceeds this fraction of its starting level, and this many standard
@@ -55,7 +57,7 @@ def make_lrs(low: float, high: float, num_steps: int) -> tuple[float, ...]:
 
     Raises:
         ConfigError: a bound is not in (0, HIGHEST_LR], the range spans less than a decade, or has
-            less than MIN_STEPS_PER_DECADE steps a decade.
+            less than MIN_STEPS_PER_DECADE steps a decade or more than MAX_STEPS.
     """
     for name, value in (("low", low), ("high", high)):
         if not value > 0:
@@ -65,6 +67,8 @@ def make_lrs(low: float, high: float, num_steps: int) -> tuple[float, ...]:
     if 10 * low > high:
         raise ConfigError(f"`low` must be at most a tenth of `high`, got {low:g} and {high:g}.")
     min_steps = MIN_STEPS_PER_DECADE * math.log10(high / low)
+    if num_steps > MAX_STEPS:
+        raise ConfigError(f"`steps` <= {MAX_STEPS} must hold, got {num_steps}.")
     if num_steps < min_steps:
         rule = f"`steps` must be at least {math.ceil(min_steps)} from {low:g} to {high:g}"
         raise ConfigError(f"{rule} ({MIN_STEPS_PER_DECADE} a decade), got {num_steps}.")
@@ -346,7 +350,13 @@ def run_sweeps(
 
     Yields:
         the Sweep of each seed.
+
+    Raises:
+        ConfigError: before the first sweep, when the last seed would be too large.
     """
+    if config.seed + num_seeds - 1 > MAX_SEED:
+        rule = f"`seeds` <= {MAX_SEED - config.seed + 1} (from seed {config.seed} on) must hold"
+        raise ConfigError(f"{rule}, got {num_seeds}.")
 
     def watch(losses: Iterable[float]) -> Iterator[float]:
         for loss in losses:

@@ -21,8 +21,8 @@ from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import KIND_WORDS, Candidate, Confirmation
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.test_log import TestEvaluation
-from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig
-from tune_cifar.space.layout import Budget, SamplerBudget
+from tune_cifar.schema import MAX_SEED, NUM_TRAIN_IMAGES, TrainConfig
+from tune_cifar.space.layout import MAX_TRIALS, Budget, SamplerBudget
 from tune_cifar.space.select import SearchSpace
 
 ALL_IMAGES = {"train_size": NUM_TRAIN_IMAGES, "val_size": 0}
@@ -161,9 +161,17 @@ def _make_space(
     changes: Mapping[str, Any],
     is_final: bool,
 ) -> tuple[SearchSpace, Confirmation]:
-    """Return a confirmation, and the search's space without ranges and with its budget."""
+    """Return a confirmation, and the search's space without ranges and with its budget.
+
+    Raises:
+        ConfigError: when it would have no training or more than MAX_TRIALS.
+    """
     from tune_cifar.search.resume import restore_space
 
+    largest = MAX_TRIALS // len(candidates)
+    if not 1 <= num_seeds <= largest:
+        rule = f"`seeds` must be 1 to {largest} (with {len(candidates)} candidates)"
+        raise ConfigError(f"{rule}, got {num_seeds}.")
     used = state.header.baseline["seed"]
     seeds = [seed for seed in range(num_seeds + 1) if seed != used][:num_seeds]
     confirmation = Confirmation(
@@ -176,7 +184,8 @@ def _make_space(
         rungs=(baseline.epochs,),
         reduction_factor=2,
         sampler=SamplerBudget(kind="random"),
-        seed=state.header.seed,
+        # It draws nothing; old records may have one out of bounds.
+        seed=min(max(0, state.header.seed), MAX_SEED),
     )
     space = restore_space(state.header)
     space = replace(space, baseline=baseline, budget=budget, pinned=dict(changes), points=())
