@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def _make_axis(values: pd.Series[Any], knob: str) -> dict[str, object]:
     is_log, has_inactive = is_log_knob(knob), bool(numbers.isna().any())
     if not is_log and not has_inactive:
         return axis | {"values": list(numbers)}
-    places = np.log10(numbers) if is_log else numbers
+    places = numbers.map(math.log10, na_action="ignore") if is_log else numbers
     marks: list[float] = []
     if places.notna().any():
         marks = list(np.linspace(places.min(), places.max(), 5))
