@@ -201,6 +201,17 @@ def test_a_knob_counts_for_importances_where_it_is_active(tmp_path: Path) -> Non
     assert table["importance"].drop("schedule").idxmax() == "pct_start"
 
 
+def test_a_knob_that_one_trial_has_active_is_not_important(tmp_path: Path) -> None:
+    state = simulate_search(tmp_path, 20, name="s8")
+    first = next(n for n, t in state.trials.items() if t.full_config.schedule == "onecycle")
+    for number, trial in state.trials.items():
+        if number != first:
+            trial.full_config = trial.full_config.model_copy(update={"schedule": "constant"})
+            trial.params = {**trial.params, "schedule": "constant"}
+    table = make_importances(state, num_resamples=20).set_index("knob")
+    assert table.loc[ONECYCLE, "importance"].sum() < 0.05 < table.loc["max_lr", "importance"]
+
+
 def test_a_search_recorded_with_inactive_knobs_has_the_same_tables(tmp_path: Path) -> None:
     state = simulate_search(tmp_path, 20, name="s8")
     slices, importances = make_slices(state), make_importances(state, num_resamples=5)

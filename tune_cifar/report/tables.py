@@ -9,6 +9,7 @@ reaches.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
@@ -254,7 +255,12 @@ def _find_importances(
         active = {knob: distributions[knob] for knob in params}
         study.add_trial(create_trial(params=params, value=score, distributions=active))
     evaluator = PedAnovaImportanceEvaluator(target_quantile=TOP_FRACTION)
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=True)
+    with warnings.catch_warnings():
+        # A knob that is active in a single trial does not count there; the intervals tell.
+        warnings.filterwarnings(
+            "ignore", message="Some regimes for parameter", category=UserWarning
+        )
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=True)
     is_known = sum(found.values()) > 0
     return {knob: found.get(knob, 0.0) for knob in distributions} if is_known else unknown
 
