@@ -1,14 +1,16 @@
 """Gain of Optuna's TPE over random and quasi-random search at equal epochs, on real trainings.
 
     python benchmarks/proposals.py [--table FILE] [--samplers tpe,tpe/6,random,qmc] [--seeds 200]
-                                   [--figure FILE]
+                                   [--against random] [--figure FILE]
 
 The table was written by benchmarks/fidelity.py; nothing is trained here. A configuration's score is
 val_acc at the end of a training from scratch of as many epochs as the tier cpu has; chance, when it
 diverged. A search asks our own `Sampler`. Each ask is answered by the nearest configuration of the
 table that the search has not had yet, and the sampler is told that configuration's knobs and score.
 Trial 0 is the baseline, the space's points are left out, and no trial is stopped, so that equal
-asks are equal epochs. `tpe` has the tier's startup, `tpe/6` one of 6.
+asks are equal epochs. `tpe` has the tier's startup, `tpe/6` one of 6. `tpe+all` is told inactive
+knobs, too, as searches were until 2026-11-28: `--samplers tpe --against tpe+all` is what leaving
+them out buys. (Random and quasi-random search get the same trainings either way.)
 
 Two intervals, both 95 %:
 
@@ -37,7 +39,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.trial import TrialState
 
 from tune_cifar.schema import CHANCE_ACCURACY, inactive_knobs
 from tune_cifar.search.sampler import Sampler
@@ -97,19 +98,15 @@ class Table:
 class AnsweredSampler(Sampler):
     """A Sampler that learns from other knobs than it proposed.
 
-    A proposal counts as failed, from which nothing is learned; its answer follows as a trial with
-    given knobs. So it proposes what a Sampler with the answers as its history would (tested), in a
-    quarter of the time.
+    A proposal starts no trial; its answer follows as a trial with given knobs. So it proposes what
+    a Sampler with the answers as its history would (tested), in a quarter of the time.
     """
 
     def propose(self, number: int) -> dict[str, Any]:
-        self._study.sampler = self._make_sampler(self._seed + number)
-        trial = self._study.ask(self._space.distributions)
-        self._study.tell(trial, state=TrialState.FAIL)
-        return trial.params
+        return self._leave_out_inactive(self._draw(number))
 
     def answer(self, number: int, params: dict[str, Any], score: float) -> None:
-        self._start(number, params)
+        self._start(number, self._leave_out_inactive(params))
         self.tell(number, "complete", {}, score)
 
 
@@ -138,9 +135,10 @@ def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
     """Return a proposal's place and active knobs, (knobs,) each.
 
     A number's place is its fraction of its range (in logarithms, where the scale is), a choice's is
-    its index.
+    its index, and an inactive knob's is that of the baseline.
     """
     place = []
+    params = {**space.baseline_params, **params}
     for name, distribution in space.distributions.items():
         found: Any = distribution
         if hasattr(found, "choices"):
@@ -186,8 +184,11 @@ def read_table(space: SearchSpace, path: Path) -> Table:
 
 
 def choose_sampler(space: SearchSpace, name: str) -> SearchSpace:
-    """Return the space, without its points, for `random`, `qmc`, `tpe` or `tpe/<startup>`."""
-    kind, _, written = name.partition("/")
+    """Return the space, without its points, for `random`, `qmc`, `tpe` or `tpe/<startup>`.
+
+    What stands after a `+` is not the space's, see Simulator.
+    """
+    kind, _, written = name.partition("+")[0].partition("/")
     startup = (int(written) if written else space.budget.sampler.startup) if kind == "tpe" else 0
     sampler = SamplerBudget.model_validate({"kind": kind, "startup": startup})
     return replace(space, budget=space.budget.model_copy(update={"sampler": sampler}), points=())
@@ -200,7 +201,7 @@ class Simulator:
 
     Args:
         space: with distributions and startup.
-        samplers: see `choose_sampler`.
+        samplers: see `choose_sampler`; one that ends in `+all` is told inactive knobs, too.
         num_asks: of a search; random search has as many as the table.
     """
 
@@ -226,7 +227,9 @@ class Simulator:
             the configurations in the order of the answers, and each one's distance from its ask.
         """
         space = self._spaces[name]
-        learner = AnsweredSampler(space, seed) if space.budget.sampler.kind == "tpe" else None
+        is_conditional, learner = not name.endswith("+all"), None
+        if space.budget.sampler.kind == "tpe":
+            learner = AnsweredSampler(space, seed, is_conditional=is_conditional)
         taken, gaps = [0], [0.0]
         num_asks = len(table.scores) if name == "random" else self._num_asks
         for number in range(1, num_asks):
@@ -262,7 +265,7 @@ def count_asks(curve: Array, level: float) -> float:
 
 
 def compute_figures(outcome: Outcome, asks: Sequence[int]) -> Figures:
-    """Return means over seeds, in points: best so far, regret and difference to random search after
+    """Return means over seeds, in points: best so far, regret and difference to each sampler after
     each of `asks`.
 
     Also the logarithm of the asks that random search needs to reach each sampler's score at half of
@@ -274,7 +277,8 @@ def compute_figures(outcome: Outcome, asks: Sequence[int]) -> Figures:
         for n in asks:
             figures["best", name, n] = 100 * mean[n - 1]
             figures["regret", name, n] = 100 * (outcome.ceiling - mean[n - 1])
-            figures["minus random", name, n] = 100 * (mean[n - 1] - means["random"][n - 1])
+            for other, found in means.items():
+                figures[f"minus {other}", name, n] = 100 * (mean[n - 1] - found[n - 1])
         half = asks[-1] // 2
         num_asks = count_asks(means["random"], mean[half - 1])
         figures["log asks of random", name, half] = math.log(num_asks)
@@ -355,23 +359,23 @@ def estimate(
     return found
 
 
-def show_best(found: dict[tuple[str, str, int], Estimate], epochs: int) -> None:
-    """Print a table: best so far, regret and the paired difference to random search."""
+def show_best(found: dict[tuple[str, str, int], Estimate], epochs: int, against: str) -> None:
+    """Print a table: best so far, regret and the paired difference to one of the samplers."""
     header = (
         "asks | epochs | sampler | best, % | 95 %, seeds | regret, points | 95 %, seeds and table"
     )
-    header += " | minus random, points | 95 %, seeds | 95 %, seeds and table"
+    header += f" | minus {against}, points | 95 %, seeds | 95 %, seeds and table"
     print(f"\n| {header} |\n{'|---' * 10}|")
     for quantity, name, n in sorted(found, key=lambda key: key[2]):
         if quantity == "best":
             best, regret, minus = (
-                found[part, name, n] for part in ("best", "regret", "minus random")
+                found[part, name, n] for part in ("best", "regret", f"minus {against}")
             )
             low, high = best.seeds
             line = f"| {n} | {epochs * n} | {name} | {best.value:.2f} | {low:.2f} to {high:.2f} "
             low, high = regret.both
             line += f"| {regret.value:.2f} | {max(0, low):.2f} to {high:.2f} "
-            if name == "random":
+            if name == against:
                 print(line + "| | | |")
             else:
                 intervals = [
@@ -430,7 +434,8 @@ def draw(outcome: Outcome, num_asks: int, path: Path) -> None:
 def show(arguments: argparse.Namespace) -> None:
     space = load_space(arguments.space, "cpu")
     table = read_table(space, arguments.table)
-    samplers, num_asks = dict.fromkeys([*arguments.samplers.split(","), "random"]), arguments.asks
+    named = [*arguments.samplers.split(","), arguments.against, "random"]
+    samplers, num_asks = dict.fromkeys(named), arguments.asks
     num_configs = len(table.scores)
     if round(FRACTION * num_configs) < num_asks:
         rule = f"--asks must be at most {FRACTION:.0%} of the table's {num_configs} configurations"
@@ -450,7 +455,7 @@ def show(arguments: argparse.Namespace) -> None:
         f"{arguments.seeds} seeds; {NUM_TABLES} subtables of {len(subtables[0].scores)}, "
         f"{NUM_TABLE_SEEDS} seeds each"
     )
-    show_best(found, epochs)
+    show_best(found, epochs, arguments.against)
     show_speed(found)
     show_gaps(outcome, num_asks)
     if arguments.figure:
@@ -463,6 +468,9 @@ def main() -> None:
     parser.add_argument("--space", default="s8")
     parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
     parser.add_argument("--samplers", default="tpe,tpe/6,random,qmc")
+    parser.add_argument(
+        "--against", default="random", help="the sampler that others are compared with"
+    )
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--asks", type=int, default=40)
     parser.add_argument("--figure", type=Path)

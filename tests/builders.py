@@ -500,10 +500,20 @@ def score_by_lr(trial: TrialState, stage: int) -> float:
 
 
 def simulate_search(
-    storage: Path, num_trials: int, score: Scores = score_by_lr, diverging: int | None = None
+    storage: Path,
+    num_trials: int,
+    score: Scores = score_by_lr,
+    diverging: int | None = None,
+    name: str = "smoke",
 ) -> SearchState:
-    """Record a search of smoke with stages of 1 and 3 epochs, one trial at a time, untrained."""
-    space = load_smoke({}, trials=num_trials)
+    """Record a search of smoke with stages of 1 and 3 epochs, one trial at a time, untrained.
+
+    Args:
+        name: of another space with these stages, such as s8.
+    """
+    space = load_space(name, "cpu")
+    budget = {"trials": num_trials, "max_time_seconds": None}
+    space = replace(space, budget=space.budget.model_copy(update=budget))
     header = recorded.make_header("search", "x", space, 3, CIFAR10, NUMERICS, "test")
     driver = SearchDriver(Record.create(search_folder(storage, "x"), header), space, ignore_event)
     while (trial := driver.ask()) is not None:

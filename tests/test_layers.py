@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "tune_cifar"
 
 # From the bottom up. Packages of one tier do not import each other.
 TIERS = (
-    ("schema", "errors", "priority"),
+    ("schema", "errors"),
     ("record", "space", "data", "models", "augment"),
     ("train", "tracking"),
     ("search",),

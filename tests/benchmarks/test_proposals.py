@@ -96,7 +96,7 @@ def test_search_begins_with_the_baseline_and_never_gets_an_answer_twice(
     assert gaps[0] == 0 < min(gaps[1:])
 
 
-@pytest.mark.parametrize("name", ["tpe/4", "random"])
+@pytest.mark.parametrize("name", ["tpe/4", "tpe/4+all", "random"])
 def test_answer_is_nearest_of_what_is_left_to_what_a_sampler_with_this_history_asks(
     space: SearchSpace, name: str
 ) -> None:
@@ -106,8 +106,11 @@ def test_answer_is_nearest_of_what_is_left_to_what_a_sampler_with_this_history_a
     for number in range(1, 12):
         last = taken[number - 1]
         score = float(table.scores[last])
-        history.append(PastTrial(number - 1, table.params[last], "complete", score))
-        ask, _ = Sampler(proposals.choose_sampler(space, name), 5, history).ask(number)
+        params, is_conditional = table.params[last], not name.endswith("+all")
+        told = space.select_active(params) if is_conditional else params
+        history.append(PastTrial(number - 1, told, "complete", score))
+        chosen = proposals.choose_sampler(space, name)
+        ask, _ = Sampler(chosen, 5, history, is_conditional).ask(number)
         distances = table.measure_distances(*proposals.locate(space, ask))
         left = [config for config in range(30) if config not in taken[:number]]
         assert gaps[number] == distances[taken[number]] == min(distances[left])
@@ -119,6 +122,27 @@ def test_tpe_is_paired_with_random_search_until_it_has_its_startup(space: Search
     tpe, random = (simulator.search(name, table, 3)[0] for name in ("tpe", "random"))
     assert tpe[:12] == random[:12]
     assert tpe[12:] != random[12:20]
+
+
+def test_inactive_knobs_told_or_left_out_are_compared_in_pairs(
+    space: SearchSpace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both have the same startup; then only `tpe+all` learns from what had no effect."""
+    table = make_random_table(space, 40)
+    simulator = proposals.Simulator(space, ["tpe", "tpe+all", "random"], 30)
+    outcome = simulator.run(table, 2)
+    found = proposals.compute_figures(outcome, [12, 30])
+    left_out, told = (simulator.search(name, table, 3)[0] for name in ("tpe", "tpe+all"))
+    assert left_out[:12] == told[:12] and left_out[12:] != told[12:]
+    assert found["minus tpe+all", "tpe", 12] == found["minus tpe+all", "tpe+all", 30] == 0
+    difference = found["best", "tpe", 30] - found["best", "tpe+all", 30]
+    assert found["minus tpe+all", "tpe", 30] == pytest.approx(difference)
+    variance = dict.fromkeys(found, 0.0)
+    proposals.show_best(proposals.estimate(outcome, [12, 30], variance), 3, "tpe+all")
+    header, _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert "| minus tpe+all, points |" in header
+    (row,) = (line for line in lines if line.startswith("| 30 | 90 | tpe |"))
+    assert f"| {difference:+.2f} |" in row
 
 
 @pytest.mark.slow

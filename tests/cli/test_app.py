@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 from typer.testing import Result
 
 from tests.builders import (
@@ -26,9 +28,11 @@ from tests.builders import (
     make_train_words,
     refuse,
     run_in_a_process,
+    simulate_search,
     write_record,
 )
 from tune_cifar.cli.app import run
+from tune_cifar.cli.summary import make_trial_table, print_search_summary
 from tune_cifar.cli.terminal import name_options
 from tune_cifar.data.files import FILES, DataSource
 from tune_cifar.errors import (
@@ -386,6 +390,33 @@ def test_leaderboard_shows_the_best_first_as_table_json_and_csv(workplace: Path)
     assert (
         invoke("leaderboard", "--csv").stdout.splitlines()[0].split(",")[:2] == list(trials[0])[:2]
     )
+
+
+def test_inactive_knobs_are_empty_in_leaderboard_and_summary(workplace: Path) -> None:
+    state = simulate_search(workplace / "runs", 30, name="s8")
+    trials = {row["run_id"]: row for row in json.loads(invoke("leaderboard", "--json").stdout)}
+    rows = [line.split() for line in invoke("leaderboard", "--top", "30").stdout.splitlines()]
+    header = next(row for row in rows if row[:1] == ["run"])
+    assert header[-6:] == list(state.header.distributions)
+    for trial in state.trials.values():
+        row = next(row for row in rows if row[:1] == [trial.run_id])
+        is_constant = trial.full_config.schedule == "constant"
+        assert len(row) == (8 if is_constant else 11), "val_acc has a blank before its sign"
+        assert (trials[trial.run_id]["pct_start"] is None) == is_constant
+    best = state.best
+    assert best is not None
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=100)
+    print_search_summary(console, state, [], [])
+    lines = [line.split() for line in buffer.getvalue().splitlines()]
+    (row,) = (line for line in lines if line[:1] == ["pct_start"])
+    assert len(row) == (1 if best.config.schedule == "constant" else 2), "not the baseline's"
+    table = make_trial_table(state, list(state.trials.values()))
+    cells = list(table.columns[-1].cells)
+    assert table.columns[-1].header == "pct_start" and cells[0] == ""
+    assert [cell == "" for cell in cells] == [
+        trial.full_config.schedule == "constant" for trial in state.trials.values()
+    ]
 
 
 def test_leaderboard_keeps_the_stand_in_apart_and_names_it(workplace: Path) -> None:

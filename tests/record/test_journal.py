@@ -106,6 +106,21 @@ def test_a_header_has_a_prediction_unless_it_is_from_before_there_were_any(
     assert read_state(folder).header == make_header(predicted_epochs=predicted)
 
 
+def test_a_header_from_before_inactive_knobs_were_left_out_says_so() -> None:
+    header = make_header(is_conditional=True)
+    old = header.model_dump(exclude={"is_conditional"})
+    assert header.is_conditional and not Header(**old).is_conditional
+
+
+def test_an_inactive_knob_of_a_trial_has_no_value(tmp_path: Path) -> None:
+    constant = make_start(0, CONFIG.model_copy(update={"schedule": "constant"}))
+    trials = write_record(tmp_path, make_header(), [constant, make_start(1)]).trials
+    found = [
+        [trial.find_value(knob) for knob in ("max_lr", "pct_start")] for trial in trials.values()
+    ]
+    assert found == [[CONFIG.max_lr, None], [CONFIG.max_lr, CONFIG.pct_start]]
+
+
 def test_a_trial_has_all_that_its_events_report(folder: Path) -> None:
     trial = read_state(folder).trials[3]
     assert (trial.number, trial.run_id) == (3, "s7-1:3")

@@ -92,6 +92,14 @@ def test_a_study_is_the_one_that_the_sampler_rebuilds(
             assert getattr(found, name) == getattr(rebuilt, name), name
 
 
+def test_a_conditional_search_shows_each_trial_with_its_active_knobs(tmp_path: Path) -> None:
+    state = simulate_search(tmp_path, 12, name="s8")
+    found = load_study([state], "x").trials
+    assert [trial.params for trial in found] == [trial.params for trial in state.trials.values()]
+    assert {len(trial.params) for trial in found} == {3, 6}
+    assert all(set(trial.distributions) == set(trial.params) for trial in found)
+
+
 def test_every_ending_and_none_has_its_state(tmp_path: Path) -> None:
     """Written by hand: stopped before the first rung and between two, failed, still running."""
     header = make_header(distributions={"max_lr": MAX_LR}, budget={"trials": 6, "rungs": [2, 3]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -97,6 +98,34 @@ def test_a_knob_without_effect_is_named_and_not_narrowed(searched: SearchState) 
     hint = "a pinned value would leave the trials to the other knobs."
     assert f"dropout: no effect was seen; {hint}" in found.sentences
     assert "+  dropout" not in found.diff
+
+
+def test_a_knob_is_evaluated_by_the_trials_in_which_it_is_active(tmp_path: Path) -> None:
+    """A constant schedule is best: of OneCycle's knobs the best trials say nothing."""
+
+    def score(trial: TrialState, stage: int) -> float:
+        config = trial.full_config
+        return (0.6 if config.schedule == "constant" else 0.3) - config.dropout
+
+    state = simulate_search(tmp_path, 40, score, name="s8")
+    sentences, diff = examine(state)
+    assert any(sentence.startswith("dropout: ") for sentence in sentences)
+    changed = [line for line in diff.splitlines() if line.startswith(("+ ", "- "))]
+    assert not re.search("pct_start|div_factor", "".join([*sentences, *changed]))
+
+
+@pytest.mark.slow
+def test_inactive_knobs_are_empty_in_the_report(tmp_path: Path) -> None:
+    html = make_report(simulate_search(tmp_path, 30, name="s8"))
+    cells = r'<td class="number">([^<]*)</td>'
+    (row,) = re.findall(r"<tr><td>pct_start</td>.*</tr>", html)
+    assert re.findall(cells, row)[0] == "", "the baseline's schedule is constant"
+    rows = [
+        re.findall(cells, row) for row in re.findall(r"<tr>(<td class=.number.>\d.*)</tr>", html)
+    ]
+    found = {row[3]: row[6:9] for row in rows if row[3] in ("constant", "onecycle")}
+    assert found["constant"] == ["", "", ""] and all(found["onecycle"])
+    assert not re.search("None|nan|NA", "".join(itertools.chain(*rows)))
 
 
 def test_few_trials_are_not_evaluated(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from tests.builders import simulate_search
-from tune_cifar.record.state import SearchState
+from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.plots import search as figures
+from tune_cifar.report.plots.interactive import make_parallel_html
 from tune_cifar.report.plots.style import STATUS_COLOURS, label_knob, save
 from tune_cifar.report.tables import (
     list_rungs,
@@ -23,6 +24,7 @@ from tune_cifar.report.tables import (
     make_curves,
     make_history,
     make_importances,
+    make_knobs,
     make_rung_scores,
     make_rungs,
     make_schedules,
@@ -159,6 +161,99 @@ def draw_all(state: SearchState) -> dict[str, Figure]:
         "schedules": figures.draw_schedules(make_schedules(configs), "x"),
         "costs": figures.draw_costs(make_costs([state]), "x"),
     }
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
+    """40 trials of s8, whose baseline and some trials have a constant schedule."""
+    return simulate_search(tmp_path_factory.mktemp("runs"), 40, name="s8")
+
+
+ONECYCLE = ["pct_start", "div_factor", "final_div_factor"]
+
+
+def test_inactive_knobs_are_empty_in_the_tables(conditional: SearchState) -> None:
+    slices = make_slices(conditional)
+    knobs = list(conditional.header.distributions)
+    assert list(slices["knob"].unique()) == knobs and len(slices) == 40 * len(knobs)
+    constant = [n for n, t in conditional.trials.items() if t.full_config.schedule == "constant"]
+    assert 3 < len(constant) < 37
+    is_idle = slices["trial"].isin(constant) & slices["knob"].isin(ONECYCLE)
+    assert slices["value"].isna().equals(is_idle)
+    table = make_knobs(conditional).set_index("knob")
+    assert table.loc[ONECYCLE, "baseline"].isna().all() and table.loc["max_lr", "baseline"] == 0.01
+    best = conditional.best
+    assert best is not None
+    assert table["best"].isna().any() == (best.config.schedule == "constant")
+
+
+def test_a_knob_counts_for_importances_where_it_is_active(tmp_path: Path) -> None:
+    """OneCycle is no better by itself: under it everything depends on pct_start."""
+
+    def score(trial: TrialState, stage: int) -> float:
+        config = trial.full_config
+        return 0.5 if config.schedule == "constant" else 0.3 + config.pct_start
+
+    state = simulate_search(tmp_path, 60, score, name="s8")
+    table = make_importances(state, num_resamples=10).set_index("knob")
+    assert set(table.index) == set(state.header.distributions)
+    assert not table.isna().any(axis=None)
+    assert table["importance"].drop("schedule").idxmax() == "pct_start"
+
+
+def test_a_knob_that_one_trial_has_active_is_not_important(tmp_path: Path) -> None:
+    state = simulate_search(tmp_path, 20, name="s8")
+    first = next(n for n, t in state.trials.items() if t.full_config.schedule == "onecycle")
+    for number, trial in state.trials.items():
+        if number != first:
+            trial.full_config = trial.full_config.model_copy(update={"schedule": "constant"})
+            trial.params = {**trial.params, "schedule": "constant"}
+    table = make_importances(state, num_resamples=20).set_index("knob")
+    assert table.loc[ONECYCLE, "importance"].sum() < 0.05 < table.loc["max_lr", "importance"]
+
+
+def test_a_search_recorded_with_inactive_knobs_has_the_same_tables(tmp_path: Path) -> None:
+    state = simulate_search(tmp_path, 20, name="s8")
+    slices, importances = make_slices(state), make_importances(state, num_resamples=5)
+    for trial in state.trials.values():
+        trial.params = {
+            knob: getattr(trial.full_config, knob) for knob in state.header.distributions
+        }
+    pd.testing.assert_frame_equal(slices, make_slices(state))
+    pd.testing.assert_frame_equal(importances, make_importances(state, num_resamples=5))
+
+
+@pytest.mark.slow
+def test_figures_have_no_dot_and_a_place_of_their_own_for_inactive_knobs(
+    conditional: SearchState, tmp_path: Path
+) -> None:
+    drawn = draw_all(conditional)
+    slices = make_slices(conditional)
+    knobs = list(conditional.header.distributions)
+    for axes, knob in zip(drawn["slices"].axes, knobs, strict=False):
+        assert axes.get_xlabel() == label_knob(knob)
+        number = slices[slices["knob"] == knob]["value"].notna().sum()
+        assert len(axes.collections[0].get_offsets()) == number
+    below = [text.xy for text in drawn["parallel"].axes[0].texts if text.get_text() == "inactive"]
+    assert below == [(knobs.index(knob), figures.BELOW) for knob in ONECYCLE]
+    lines = [
+        line.get_ydata() for line in drawn["parallel"].axes[0].lines if len(line.get_xdata()) > 2
+    ]
+    places = np.array(lines)[:, [knobs.index(knob) for knob in ONECYCLE]]
+    num_idle = slices[slices["knob"] == "pct_start"]["value"].isna().sum()
+    assert (places == figures.BELOW).all(axis=1).sum() == num_idle
+    assert ((places == figures.BELOW).sum(axis=1) % 3 == 0).all() and not np.isnan(places).any()
+    for name, figure in drawn.items():
+        save(figure, tmp_path / f"{name}.png")
+
+
+@pytest.mark.slow
+def test_figures_of_a_knob_that_no_trial_had_active_can_be_drawn(tmp_path: Path) -> None:
+    state = simulate_search(tmp_path, 1, name="s8")
+    slices = make_slices(state)
+    for figure in (figures.draw_slices(slices, "x"), figures.draw_parallel(slices, "x")):
+        save(figure, tmp_path / "x.png")
+    assert "inactive" in make_parallel_html(slices)
 
 
 @pytest.mark.slow

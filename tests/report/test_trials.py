@@ -26,7 +26,7 @@ from tune_cifar.record.journal import Record
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import load_searches
 from tune_cifar.report.trials import best_so_far, load_curves, load_trials, split_groups
-from tune_cifar.schema import KNOBS, DataInfo, EpochResult, TrainConfig
+from tune_cifar.schema import KNOBS, DataInfo, EpochResult, TrainConfig, inactive_knobs
 
 
 @pytest.fixture
@@ -63,14 +63,27 @@ def test_load_trials_says_where_each_row_comes_from(state: SearchState, tmp_path
     assert list(trials["search"].unique()) == ["s7-1", "t"]
 
 
-def test_load_trials_gives_every_knob_back_exactly(tmp_path: Path) -> None:
+def test_load_trials_gives_every_active_knob_back_exactly(tmp_path: Path) -> None:
     knobs = {"max_lr": 0.1 + 0.2, "milestone_fractions": (0.25, 0.5), "nesterov": True}
     config = CONFIG.model_copy(update=knobs)
     trials = load_trials([write_search(tmp_path, "s7-1", 1, [make_start(0, config)])])
     row = trials.iloc[0].to_dict()
     assert list(trials.columns[-len(KNOBS) :]) == list(KNOBS)
-    expected = dict(config) | {"milestone_fractions": "(0.25, 0.5)", "warm_restarts": "()"}
-    assert {knob: row[knob] for knob in KNOBS} == expected
+    expected = dict(config) | {"warm_restarts": "()"}
+    inactive = inactive_knobs(config)
+    assert {knob: row[knob] for knob in KNOBS if knob not in inactive} == {
+        knob: value for knob, value in expected.items() if knob not in inactive
+    }
+    assert {knob for knob in KNOBS if pd.isna(row[knob])} == set(inactive)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "onecycle"])
+def test_load_trials_leaves_out_every_kind_of_inactive_knob(tmp_path: Path, schedule: str) -> None:
+    off = {"cutout_p": 0.0, "cutout_size": 0, "shift_scale_rotate_p": 0.0, "shift_limit": 0.0}
+    config = TrainConfig(**{**dict(CONFIG), **off, "schedule": schedule, "optimizer": "adamw"})
+    trials = load_trials([write_search(tmp_path, "s7-1", 1, [make_start(0, config)])])
+    missing = {knob for knob in KNOBS if pd.isna(trials[knob][0])}
+    assert missing == set(inactive_knobs(config))
 
 
 def expected_dtype(annotation: Any) -> str:
@@ -84,7 +97,8 @@ def test_columns_have_the_dtypes_of_their_fields(state: SearchState, has_rows: b
     states = [state] if has_rows else []
     trials, curves = load_trials(states), load_curves(states)
     for knob, field in TrainConfig.model_fields.items():
-        assert str(trials[knob].dtype) == expected_dtype(field.annotation), knob
+        expected = "Int64" if knob == "cutout_size" else expected_dtype(field.annotation)
+        assert str(trials[knob].dtype) == expected, knob
     for name, field in EpochResult.model_fields.items():
         assert str(curves[name].dtype) == expected_dtype(field.annotation), name
     names_by_dtype = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from tests.builders import SHAPES, make_result, make_space, make_stages_driver
+from tests.builders import SHAPES, make_result, make_space, make_stages_driver, simulate_search
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.environment import (
     DECIDING_PACKAGES,
@@ -19,6 +19,7 @@ from tune_cifar.record.environment import (
     describe_environment,
     digest_code,
 )
+from tune_cifar.record.events import Header
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -34,6 +35,7 @@ from tune_cifar.search.resume import (
     warm_start,
 )
 from tune_cifar.search.run import prepare_resume
+from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.reader import parse_recorded, parse_space
 from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
@@ -250,6 +252,58 @@ def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(
     fewer, notes = warm_start(dataclasses.replace(make_space(), distributions=narrow), state, 1)
     assert notes == ["x:3 is left out: a value lies outside of this space"]
     assert len(fewer.points) == len(make_space().points)
+
+
+def test_a_search_recorded_with_inactive_knobs_goes_on_as_it_began(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    """Its header has no `is_conditional`: all searched knobs are drawn, recorded and told."""
+    space = load_space("s8", "cpu").limit(30)
+    header = make_header("search", "x", space, 0, DATA, fp32, "test")
+    assert header.is_conditional
+    old = Header(**header.model_dump(exclude={"is_conditional"}))
+    assert not old.is_conditional
+
+    def run(record: Record, until: int) -> list[dict[str, Any]]:
+        state = record.state
+        driver = SearchDriver(record, restore_space(state.header), lambda state, event: None)
+        while len(state.trials) < until and (trial := driver.ask()) is not None:
+            for stage, epoch in ((1, 1), (3, 1), (3, 2), (3, 3)):
+                acc = 0.3 + trial.full_config.dropout
+                if not driver.report(trial.number, stage, make_result(epoch, acc)):
+                    break
+        return [trial.params for trial in state.trials.values()]
+
+    found = {}
+    for name, first in (("whole", old), ("cut", old), ("new", header), ("new-cut", header)):
+        folder = search_folder(tmp_path, name)
+        first = first.model_copy(update={"name": name})
+        with Record.create(folder, first) as record:
+            found[name] = run(record, 15 if name.endswith("cut") else 30)
+        if name.endswith("cut"):
+            with Record.open(folder) as record:
+                found[name] = run(record, 30)
+    assert found["cut"] == found["whole"] and found["new-cut"] == found["new"]
+    knobs = list(space.distributions)
+    assert all(list(params) == knobs for params in found["whole"])
+    constant = [params for params in found["new"] if params["schedule"] == "constant"]
+    assert constant and all(list(params) == knobs[:3] for params in constant)
+
+
+def test_a_warm_start_hands_over_no_inactive_knob(tmp_path: Path) -> None:
+    """Nor is a trial left out for a value that had no effect."""
+    state = simulate_search(tmp_path, 30, lambda trial, stage: trial.full_config.dropout, name="s8")
+    best = next(trial for trial in state.ranked if trial.config.schedule == "constant")
+    space = load_space("s8", "cpu")
+    narrow = dict(space.distributions) | {"div_factor": FloatDistribution(2.0, 10.0, log=True)}
+    assert best.config.div_factor > 10
+    space = dataclasses.replace(space, distributions=narrow, points=())
+    found, notes = warm_start(space, state, 1 + state.ranked.index(best))
+    handed = {name: getattr(best.config, name) for name in ("schedule", "max_lr", "dropout")}
+    assert handed in found.points and f"{best.run_id} is" not in "".join(notes)
+    sampler = Sampler(found, seed=0)
+    asked = [sampler.ask(number)[0] for number in range(1 + len(found.points))]
+    assert handed in asked
 
 
 def test_a_warm_start_needs_a_complete_trial(tmp_path: Path, fp32: Numerics) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 
 from tests.builders import PastTrial
 from tune_cifar.errors import ConfigError
-from tune_cifar.schema import Status
+from tune_cifar.schema import Status, inactive_knobs
 from tune_cifar.search.rungs import is_promoted
-from tune_cifar.search.sampler import Sampler
+from tune_cifar.search.sampler import Sampler, find_outcome
 from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
 
@@ -34,6 +35,7 @@ def make_space(sampler: SamplerBudget, name: str = "s10", points: bool = True) -
 
 def measure(params: dict[str, Any]) -> float:
     """A smooth accuracy with its optimum away from the baseline of s10, at max_lr 5e-3."""
+    params = {"pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4, **params}
     loss: float = 0.12 * (math.log10(params["max_lr"]) + 2.3) ** 2
     loss += 2 * (params["dropout"] - 0.1) ** 2
     loss += 2 * (params["pct_start"] - 0.25) ** 2
@@ -71,18 +73,118 @@ def run_search(sampler: Sampler, trials: list[PastTrial], until: int) -> None:
             end_trial(sampler, running[1])
 
 
+@pytest.mark.parametrize(("name", "is_conditional"), [("s10", True), ("s8", True), ("s8", False)])
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
-def test_rebuilt_sampler_proposes_what_the_uninterrupted_one_does(budget: SamplerBudget) -> None:
-    space = make_space(budget)
+def test_rebuilt_sampler_proposes_what_the_uninterrupted_one_does(
+    budget: SamplerBudget, name: str, is_conditional: bool
+) -> None:
+    """With s8 some of the trials that run at the interruption leave out knobs."""
+    space = make_space(budget, name)
+
+    def make(history: Iterable[PastTrial] = ()) -> Sampler:
+        return Sampler(space, 7, history, is_conditional)
+
     uninterrupted: list[PastTrial] = []
-    run_search(Sampler(space, seed=7), uninterrupted, 32)
+    run_search(make(), uninterrupted, 40)
+    for num_first in (9, 19, 28):
+        first: list[PastTrial] = []
+        run_search(make(), first, num_first)
+        assert [trial.status for trial in first].count("running") == 3
+        run_search(make(reversed(first)), first, 40)
+        assert [trial.params for trial in first] == [trial.params for trial in uninterrupted]
 
-    first: list[PastTrial] = []
-    run_search(Sampler(space, seed=7), first, 19)
-    assert [trial.status for trial in first].count("running") == 3
-    run_search(Sampler(space, seed=7, history=reversed(first)), first, 32)
 
-    assert [trial.params for trial in first] == [trial.params for trial in uninterrupted]
+class OptunaAlone:
+    """A search's proposals by Optuna's own samplers, asked for all knobs of the space at once."""
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._space, self._seed, self._trials = space, seed, []  # type: ignore[var-annotated]
+        self._study = optuna.create_study(direction="maximize")
+
+    def ask(self, number: int) -> tuple[dict[str, Any], str]:
+        found = self._space.budget.sampler
+        seed = self._seed + number
+        self._study.sampler = (
+            optuna.samplers.TPESampler(seed=seed, n_startup_trials=found.startup)
+            if found.kind == "tpe"
+            else optuna.samplers.RandomSampler(seed=seed)
+        )
+        if number == 0:
+            self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
+            self._study.enqueue_trial(self._space.baseline_params)
+        trial = self._study.ask(self._space.distributions)
+        self._trials.append(trial)
+        return trial.params, ""
+
+    def tell(
+        self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
+    ) -> None:
+        outcome = find_outcome(status, rung_scores, score)
+        for epoch, value in outcome.scores.items():
+            self._trials[number].report(value, step=epoch)
+        self._study.tell(self._trials[number], outcome.value, outcome.state)
+
+
+@pytest.mark.parametrize(
+    ("name", "tier", "is_conditional"),
+    [("s10", "full", True), ("s7", "cpu", True), ("s8", "cpu", False)],
+)
+@pytest.mark.parametrize("budget", KINDS[:2], ids=lambda budget: budget.kind)
+def test_proposals_are_optunas_for_all_knobs_where_none_is_inactive_and_for_old_records(
+    budget: SamplerBudget, name: str, tier: str, is_conditional: bool
+) -> None:
+    space = load_space(name, tier)
+    space = replace(space, points=(), budget=space.budget.model_copy(update={"sampler": budget}))
+    ours: list[PastTrial] = []
+    alone: list[PastTrial] = []
+    run_search(Sampler(space, 7, (), is_conditional), ours, 30)
+    run_search(OptunaAlone(space, 7), alone, 30)  # type: ignore[arg-type]
+    assert [trial.params for trial in ours] == [trial.params for trial in alone]
+
+
+@pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
+@pytest.mark.parametrize("name", ["s6", "s8"])
+def test_inactive_knobs_are_left_out_of_baseline_points_and_proposals(
+    name: str, budget: SamplerBudget
+) -> None:
+    space = make_space(budget, name)
+    trials: list[PastTrial] = []
+    run_search(Sampler(space, seed=7), trials, 24)
+    schedules = {trial.params["schedule"] for trial in trials}
+    assert schedules == set(space.distributions["schedule"].choices)  # type: ignore[attr-defined]
+    for trial in trials:
+        inactive = inactive_knobs(space.config(trial.params))
+        assert list(trial.params) == [knob for knob in space.distributions if knob not in inactive]
+    assert ("pct_start" in trials[0].params) == (space.baseline.schedule == "onecycle")
+
+
+@pytest.mark.parametrize("budget", KINDS[1:], ids=lambda budget: budget.kind)
+def test_trainings_of_random_and_quasi_random_search_are_as_before(budget: SamplerBudget) -> None:
+    space = make_space(budget, "s8")
+    found = []
+    for is_conditional in (True, False):
+        sampler = Sampler(space, 7, (), is_conditional)
+        found.append([sampler.propose(number).config.fingerprint for number in range(24)])
+    assert found[0] == found[1]
+
+
+def test_what_is_told_of_a_constant_schedule_does_not_move_onecycles_knobs() -> None:
+    """The best trial is constant, with an idle pct_start of 0.05; under OneCycle it was 0.3."""
+    space = make_space(KINDS[0], "s8", points=False)
+    rest = {"max_lr": 0.01, "dropout": 0.1}
+    shape = {"pct_start": 0.3, "div_factor": 10.0, "final_div_factor": 100.0}
+    idle = {"pct_start": 0.05, "div_factor": 2.0, "final_div_factor": 1.0}
+    onecycle = {"schedule": "onecycle", **rest, **shape}
+    others = [PastTrial(n, onecycle, "complete", 0.3 + n / 100) for n in range(1, 22)]
+    num_near = []
+    for is_conditional in (True, False):
+        told = {"schedule": "constant", **rest, **({} if is_conditional else idle)}
+        history = [PastTrial(0, told, "complete", 0.9), *others]
+        asked = [
+            Sampler(space, 1000 * seed, history, is_conditional).ask(22)[0] for seed in range(20)
+        ]
+        num_near.append(sum(params.get("pct_start", 0.3) < 0.15 for params in asked))
+    assert num_near[0] == 0 and num_near[1] >= 4
 
 
 def test_tpe_does_not_repeat_itself_without_the_history() -> None:
@@ -105,10 +207,10 @@ def test_every_proposal_is_a_training_within_the_distributions(
     for number in range(20):
         params, _ = sampler.ask(number)
         sampler.tell(number, "complete", {}, 0.5 + number / 100)
-        assert list(params) == list(space.distributions)
         config = space.config(params)
         assert all(getattr(config, knob) == value for knob, value in params.items())
-        for knob, found in space.distributions.items():
+        for knob in params:
+            found = space.distributions[knob]
             low, high = getattr(found, "low", 0), getattr(found, "high", 0)
             if hasattr(found, "choices"):
                 assert params[knob] in found.choices

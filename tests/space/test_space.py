@@ -24,7 +24,7 @@ from tests.builders import MINI
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space import overview
-from tune_cifar.space.layout import TIERS, Budget, Choices, Range
+from tune_cifar.space.layout import TIERS, Budget, Choices, Range, Searched
 from tune_cifar.space.overview import describe_effect, list_knobs
 from tune_cifar.space.reader import (
     describe_edit,
@@ -40,6 +40,7 @@ from tune_cifar.space.rules import (
     find_inactive,
     find_value_problem,
     parse_duration,
+    select_active,
 )
 from tune_cifar.space.select import (
     describe_distribution,
@@ -1261,3 +1262,66 @@ def test_only_a_range_can_be_changed(knob: str, got: str) -> None:
         find_range(parse(MINI), knob)
     with pytest.raises(SpaceError, match=f"^{sentence}$"):
         set_range(parse(MINI), knob, WIDER)
+
+
+# Every deciding knob with the values that matter, and the knobs that they decide on.
+CONDITIONS: dict[str, tuple[Any, ...]] = {
+    "pct_start": (0.1, 0.4),
+    "momentum": (0.5, 0.8),
+    "cutout_size": (0, 8),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": ("constant", "step", "onecycle"),
+    "cycle_momentum": (False, True),
+    "cutout_p": (0.0, 0.5),
+    "shift_scale_rotate_p": (0.0, 0.5),
+    "shift_limit": (0.0, 0.1),
+    "scale_limit": (0.0, 0.1),
+    "rotate_limit": (0.0, 10.0),
+    "base_momentum": (0.7, 0.8),
+    "gamma": (0.1, 0.5),
+    "nesterov": (False, True),
+    "weight_decay": (0.0, 0.1),
+    "decoupled_weight_decay": (0.0, 0.1),
+}
+
+
+@given(data=st.data())
+def test_without_inactive_knobs_a_proposal_is_the_same_training(data: Any) -> None:
+    values = st.fixed_dictionaries(
+        {name: st.sampled_from(found) for name, found in CONDITIONS.items()}
+    )
+    base, params = data.draw(values), data.draw(values)
+    names = data.draw(st.sets(st.sampled_from(sorted(CONDITIONS))))
+    baseline = TrainConfig(**{**dict(load_space("s8").baseline), **base})
+    search: Searched = {name: Choices(CONDITIONS[name]) for name in CONDITIONS if name in names}
+    params = {name: params[name] for name in search}
+    full = baseline.model_copy(update=params)
+    active = select_active(baseline, params, search)
+    assert list(active.items()) == [item for item in params.items() if item[0] in active]
+    found = baseline.model_copy(update=active)
+    assert found.fingerprint == full.fingerprint
+    assert set(params) - set(active) <= set(inactive_knobs(found))
+    # A knob that stays is active, unless it was settled before the one that overrules it.
+    assert set(active) & set(inactive_knobs(found)) <= set(DECIDING)
+    assert select_active(baseline, active, search) == active
+
+
+def test_of_two_knobs_that_switch_an_operation_off_the_first_stays() -> None:
+    search: Searched = {"cutout_p": Range(0.0, 1.0), "cutout_size": Choices((0, 8))}
+    baseline = load_space("s8").baseline
+
+    def select(p: float, size: int) -> dict[str, Any]:
+        return select_active(baseline, {"cutout_p": p, "cutout_size": size}, search)
+
+    assert select(0.0, 0) == select(0.0, 8) == {"cutout_p": 0.0}
+    assert select(0.5, 0) == {"cutout_p": 0.5, "cutout_size": 0}
+    assert select(0.5, 8) == {"cutout_p": 0.5, "cutout_size": 8}
+
+
+def test_a_proposal_of_a_space_is_left_with_what_is_active() -> None:
+    space = load_space("s8", "cpu")
+    rest = {"max_lr": 0.1, "dropout": 0.0}
+    shape = {"pct_start": 0.2, "div_factor": 10.0, "final_div_factor": 10.0}
+    for schedule, expected in (("constant", rest), ("onecycle", rest | shape)):
+        params = {"schedule": schedule, **rest, **shape}
+        assert space.select_active(params) == {"schedule": schedule, **expected}

@@ -32,7 +32,7 @@ from tune_cifar.cli import (
 from tune_cifar.cli.streams import Streams
 from tune_cifar.cli.terminal import app, name_options, stderr
 from tune_cifar.errors import TuneCifarError
-from tune_cifar.priority import make_session_nice
+from tune_cifar.record.priority import make_session_nice
 
 COMMANDS = {
     "Search": (search.search, plan.plan, train.train, lr_range.lr_range),

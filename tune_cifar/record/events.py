@@ -95,6 +95,8 @@ class Header(Frozen):
         points: values that are tried right after the baseline.
         pinned: knobs fixed by the user.
         space_text: the whole space file.
+        is_conditional: proposals leave out the knobs that their other values make inactive; old
+            records, which have no such field, hold and told the sampler all searched knobs.
         predicted_epochs: epochs of all trials together that the budget was expected to take.
         warm_start: the search whose best trials were put first; None also in old records.
         warm_trials: how many of them were asked for.
@@ -120,6 +122,7 @@ class Header(Frozen):
     predicted_epochs: float | None = None
     warm_start: str | None = None
     warm_trials: int | None = None
+    is_conditional: bool = False
 
     @property
     def fidelity(self) -> str:
@@ -131,7 +134,8 @@ class TrialStarted(Frozen):
     """A trial was created.
 
     Attributes:
-        params: the searched knobs; in a confirmation the candidate and the seed.
+        params: the searched knobs that are active (see Header.is_conditional); in a confirmation
+            the candidate and the seed.
         config: its full TrainConfig as JSON.
     """
 

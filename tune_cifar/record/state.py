@@ -72,6 +72,11 @@ class TrialState:
         """Of the current stage."""
         return self.full_config if self.stage is None else self.full_config.shorten(self.stage)
 
+    def find_value(self, knob: str) -> Any:
+        """Return a knob's value; None where it is inactive."""
+        is_inactive = knob in schema.inactive_knobs(self.full_config)
+        return None if is_inactive else getattr(self.full_config, knob)
+
     @property
     def trained_epochs(self) -> list[tuple[int, EpochResult]]:
         """Every epoch trained so far, in order, with its stage's length."""

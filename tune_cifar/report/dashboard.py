@@ -71,11 +71,12 @@ def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenT
     value = outcome.value
     if outcome.state == TrialState.PRUNED:  # as `Study.tell` does
         value = outcome.scores[max(outcome.scores)]
+    distributions = list_distributions(state.header)
     frozen = create_trial(
         state=outcome.state,
         value=value,
         params=trial.params,
-        distributions=list_distributions(state.header),
+        distributions={name: distributions[name] for name in trial.params},
         intermediate_values=outcome.scores if trial.status == "diverged" else trial.scores,
         user_attrs={
             "run_id": trial.run_id,

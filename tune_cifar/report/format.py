@@ -17,5 +17,7 @@ def format_percent(fraction: float | None) -> str:
 
 
 def format_value(value: object) -> str:
-    """Return a knob's value, floats with three significant digits."""
+    """Return a knob's value, floats with three significant digits; nothing for a missing one."""
+    if value is None or str(value) in ("nan", "<NA>"):
+        return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

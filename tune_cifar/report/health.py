@@ -18,6 +18,8 @@ from tune_cifar.train.lr_range import round_to_two_digits
 
 # With fewer scored trials nothing is said.
 MIN_TRIALS = 12
+# With fewer of the best trials in which a knob is active nothing is said of it.
+MIN_PLACES = math.ceil(TOP_FRACTION * MIN_TRIALS)
 # Width of a range's edge, as a fraction of the range on its own scale.
 EDGE = 0.1
 # Margin around the best trials in a proposal, as a fraction of the range on its own scale.
@@ -63,7 +65,10 @@ def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.Data
             continue
         if isinstance(searched.high, int):
             continue
-        places = [_place(float(value), searched) for value in rows["value"]]
+        # Where the knob is active.
+        places = [_place(float(value), searched) for value in rows["value"].dropna()]
+        if len(places) < MIN_PLACES:
+            continue
         crowded = _find_crowded_ends(places)
         for end, number in crowded.items():
             sentences.append(_describe_end(knob, searched, end, f"{number} of the {len(places)}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,6 @@ from tune_cifar.report.plots import search as figures
 from tune_cifar.report.plots.interactive import make_parallel_html
 from tune_cifar.report.plots.style import make_svg
 from tune_cifar.report.trials import describe_gain, load_trials
-from tune_cifar.search.sampler import list_distributions
-from tune_cifar.space.select import describe_distribution
 from tune_cifar.train.metrics import evaluate_logits
 from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.recorded import load_recorded_data, load_trained
@@ -111,7 +110,6 @@ def make_report(
     )
     environment.filters |= {"percent": format_percent, "number": _format_number}
     slices, importances = tables.make_slices(state), tables.make_importances(state)
-    distributions = list_distributions(state.header)
     numerics = state.header.numerics
     settings = numerics.model_dump(exclude={"versions", "settings"}) | (numerics.settings or {})
     return environment.get_template("report.html").render(
@@ -121,7 +119,7 @@ def make_report(
         gain=describe_gain(state, state.best) if state.best is not None else "",
         counts={status: count for status, count in state.counts.items() if count},
         rungs=tables.list_rungs(state),
-        ranges={knob: describe_distribution(found) for knob, found in distributions.items()},
+        knobs=tables.make_knobs(state).to_dict("records"),
         trials=_list_best(state),
         pictures=list(_draw(state, slices, importances)),
         evaluated=evaluated,
@@ -134,6 +132,9 @@ def make_report(
 
 
 def _format_number(value: object) -> str:
+    """Return a knob's value; nothing where it is inactive."""
+    if value is None or value != value:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -238,11 +239,16 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
 
 
 def _find_pair(slices: pd.DataFrame, importances: pd.DataFrame) -> tuple[str, str] | None:
-    """Return the two most important knobs that are numbers."""
+    """Return the two most important knobs that are numbers and active in the same trials."""
     is_text = slices["value"].map(lambda value: isinstance(value, str))
     choices = set(slices[is_text]["knob"])
     numeric = [str(knob) for knob in importances["knob"] if knob not in choices]
-    return (numeric[0], numeric[1]) if len(numeric) > 1 else None
+    scored = slices[slices["value"].notna() & slices["rung_score"].notna()]
+    trials = {knob: set(scored[scored["knob"] == knob]["trial"]) for knob in numeric}
+    for one, other in itertools.combinations(numeric, 2):
+        if len(trials[one] & trials[other]) >= tables.MIN_TRIALS_FOR_IMPORTANCES:
+            return one, other
+    return None
 
 
 def _make_picture(name: str, caption: str, figure: Figure) -> Picture:

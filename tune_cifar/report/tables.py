@@ -9,6 +9,7 @@ reaches.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
@@ -28,7 +29,7 @@ from tune_cifar.report.trials import (
     load_trials,
     split_groups,
 )
-from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig, label_data
+from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig, inactive_knobs, label_data
 from tune_cifar.search.rungs import is_promoted
 from tune_cifar.search.sampler import list_distributions, make_study
 from tune_cifar.space.reader import parse_recorded
@@ -79,11 +80,17 @@ def make_knobs(state: SearchState) -> pd.DataFrame:
     """Return one row per searched knob.
 
     Columns: `knob`, `searched` (its range in the space file's words), `baseline`, and `best` (of
-    the best complete trial, None without one).
+    the best complete trial, None without one). A knob that is inactive in one is None there.
     """
-    best = state.best.params if state.best is not None else {}
+    best, baseline = state.best, state.header.baseline
+    inactive = inactive_knobs(TrainConfig(**baseline))
     rows = [
-        (knob, describe_distribution(found), state.header.baseline[knob], best.get(knob))
+        (
+            knob,
+            describe_distribution(found),
+            None if knob in inactive else baseline[knob],
+            None if best is None else best.find_value(knob),
+        )
         for knob, found in list_distributions(state.header).items()
     ]
     return pd.DataFrame(rows, columns=["knob", "searched", "baseline", "best"], dtype="object")
@@ -178,8 +185,9 @@ def _correlate_ranks(pairs: list[tuple[float, float | None]]) -> float:
 def make_slices(state: SearchState) -> pd.DataFrame:
     """Return one row per trial and searched knob.
 
-    Columns: `knob`, `value` (as text for a choice), `trial`, `status`, `origin`, `rung_score` (at
-    the first rung; chance for a diverged trial) and `score` (NaN unless the trial is complete).
+    Columns: `knob`, `value` (as text for a choice; None where the knob is inactive), `trial`,
+    `status`, `origin`, `rung_score` (at the first rung; chance for a diverged trial) and `score`
+    (NaN unless the trial is complete).
     """
     first = list_rungs(state)[0]
     rows = []
@@ -187,10 +195,12 @@ def make_slices(state: SearchState) -> pd.DataFrame:
         score = trial.score if trial.status == "complete" else None
         scores = (_score_at(trial, first), math.nan if score is None else score)
         for knob in state.header.distributions:
-            value = getattr(trial.full_config, knob)
-            rows.append((knob, value, trial.number, trial.status, trial.origin, *scores))
+            rows.append(
+                (knob, trial.find_value(knob), trial.number, trial.status, trial.origin, *scores)
+            )
     columns = ["knob", "value", "trial", "status", "origin", "rung_score", "score"]
-    return pd.DataFrame(rows, columns=columns).astype({"rung_score": "float64", "score": "float64"})
+    dtypes = {"value": "object", "rung_score": "float64", "score": "float64"}
+    return pd.DataFrame(rows, columns=columns).astype(dtypes)
 
 
 def _score_at(trial: TrialState, rung: int) -> float:
@@ -203,8 +213,8 @@ def _score_at(trial: TrialState, rung: int) -> float:
 def make_importances(state: SearchState, num_resamples: int = 100, seed: int = 0) -> pd.DataFrame:
     """Return one row per searched knob, the most important first.
 
-    Optuna's PED-ANOVA on the accuracies at the first rung (Watanabe et al. 2023). Knobs that the
-    user pinned are not searched and not listed.
+    Optuna's PED-ANOVA on the accuracies at the first rung (Watanabe et al. 2023); a knob counts in
+    the trials in which it is active. Knobs that the user pinned are not searched and not listed.
 
     Columns: `knob`, `importance` (how far its values in the best quarter of the trials differ from
     those in all; the importances sum to 1), and `low` and `high`, the 5th and 95th percentile over
@@ -213,9 +223,10 @@ def make_importances(state: SearchState, num_resamples: int = 100, seed: int = 0
     first, distributions = list_rungs(state)[0], list_distributions(state.header)
     scored = []
     for trial in state.trials.values():
-        score = _score_at(trial, first)
-        if set(trial.params) >= set(distributions) and not math.isnan(score):
-            scored.append((trial.params, score))
+        score, inactive = _score_at(trial, first), inactive_knobs(trial.full_config)
+        active = [knob for knob in distributions if knob not in inactive]
+        if set(trial.params) >= set(active) and not math.isnan(score):
+            scored.append(({knob: trial.params[knob] for knob in active}, score))
     importances = _find_importances(scored, distributions)
     is_known = bool(importances) and not any(map(math.isnan, importances.values()))
     generator = np.random.default_rng(seed)
@@ -241,10 +252,15 @@ def _find_importances(
         return unknown
     study = make_study(optuna.samplers.RandomSampler())
     for params, score in scored:
-        values = {knob: params[knob] for knob in distributions}
-        study.add_trial(create_trial(params=values, value=score, distributions=distributions))
+        active = {knob: distributions[knob] for knob in params}
+        study.add_trial(create_trial(params=params, value=score, distributions=active))
     evaluator = PedAnovaImportanceEvaluator(target_quantile=TOP_FRACTION)
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=True)
+    with warnings.catch_warnings():
+        # A knob that is active in a single trial does not count there; the intervals tell.
+        warnings.filterwarnings(
+            "ignore", message="Some regimes for parameter", category=UserWarning
+        )
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=True)
     is_known = sum(found.values()) > 0
     return {knob: found.get(knob, 0.0) for knob in distributions} if is_known else unknown
 

@@ -12,7 +12,7 @@ from tune_cifar.errors import TrackingError
 from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.format import format_percent
-from tune_cifar.schema import EpochResult, TrainConfig
+from tune_cifar.schema import EpochResult, TrainConfig, inactive_knobs
 from tune_cifar.tracking.address import find_sqlite_file
 from tune_cifar.tracking.store import translate_errors
 from tune_cifar.tracking.uploaded import read_trials
@@ -36,7 +36,7 @@ GROUP_COLUMNS = (
 DTYPES: dict[Any, str] = {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}
 KNOB_COLUMNS = {
     name: DTYPES.get(knob.annotation, "string") for name, knob in TrainConfig.model_fields.items()
-}
+} | {"cutout_size": "Int64"}  # the one whole number that can be inactive, and then is missing
 TRIAL_COLUMNS = {
     "search": "string",
     "space": "string",
@@ -96,6 +96,7 @@ def describe_gain(state: SearchState, best: TrialState) -> str:
 def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
     """Return one row per trial: its search, how it ended, its data, then every knob.
 
+    A knob that is inactive in a trial is missing there: it had no effect.
     `val_acc` is that of the last reported epoch. `score` is NaN unless the trial is complete (or
     diverged: chance). `train_seconds` is the sum over its epochs. `ended_seq` orders the ends of
     a search.
@@ -175,7 +176,8 @@ def best_so_far(trials: pd.DataFrame) -> pd.DataFrame:
 def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
     header = state.header
     texts = {name: str(v) for name, v in trial.full_config if isinstance(v, tuple)}
-    knobs = dict(trial.full_config) | texts
+    inactive = dict.fromkeys(inactive_knobs(trial.full_config))
+    knobs = dict(trial.full_config) | texts | inactive
     return knobs | {
         "search": header.name,
         "space": header.space,
@@ -208,8 +210,8 @@ def _make_frame(dtypes: dict[str, str], rows: list[dict[str, Any]]) -> pd.DataFr
 def load_uploaded_trials(tracking_uri: str, search: str) -> pd.DataFrame:
     """Return load_trials' table of one search from MLflow, where the record is not available.
 
-    MLflow does not hold `train_seconds` and a trial's inactive hyperparameters: they are missing.
-    `ended_seq` is the rank of the end.
+    MLflow does not hold `train_seconds`: they are missing, as inactive knobs are. `ended_seq` is
+    the rank of the end.
 
     Raises:
         TrackingError: when MLflow cannot be reached or has no such search.

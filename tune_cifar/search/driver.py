@@ -303,7 +303,7 @@ def _make_proposer(space: SearchSpace, state: SearchState) -> Proposer:
     header = state.header
     if header.confirmation is not None:
         return Confirmer(header.confirmation)
-    return Sampler(space, header.seed, state.trials.values())
+    return Sampler(space, header.seed, state.trials.values(), header.is_conditional)
 
 
 def _must_run_alone(trial: TrialState) -> bool:

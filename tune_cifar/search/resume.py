@@ -173,11 +173,12 @@ def warm_start(
         rule = "`warm_start` must be a search with a complete trial"
         raise ConfigError(f"{rule}, got {state.header.name!r}.")
     points, notes = [], []
+    baseline = space.select_active(space.baseline_params)
     for trial in ranked:
         point = fit_point(space, trial.config.model_dump())
         if point is None:
             notes.append(f"{trial.run_id} is left out: a value lies outside of this space")
-        elif point != space.baseline_params and point not in points:
+        elif point != baseline and point not in points:
             points.append(point)
-    rest = tuple(point for point in space.points if point not in points)
+    rest = tuple(point for point in space.points if space.select_active(point) not in points)
     return replace(space, points=(*points, *rest)), notes

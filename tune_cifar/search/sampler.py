@@ -4,6 +4,9 @@ A proposal depends only on the seed, the trial's number and the results before i
 seeded anew with (seed + number) for each trial, and trial n takes point n of a quasi-random
 sequence. So a resumed search, whose study is told the recorded trials, proposes what an
 uninterrupted one would have.
+
+A knob that a trial's other values make inactive is not part of its proposal, and the sampler is
+told nothing of it.
 """
 
 from __future__ import annotations
@@ -86,16 +89,25 @@ class Sampler:
         space: distributions, baseline, points and the sampler's kind.
         seed: of the proposals.
         history: the recorded trials of a resumed search, running ones included.
+        is_conditional: leave inactive knobs out; False for a search whose record has them.
 
     Raises:
         ConfigError: when all knobs of the space are pinned.
     """
 
-    def __init__(self, space: SearchSpace, seed: int, history: Iterable[PastTrial] = ()) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        seed: int,
+        history: Iterable[PastTrial] = (),
+        is_conditional: bool = True,
+    ) -> None:
         space.check_searchable()
         self._space = space
         self._seed = seed
-        self._study = make_study(RandomSampler(seed=seed))
+        self._is_conditional = is_conditional
+        self._random = RandomSampler(seed=seed)
+        self._study = make_study(self._random)
         self._trials: list[Trial] = []
         self._fixed = [space.baseline_params, *space.points]
         is_sequence = space.budget.sampler.kind == "qmc"
@@ -122,11 +134,11 @@ class Sampler:
             ValueError: when another number comes next.
         """
         if number < len(self._fixed):
-            return self._start(number, self._fixed[number]), "baseline" if number == 0 else "point"
-        if self._sequence is not None:
-            return self._start(number, self._sequence.point(number)), "sampler"
-        self._study.sampler = self._make_sampler(self._seed + number)
-        return self._start(number, None), "sampler"
+            origin: Origin = "baseline" if number == 0 else "point"
+            params = self._fixed[number]
+        else:
+            origin, params = "sampler", self._draw(number)
+        return self._start(number, self._leave_out_inactive(params)), origin
 
     def tell(
         self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
@@ -143,22 +155,43 @@ class Sampler:
             trial.report(value, step=epoch)
         self._study.tell(trial, outcome.value, outcome.state)
 
-    def _start(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
-        """Start a trial with these values, or with the sampler's; return the values."""
+    def _draw(self, number: int) -> dict[str, Any]:
+        """Return the sampler's values of all searched knobs, inactive ones included.
+
+        They come from a trial that counts as failed, from which nothing is learned: while a trial
+        runs, Optuna reads all that was drawn for it, not what it was started with.
+        """
+        if self._sequence is not None:
+            return self._sequence.point(number)
+        self._study.sampler = self._make_sampler(self._seed + number)
+        trial = self._study.ask(self._space.distributions)
+        self._study.tell(trial, state=TrialState.FAIL)
+        self._study.sampler = self._random
+        return trial.params
+
+    def _leave_out_inactive(self, params: dict[str, Any]) -> dict[str, Any]:
+        return self._space.select_active(params) if self._is_conditional else params
+
+    def _start(self, number: int, params: dict[str, Any]) -> dict[str, Any]:
+        """Start a trial with these values; return them."""
         expected = len(self._trials)
         if number != expected:
             raise ValueError(f"trials must be asked for in order, {expected} next, got {number}.")
-        if params is not None:
-            self._study.enqueue_trial(params)
-        trial = self._study.ask(self._space.distributions)
+        self._study.enqueue_trial(params)
+        distributions = self._space.distributions.items()
+        trial = self._study.ask({name: found for name, found in distributions if name in params})
         self._trials.append(trial)
         return dict(trial.params)
 
     def _make_sampler(self, seed: int) -> BaseSampler:
         if self._space.budget.sampler.kind == "random":
             return RandomSampler(seed=seed)
-        # Optuna 5's defaults: all knobs at once; running trials count as bad: proposals spread.
-        return TPESampler(seed=seed, n_startup_trials=self._space.budget.sampler.startup)
+        startup = self._space.budget.sampler.startup
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            # Optuna 5's defaults: all knobs at once; running trials count as bad: proposals spread.
+            # With `group`, knobs that are active in the same trials are drawn at once.
+            return TPESampler(seed=seed, n_startup_trials=startup, group=self._is_conditional)
 
 
 class Outcome(NamedTuple):
@@ -197,10 +230,11 @@ def list_distributions(header: Header) -> dict[str, BaseDistribution]:
 
 
 def fit_point(space: SearchSpace, params: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the searched knobs' values, or None when one is outside of its range."""
-    point = {name: params[name] for name in space.distributions}
+    """Return the searched knobs' active values, or None when one is outside of its range."""
+    point = space.select_active({name: params[name] for name in space.distributions})
+    distributions = {name: space.distributions[name] for name in point}
     try:
-        optuna.create_trial(params=point, distributions=space.distributions, value=0.0)
+        optuna.create_trial(params=point, distributions=distributions, value=0.0)
     except ValueError:
         return None
     return point

@@ -46,7 +46,7 @@ from ray import tune
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, Diverged
-from tune_cifar.priority import make_session_nice
+from tune_cifar.record.priority import make_session_nice
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.trial import stop_file, train_trial
 

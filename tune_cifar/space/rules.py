@@ -81,6 +81,25 @@ def find_inactive(baseline: TrainConfig, search: Searched) -> dict[str, str]:
     return {name: reason for name, reason in found[0].items() if name in everywhere}
 
 
+def select_active(
+    baseline: TrainConfig, params: dict[str, Any], search: Searched
+) -> dict[str, Any]:
+    """Return the searched values that have an effect, in the order of the search.
+
+    Knobs that decide on others come first: one counts unless it is inactive whatever the later ones
+    are. So of `cutout_p: 0` and `cutout_size: 0` the first one stays. What is left out may have the
+    baseline's value: the training is the same.
+    """
+    undecided = {name: search[name] for name in DECIDING if name in search}
+    active: dict[str, Any] = {}
+    for name in [*undecided, *(name for name in params if name not in undecided)]:
+        inactive = find_inactive(baseline.model_copy(update=active), undecided)
+        if name in params and name not in inactive:
+            active[name] = params[name]
+        undecided.pop(name, None)
+    return {name: params[name] for name in search if name in active}
+
+
 def describe_inactive(name: str, reason: str) -> str:
     """Return the sentence that refuses an inactive knob."""
     return f"{name} has no effect here: {reason}. Leave it out."

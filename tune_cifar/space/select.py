@@ -30,6 +30,7 @@ from tune_cifar.space.rules import (
     find_value_problem,
     kind_of,
     normalise,
+    select_active,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class SearchSpace:
             ConfigError: when the proposal breaks a rule of the schema.
         """
         return TrainConfig(**{**self.baseline.model_dump(), **params})
+
+    def select_active(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Return a proposal without the knobs that its other values make inactive."""
+        search = {name: _read_distribution(found) for name, found in self.distributions.items()}
+        return select_active(self.baseline, params, search)
 
     def describe_distributions(self) -> dict[str, str]:
         """Return Optuna's own JSON of every searched knob."""
@@ -256,11 +262,16 @@ def make_distributions(search: Searched) -> dict[str, BaseDistribution]:
 
 def describe_distribution(distribution: BaseDistribution) -> str:
     """Return a distribution in the words of the file."""
+    return str(_read_distribution(distribution))
+
+
+def _read_distribution(distribution: BaseDistribution) -> Range | Choices:
+    """Return what `make_distributions` made a distribution from."""
     found: Any = distribution
     if hasattr(found, "choices"):
-        return str(Choices(found.choices))
+        return Choices(found.choices)
     every_integer = isinstance(found.step, int) and found.step == 1
-    return str(Range(found.low, found.high, found.log, None if every_integer else found.step))
+    return Range(found.low, found.high, found.log, None if every_integer else found.step)
 
 
 def _read_pin(name: str, value: Any) -> Any:

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 
 from tune_cifar.errors import TrackingError, hide_credentials
-from tune_cifar.priority import make_session_nice
+from tune_cifar.record.priority import make_session_nice
 from tune_cifar.tracking.address import find_sqlite_file
 from tune_cifar.tracking.store import (
     MLFLOW_ENVIRONMENT,

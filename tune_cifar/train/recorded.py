@@ -82,6 +82,7 @@ def make_header(
         points=list(space.points),
         distributions=space.describe_distributions(),
         budget=space.budget.model_dump(mode="json"),
+        is_conditional=kind == "search",
         pinned=dict(space.pinned),
         space_text=space.text,
         data=data,

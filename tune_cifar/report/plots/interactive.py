@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,27 @@ def make_parallel_html(slices: pd.DataFrame) -> str:
 
 
 def _make_axis(values: pd.Series[Any], knob: str) -> dict[str, object]:
-    """Return an axis: numbers on the knob's own scale with its values as ticks, choices by name."""
+    """Return an axis: numbers on the knob's own scale with its values as ticks, choices by name.
+
+    Trials in which the knob is inactive stand below all others.
+    """
     axis: dict[str, object] = {"label": label_knob(knob)}
-    if isinstance(values.iloc[0], str):
+    if values.map(lambda value: isinstance(value, str)).any():
         codes, names = pd.factorize(values, sort=True)
-        places = list(range(len(names)))
-        return axis | {"values": list(codes), "tickvals": places, "ticktext": list(names)}
+        ticks, texts = list(range(len(names))), list(names)
+        if values.isna().any():  # which have the code -1
+            ticks, texts = [-1, *ticks], ["inactive", *texts]
+        return axis | {"values": list(codes), "tickvals": ticks, "ticktext": texts}
     numbers = values.astype("float64")
-    if not is_log_knob(knob):
+    is_log, has_inactive = is_log_knob(knob), bool(numbers.isna().any())
+    if not is_log and not has_inactive:
         return axis | {"values": list(numbers)}
-    logs = np.log10(numbers)
-    ticks = np.linspace(logs.min(), logs.max(), 5)
-    texts = [f"{10**tick:.2g}" for tick in ticks]
-    return axis | {"values": list(logs), "tickvals": list(ticks), "ticktext": texts}
+    places = numbers.map(math.log10, na_action="ignore") if is_log else numbers
+    marks: list[float] = []
+    if places.notna().any():
+        marks = list(np.linspace(places.min(), places.max(), 5))
+    texts = [f"{10**mark if is_log else mark:.2g}" for mark in marks]
+    if has_inactive:
+        below = marks[0] - ((marks[-1] - marks[0]) or 1) / 8 if marks else 0.0
+        places, marks, texts = places.fillna(below), [below, *marks], ["inactive", *texts]
+    return axis | {"values": list(places), "tickvals": marks, "ticktext": texts}

@@ -33,6 +33,8 @@ from tune_cifar.report.plots.style import (
 # Dark is better; readable in grey and by the colour-blind.
 SCORE_COLOURS = "viridis_r"
 MAX_COLUMNS = 3
+# Where a parallel axis has the trials in which its knob is inactive; the axis is 1 high.
+BELOW = -0.12
 
 
 def draw_history(history: pd.DataFrame, baseline: float | None, title: str) -> Figure:
@@ -209,7 +211,9 @@ def draw_slices(slices: pd.DataFrame, title: str) -> Figure:
     dots: dict[str, Any] = {"cmap": SCORE_COLOURS, "norm": shades, "s": 26}
     star: dict[str, Any] = {"color": ORANGE, "markeredgecolor": "black", "markersize": 13}
     for axes, knob in zip(panels.flat, knobs, strict=False):
-        rows = slices[(slices["knob"] == knob) & slices["rung_score"].notna()]
+        rows = slices[(slices["knob"] == knob) & slices["rung_score"].notna()].dropna(
+            subset="value"
+        )
         axes.scatter(rows["value"], 100 * rows["rung_score"], c=rows["trial"], **dots)
         base = rows[rows["origin"] == "baseline"]
         axes.plot(base["value"], 100 * base["rung_score"], "*", **star)
@@ -262,7 +266,8 @@ def draw_pair(slices: pd.DataFrame, pair: tuple[str, str], title: str) -> Figure
 def draw_parallel(slices: pd.DataFrame, title: str) -> Figure:
     """Draw a line for each trial through all its knobs to its accuracy at the first rung.
 
-    Each axis runs from the lowest to the highest value. Better trials are darker.
+    Each axis runs from the lowest to the highest value; below it pass the trials in which the knob
+    is inactive. Better trials are darker.
 
     Args:
         slices: tables.make_slices.
@@ -276,8 +281,12 @@ def draw_parallel(slices: pd.DataFrame, title: str) -> Figure:
     heights = np.empty(wide.shape)
     for place, column in enumerate(wide.columns):
         values = accuracy if column == "accuracy" else _place_values(wide[column], column)
-        low, high = values.min(), values.max()
-        heights[:, place] = (values - low) / (high - low) if high > low else 0.5
+        is_active = wide[column].notna().to_numpy()
+        heights[:, place] = BELOW
+        if is_active.any():
+            low, high = values[is_active].min(), values[is_active].max()
+            above = (values[is_active] - low) / (high - low) if high > low else 0.5
+            heights[is_active, place] = above
         for text, height in _mark_axis(wide[column]):
             look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
             axes.annotate(text, (place, height), (4, 0), **look)
@@ -368,8 +377,8 @@ def draw_costs(costs: pd.DataFrame, title: str) -> Figure:
 
 
 def _place_values(values: pd.Series[Any], knob: str) -> NDArray[np.float64]:
-    """Return numbers on the knob's own scale; choices by their order."""
-    if isinstance(values.iloc[0], str):
+    """Return numbers on the knob's own scale; choices by their order. Missing ones mean nothing."""
+    if values.map(lambda value: isinstance(value, str)).any():
         return pd.factorize(values, sort=True)[0].astype(np.float64)
     numbers = values.to_numpy(np.float64)
     return np.log(numbers) if is_log_knob(knob) else numbers
@@ -377,12 +386,16 @@ def _place_values(values: pd.Series[Any], knob: str) -> NDArray[np.float64]:
 
 def _mark_axis(values: pd.Series[Any]) -> list[tuple[str, float]]:
     """Return a parallel axis's texts with their heights: the ends of numbers, every choice."""
-    if not isinstance(values.iloc[0], str):
-        return [(f"{values.min():.3g}", 0.0), (f"{values.max():.3g}", 1.0)]
-    names = sorted(values.unique())
+    active = values.dropna()
+    below = [("inactive", BELOW)] if len(active) < len(values) else []
+    if active.empty:
+        return below
+    if not isinstance(active.iloc[0], str):
+        return [*below, (f"{active.min():.3g}", 0.0), (f"{active.max():.3g}", 1.0)]
+    names = sorted(active.unique())
     if len(names) == 1:
-        return [(names[0], 0.5)]
-    return [(name, place / (len(names) - 1)) for place, name in enumerate(names)]
+        return [*below, (names[0], 0.5)]
+    return [*below, *((name, place / (len(names) - 1)) for place, name in enumerate(names))]
 
 
 def _shade(scores: pd.Series[float]) -> Normalize:

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(
     reason="this kernel does not group processes by session",
 )
 SHOW = "print(open('/proc/self/autogroup').read().split()[-1])"
-CALL = f"from tune_cifar.priority import make_session_nice; make_session_nice(); {SHOW}"
+CALL = f"from tune_cifar.record.priority import make_session_nice; make_session_nice(); {SHOW}"
 WORKER = f"from tune_cifar.search.worker import TrialWorker; TrialWorker({{}}); {SHOW}"
 
 
 CHILD = """
 import subprocess
-from tune_cifar.priority import make_session_nice
+from tune_cifar.record.priority import make_session_nice
 child = subprocess.Popen(["sleep", "60"], start_new_session=True)
 make_session_nice(child.pid)
 print(open(f"/proc/{child.pid}/autogroup").read().split()[-1])
