@@ -31,6 +31,7 @@ DEPENDENCIES = {
     "optuna": {"space", "search/sampler", "report/tables", "report/dashboard"},
     "mlflow": {"tracking"},
     "filelock": {"tracking"},
+    "sqlalchemy": {"tracking"},
     "albumentations": {"augment/reference"},
     "cv2": {"augment/reference"},
     "scipy": {"verify/confirm"},

@@ -150,21 +150,16 @@ def _render_sqlite(url: URL) -> str:
     from sqlalchemy import make_url
 
     path = url.database or ""
-    escaped = url.set(drivername="sqlite+pysqlite").render_as_string()
-    for uri in (f"sqlite:///{path}", escaped):
-        if make_url(uri).database == path and _is_text(path):
-            return uri
     rule = "the path of MLflow's database must fit into an address"
-    raise ConfigError(f"{path!r}: {rule}. Rename its folder, or upgrade SQLAlchemy to 2.1.")
-
-
-def _is_text(path: str) -> bool:
-    """Return whether a path is UTF-8, as SQLite requires."""
     try:
         path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as exc:
+        raise ConfigError(f"{path!r}: {rule}, got one that is not UTF-8. Rename it.") from exc
+    escaped = url.set(drivername="sqlite+pysqlite").render_as_string()
+    for uri in (f"sqlite:///{path}", escaped):
+        if make_url(uri).database == path:
+            return uri
+    raise ConfigError(f"{path!r}: {rule}. Rename its folder, or upgrade SQLAlchemy to 2.1.")
 
 
 def _show(uri: str) -> str:

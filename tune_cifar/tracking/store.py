@@ -40,6 +40,8 @@ DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 RUNS_PER_PAGE = 200
 # The folder of a run store's artifacts, beside its own database.
 ARTIFACTS = "mlartifacts"
+# A part of MLflow's message on a server that answers with a page.
+NOT_MLFLOW = "successful but the response body was not in a valid JSON"
 # MLflow's message on a schema that is older or newer than its own.
 OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)")
 # For our processes only. The HTTP client must not retry: it would create a run a second time that a
@@ -104,7 +106,7 @@ def check_tracking(storage: Path, option: str | None) -> str | None:
             if path.exists():
                 _check_sqlite(path)
             elif option and not path.absolute().parent.is_dir():
-                raise TrackingError(f"{path}: the folder of this SQLite database must be there")
+                raise FileNotFoundError(f"{path}: the folder of this SQLite file is not there")
         elif uri.startswith(DATABASES):
             _check_port(uri)
         else:
@@ -132,6 +134,8 @@ def _is_away(exc: Exception) -> bool:
     """Return whether a fault may pass by itself, as that of a server that does not run now."""
     if isinstance(exc, TrackingError):
         return "locked" in str(exc.__cause__)
+    if NOT_MLFLOW in str(exc):
+        return False
     status = getattr(exc, "get_http_status_code", lambda: 503)()
     return status >= 500 or status in (408, 429)
 
@@ -144,7 +148,8 @@ def _describe_schema(tracking_uri: str, found: str) -> str:
     migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
     what = f"the schema of MLflow's database must be that of MLflow {mlflow.__version__}"
     if any(migrations.glob(f"{found}_*.py")):
-        hint = f"Copy the database, then run: python -m mlflow db upgrade {shlex.quote(shown)}"
+        upgrade = f"python -m mlflow db upgrade {shlex.quote(shown)}"
+        hint = f"Copy the database, then run `{upgrade}`."
         return f"{shown}: {what}, got an older one ({found}). {hint}"
     return f"{shown}: {what}, got an unknown one ({found}). Install the newer MLflow that made it."
 
@@ -160,10 +165,10 @@ def _check_sqlite(path: Path) -> None:
             found = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             tables = {name for (name,) in found if not name.startswith(("alembic_", "sqlite_"))}
     except sqlite3.Error as exc:
-        raise TrackingError(f"{path}: cannot write to this SQLite database: {exc}") from exc
+        raise TrackingError(f"{path}: cannot write to this SQLite database: {exc}.") from exc
     if tables and "experiments" not in tables:
         names = ", ".join(sorted(tables)[:3])
-        raise TrackingError(f"{path}: this SQLite database is not MLflow's, it has {names}")
+        raise TrackingError(f"{path}: this SQLite database is not MLflow's, it has {names}.")
 
 
 def _initialise_sqlite(path: Path) -> None:
@@ -209,7 +214,7 @@ def _follow_move(path: Path) -> None:
                 for statement, address, key in _list_moved(database, root):
                     database.execute(statement, (address, key))
     except sqlite3.Error as exc:
-        raise TrackingError(f"{path}: cannot write to this SQLite database: {exc}") from exc
+        raise TrackingError(f"{path}: cannot write to this SQLite database: {exc}.") from exc
 
 
 def _list_moved(database: sqlite3.Connection, root: Path) -> list[tuple[str, str, Any]]:
