@@ -257,11 +257,11 @@ def test_each_such_variable_makes_other_numerics(fp32: Numerics, name: str) -> N
 
 
 def test_onednns_variables_have_their_present_names() -> None:
-    """The newest of a variable's names counts, as in oneDNN."""
-    environment = {"MKLDNN_MAX_CPU_ISA": "SSE41", "DNNL_DEFAULT_FPMATH_MODE": "ANY"}
+    """Of several names that one counts which oneDNN reads."""
+    environment = {"DNNL_MAX_CPU_ISA": "SSE41", "MKLDNN_DEFAULT_FPMATH_MODE": "ANY"}
     expected = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ONEDNN_DEFAULT_FPMATH_MODE": "ANY"}
     assert find_settings(False, environment) == expected
-    environment |= {"DNNL_MAX_CPU_ISA": "AVX2"}
+    environment |= {"MKLDNN_MAX_CPU_ISA": "AVX2"}
     assert find_settings(False, environment) == expected | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     environment |= {"ONEDNN_MAX_CPU_ISA": "AVX"}
     assert find_settings(False, environment) == expected | {"ONEDNN_MAX_CPU_ISA": "AVX"}
@@ -373,7 +373,7 @@ VARIABLES = [
     "DNNL_MAX_CPU_ISA=SSE41",
     "MKLDNN_MAX_CPU_ISA=AVX2",
     "ATEN_CPU_CAPABILITY=avx2",
-    "OMP_NUM_THREADS=2 OMP_NESTED=TRUE OMP_SCHEDULE=dynamic MKL_NUM_THREADS=2 MKL_NUM_STRIPES=1 "
+    "OMP_NUM_THREADS=2 OMP_NESTED=TRUE OMP_SCHEDULE=dynamic MKL_NUM_THREADS=2 MKL_DYNAMIC=TRUE "
     "OPENBLAS_NUM_THREADS=2 OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES=X86_V4 "
     "OPENCV_CPU_DISABLE=AVX2 OPENCV_IPP=disabled FBGEMM_NO_ASMJIT=1 "
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1",

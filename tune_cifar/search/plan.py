@@ -204,7 +204,10 @@ class SearchPlan:
     def _describe_memory(self) -> str:
         """Return a trial's memory, and advice when too many run at once or more would fit."""
         resources, cost = self.resources, self.cost
-        text = f"; a trial holds {cost.memory_mb / 1024:.2g} of {cost.device_mb / 1024:.0f} GB"
+        gb = cost.device_mb / 1024
+        text = (
+            f"; a trial holds {cost.memory_mb / 1024:.2g} of {gb:{'.0f' if gb >= 10 else '.2g'}} GB"
+        )
         if self.numerics.device == "cpu":
             if cost.num_fitting >= resources.max_concurrent:
                 return text

@@ -26,12 +26,12 @@ COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headle
 DETERMINISTIC_CUBLAS = ":4096:8"
 # Environment variables that change bits. Libraries read them once, at their first operation at the
 # latest, so that a process can tell them but not restore them. Not here: what `apply_numerics` sets
-# (OMP_NUM_THREADS, MKL_NUM_THREADS). The experiment is in tests/train/test_numerics.py.
+# (OMP_NUM_THREADS, MKL_NUM_THREADS, MKL_DYNAMIC) and what `check_openmp` refuses. The experiment is
+# in tests/train/test_numerics.py.
 CPU_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "MKL_CBWR",
     "MKL_DOMAIN_NUM_THREADS",
-    "MKL_DYNAMIC",
     "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_CPU_ISA_HINTS",
     "ONEDNN_DEFAULT_FPMATH_MODE",
@@ -39,8 +39,9 @@ CPU_VARIABLES = (
     "TORCH_MKLDNN_MATMUL_MIN_DIM",
     "TORCH_MKLDNN_MATMUL_MIN_SIZE",
 )
-# oneDNN's own prefix and its former ones, which still count; the first that is set does.
-ONEDNN_PREFIXES = ("ONEDNN_", "DNNL_", "MKLDNN_")
+# oneDNN's own prefix and its former ones, which still count. Of several the first here wins
+# (tried with MAX_CPU_ISA, torch 2.15).
+ONEDNN_PREFIXES = ("ONEDNN_", "MKLDNN_", "DNNL_")
 CUDA_VARIABLES = (
     "CUBLAS_EMULATE_SINGLE_PRECISION",
     "CUBLAS_EMULATION_STRATEGY",
