@@ -340,7 +340,7 @@ def test_trials_that_make_no_sense_are_refused(
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32 - 8, 99_999_999_999])
-def test_an_old_search_whose_seed_the_sampler_would_not_take_says_what_to_do(
+def test_an_old_search_whose_seed_the_sampler_refuses_is_told_what_to_do(
     tmp_path: Path, fp32: Numerics, seed: int
 ) -> None:
     header = make_header("search", "x", make_space(), seed, DATA, fp32, "test")
@@ -353,7 +353,7 @@ def test_an_old_search_whose_seed_the_sampler_would_not_take_says_what_to_do(
     assert (search_folder(tmp_path, "x") / "record.jsonl").read_bytes() == before
 
 
-def test_an_old_search_whose_seed_the_sampler_takes_is_resumed(fp32: Numerics) -> None:
+def test_an_old_search_whose_seed_the_sampler_takes_can_be_resumed(fp32: Numerics) -> None:
     header = make_header("search", "x", make_space(), 2**32 - 9, DATA, fp32, "test")
     check_resumable(header, 9)
     check_resumable(header.model_copy(update={"kind": "confirm", "seed": -1}), 9)
