@@ -1325,3 +1325,8 @@ def test_a_proposal_of_a_space_is_left_with_what_is_active() -> None:
     for schedule, expected in (("constant", rest), ("onecycle", rest | shape)):
         params = {"schedule": schedule, **rest, **shape}
         assert space.select_active(params) == {"schedule": schedule, **expected}
+
+
+def test_a_limit_beyond_the_most_trials_of_a_search_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`trials` <= 100000 must hold, got 100001\."):
+        load_space("smoke", "cpu").limit(100_001)
