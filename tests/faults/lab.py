@@ -123,9 +123,9 @@ class Lab:
         return found
 
     def list_workers(self) -> list[psutil.Process]:
-        """Return the processes that train."""
-        processes = self.list_processes()
-        return [process for process in processes if "ray::" in " ".join(process.cmdline())]
+        """Return the processes that train; Ray names those that wait for work `ray::IDLE`."""
+        titles = [(process, " ".join(process.cmdline())) for process in self.list_processes()]
+        return [process for process, text in titles if "ray::" in text and "ray::IDLE" not in text]
 
     def list_runs(self) -> list[Any]:
         """Return all MLflow runs of the run store's database."""

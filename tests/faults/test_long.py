@@ -29,22 +29,24 @@ from tests.faults.lab import (
 )
 from tune_cifar.record.events import Header, TrialRetried, encode_event
 from tune_cifar.record.state import SearchState
+from tune_cifar.search.driver import RETRIES
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 
-def test_workers_killed_at_random_again_and_again_cost_only_time(
+def test_workers_killed_again_and_again_cost_only_time(
     tmp_path: Path, reference: SearchState
 ) -> None:
+    """No trial fails, even if all these deaths are of its own workers."""
     lab = Lab(tmp_path)
     process = lab.search()
-    for wanted in (2, 5, 8):
+    for wanted in (2 + 3 * kills for kills in range(RETRIES["worker died"])):
         lab.wait_for(process, lambda state, wanted=wanted: count_epochs(state) >= wanted)  # type: ignore[misc]
         for worker in lab.list_workers()[:1]:
             worker.kill()
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
-    assert sum(isinstance(event, TrialRetried) for event in lab.list_events()) >= 2
+    assert any(isinstance(event, TrialRetried) for event in lab.list_events())
     check_complete(lab)
     check_equal(lab.state, reference)
 
