@@ -40,7 +40,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tune_cifar.schema import CHANCE_ACCURACY, inactive_knobs
+from tune_cifar.schema import CHANCE_ACCURACY, Status, inactive_knobs
+from tune_cifar.search.gaussian_process import UnitCube
 from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
@@ -95,19 +96,13 @@ class Table:
         return distances
 
 
-class AnsweredSampler(Sampler):
-    """A Sampler that learns from other knobs than it proposed.
+@dataclass(frozen=True)
+class Answer:
+    """A configuration of the table in place of a proposal, as a recorded trial."""
 
-    A proposal starts no trial; its answer follows as a trial with given knobs. So it proposes what
-    a Sampler with the answers as its history would (tested), in a quarter of the time.
-    """
-
-    def propose(self, number: int) -> dict[str, Any]:
-        return self._leave_out_inactive(self._draw(number))
-
-    def answer(self, number: int, params: dict[str, Any], score: float) -> None:
-        self._start(number, self._leave_out_inactive(params))
-        self.tell(number, "complete", {}, score)
+    params: dict[str, Any]
+    scores: dict[int, float]
+    status: Status = "complete"
 
 
 @dataclass(frozen=True)
@@ -134,21 +129,12 @@ class Outcome:
 def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
     """Return a proposal's place and active knobs, (knobs,) each.
 
-    A number's place is its fraction of its range (in logarithms, where the scale is), a choice's is
-    its index, and an inactive knob's is that of the baseline.
+    A place is that in the space's unit cube; an inactive knob has the baseline's.
     """
-    place = []
     params = {**space.baseline_params, **params}
-    for name, distribution in space.distributions.items():
-        found: Any = distribution
-        if hasattr(found, "choices"):
-            place.append(float(found.choices.index(params[name])))
-        else:
-            scale = math.log if found.log else float
-            low, high = scale(found.low), scale(found.high)
-            place.append((scale(params[name]) - low) / (high - low))
     inactive = inactive_knobs(space.config(params))
-    return np.array(place), np.array([name not in inactive for name in space.distributions])
+    active = np.array([name not in inactive for name in space.distributions])
+    return UnitCube(space.distributions).locate(params), active
 
 
 def make_table(space: SearchSpace, params: list[dict[str, Any]], scores: Sequence[float]) -> Table:
@@ -184,12 +170,13 @@ def read_table(space: SearchSpace, path: Path) -> Table:
 
 
 def choose_sampler(space: SearchSpace, name: str) -> SearchSpace:
-    """Return the space, without its points, for `random`, `qmc`, `tpe` or `tpe/<startup>`.
+    """Return the space, without its points, for `random`, `qmc`, `tpe` or `tpe/<startup>`; or gp.
 
     What stands after a `+` is not the space's, see Simulator.
     """
     kind, _, written = name.partition("+")[0].partition("/")
-    startup = (int(written) if written else space.budget.sampler.startup) if kind == "tpe" else 0
+    startup = int(written) if written else space.budget.sampler.startup
+    startup = startup if kind in ("tpe", "gp") else 0
     sampler = SamplerBudget.model_validate({"kind": kind, "startup": startup})
     return replace(space, budget=space.budget.model_copy(update={"sampler": sampler}), points=())
 
@@ -227,18 +214,19 @@ class Simulator:
             the configurations in the order of the answers, and each one's distance from its ask.
         """
         space = self._spaces[name]
-        is_conditional, learner = not name.endswith("+all"), None
-        if space.budget.sampler.kind == "tpe":
-            learner = AnsweredSampler(space, seed, is_conditional=is_conditional)
+        is_conditional, rung = not name.endswith("+all"), space.budget.rungs[-1]
+        learns = space.budget.sampler.kind in ("tpe", "gp")
+        sampler, answers = Sampler(space, seed, is_conditional), list[Answer]()
         taken, gaps = [0], [0.0]
         num_asks = len(table.scores) if name == "random" else self._num_asks
         for number in range(1, num_asks):
-            if learner is None:
-                point = self._find_point(name, seed, number)
+            params = table.params[taken[-1]]
+            told = space.select_active(params) if is_conditional else params
+            answers.append(Answer(told, {rung: float(table.scores[taken[-1]])}))
+            if learns:
+                point = locate(space, sampler.ask(number, answers)[0])
             else:
-                last = taken[-1]
-                learner.answer(number - 1, table.params[last], float(table.scores[last]))
-                point = locate(space, learner.propose(number))
+                point = self._find_point(name, seed, number)
             distances = table.measure_distances(*point)
             distances[taken] = np.inf
             taken.append(int(distances.argmin()))

@@ -28,13 +28,19 @@ FREE = {"errors"}
 # The packages and modules that may import a heavy or replaceable dependency.
 DEPENDENCIES = {
     "ray": {"search/run", "search/worker", "search/cluster"},
-    "optuna": {"space", "search/sampler", "report/tables", "report/dashboard"},
+    "optuna": {
+        "space",
+        "search/sampler",
+        "search/gaussian_process",
+        "report/tables",
+        "report/dashboard",
+    },
     "mlflow": {"tracking"},
     "filelock": {"tracking"},
     "sqlalchemy": {"tracking"},
     "albumentations": {"augment/reference"},
     "cv2": {"augment/reference"},
-    "scipy": {"verify/confirm"},
+    "scipy": {"search/gaussian_process", "verify/confirm"},
     "pandas": {"report", "cli/leaderboard"},  # cli/leaderboard: for type checking only
     "matplotlib": {"report"},
     "plotly": {"report/plots/interactive"},

@@ -108,9 +108,9 @@ def test_answer_is_nearest_of_what_is_left_to_what_a_sampler_with_this_history_a
         score = float(table.scores[last])
         params, is_conditional = table.params[last], not name.endswith("+all")
         told = space.select_active(params) if is_conditional else params
-        history.append(PastTrial(number - 1, told, "complete", score))
+        history.append(PastTrial(number - 1, told, "complete", scores={3: score}))
         chosen = proposals.choose_sampler(space, name)
-        ask, _ = Sampler(chosen, 5, history, is_conditional).ask(number)
+        ask, _ = Sampler(chosen, 5, is_conditional).ask(number, history)
         distances = table.measure_distances(*proposals.locate(space, ask))
         left = [config for config in range(30) if config not in taken[:number]]
         assert gaps[number] == distances[taken[number]] == min(distances[left])

@@ -35,7 +35,7 @@ def store(workplace: Path) -> Path:
     """A run store with a finished search x on synthetic data."""
     space = load_space("smoke", "cpu", {"epochs": 2, "crop_pad": 2})
     made = make_header("search", "x", space, 3, SHAPES_INFO, NUMERICS, "test")
-    warm = {"warm_start": "other", "warm_trials": 4, "budget": made.budget | {"trials": 2}}
+    warm = {"warm_start": ["other"], "warm_trials": 4, "budget": made.budget | {"trials": 2}}
     events: list[Any] = []
     for number in range(2):
         events += make_trial(number, [0.1, 0.5], "complete", space.baseline)
@@ -74,7 +74,9 @@ def test_the_command_of_a_search_with_resume_appended_is_accepted(words: str) ->
         ("--set epochs=3", "--set epochs=2, got 3"),
         ("--set max_lr=0.1", "--set max_lr unset, got 0.1"),
         ("--warm-start y", "--warm-start other, got y"),
+        ("--warm-start other --warm-start y", "--warm-start other, got other, y"),
         ("--warm-trials 5", "--warm-trials 4, got 5"),
+        ("--learn", "--learn off, got on"),
         ("--device cuda", "--device cpu, got cuda"),
         ("--precision bf16", "--precision fp32, got bf16"),
         ("--execution captured", "--execution eager, got captured"),

@@ -256,7 +256,7 @@ def test_a_search_ends_the_same_without_stdout(
     assert read_curves(tmp_path / "runs", "x") == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.xdist_group("streams")
 def test_a_search_ends_the_same_when_the_disk_of_its_log_is_full(
     tmp_path: Path, undisturbed: list[Any]

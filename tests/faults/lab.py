@@ -22,7 +22,7 @@ from tune_cifar.record.events import EpochReported, Event, TrialEnded, decode_ev
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import search_folder
-from tune_cifar.search.rungs import is_promoted
+from tune_cifar.search.rungs import is_promoted, list_compared
 
 NAME = "x"
 # A resumed search starts Ray again, on a machine that may be busy.
@@ -184,7 +184,8 @@ def check_decisions(lab: Lab) -> None:
             at_rung = scores.setdefault(event.result.epoch, {})
             at_rung[event.trial] = event.score
             is_baseline = state.trials[event.trial].origin == "baseline"
-            if not is_baseline and not is_promoted(event.score, list(at_rung.values()), factor):
+            compared = list_compared(list(at_rung.values()), state.header.budget["window"])
+            if not is_baseline and not is_promoted(event.score, compared, factor):
                 must_stop.add(event.trial)
 
 

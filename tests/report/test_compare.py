@@ -35,7 +35,7 @@ from tune_cifar.report.tables import (
     make_mistakes,
     make_sources,
 )
-from tune_cifar.report.trials import estimate_scatter
+from tune_cifar.search.goals import estimate_scatter
 from tune_cifar.space.select import describe_distribution, load_space
 
 

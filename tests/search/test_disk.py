@@ -17,7 +17,7 @@ from tests.faults.disks import drop_root, limit_file_size, mount_small_disk
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.schema import Numerics
-from tune_cifar.search.plan import (
+from tune_cifar.search.disk import (
     MAX_TEMPORARY_BYTES,
     DiskNeeds,
     check_disk,

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.distributions import FloatDistribution
 
-from tests.builders import SHAPES, make_result, make_space, make_stages_driver, simulate_search
+from tests.builders import SHAPES, make_result, make_space, make_stages_driver
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.environment import (
     DECIDING_PACKAGES,
@@ -32,10 +31,8 @@ from tune_cifar.search.resume import (
     describe_restored,
     find_changes,
     restore_space,
-    warm_start,
 )
 from tune_cifar.search.run import prepare_resume
-from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.reader import parse_recorded, parse_space
 from tune_cifar.space.select import SearchSpace, load_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
@@ -235,25 +232,6 @@ def test_a_record_without_a_fidelity_is_resumed_as_one_schedule(
     assert (trial.status, trial.stage, trial.scores) == ("complete", None, scores)
 
 
-def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(
-    tmp_path: Path, fp32: Numerics
-) -> None:
-    state = run_driver(tmp_path, fp32, [[0.5] * 3, [0.9] * 3, [0.1], [0.95] * 3])
-    best = [state.trials[n] for n in (3, 1)]
-    space, notes = warm_start(make_space(), state, 2)
-    names = list(space.distributions)
-    assert notes == []
-    found = [{name: getattr(trial.config, name) for name in names} for trial in best]
-    assert list(space.points[:2]) == found
-    assert len({str(point) for point in space.points}) == len(space.points)
-    narrow = dict(make_space().distributions)
-    limit = best[0].config.max_lr * (1 + 1e-9)
-    narrow["max_lr"] = FloatDistribution(limit, 1.0, log=True)
-    fewer, notes = warm_start(dataclasses.replace(make_space(), distributions=narrow), state, 1)
-    assert notes == ["x:3 is left out: a value lies outside of this space"]
-    assert len(fewer.points) == len(make_space().points)
-
-
 def test_a_search_recorded_with_inactive_knobs_goes_on_as_it_began(
     tmp_path: Path, fp32: Numerics
 ) -> None:
@@ -288,29 +266,6 @@ def test_a_search_recorded_with_inactive_knobs_goes_on_as_it_began(
     assert all(list(params) == knobs for params in found["whole"])
     constant = [params for params in found["new"] if params["schedule"] == "constant"]
     assert constant and all(list(params) == knobs[:3] for params in constant)
-
-
-def test_a_warm_start_hands_over_no_inactive_knob(tmp_path: Path) -> None:
-    """Nor is a trial left out for a value that had no effect."""
-    state = simulate_search(tmp_path, 30, lambda trial, stage: trial.full_config.dropout, name="s8")
-    best = next(trial for trial in state.ranked if trial.config.schedule == "constant")
-    space = load_space("s8", "cpu")
-    narrow = dict(space.distributions) | {"div_factor": FloatDistribution(2.0, 10.0, log=True)}
-    assert best.config.div_factor > 10
-    space = dataclasses.replace(space, distributions=narrow, points=())
-    found, notes = warm_start(space, state, 1 + state.ranked.index(best))
-    handed = {name: getattr(best.config, name) for name in ("schedule", "max_lr", "dropout")}
-    assert handed in found.points and f"{best.run_id} is" not in "".join(notes)
-    sampler = Sampler(found, seed=0)
-    asked = [sampler.ask(number)[0] for number in range(1 + len(found.points))]
-    assert handed in asked
-
-
-def test_a_warm_start_needs_a_complete_trial(tmp_path: Path, fp32: Numerics) -> None:
-    state = run_driver(tmp_path, fp32, [[0.5]])
-    rule = "`warm_start` must be a search with a complete trial, got 'x'"
-    with pytest.raises(ConfigError, match=rule):
-        warm_start(make_space(), state, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import make_budget
-from tune_cifar.search.rungs import is_promoted, list_stages, list_steps
+from tune_cifar.search.rungs import is_promoted, list_compared, list_stages, list_steps
 from tune_cifar.space.layout import Fidelity
 
 SCORES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=50)
@@ -85,3 +85,14 @@ def test_from_rung_to_rung_a_trial_trains_a_stage_or_the_epochs_in_between() -> 
     assert list_steps(make_budget((1, 3, 8), "cycles/continue")) == (1, 2, 5)
     assert list_steps(make_budget((1, 3, 8), "epochs")) == (1, 2, 5)
     assert list_steps(make_budget((8,), "epochs")) == (8,)
+
+
+def test_only_the_last_arrivals_are_compared_and_all_without_a_window() -> None:
+    """As proposals get better, what was good at the start no longer is."""
+    arrived = [number / 100 for number in range(40)]
+    assert list_compared(arrived, None) == arrived
+    assert list_compared(arrived, 9) == arrived[-9:]
+    assert list_compared(arrived[:4], 9) == arrived[:4]
+    late = [*arrived, 0.33]  # better than most since the start, worse than the last six
+    assert is_promoted(0.33, list_compared(late, None), 3)
+    assert not is_promoted(0.33, list_compared(late, 9), 3)

@@ -97,6 +97,7 @@ def test_file_becomes_header_baseline_distributions_and_budget() -> None:
         trials=9,
         rungs=(2, 4),
         reduction_factor=3,
+        window=9,
         sampler={"kind": "tpe", "startup": 3},  # type: ignore[arg-type]
         seed=0,
     )
@@ -425,7 +426,7 @@ REFUSALS = {
     "sampler_kind": (
         "kind: tpe",
         "kind: tpa",
-        "kind must be 'tpe', 'random' or 'qmc', got 'tpa'. Did you mean tpe?",
+        "kind must be 'tpe', 'gp', 'random' or 'qmc', got 'tpa'. Did you mean tpe?",
     ),
     "sampler_unknown": (
         "startup: 3",

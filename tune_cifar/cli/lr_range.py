@@ -93,7 +93,7 @@ def lr_range(
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.store import find_storage
     from tune_cifar.report.lr_range import make_report, make_report_folder, save_report
-    from tune_cifar.search.plan import check_folder
+    from tune_cifar.search.disk import check_folder
     from tune_cifar.train.lr_range import make_lrs
     from tune_cifar.train.numerics import resolve_numerics
 

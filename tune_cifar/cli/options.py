@@ -255,6 +255,8 @@ def _find_changed_settings(given: Iterable[str], header: Header) -> list[str]:
 
 def _describe(value: Any) -> str:
     words = {None: "unset", True: "on", False: "off"}
+    if isinstance(value, list):
+        return ", ".join(value)
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 

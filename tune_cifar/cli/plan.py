@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout
@@ -57,7 +57,7 @@ def plan(
         gpus_per_trial=gpus_per_trial,
         max_concurrent=max_concurrent,
     )
-    found = choose_space(request, space, tier, settings or [], trials, max_time)
+    found = choose_space(request, space, tier, settings or [], Limits(trials, max_time))
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, request.source.name)
     with console.status("measuring 20 training steps ..."):
@@ -68,31 +68,42 @@ def plan(
         _print_plan(settled)
 
 
+class Limits(NamedTuple):
+    """Options that end a search, as typed."""
+
+    trials: str | None
+    max_time: str | None
+    target: float | None = None
+    patience: int | None = None
+
+    @property
+    def max_time_seconds(self) -> float | None:
+        from tune_cifar.space.rules import parse_duration
+
+        return parse_duration(self.max_time) if self.max_time else None
+
+
 def choose_space(
     request: SearchRequest,
     space: str,
     tier: str | None,
     settings: list[str],
-    trials: str | None,
-    max_time: str | None,
+    limits: Limits,
 ) -> SearchSpace:
     """Load the space that a new search, or the plan of one, searches; options as typed."""
     from tune_cifar.search.plan import count_trials
-    from tune_cifar.space.rules import parse_duration
     from tune_cifar.space.select import load_space, parse_setting
 
     pinned = dict(parse_setting(setting) for setting in settings)
-    limits = (
-        count_trials(trials) if trials else None,
-        parse_duration(max_time) if max_time else None,
-    )
+    num_trials = count_trials(limits.trials) if limits.trials else None
+    read = (num_trials, limits.max_time_seconds, limits.target, limits.patience)
     # A mistake is told before torch is imported to look for a GPU.
-    load_space(space, tier or "cpu", pinned).limit(*limits)
+    load_space(space, tier or "cpu", pinned).limit(*read)
     if tier is None:
         tier = request.default_tier
         if tier == "cpu":
             say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
-    return load_space(space, tier, pinned).limit(*limits)
+    return load_space(space, tier, pinned).limit(*read)
 
 
 def _describe_search() -> str:

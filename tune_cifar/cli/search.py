@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.plan import choose_space
-from tune_cifar.cli.terminal import repeat_options, say, stderr, stdout, this_command
+from tune_cifar.cli.plan import Limits, choose_space
+from tune_cifar.cli.terminal import repeat_options, say, stdout, this_command
 
 if TYPE_CHECKING:
     from tune_cifar.record.state import SearchState
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from tune_cifar.space.select import SearchSpace
 
 WarmStart = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--warm-start",
         metavar="SEARCH",
-        help="Try that search's best trials right after the baseline.",
+        help="Try that search's best trials right after the baseline. Repeatable.",
         rich_help_panel=options.SEARCHING,
     ),
 ]
@@ -31,7 +31,33 @@ WarmTrials = Annotated[
         "--warm-trials",
         metavar="K",
         min=1,
-        help="How many of them.",
+        help="How many of each.",
+        rich_help_panel=options.SEARCHING,
+    ),
+]
+Target = Annotated[
+    float | None,
+    typer.Option(
+        "--target",
+        metavar="0.90",
+        help="Start no trial once one has this val_acc.",
+        rich_help_panel=options.SEARCHING,
+    ),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        "--patience",
+        metavar="N",
+        help="Start no trial once N have brought no gain beyond the noise.",
+        rich_help_panel=options.SEARCHING,
+    ),
+]
+Learn = Annotated[
+    bool,
+    typer.Option(
+        "--learn",
+        help="With --warm-start: tell the sampler all its results, train none of them again.",
         rich_help_panel=options.SEARCHING,
     ),
 ]
@@ -46,7 +72,16 @@ KeepWeights = Annotated[
     ),
 ]
 # Options that only a search has.
-SEARCHS = ("trials", "max_time", "keep_weights", "seed", "warm_start", "warm_trials")
+SEARCHS = (
+    "trials",
+    "max_time",
+    "target",
+    "patience",
+    "keep_weights",
+    "seed",
+    "warm_start",
+    "warm_trials",
+)
 
 
 def search(
@@ -67,8 +102,11 @@ def search(
     execution: options.Execution = "eager",
     deterministic: options.Deterministic = False,
     seed: options.Seed = None,
+    target: Target = None,
+    patience: Patience = None,
     warm_start: WarmStart = None,
     warm_trials: WarmTrials = 5,
+    learn: Learn = False,
     keep_weights: KeepWeights = 3,
     accept_changes: options.AcceptChanges = False,
     tracking_uri: options.TrackingUri = None,
@@ -86,22 +124,19 @@ def search(
     from tune_cifar.record.store import find_storage
     from tune_cifar.search.plan import SearchRequest
 
-    folder = find_storage(storage)
+    folder, limits = find_storage(storage), Limits(trials, max_time, target, patience)
     if name is not None:
         check_name(name)
-    if space is None and not resume:
-        raise typer.BadParameter("Give --space for a new search, or --resume with --name.")
     if resume:
         state = _find_resumed(context, folder, name)
         if state.header.kind != "search":
             _resume_other(state, data, tracking_uri, gpus_per_trial, max_concurrent, accept_changes)
             return
-        _leave_if_over(state, trials, max_time, data, storage)
+        _leave_if_over(state, limits, data, storage)
         source = options.find_recorded_data(state, data)
         device = state.header.numerics.device
-    elif accept_changes:
-        raise typer.BadParameter("--accept-changes belongs to --resume.")
     else:
+        _refuse_misplaced(space, accept_changes, learn and not warm_start)
         source = find_data(data)
     request = SearchRequest(
         source=source,
@@ -118,16 +153,27 @@ def search(
         max_concurrent=max_concurrent,
         tracking_uri=tracking_uri,
         keep_weights=keep_weights,
-        warm_start=warm_start,
-        warm_trials=None if warm_start is None else warm_trials,
+        warm_start=tuple(warm_start or ()),
+        warm_trials=warm_trials,
+        learn=learn,
     )
     if resume:
-        plan = _plan_resume(request, trials, max_time, accept_changes)
+        plan = _plan_resume(request, limits, accept_changes)
     else:
         assert space is not None
-        found = choose_space(request, space, tier, settings or [], trials, max_time)
-        plan = _plan_search(_warm_start(found, request), request)
+        found = choose_space(request, space, tier, settings or [], limits)
+        plan = _plan_search(found, request)
     _run(plan, repeat_options(data=data), repeat_options(storage=storage))
+
+
+def _refuse_misplaced(space: str | None, accepts_changes: bool, learns_nothing: bool) -> None:
+    """Refuse what a new search must or must not have."""
+    if space is None:
+        raise typer.BadParameter("Give --space for a new search, or --resume with --name.")
+    if accepts_changes:
+        raise typer.BadParameter("--accept-changes belongs to --resume.")
+    if learns_nothing:
+        raise typer.BadParameter("--learn belongs to --warm-start.")
 
 
 def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> SearchState:
@@ -140,25 +186,11 @@ def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> Se
     header = state.header
     if header.kind != "search":
         options.refuse_given(context, SEARCHS, "is a search's.")
-    more = {"seed": header.seed, "warm_start": header.warm_start}
-    if header.warm_start is not None:
-        more["warm_trials"] = header.warm_trials
+    more: dict[str, Any] = {"seed": header.seed, "warm_start": header.warm_start or None}
+    if header.warm_start:
+        more |= {"warm_trials": header.warm_trials, "learn": bool(header.learned)}
     options.refuse_changed(context, header, more)
     return state
-
-
-def _warm_start(space: SearchSpace, request: SearchRequest) -> SearchSpace:
-    """Put another search's best trials first, if one is named, and say which do not fit."""
-    from tune_cifar.record.store import load_searches
-    from tune_cifar.search.resume import warm_start
-
-    if request.warm_start is None or request.warm_trials is None:
-        return space
-    (state,) = load_searches(request.storage, search=request.warm_start)
-    space, notes = warm_start(space, state, request.warm_trials)
-    for note in notes:
-        say(note, stderr())
-    return space
 
 
 def _plan_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
@@ -175,40 +207,33 @@ def _plan_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
     return plan
 
 
-def _plan_resume(
-    request: SearchRequest, trials: str | None, max_time: str | None, accepts_changes: bool
-) -> SearchPlan:
+def _plan_resume(request: SearchRequest, limits: Limits, accepts_changes: bool) -> SearchPlan:
     """Settle how a recorded search goes on and say what of it is there."""
     from tune_cifar.cli.summary import print_synthetic_banner
-    from tune_cifar.space.rules import parse_duration
 
-    max_seconds = parse_duration(max_time) if max_time else None
+    goals, max_seconds = (limits.target, limits.patience), limits.max_time_seconds
     print_synthetic_banner(stdout(), request.source.name)
     with stdout().status("reading the record and starting the workers ..."):
         from tune_cifar.search.run import prepare_resume
 
-        plan = prepare_resume(request, trials, max_seconds, accepts_changes)
+        plan = prepare_resume(request, limits.trials, max_seconds, accepts_changes, *goals)
     for note in (*plan.notes, plan.describe()):
         say(note)
     return plan
 
 
 def _leave_if_over(
-    state: SearchState,
-    trials: str | None,
-    max_time: str | None,
-    data: str | None,
-    storage: str | None,
+    state: SearchState, limits: Limits, data: str | None, storage: str | None
 ) -> None:
     """Tell how a finished search ended, and leave, unless it is to have more trials or time."""
     from tune_cifar.cli.summary import print_search_summary
     from tune_cifar.search.plan import count_trials
 
     num_started, num_trials = len(state.trials), state.num_trials
-    if trials is not None:
-        num_trials = count_trials(trials, num_started)
-    # After a time limit, trials or time are asked for anew by naming them.
-    has_more = num_started < num_trials and (trials is not None or max_time is not None)
+    if limits.trials is not None:
+        num_trials = count_trials(limits.trials, num_started)
+    # After a time limit or a goal, trials, time or another goal are asked for anew by naming them.
+    has_more = num_started < num_trials and any(given is not None for given in limits)
     if state.is_finished and not has_more:
         repeated = repeat_options(data=data), repeat_options(storage=storage)
         print_search_summary(stdout(), state, [], [], *repeated)

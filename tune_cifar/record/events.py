@@ -13,7 +13,7 @@ import zlib
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from tune_cifar import schema
 from tune_cifar.errors import RecordError
@@ -85,6 +85,21 @@ class Confirmation(Frozen):
         return self.candidates[candidate], self.seeds[index]
 
 
+class Learned(Frozen):
+    """An ended trial of another search."""
+
+    run_id: str
+    params: dict[str, Any]
+    status: schema.Status
+    scores: dict[int, float]
+    """By rung."""
+
+
+def _read_names(value: Any) -> Any:
+    """Read one name, or none, as old records have it."""
+    return [value] if isinstance(value, str) else value or []
+
+
 class Header(Frozen):
     """The first event: what is searched or trained, on what, and with which budget.
 
@@ -98,8 +113,9 @@ class Header(Frozen):
         is_conditional: proposals leave out the knobs that their other values make inactive; old
             records, which have no such field, hold and told the sampler all searched knobs.
         predicted_epochs: epochs of all trials together that the budget was expected to take.
-        warm_start: the search whose best trials were put first; None also in old records.
-        warm_trials: how many of them were asked for.
+        warm_start: the searches whose best trials were put first, or which were learned from.
+        warm_trials: how many best trials of each were asked for; None with `learned`.
+        learned: their ended trials, which the sampler knows from the start.
     """
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -120,8 +136,9 @@ class Header(Frozen):
     command: str
     confirmation: Confirmation | None = None
     predicted_epochs: float | None = None
-    warm_start: str | None = None
+    warm_start: Annotated[list[str], BeforeValidator(_read_names)] = Field(default_factory=list)
     warm_trials: int | None = None
+    learned: list[Learned] = Field(default_factory=list)
     is_conditional: bool = False
 
     @property
@@ -208,10 +225,13 @@ class SearchResumed(Frozen):
     Attributes:
         trials: number of trials that the search is to have in all.
         changes: changes of code or environment that the user accepted.
+        target, patience: those of the budget from here on.
     """
 
     time: Time
     trials: Annotated[int, Field(ge=1)]
+    target: float | None = None
+    patience: int | None = None
     changes: list[str]
     numerics: Numerics
     environment: dict[str, str]

@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record import state as record
 from tune_cifar.record.events import KIND_WORDS
-from tune_cifar.search.sampler import Outcome, find_outcome, list_distributions, make_study
+from tune_cifar.schema import CHANCE_ACCURACY
+from tune_cifar.search.sampler import list_distributions, make_study
 
 
 def check_dashboard() -> None:
@@ -62,22 +63,32 @@ def make_studies(states: Iterable[record.SearchState]) -> BaseStorage:
 
 
 def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenTrial:
-    """Return a recorded trial as Optuna stores it: what the sampler got, with all its scores."""
-    outcome = Outcome(TrialState.RUNNING, None, {})
-    if trial.status != "running":
-        rungs = state.header.budget.get("rungs", ())
-        scores = {rung: trial.scores[rung] for rung in rungs if rung in trial.scores}
-        outcome = find_outcome(trial.status, scores, trial.score)
-    value = outcome.value
-    if outcome.state == TrialState.PRUNED:  # as `Study.tell` does
-        value = outcome.scores[max(outcome.scores)]
+    """Return a recorded trial as Optuna stores it.
+
+    A stopped trial is a pruned one of its last score at a rung; before its first rung it is a
+    failed one. A diverged trial is pruned at epoch 0 with the accuracy of chance: as a complete one
+    it would rank before all pruned ones.
+    """
+    rungs = [rung for rung in state.header.budget.get("rungs", ()) if rung in trial.scores]
+    scores, value = trial.scores, None
+    match trial.status:
+        case "running":
+            found = TrialState.RUNNING
+        case "complete":
+            found, value = TrialState.COMPLETE, trial.score
+        case "diverged":
+            found, value, scores = TrialState.PRUNED, CHANCE_ACCURACY, {0: CHANCE_ACCURACY}
+        case "stopped" if rungs:
+            found, value = TrialState.PRUNED, trial.scores[rungs[-1]]
+        case _:
+            found = TrialState.FAIL
     distributions = list_distributions(state.header)
     frozen = create_trial(
-        state=outcome.state,
+        state=found,
         value=value,
         params=trial.params,
         distributions={name: distributions[name] for name in trial.params},
-        intermediate_values=outcome.scores if trial.status == "diverged" else trial.scores,
+        intermediate_values=scores,
         user_attrs={
             "run_id": trial.run_id,
             "status": trial.status,
@@ -88,7 +99,7 @@ def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenT
         },
     )
     frozen.datetime_start = _to_local(trial.started or state.header.created)
-    if outcome.state.is_finished():  # an old record has no times
+    if found.is_finished():  # an old record has no times
         frozen.datetime_complete = _to_local(trial.ended) if trial.ended else frozen.datetime_start
     return frozen
 

@@ -24,13 +24,13 @@ from optuna.trial import create_trial
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.trials import (
     best_so_far,
-    estimate_scatter,
     load_curves,
     load_trials,
     split_groups,
 )
 from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig, inactive_knobs, label_data
-from tune_cifar.search.rungs import is_promoted
+from tune_cifar.search.goals import estimate_scatter
+from tune_cifar.search.rungs import is_promoted, list_compared
 from tune_cifar.search.sampler import list_distributions, make_study
 from tune_cifar.space.reader import parse_recorded
 from tune_cifar.space.select import describe_distribution, load_header
@@ -136,19 +136,21 @@ def make_rung_scores(state: SearchState) -> pd.DataFrame:
     """Return one row per rung and trial that reached it.
 
     Columns: `rung` (epochs), `trial`, `order` of arrival (from 1), `score`, `cutoff` (the lowest
-    score among those that had arrived by then that is promoted) and `is_promoted` (by the rule
+    score among those that it was compared with that is promoted) and `is_promoted` (by the rule
     alone: the baseline is promoted in any case; at the last rung no trial is).
     """
-    reduction = int(state.header.budget.get("reduction_factor", 2))
+    budget = state.header.budget
+    reduction, window = int(budget.get("reduction_factor", 2)), budget.get("window")
     rows = []
     rungs = list_rungs(state)
     for rung in rungs:
-        seen: list[float] = []
-        for trial, score in state.arrivals.get(rung, {}).items():
-            seen.append(score)
-            cutoff = sorted(seen, reverse=True)[math.ceil(len(seen) / reduction) - 1]
-            promoted = rung != rungs[-1] and is_promoted(score, seen, reduction)
-            rows.append((rung, trial, len(seen), score, cutoff, promoted))
+        arrivals = state.arrivals.get(rung, {})
+        scores = list(arrivals.values())
+        for order, (trial, score) in enumerate(arrivals.items(), 1):
+            compared = list_compared(scores[:order], window)
+            cutoff = sorted(compared, reverse=True)[math.ceil(len(compared) / reduction) - 1]
+            promoted = rung != rungs[-1] and is_promoted(score, compared, reduction)
+            rows.append((rung, trial, order, score, cutoff, promoted))
     return pd.DataFrame(rows, columns=["rung", "trial", "order", "score", "cutoff", "is_promoted"])
 
 

@@ -13,6 +13,7 @@ from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.format import format_percent
 from tune_cifar.schema import EpochResult, TrainConfig, inactive_knobs
+from tune_cifar.search.goals import NUM_DEVIATIONS, estimate_scatter
 from tune_cifar.tracking.address import find_sqlite_file
 from tune_cifar.tracking.store import translate_errors
 from tune_cifar.tracking.uploaded import read_trials
@@ -63,18 +64,6 @@ CURVE_COLUMNS = {"search": "string", "trial": "int64", "run_id": "string", "stag
 }
 
 
-def estimate_scatter(accuracy: float, num_images: int) -> float:
-    """Return the standard deviation of a difference of two accuracies from the images alone.
-
-    One accuracy p on n images has sqrt(p (1 - p) / n); the difference has sqrt(2) times that.
-
-    Args:
-        accuracy: a fraction.
-        num_images: on which both were measured.
-    """
-    return float((2 * accuracy * (1 - accuracy) / num_images) ** 0.5)
-
-
 def describe_gain(state: SearchState, best: TrialState) -> str:
     """Return the best trial's gain over the baseline beside the noise of the validation set."""
     baseline = state.baseline_score
@@ -85,7 +74,7 @@ def describe_gain(state: SearchState, best: TrialState) -> str:
     gain = 100 * (best.score - baseline)
     num_images = best.config.val_size
     scatter = 100 * estimate_scatter(best.score, num_images)
-    where = "within" if abs(gain) <= 2 * scatter else "beyond"
+    where = "within" if abs(gain) <= NUM_DEVIATIONS * scatter else "beyond"
     return (
         f"gain over the baseline ({format_percent(baseline)}): {gain:+.2f} points, {where} twice "
         f"the {scatter:.2f} points that {num_images} validation images alone scatter; one seed, "

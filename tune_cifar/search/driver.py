@@ -28,7 +28,8 @@ from tune_cifar.record.events import (
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState, TrialState
 from tune_cifar.schema import EpochResult
-from tune_cifar.search.rungs import is_promoted, list_stages
+from tune_cifar.search.goals import find_reached_goal
+from tune_cifar.search.rungs import is_promoted, list_compared, list_stages
 from tune_cifar.search.sampler import Confirmer, Proposer, Sampler
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CheckpointFolder
@@ -110,8 +111,13 @@ class SearchDriver:
         return self.is_interrupted or self.is_over_time or self.fault is not None
 
     @property
+    def _reached_goal(self) -> str | None:
+        return find_reached_goal(self.record.state.trials.values(), self._space.budget)
+
+    @property
     def _wants_more(self) -> bool:
-        return len(self.record.state.trials) < self._space.budget.trials
+        is_short = len(self.record.state.trials) < self._space.budget.trials
+        return is_short and self._reached_goal is None
 
     def interrupt(self) -> None:
         """Start no further trial; stop running ones with a checkpoint after their epoch.
@@ -146,8 +152,9 @@ class SearchDriver:
 
     def _start_trial(self) -> int:
         """Record a new trial and return its number."""
-        number = len(self.record.state.trials)
-        params, origin, config = self._proposer.propose(number)
+        trials = self.record.state.trials
+        number = len(trials)
+        params, origin, config = self._proposer.propose(number, trials.values())
         self._append(
             TrialStarted(
                 trial=number,
@@ -199,11 +206,13 @@ class SearchDriver:
         if not is_rung or last.val_acc is None or trial.origin == "baseline":
             return True
         arrivals = self.record.state.arrivals[last.epoch]
-        scores = list(arrivals.values())[: list(arrivals).index(trial.number) + 1]
+        arrived = list(arrivals.values())[: list(arrivals).index(trial.number) + 1]
+        scores = list_compared(arrived, budget.window)
         if is_promoted(last.val_acc, scores, budget.reduction_factor):
             return True
         better = sum(score > last.val_acc for score in scores)
-        reason = f"rung {last.epoch}: {better} of {len(scores)} scores were better"
+        of = f"{len(scores)}" if len(scores) == len(arrived) else f"the last {len(scores)}"
+        reason = f"rung {last.epoch}: {better} of {of} scores were better"
         self.end(trial.number, "stopped", reason)
         return False
 
@@ -234,8 +243,6 @@ class SearchDriver:
                 time=utc_now(),
             )
         )
-        rungs = {epoch: value for epoch, value in trial.scores.items() if epoch in self.rungs}
-        self._proposer.tell(number, status, rungs, score)
         CheckpointFolder(folder / CHECKPOINTS).delete()
 
     def fail(self, number: int, text: str) -> None:
@@ -269,7 +276,7 @@ class SearchDriver:
             return
         unfinished = self._list_unfinished()
         if not unfinished and not self._wants_more:
-            reason = "all trials"
+            reason = self._reached_goal or "all trials"
         elif self.is_over_time and not self.is_interrupted and self.fault is None:
             reason = TIME_LIMIT
             for trial in unfinished:
@@ -303,7 +310,7 @@ def _make_proposer(space: SearchSpace, state: SearchState) -> Proposer:
     header = state.header
     if header.confirmation is not None:
         return Confirmer(header.confirmation)
-    return Sampler(space, header.seed, state.trials.values(), header.is_conditional)
+    return Sampler(space, header.seed, header.is_conditional, header.learned)
 
 
 def _must_run_alone(trial: TrialState) -> bool:

@@ -1,16 +1,17 @@
-"""Resuming a recorded search: its space, changes since, what is restored; and warm starts."""
+"""Resuming a recorded search: its space, changes since, what is restored."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.events import Header
 from tune_cifar.record.state import SearchState
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
-from tune_cifar.search.sampler import MAX_SAMPLER_SEED, fit_point
+from tune_cifar.search.sampler import MAX_SAMPLER_SEED
 from tune_cifar.space.layout import Budget
 from tune_cifar.space.reader import parse_recorded
 from tune_cifar.space.select import SearchSpace, read_space, select_tier
@@ -52,9 +53,18 @@ def restore_space(header: Header) -> SearchSpace:
     if header.confirmation:  # no knob is searched
         space = replace(space, baseline=TrainConfig(**header.baseline), pinned=pinned)
         space = replace(space, distributions={}, dropped={})
-    # Old records lack the fidelity, which was `epochs`.
-    budget = Budget.model_validate_json(json.dumps({"fidelity": "epochs"} | header.budget))
+    # Old records lack the fidelity, which was `epochs`, and the window, which was all scores.
+    old: dict[str, Any] = {"fidelity": "epochs", "window": None}
+    budget = Budget.model_validate_json(json.dumps(old | header.budget))
     return replace(space, budget=budget, points=tuple(header.points), obstacle=None)
+
+
+def restore_goals(space: SearchSpace, state: SearchState) -> SearchSpace:
+    """Return the space with the goals of the last driver; without any if the search has ended."""
+    last = state.resumes[-1].model_dump() if state.resumes else state.header.budget
+    kept = {} if state.is_finished else last
+    goals = {name: kept.get(name) for name in ("target", "patience")}
+    return replace(space, budget=space.budget.model_copy(update=goals))
 
 
 def check_resumable(header: Header, num_trials: int) -> None:
@@ -152,33 +162,3 @@ def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def warm_start(
-    space: SearchSpace, state: SearchState, num_best: int
-) -> tuple[SearchSpace, list[str]]:
-    """Return the space with a search's best complete trials as its first points.
-
-    Args:
-        num_best: number of trials to take over.
-
-    Returns:
-        the space, and a sentence for each trial that lies outside of it.
-
-    Raises:
-        ConfigError: when the search has no complete trial.
-    """
-    ranked = state.ranked[:num_best]
-    if not ranked:
-        rule = "`warm_start` must be a search with a complete trial"
-        raise ConfigError(f"{rule}, got {state.header.name!r}.")
-    points, notes = [], []
-    baseline = space.select_active(space.baseline_params)
-    for trial in ranked:
-        point = fit_point(space, trial.config.model_dump())
-        if point is None:
-            notes.append(f"{trial.run_id} is left out: a value lies outside of this space")
-        elif point != baseline and point not in points:
-            points.append(point)
-    rest = tuple(point for point in space.points if space.select_active(point) not in points)
-    return replace(space, points=(*points, *rest)), notes

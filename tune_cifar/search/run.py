@@ -29,10 +29,18 @@ from ray.tune.stopper import Stopper
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, RecordError
 from tune_cifar.record.environment import describe_environment
-from tune_cifar.record.events import Confirmation, Event, Fault, Kind, SearchResumed, utc_now
+from tune_cifar.record.events import (
+    Confirmation,
+    Event,
+    Fault,
+    Kind,
+    Learned,
+    SearchResumed,
+    utc_now,
+)
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import SearchState
-from tune_cifar.record.store import search_folder
+from tune_cifar.record.store import load_searches, search_folder
 from tune_cifar.search.cluster import start_ray, use_ray
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import (
@@ -47,8 +55,10 @@ from tune_cifar.search.resume import (
     check_resumable,
     describe_restored,
     find_changes,
+    restore_goals,
     restore_space,
 )
+from tune_cifar.search.warm_start import learn, try_best_first
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
 from tune_cifar.train.numerics import restore_numerics
@@ -64,8 +74,24 @@ RAY_OUT_OF_MEMORY = "low on memory"
 def prepare_search(
     space: SearchSpace, request: SearchRequest, confirmation: Confirmation | None = None
 ) -> SearchPlan:
-    """Plan a new search or a confirmation while Ray starts; raises what `settle_search` raises."""
-    return replace(settle_search(space, request, start_ray), confirmation=confirmation)
+    """Plan a new search or a confirmation while Ray starts.
+
+    Raises:
+        RecordError, ConfigError, DataError: as `settle_search`, and when a search to start from is
+            missing or does not fit.
+    """
+    notes: list[str] = []
+    states = [load_searches(request.storage, search=name)[0] for name in request.warm_start]
+    if not request.learn:
+        space, notes = try_best_first(space, states, request.warm_trials)
+    plan = settle_search(space, request, start_ray)
+    learned: list[Learned] = []
+    for state in states if request.learn else ():
+        found, note = learn(space, state, plan.data)
+        learned += found
+        notes.append(note)
+    notes = [*plan.notes, *notes]
+    return replace(plan, confirmation=confirmation, learned=tuple(learned), notes=tuple(notes))
 
 
 def prepare_resume(
@@ -73,6 +99,8 @@ def prepare_resume(
     trials: str | None,
     max_time_seconds: float | None,
     accept_changes: bool,
+    target: float | None = None,
+    patience: int | None = None,
 ) -> SearchPlan:
     """Plan how the search `request.name` is resumed, from its record; a torn last line is cut off.
 
@@ -80,6 +108,8 @@ def prepare_resume(
         trials: see `count_trials`; None leaves the recorded number.
         max_time_seconds: of this launch; None takes the recorded limit, counted from now.
         accept_changes: resume although code, data or numerics have changed.
+        target, patience: None keeps those of a search that has not ended; one that has goes on
+            without.
 
     Raises:
         RecordError: when the search is missing, damaged or held by another process.
@@ -88,9 +118,9 @@ def prepare_resume(
     assert request.name is not None
     with Record.open(search_folder(request.storage, request.name)) as record:
         state = record.state
-    space = restore_space(state.header)
+    space = restore_goals(restore_space(state.header), state)
     num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
-    space = space.limit(num_trials, max_time_seconds)
+    space = space.limit(num_trials, max_time_seconds, target, patience)
     check_resumable(state.header, num_trials)
     last = state.resumes[-1] if state.resumes else state.header
     numerics = restore_numerics(last.numerics)
@@ -103,6 +133,8 @@ def prepare_resume(
     event = SearchResumed(
         time=utc_now(),
         trials=num_trials,
+        target=space.budget.target,
+        patience=space.budget.patience,
         changes=list(changes.deciding),
         numerics=numerics,
         environment=environment,
@@ -279,8 +311,9 @@ def _open_record(plan: SearchPlan) -> Record:
         more = {
             "confirmation": plan.confirmation,
             "predicted_epochs": plan.forecast.epochs.mean,
-            "warm_start": plan.request.warm_start,
-            "warm_trials": plan.request.warm_trials,
+            "warm_start": list(plan.request.warm_start),
+            "warm_trials": plan.request.warm_trials if plan.request.warm_start else None,
+            "learned": list(plan.learned),
         }
         create = Record.create_numbered if plan.request.name is None else Record.create
         return create(folder, header.model_copy(update=more))

@@ -4,6 +4,9 @@ A trial is compared when it arrives at a rung, with the trials that arrived befo
 waits for another. Higher scores are better. Source: Li et al. 2020, "A System for Massively
 Parallel Hyperparameter Tuning".
 
+Unlike there, only the last arrivals count (`window`). Proposals get better during a search:
+compared with all since its start, most of the late ones would go on and the rungs stop nothing.
+
 A score in the middle of a learning rate schedule ranks noise, since the learning rate is still
 high. With `fidelity: cycles` a trial therefore has a stage for each rung: a training from scratch
 over a complete schedule of that length. With the other fidelities it has one stage.
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from tune_cifar.space.layout import Budget
 
@@ -26,7 +29,7 @@ def is_promoted(score: float, scores_at_rung: Collection[float], reduction_facto
 
     Args:
         score: val_acc at the rung, never NaN (a diverged trial reaches no rung).
-        scores_at_rung: those of all trials that have reached the rung, this one included.
+        scores_at_rung: those of the trials that it is compared with, this one included.
         reduction_factor: about one trial in this many is promoted, at least 2.
     """
     assert score in scores_at_rung, "the trial's own score must be among the rung's"
@@ -34,6 +37,16 @@ def is_promoted(score: float, scores_at_rung: Collection[float], reduction_facto
     assert reduction_factor >= 2, "a reduction factor below 2 stops nothing"
     rank = 1 + sum(other > score for other in scores_at_rung)
     return is_promoted_rank(rank, len(scores_at_rung), reduction_factor)
+
+
+def list_compared(arrived: Sequence[float], window: int | None) -> Sequence[float]:
+    """Return the scores that the last one is compared with, itself included.
+
+    Args:
+        arrived: scores at the rung in the order of their arrival.
+        window: number of the last ones that count; None for all, as in old records.
+    """
+    return arrived if window is None else arrived[-window:]
 
 
 def is_promoted_rank(rank: int, num_scores: int, reduction_factor: int) -> bool:

@@ -1,9 +1,12 @@
-"""Proposals of trials: an in-memory Optuna study, rebuilt from the record when a search is resumed.
+"""Proposals of trials: at random, by Optuna's TPE, by a Gaussian process or quasi-random.
 
-A proposal depends only on the seed, the trial's number and the results before it: the sampler is
-seeded anew with (seed + number) for each trial, and trial n takes point n of a quasi-random
-sequence. So a resumed search, whose study is told the recorded trials, proposes what an
-uninterrupted one would have.
+A proposal depends only on the seed, the trial's number and the recorded trials before it: samplers
+are made anew with (seed + number) for each trial, and trial n takes point n of a quasi-random
+sequence. So a resumed search proposes what an uninterrupted one would have.
+
+TPE learns from one rung at a time, the highest that LEAST_AT_RUNG trials have reached. Told all of
+a search with early stopping, Optuna ranks complete trials before stopped ones and calls a tenth of
+*all* trials good: a third of the complete ones, whose average it then models.
 
 A knob that a trial's other values make inactive is not part of its proposal, and the sampler is
 told nothing of it.
@@ -12,7 +15,8 @@ told nothing of it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import optuna
@@ -20,12 +24,15 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_cifar.record.events import Confirmation, Header, Origin
 from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
+from tune_cifar.search.gaussian_process import Seen, UnitCube, propose_by_gp
 from tune_cifar.space.select import SearchSpace
 
+LEAST_AT_RUNG = 10
+"""Scores with which a rung is high enough for TPE to learn from it alone."""
 # The largest seed that Optuna's samplers take (numpy's). A trial's is (seed + number).
 MAX_SAMPLER_SEED = 2**32 - 1
 
@@ -42,13 +49,9 @@ class PastTrial(Protocol):
     """The part of a recorded trial (record.TrialState) that the sampler reads."""
 
     @property
-    def number(self) -> int: ...
-    @property
     def params(self) -> dict[str, Any]: ...
     @property
     def status(self) -> Status: ...
-    @property
-    def score(self) -> float | None: ...
     @property
     def scores(self) -> dict[int, float]: ...
 
@@ -56,13 +59,8 @@ class PastTrial(Protocol):
 class Proposer(Protocol):
     """Proposes a search's trials."""
 
-    def propose(self, number: int) -> Proposal:
-        """Return the next trial; numbers come in order."""
-
-    def tell(
-        self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
-    ) -> None:
-        """Take in how a trial ended."""
+    def propose(self, number: int, trials: Collection[PastTrial]) -> Proposal:
+        """Return the trial of this number, given those before it, in the order of their numbers."""
 
 
 class Confirmer:
@@ -71,25 +69,20 @@ class Confirmer:
     def __init__(self, confirmation: Confirmation) -> None:
         self._confirmation = confirmation
 
-    def propose(self, number: int) -> Proposal:
+    def propose(self, number: int, trials: Collection[PastTrial]) -> Proposal:
         candidate, seed = self._confirmation.find(number)
         config = TrainConfig(**{**candidate.config, "seed": seed})
         return Proposal({"candidate": candidate.run_id, "seed": seed}, "confirm", config)
 
-    def tell(
-        self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
-    ) -> None:
-        """Do nothing: the trials are fixed."""
-
 
 class Sampler:
-    """Proposes trials in the order of their numbers: the baseline, the space's points, Optuna's.
+    """Proposes trials: the baseline, the space's points, then those of the budget's sampler.
 
     Args:
         space: distributions, baseline, points and the sampler's kind.
         seed: of the proposals.
-        history: the recorded trials of a resumed search, running ones included.
         is_conditional: leave inactive knobs out; False for a search whose record has them.
+        learned: ended trials of other searches, of this very space; they come before all others.
 
     Raises:
         ConfigError: when all knobs of the space are pinned.
@@ -99,129 +92,99 @@ class Sampler:
         self,
         space: SearchSpace,
         seed: int,
-        history: Iterable[PastTrial] = (),
         is_conditional: bool = True,
+        learned: Sequence[PastTrial] = (),
     ) -> None:
         space.check_searchable()
         self._space = space
         self._seed = seed
         self._is_conditional = is_conditional
-        self._random = RandomSampler(seed=seed)
-        self._study = make_study(self._random)
-        self._trials: list[Trial] = []
+        self._learned = learned
         self._fixed = [space.baseline_params, *space.points]
         is_sequence = space.budget.sampler.kind == "qmc"
         self._sequence = _Sequence(space.distributions, seed) if is_sequence else None
-        rungs = space.budget.rungs
-        for trial in sorted(history, key=lambda trial: trial.number):
-            self._start(trial.number, trial.params)
-            if trial.status != "running":
-                scores = {rung: trial.scores[rung] for rung in rungs if rung in trial.scores}
-                self.tell(trial.number, trial.status, scores, trial.score)
+        self._cube = UnitCube(space.distributions)
 
-    def propose(self, number: int) -> Proposal:
-        """Return what `ask` returns, with the full recipe."""
-        params, origin = self.ask(number)
+    def propose(self, number: int, trials: Collection[PastTrial]) -> Proposal:
+        """Return the trial of this number, given those before it, in the order of their numbers."""
+        params, origin = self.ask(number, trials)
         return Proposal(params, origin, self._space.config(params))
 
-    def ask(self, number: int) -> tuple[dict[str, Any], Origin]:
-        """Return the values of a trial's searched knobs and their origin.
-
-        Args:
-            number: of the trial; numbers come without a gap, from 0 or from the end of the history.
-
-        Raises:
-            ValueError: when another number comes next.
-        """
+    def ask(self, number: int, trials: Collection[PastTrial] = ()) -> tuple[dict[str, Any], Origin]:
+        """Return the values of a trial's searched knobs and their origin; see `propose`."""
         if number < len(self._fixed):
-            origin: Origin = "baseline" if number == 0 else "point"
-            params = self._fixed[number]
-        else:
-            origin, params = "sampler", self._draw(number)
-        return self._start(number, self._leave_out_inactive(params)), origin
+            origin: Origin = "point" if number else "baseline"
+            return self._select_active(self._fixed[number]), origin
+        known = [*self._learned, *trials]
+        return self._select_active(self._draw(number, known)), "sampler"
 
-    def tell(
-        self, number: int, status: Status, rung_scores: dict[int, float], score: float | None
-    ) -> None:
-        """Tell the study how a trial ended, see `find_outcome`.
+    def _select_active(self, params: dict[str, Any]) -> dict[str, Any]:
+        return self._space.select_active(params) if self._is_conditional else dict(params)
 
-        Args:
-            rung_scores: val_acc by epoch of the rungs that the trial reached.
-            score: val_acc of the last epoch of a complete trial.
-        """
-        trial = self._trials[number]
-        outcome = find_outcome(status, rung_scores, score)
-        for epoch, value in sorted(outcome.scores.items()):
-            trial.report(value, step=epoch)
-        self._study.tell(trial, outcome.value, outcome.state)
-
-    def _draw(self, number: int) -> dict[str, Any]:
-        """Return the sampler's values of all searched knobs, inactive ones included.
-
-        They come from a trial that counts as failed, from which nothing is learned: while a trial
-        runs, Optuna reads all that was drawn for it, not what it was started with.
-        """
+    def _draw(self, number: int, trials: Collection[PastTrial]) -> dict[str, Any]:
+        """Return the sampler's values of all searched knobs, inactive ones included."""
         if self._sequence is not None:
             return self._sequence.point(number)
-        self._study.sampler = self._make_sampler(self._seed + number)
-        trial = self._study.ask(self._space.distributions)
-        self._study.tell(trial, state=TrialState.FAIL)
-        self._study.sampler = self._random
-        return trial.params
+        seed, rungs, found = (
+            self._seed + number,
+            self._space.budget.rungs,
+            self._space.budget.sampler,
+        )
+        if found.kind == "random" or _count_ended(trials, rungs) < found.startup:
+            return make_study(RandomSampler(seed=seed)).ask(self._space.distributions).params
+        if found.kind == "gp":
+            seen = [_see(trial, rungs) for trial in trials]
+            return propose_by_gp(self._cube, seen, rungs, seed, self._select_active)
+        study = make_study(self._make_tpe(seed))
+        study.add_trials(self._freeze(trials, find_rung(trials, rungs)))
+        return study.ask(self._space.distributions).params
 
-    def _leave_out_inactive(self, params: dict[str, Any]) -> dict[str, Any]:
-        return self._space.select_active(params) if self._is_conditional else params
+    def _freeze(self, trials: Iterable[PastTrial], rung: int) -> list[FrozenTrial]:
+        """Return what TPE learns from: the trials that reached the rung, and the running ones.
 
-    def _start(self, number: int, params: dict[str, Any]) -> dict[str, Any]:
-        """Start a trial with these values; return them."""
-        expected = len(self._trials)
-        if number != expected:
-            raise ValueError(f"trials must be asked for in order, {expected} next, got {number}.")
-        self._study.enqueue_trial(params)
-        distributions = self._space.distributions.items()
-        trial = self._study.ask({name: found for name, found in distributions if name in params})
-        self._trials.append(trial)
-        return dict(trial.params)
+        A diverged trial counts as one with the accuracy of chance. Running trials count as bad, so
+        that proposals spread.
+        """
+        frozen = []
+        for trial in trials:
+            score = CHANCE_ACCURACY if trial.status == "diverged" else trial.scores.get(rung)
+            if score is None and trial.status != "running":
+                continue
+            state = TrialState.RUNNING if score is None else TrialState.COMPLETE
+            distributions = {name: self._space.distributions[name] for name in trial.params}
+            frozen.append(
+                create_trial(
+                    state=state, value=score, params=trial.params, distributions=distributions
+                )
+            )
+        return frozen
 
-    def _make_sampler(self, seed: int) -> BaseSampler:
-        if self._space.budget.sampler.kind == "random":
-            return RandomSampler(seed=seed)
-        startup = self._space.budget.sampler.startup
+    def _make_tpe(self, seed: int) -> BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            # Optuna 5's defaults: all knobs at once; running trials count as bad: proposals spread.
-            # With `group`, knobs that are active in the same trials are drawn at once.
-            return TPESampler(seed=seed, n_startup_trials=startup, group=self._is_conditional)
+            # Optuna 5's defaults: all knobs at once. With `group`, knobs that are active in the
+            # same trials are drawn at once.
+            return TPESampler(seed=seed, n_startup_trials=1, group=self._is_conditional)
 
 
-class Outcome(NamedTuple):
-    """An ended trial for Optuna: state, a complete one's value, a pruned one's scores by epoch."""
-
-    state: TrialState
-    value: float | None
-    scores: dict[int, float]
+def find_rung(trials: Iterable[PastTrial], rungs: Sequence[int]) -> int:
+    """Return the highest rung that at least LEAST_AT_RUNG trials have reached, else the first."""
+    reached = Counter(rung for trial in trials for rung in trial.scores)
+    return next((rung for rung in reversed(rungs) if reached[rung] >= LEAST_AT_RUNG), rungs[0])
 
 
-def find_outcome(status: Status, rung_scores: dict[int, float], score: float | None) -> Outcome:
-    """Return what Optuna learns from how a trial ended.
+def _see(trial: PastTrial, rungs: Sequence[int]) -> Seen:
+    """Return what the Gaussian process sees: a diverged trial has chance at all rungs it missed."""
+    missing = CHANCE_ACCURACY if trial.status == "diverged" else None
+    scores = {rung: trial.scores.get(rung, missing) for rung in rungs}
+    known = {rung: score for rung, score in scores.items() if score is not None}
+    return Seen(trial.params, known, trial.status == "running")
 
-    A stopped trial counts as pruned, with its scores at the rungs; before its first rung it says
-    nothing about its knobs and counts as failed. A diverged trial counts as pruned at epoch 0 with
-    the accuracy of chance: as a complete one it would rank before all pruned ones, and TPE would
-    learn from it as from the best.
 
-    Raises:
-        ValueError: when the trial is still running.
-    """
-    if status == "complete":
-        return Outcome(TrialState.COMPLETE, score, {})
-    if status == "diverged":
-        return Outcome(TrialState.PRUNED, None, {0: CHANCE_ACCURACY})
-    if status == "stopped" and rung_scores:
-        return Outcome(TrialState.PRUNED, None, rung_scores)
-    if status in ("failed", "stopped"):
-        return Outcome(TrialState.FAIL, None, {})
-    raise ValueError(f"a trial must have ended before its outcome is told, got {status}.")
+def _count_ended(trials: Iterable[PastTrial], rungs: Sequence[int]) -> int:
+    """Return the number of trials that ended with a score: at a rung, or by diverging."""
+    ended = [trial for trial in trials if trial.status != "running"]
+    return sum(t.status == "diverged" or any(rung in t.scores for rung in rungs) for t in ended)
 
 
 def list_distributions(header: Header) -> dict[str, BaseDistribution]:
@@ -234,7 +197,7 @@ def fit_point(space: SearchSpace, params: dict[str, Any]) -> dict[str, Any] | No
     point = space.select_active({name: params[name] for name in space.distributions})
     distributions = {name: space.distributions[name] for name in point}
     try:
-        optuna.create_trial(params=point, distributions=distributions, value=0.0)
+        create_trial(params=point, distributions=distributions, value=0.0)
     except ValueError:
         return None
     return point

@@ -13,6 +13,7 @@ from tune_cifar.schema import MAX_SEED, Frozen
 
 TIERS = ("full", "cpu")
 MAX_TRIALS = 100_000
+WINDOW_FACTORS = 3
 
 
 class Published(Frozen):
@@ -42,14 +43,14 @@ class SpaceHeader(Frozen):
 class SamplerBudget(Frozen):
     """Sampler of the trials."""
 
-    kind: Literal["tpe", "random", "qmc"]
+    kind: Literal["tpe", "gp", "random", "qmc"]
     startup: int = Field(0, ge=0)
-    """Results with which TPE starts; until then it proposes at random. TPE only."""
+    """Ended trials with which TPE or the Gaussian process starts; until then it is at random."""
 
     @model_validator(mode="after")
     def _check_startup(self) -> SamplerBudget:
-        if (self.kind == "tpe") != (self.startup > 0):
-            rule = "startup >= 1 for kind tpe and no startup otherwise must hold"
+        if (self.kind in ("tpe", "gp")) != (self.startup > 0):
+            rule = "startup >= 1 for kind tpe or gp and no startup otherwise must hold"
             raise ValueError(f"{rule}, got kind {self.kind} and startup {self.startup}")
         return self
 
@@ -73,6 +74,9 @@ class TrialBudget(Frozen):
     rungs: tuple[int, ...]
     """Epochs after which trials are compared; the last is the full training."""
     reduction_factor: int = Field(ge=2, le=100)
+    window: int | None = Field(None, ge=2)
+    """Scores at a rung that a trial is compared with: the last that arrived, its own included.
+    None in a file: WINDOW_FACTORS times the reduction factor; in an old record: all of them."""
     sampler: SamplerBudget
     seed: int = Field(ge=0, le=MAX_SEED)
     """The sampler's; the trainings' seed is a knob."""
@@ -88,6 +92,10 @@ class Budget(TrialBudget):
 
     max_time_seconds: float | None = Field(None, gt=0.0)
     """Wall-clock limit of the search."""
+    target: float | None = Field(None, gt=0.0, le=1.0)
+    """val_acc of a complete trial after which no further trial starts."""
+    patience: int | None = Field(None, ge=1)
+    """Ended trials without a gain after which no further trial starts."""
 
     def describe_epochs(self) -> str:
         """Return the epochs of a full training in words: `24 epochs`."""
@@ -104,6 +112,10 @@ class Budget(TrialBudget):
             text += f" (startup {self.sampler.startup})"
         if self.max_time_seconds:
             text += f", at most {self.max_time_seconds / 60:.3g} min"
+        if self.target is not None:
+            text += f", until {100 * self.target:g} %"
+        if self.patience is not None:
+            text += f", until {self.patience} trials bring no gain"
         return text
 
 

@@ -15,6 +15,7 @@ from tune_cifar.schema import KNOBS, TrainConfig, describe_problem, first_proble
 from tune_cifar.space.document import Document, Where, read_document, set_values
 from tune_cifar.space.layout import (
     TIERS,
+    WINDOW_FACTORS,
     Budget,
     Choices,
     Published,
@@ -295,6 +296,7 @@ def _read_tier(
     except ConfigError as exc:
         raise doc.error((*where, "max_time"), str(exc)) from exc
     written = entry.model_dump(include=set(TrialBudget.model_fields))
+    written["window"] = entry.window or WINDOW_FACTORS * entry.reduction_factor
     return Tier(Budget(**written, max_time_seconds=seconds), settings, searched)
 
 

@@ -96,22 +96,34 @@ class SearchSpace:
             raise ConfigError(self.obstacle)
 
     def limit(
-        self, trials: int | None = None, max_time_seconds: float | None = None
+        self,
+        trials: int | None = None,
+        max_time_seconds: float | None = None,
+        target: float | None = None,
+        patience: int | None = None,
     ) -> SearchSpace:
-        """Return the space with another number of trials and time limit; None keeps the file's.
+        """Return the space with other limits of the search, see Budget; None keeps what is there.
 
         The sampler's startup stays: a search of fewer trials is a random one.
 
         Raises:
-            ConfigError: for less than one trial, more than MAX_TRIALS, and when nothing can be
-                searched.
+            ConfigError: for a limit out of its bounds, and when nothing can be searched.
         """
         self.check_searchable()
         if trials is not None and trials < 1:
             raise ConfigError(f"`trials` >= 1 must hold, got {trials}.")
         if trials is not None and trials > MAX_TRIALS:
             raise ConfigError(f"`trials` <= {MAX_TRIALS} must hold, got {trials}.")
-        limits = {"trials": trials, "max_time_seconds": max_time_seconds}
+        if target is not None and not 0 < target <= 1:
+            raise ConfigError(f"`target` must be a fraction, 0 < target <= 1, got {target:g}.")
+        if patience is not None and patience < 1:
+            raise ConfigError(f"`patience` >= 1 must hold, got {patience}.")
+        limits = {
+            "trials": trials,
+            "max_time_seconds": max_time_seconds,
+            "target": target,
+            "patience": patience,
+        }
         update = {name: value for name, value in limits.items() if value is not None}
         return replace(self, budget=self.budget.model_copy(update=update))
 

@@ -21,12 +21,11 @@ from tune_cifar.report.plots.style import (
     make_key,
     tidy,
 )
+from tune_cifar.search.goals import NUM_DEVIATIONS
 
 # Searches differ by colour, and where the colours repeat by line style.
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 STYLES = ("-", "--", "-.", ":")
-# A difference of more standard deviations is hardly caused by the validation images alone.
-NUM_DEVIATIONS = 2
 
 
 def draw_best_so_far(histories: pd.DataFrame, title: str) -> Figure:
