@@ -1,7 +1,18 @@
-"""Our search against its peers on LCBench: regret at equal epochs, in a simulated clock.
+"""Our search against its peers on LCBench, in a simulated clock: regret at equal epochs.
 
-python benchmarks/against_peers.py run --lcbench DIR --out FILE [--methods ours,...] [--seeds 10]
-python benchmarks/against_peers.py show FILE [--against ours] [--figure FILE]
+    python benchmarks/against_peers.py run --lcbench DIR --out FILE [--methods NAME ...]
+                                           [--seeds 10:20] [--noise 0.05] [--trainings 50]
+    python benchmarks/against_peers.py show FILE ... [--against NAME] [--figure FILE]
+
+`run` adds a line for each search to FILE and leaves out those that it has. Ours are our own driver,
+sampler and rung rule, with their record in a folder in memory; the peers (peers.py) are their own
+libraries. All run four trials at once; every epoch costs the same; nothing is trained. A search's
+result is its best full training, by the score that was reported. Our trial 0, which is never
+stopped, is a random configuration: a baseline that knows nothing.
+
+`show` prints means over data sets with 95 % bootstrap intervals over data sets, differences paired
+by data set and seed, the average rank, and the epochs after which a method is as good as the other
+at its end.
 """
 
 from __future__ import annotations
@@ -12,25 +23,34 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lcbench import NUM_EPOCHS, Lcbench, Noise, Search, Trial, find_chosen, simulate
+from lcbench import NUM_EPOCHS, Lcbench, Noise, Search, Trial, find_regrets, simulate
+from peers import FIXED, PEERS
 
 from tune_cifar.record.journal import Record
 from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.space.layout import Budget, SamplerBudget
+from tune_cifar.space.layout import Budget
 from tune_cifar.space.select import SearchSpace, load_space
 from tune_cifar.train.recorded import make_header
 
-BUDGETS = range(1, 51)
 # A proposal is seeded with seed + number: seeds of searches must differ by more than their trials.
 SEED_STEP = 10_000
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SHOWN = (10, 20, 30, 50)
+FIXED_STEP = 5
+"""A search that must know what it may pay is run anew for every fifth number of trainings."""
+NUM_RESAMPLES = 2000
+DATA = DataInfo(name="shapes", digest="none", split_hash="none")
 NUMERICS = Numerics(
     device="cpu",
     device_name="simulated",
@@ -42,7 +62,7 @@ NUMERICS = Numerics(
     execution="eager",
     versions={},
 )
-DATA = DataInfo(name="shapes", digest="none", split_hash="none")
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -64,23 +84,18 @@ class LcbenchSpace(SearchSpace):
 
 
 class Ours:
-    """Our driver, with its record in a folder in memory.
+    """Our driver with its record in a folder."""
 
-    Trial 0, which is never stopped, is a random configuration: a baseline that knows nothing.
-    """
-
-    def __init__(self, lcbench: Lcbench, seed: int, folder: Path, **budget: Any) -> None:
+    def __init__(self, lcbench: Lcbench, seed: int, folder: Path, budget: Budget) -> None:
         smoke = load_space("smoke", "cpu")
-        baseline = smoke.baseline.model_copy(update={"epochs": NUM_EPOCHS})
-        values = {"trials": 5000, "reduction_factor": 3, "seed": 0, "fidelity": "epochs", **budget}
-        (first,) = lcbench.draw(1, seed + 7)
         fields = {name: getattr(smoke, name) for name in SearchSpace.__dataclass_fields__}
         fields |= {
-            "baseline": baseline,
+            "baseline": smoke.baseline.model_copy(update={"epochs": NUM_EPOCHS}),
             "distributions": lcbench.distributions,
             "points": (),
-            "budget": Budget.model_validate(values),
+            "budget": budget,
         }
+        (first,) = lcbench.draw(1, seed + 7)
         space = LcbenchSpace(**fields, first=first)
         header = make_header("search", "x", space, seed, DATA, NUMERICS, "simulated")
         record = Record.create(folder / "x", header)
@@ -108,109 +123,235 @@ class Ours:
         return self._driver.report(number, stage, result)
 
 
-def ours(kind: str, *rungs: int, startup: int = 20, **more: Any) -> Callable[..., Search]:
-    """Return a maker of our search with this sampler and rungs."""
-    sampler = SamplerBudget.model_validate(
-        {"kind": kind, "startup": startup} if kind in ("tpe", "gp") else {"kind": kind}
-    )
-    return lambda lcbench, seed, folder: Ours(
-        lcbench, seed, folder, rungs=rungs, sampler=sampler, **more
-    )
+def make_budget(kind: str, *rungs: int, startup: int = 20, **more: Any) -> Budget:
+    """Return the budget of a search of ours: sampler, rungs, and what else differs."""
+    sampler = {"kind": kind, "startup": startup if kind in ("tpe", "gp") else 0}
+    values = {
+        "trials": 5000,
+        "fidelity": "epochs",
+        "reduction_factor": 3,
+        "window": 9,
+        "seed": 0,
+        "rungs": rungs,
+        "sampler": sampler,
+    }
+    return Budget.model_validate(values | more)
 
 
-METHODS: dict[str, Callable[..., Search]] = {
-    "tpe 6,17,50": ours("tpe", 6, 17, 50),
-    "tpe 3,9,27,50": ours("tpe", 3, 9, 27, 50),
-    "random 6,17,50": ours("random", 6, 17, 50),
-    "random 1,3,9,27,50": ours("random", 1, 3, 9, 27, 50),
-    "gp 6,17,50": ours("gp", 6, 17, 50),
-    "tpe 50": ours("tpe", 50),
-    "tpe 6,17,50 w9": ours("tpe", 6, 17, 50, window=9),
-    "gp 6,17,50 w9": ours("gp", 6, 17, 50, window=9),
-    "tpe 3,9,27,50 w9": ours("tpe", 3, 9, 27, 50, window=9),
-    "gp 3,9,27,50 w9": ours("gp", 3, 9, 27, 50, window=9),
-    "gp 3,9,27,50": ours("gp", 3, 9, 27, 50),
-    "gp 6,17,50 w9 s10": ours("gp", 6, 17, 50, window=9, startup=10),
-    "gp 6,17,50 w9 s5": ours("gp", 6, 17, 50, window=9, startup=5),
-    "gp 3,9,27,50 w9 s10": ours("gp", 3, 9, 27, 50, window=9, startup=10),
-    "cycles gp 6,17,50 w9 s10": ours("gp", 6, 17, 50, fidelity="cycles", window=9, startup=10),
-    "27 old": ours("tpe", 6, 17, 50, startup=9, trials=27),
-    "27 random": ours("random", 6, 17, 50, window=9, trials=27),
-    "27 tpe": ours("tpe", 6, 17, 50, window=9, startup=9, trials=27),
-    "27 gp": ours("gp", 6, 17, 50, window=9, startup=9, trials=27),
-    "27 gp s5": ours("gp", 6, 17, 50, window=9, startup=5, trials=27),
-    "27 cycles random": ours("random", 6, 17, 50, window=9, trials=27, fidelity="cycles"),
-    "27 cycles tpe": ours("tpe", 6, 17, 50, window=9, startup=9, trials=27, fidelity="cycles"),
-    "27 cycles gp": ours("gp", 6, 17, 50, window=9, startup=9, trials=27, fidelity="cycles"),
-    "27 cycles gp s5": ours("gp", 6, 17, 50, window=9, startup=5, trials=27, fidelity="cycles"),
-    "random 6,17,50 w9": ours("random", 6, 17, 50, window=9),
-    "random 1,3,9,27,50 w9": ours("random", 1, 3, 9, 27, 50, window=9),
-    "cycles tpe 6,17,50": ours("tpe", 6, 17, 50, fidelity="cycles"),
-    "cycles tpe 6,17,50 w9": ours("tpe", 6, 17, 50, fidelity="cycles", window=9),
-    "cycles gp 6,17,50 w9": ours("gp", 6, 17, 50, fidelity="cycles", window=9),
-    "cycles gp 6,17,50": ours("gp", 6, 17, 50, fidelity="cycles"),
-    "cycles random 6,17,50 w9": ours("random", 6, 17, 50, fidelity="cycles", window=9),
+OURS: dict[str, Budget] = {
+    "ours": make_budget("gp", 6, 17, 50),
+    "ours, rungs 3, 9, 27, 50": make_budget("gp", 3, 9, 27, 50),
+    "ours, paying for cycles": make_budget("gp", 6, 17, 50, fidelity="cycles"),
+    "ours with TPE": make_budget("tpe", 6, 17, 50),
+    "ours with TPE, no window": make_budget("tpe", 6, 17, 50, window=None),
+    "ours with TPE, cycles": make_budget("tpe", 6, 17, 50, fidelity="cycles"),
+    "ours with random proposals": make_budget("random", 6, 17, 50),
+    "ours, startup 5": make_budget("gp", 6, 17, 50, startup=5),
+    "27 trials, random": make_budget("random", 6, 17, 50, trials=27),
+    "27 trials, TPE": make_budget("tpe", 6, 17, 50, startup=9, trials=27),
+    "27 trials, ours": make_budget("gp", 6, 17, 50, startup=9, trials=27),
+    "27 trials, ours, startup 5": make_budget("gp", 6, 17, 50, startup=5, trials=27),
 }
 
 
-def run_task(task: tuple[str, str, int, Path, float, int]) -> dict[str, Any]:
-    method, data_set, seed, folder, noise, budget = task
-    started = time.perf_counter()
-    lcbench = Lcbench(folder)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        search = METHODS[method](lcbench, SEED_STEP * seed, Path(name))
-        median, best = REFERENCE[data_set]
-        found = simulate(
-            search, lcbench, data_set, budget * NUM_EPOCHS, Noise(noise * (best - median), seed)
-        )
-        regrets = []
-        for num in range(1, budget + 1):
-            chosen = find_chosen(found, num * NUM_EPOCHS)
-            regrets.append(
-                100.0 if chosen is None else round(100 * (best - chosen) / (best - median), 3)
-            )
-    return {
-        "method": method,
-        "data_set": data_set,
-        "seed": seed,
-        "regrets": regrets,
-        "complete": len(found),
-        "seconds": round(time.perf_counter() - started, 2),
+class Task(NamedTuple):
+    """One simulated search; noise is a fraction of (best - median)."""
+
+    method: str
+    data_set: str
+    seed: int
+    noise: float
+    num_trainings: int
+
+
+@cache
+def open_lcbench(folder: Path) -> Lcbench:
+    return Lcbench(folder)
+
+
+def run_task(job: tuple[Task, Path, tuple[float, float]]) -> dict[str, Any]:
+    """Simulate a search; returns its line of the file."""
+    task, folder, reference = job
+    lcbench, seed = open_lcbench(folder), SEED_STEP * task.seed
+    median, best = reference
+    noise, num_epochs = (
+        Noise(task.noise * (best - median), task.seed),
+        task.num_trainings * NUM_EPOCHS,
+    )
+    if task.method in FIXED:
+        regrets = [100.0] * task.num_trainings
+        for num in range(FIXED_STEP, task.num_trainings + 1, FIXED_STEP):
+            search: Search = FIXED[task.method](lcbench, seed, num * NUM_EPOCHS)
+            completed = simulate(search, lcbench, task.data_set, num * NUM_EPOCHS, noise)
+            found = find_regrets(completed, reference, num)[-1]
+            regrets[num - 1 :] = [found] * (task.num_trainings - num + 1)
+        return task._asdict() | {"regrets": regrets}
+    with tempfile.TemporaryDirectory(dir=MEMORY) as record:
+        if task.method in OURS:
+            search = Ours(lcbench, seed, Path(record), OURS[task.method])
+        else:
+            search = PEERS[task.method](lcbench, seed)
+        completed = simulate(search, lcbench, task.data_set, num_epochs, noise)
+    return task._asdict() | {"regrets": find_regrets(completed, reference, task.num_trainings)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    lcbench = open_lcbench(arguments.lcbench)
+    first, _, end = arguments.seeds.partition(":")
+    seeds = range(int(first), int(end)) if end else range(int(first))
+    unknown = set(arguments.methods) - {*OURS, *PEERS, *FIXED}
+    if unknown:
+        raise SystemExit(f"--methods must be of {[*OURS, *PEERS, *FIXED]}, got {sorted(unknown)}.")
+    settings = (arguments.noise, arguments.trainings)
+    tasks = [
+        Task(method, data_set, seed, *settings)
+        for seed in seeds
+        for data_set in lcbench.data_sets
+        for method in arguments.methods
+    ]
+    done = {Task(*(row[name] for name in Task._fields)) for row in read_rows([arguments.out])}
+    tasks = [task for task in tasks if task not in done]
+    print(f"{len(tasks)} searches to simulate, {len(done)} are there", flush=True)
+    references = {data_set: lcbench.measure_reference(data_set) for data_set in lcbench.data_sets}
+    jobs = [(task, arguments.lcbench, references[task.data_set]) for task in tasks]
+    processes = multiprocessing.get_context("spawn").Pool(arguments.processes)
+    with processes as pool, arguments.out.open("a", encoding="utf-8") as out:
+        for number, row in enumerate(pool.imap_unordered(run_task, jobs), 1):
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            if number % 100 == 0:
+                print(f"{number} of {len(tasks)}", flush=True)
+
+
+def read_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
+    lines = [line for file in files if file.exists() for line in file.open(encoding="utf-8")]
+    return [json.loads(line) for line in lines]
+
+
+class Results(NamedTuple):
+    """Regrets by method: (data sets, seeds, trainings), for the data sets and seeds of all."""
+
+    regrets: dict[str, Array]
+    num_seeds: int
+
+
+def collect(rows: Sequence[dict[str, Any]]) -> Results:
+    """Return the results on the data sets and seeds that all methods have."""
+    by_method: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["data_set"], row["seed"]] = row["regrets"]
+    shared = set.intersection(*(set(found) for found in by_method.values()))
+    data_sets = sorted({data_set for data_set, _ in shared})
+    seeds = sorted({seed for _, seed in shared})
+    whole = [seed for seed in seeds if all((each, seed) in shared for each in data_sets)]
+    if not whole:
+        raise SystemExit("No seed has been simulated on all data sets with all methods.")
+    regrets = {
+        method: np.array([[found[each, seed] for seed in whole] for each in data_sets])
+        for method, found in by_method.items()
     }
+    return Results(regrets, len(whole))
 
 
-REFERENCE: dict[str, tuple[float, float]] = {}
+def bootstrap(values: Array) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over data sets (data sets,)."""
+    random = np.random.default_rng(0)
+    draws = values[random.integers(0, len(values), (NUM_RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def average_ranks(results: Results, index: int) -> dict[str, float]:
+    """Return each method's rank among all, averaged over data sets and seeds; ties share it."""
+    from scipy.stats import rankdata
+
+    stacked = np.stack([found[:, :, index] for found in results.regrets.values()])
+    ranks = rankdata(stacked, axis=0).mean(axis=(1, 2))
+    return dict(zip(results.regrets, ranks.tolist(), strict=True))
+
+
+def count_epochs(curve: Array, regret: float) -> float:
+    """Return after how many full trainings' epochs a mean regret was reached; infinite if never."""
+    reached = np.flatnonzero(curve <= regret)
+    return float(reached[0] + 1) if len(reached) else float("inf")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    results = collect(read_rows(arguments.files))
+    base = arguments.against
+    if base not in results.regrets:
+        raise SystemExit(f"--against must be of {list(results.regrets)}, got {base!r}.")
+    any_found = next(iter(results.regrets.values()))
+    num_data_sets, num_seeds, num_trainings = any_found.shape
+    shown = [number for number in SHOWN if number <= num_trainings] or [num_trainings]
+    print(f"{num_data_sets} data sets, {num_seeds} seeds; difference: minus {base}\n")
+    header = ["method", *(f"{n}, mean (95 %) | {n}, difference (95 %) | {n}, rank" for n in shown)]
+    print(f"| {' | '.join(header)} | {base}'s last regret after |")
+    print("|---" * (2 + 3 * len(shown)) + "|")
+    goal = results.regrets[base].mean(axis=(0, 1))[-1]
+    ranks = {number: average_ranks(results, number - 1) for number in shown}
+    order = sorted(results.regrets, key=lambda name: results.regrets[name][:, :, -1].mean())
+    for method in order:
+        found, cells = results.regrets[method], [method]
+        for number in shown:
+            by_set = found[:, :, number - 1].mean(axis=1)
+            difference = by_set - results.regrets[base][:, :, number - 1].mean(axis=1)
+            low, high = bootstrap(by_set)
+            cells.append(f"{by_set.mean():.1f} ({low:.1f} to {high:.1f})")
+            low, high = bootstrap(difference)
+            text = f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+            cells += ["" if method == base else text, f"{ranks[number][method]:.1f}"]
+        trainings = count_epochs(found.mean(axis=(0, 1)), goal)
+        print(f"| {' | '.join(cells)} | {trainings:g} |")
+    if arguments.figure:
+        draw(results, order, arguments.figure)
+
+
+def draw(results: Results, order: Sequence[str], path: Path) -> None:
+    """Plot the mean regret over the epochs paid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    for method in order:
+        curve = results.regrets[method].mean(axis=(0, 1))
+        ax.plot(
+            range(1, len(curve) + 1),
+            curve,
+            label=method,
+            linestyle="-" if method.startswith("ours") else "--",
+        )
+    ax.set_xlabel("epochs paid, in full trainings")
+    ax.set_ylabel("mean regret (100: a median random configuration)")
+    ax.set_ylim(-5, 60)
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--lcbench", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", default=";".join(METHODS))
-    parser.add_argument("--seeds", default="0:3")
-    parser.add_argument("--sets", type=int, default=34)
-    parser.add_argument("--noise", type=float, default=0.0)
-    parser.add_argument("--budget", type=int, default=50)
-    parser.add_argument("--tag", default="")
-    a = parser.parse_args()
-    lcbench = Lcbench(a.lcbench)
-    cache = Path("/tmp/reference.json")
-    if not cache.exists():
-        cache.write_text(json.dumps({d: lcbench.measure_reference(d) for d in lcbench.data_sets}))
-    REFERENCE.update(json.loads(cache.read_text()))
-    low, high = map(int, a.seeds.split(":"))
-    tasks = [
-        (m, d, s, a.lcbench, a.noise, a.budget)
-        for s in range(low, high)
-        for d in lcbench.data_sets[:: 34 // a.sets]
-        for m in a.methods.split(";")
-    ]
-    with multiprocessing.get_context("fork").Pool(2) as pool, a.out.open("a") as out:
-        for row in pool.imap_unordered(run_task, tasks):
-            row["method"] += a.tag
-            out.write(json.dumps(row) + "\n")
-            out.flush()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True)
+    simulating = commands.add_parser("run")
+    simulating.add_argument("--lcbench", type=Path, required=True)
+    simulating.add_argument("--out", type=Path, required=True)
+    simulating.add_argument("--methods", nargs="+", default=[*OURS, *PEERS, *FIXED])
+    simulating.add_argument("--seeds", default="10:20")
+    simulating.add_argument("--noise", type=float, default=0.0)
+    simulating.add_argument("--trainings", type=int, default=50)
+    simulating.add_argument("--processes", type=int, default=os.cpu_count())
+    simulating.set_defaults(function=run)
+    showing = commands.add_parser("show")
+    showing.add_argument("files", type=Path, nargs="+")
+    showing.add_argument("--against", default="ours")
+    showing.add_argument("--figure", type=Path)
+    showing.set_defaults(function=show)
+    arguments = parser.parse_args()
+    arguments.function(arguments)
 
 
 if __name__ == "__main__":

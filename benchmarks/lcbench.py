@@ -115,18 +115,23 @@ def _draw(found: Any, count: int, random: np.random.Generator) -> list[Any]:
 
 
 class Trial(NamedTuple):
-    """A trial of a simulated search: trainings from scratch of these lengths, one after another."""
+    """A trial of a simulated search: trainings from scratch of these lengths, one after another.
+
+    Attributes:
+        first_epoch: of the first training; more than 1 where another trial has paid those before.
+    """
 
     number: int
     params: dict[str, Any]
     stages: tuple[int, ...] = (NUM_EPOCHS,)
+    first_epoch: int = 1
 
 
 class Search(Protocol):
     """A search method: its sampler and its rule of early stopping."""
 
     def ask(self) -> Trial | None:
-        """Return the next trial; None when there is none any more."""
+        """Return the next trial; None when there is none now."""
 
     def report(self, number: int, stage: int, epoch: int, score: float) -> bool:
         """Take in a trial's score after an epoch; return whether the trial goes on."""
@@ -154,17 +159,16 @@ def simulate(
     running: list[_Running] = []
     paid = order = 0
 
-    def start(now: int) -> None:
+    def fill(now: int) -> None:
         nonlocal order
-        trial = search.ask()
-        if trial is not None:
+        while len(running) < NUM_WORKERS and (trial := search.ask()) is not None:
             (curve,) = lcbench.train(data_set, [trial.params])
             seen = curve + random.normal(0.0, noise.deviation, NUM_EPOCHS)
-            heapq.heappush(running, _Running(now + 1, order, trial, 0, 1, curve, seen))
+            begin = (0, trial.first_epoch)
+            heapq.heappush(running, _Running(now + 1, order, trial, *begin, curve, seen))
             order += 1
 
-    for _ in range(NUM_WORKERS):
-        start(0)
+    fill(0)
     while running and paid < num_epochs:
         now, turn, trial, stage, epoch, curve, seen = heapq.heappop(running)
         paid += 1
@@ -175,11 +179,30 @@ def simulate(
             completed.append(Completed(paid, score, float(curve[-1])))
             goes_on = False
         if not goes_on:
-            start(now)
+            fill(now)
             continue
         following = (stage, epoch + 1) if epoch < length else (stage + 1, 1)
         heapq.heappush(running, _Running(now + 1, turn, trial, *following, curve, seen))
     return completed
+
+
+def find_regrets(
+    completed: Sequence[Completed], reference: tuple[float, float], num_trainings: int
+) -> list[float]:
+    """Return the regret after 1, 2, ... full trainings' epochs: 0 for the best, 100 for the median.
+
+    It is that of the training with the best reported score; 100 while there is none.
+
+    Args:
+        reference: median and best of random full trainings.
+    """
+    median, best = reference
+    regrets = []
+    for num in range(1, num_trainings + 1):
+        chosen = find_chosen(completed, num * NUM_EPOCHS)
+        regret = 100.0 if chosen is None else 100.0 * (best - chosen) / (best - median)
+        regrets.append(round(regret, 3))
+    return regrets
 
 
 class _Running(NamedTuple):

@@ -512,7 +512,8 @@ def simulate_search(
         name: of another space with these stages, such as s8.
     """
     space = load_space(name, "cpu")
-    budget = {"trials": num_trials, "max_time_seconds": None}
+    sampler = SamplerBudget(kind="tpe", startup=5)
+    budget = {"trials": num_trials, "max_time_seconds": None, "sampler": sampler}
     space = replace(space, budget=space.budget.model_copy(update=budget))
     header = recorded.make_header("search", "x", space, 3, CIFAR10, NUMERICS, "test")
     driver = SearchDriver(Record.create(search_folder(storage, "x"), header), space, ignore_event)

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from tests.builders import PastTrial
 from tune_cifar.search.sampler import Sampler
+from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
 
 # The benchmarks are scripts, not a package.
@@ -32,7 +34,10 @@ BASELINE = {
 
 @pytest.fixture(scope="module")
 def space() -> SearchSpace:
-    return load_space("s8", "cpu")
+    """TPE begins after 12 results."""
+    space = load_space("s8", "cpu")
+    sampler = SamplerBudget(kind="tpe", startup=12)
+    return replace(space, budget=space.budget.model_copy(update={"sampler": sampler}))
 
 
 def measure(params: dict[str, Any]) -> float:

@@ -428,7 +428,7 @@ def test_a_plan_says_what_it_is_of(tmp_path: Path) -> None:
     assert text == f"confirmation n: 6 trainings of 1 epoch each{rest}6 trial-epochs in 0:00:06."
     space = load_space("smoke", "cpu", {"epochs": 1})
     plan = make_plan((space, None))
-    assert plan.describe().startswith("search n: 4 trials, 1 epoch each, sampler tpe (startup 1), ")
+    assert plan.describe().startswith("search n: 4 trials, 1 epoch each, sampler gp (startup 1), ")
     for seconds, words in {0.0123: "0.012 s", 113.0: "110 s", 4321.0: "4300 s"}.items():
         other = replace(plan, cost=plan.cost._replace(epoch_seconds=seconds))
         assert f"takes about {words};" in other.describe_cost()

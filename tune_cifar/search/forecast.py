@@ -2,8 +2,9 @@
 
 The simulated search has no trainings: as many trials at once as there are workers, each compared by
 the real rule when it arrives at a rung, the baseline never stopped there, running trials cut at the
-time limit. It assumes one pace for all epochs, no trial that diverges or fails, a sampler that
-learns nothing, and scores at successive rungs that are correlated as measured (CORRELATION).
+time limit. It assumes one pace for all epochs, no trial that diverges or fails, scores at
+successive rungs that are correlated as measured (CORRELATION), and proposals that get better as
+measured (LEARNING): each is compared with worse ones, so more than one of `reduction_factor` go on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ CORRELATION = 0.75
 # From the driver's start to the first training step: workers import torch and read the data. 3.0 to
 # 5.4 s in six smoke searches (two workers on two cores of an AMD EPYC Zen 4, 2026-11-21).
 START_SECONDS = 4.0
+# How much better than random a sampler's proposals are, in standard deviations of random ones: from
+# its first one on, and more for each one after it, up to MAX_LEARNT of them. Fitted to the trials
+# that reached each rung in 12 searches of 100 trials and 12 of 27 on LCBench (analysis/FINDINGS.md,
+# 2026-11-28).
+LEARNING = {"tpe": (1.2, 0.01), "gp": (2.5, 0.05)}
+MAX_LEARNT = 100
 MAX_DRAWS = 200
 # A search without a window compares with all scores; so many of them tell as much.
 MAX_COMPARED = 500
@@ -85,11 +92,13 @@ class _Past:
         scores: at each rung, in the order of arrival; simulated from the trials' ranks at the
             first rung.
         running: the unfinished trials.
+        advantage: mean of the scored trials' advantage over random ones; their ranks hold it.
     """
 
     num_started: int
     scores: tuple[tuple[float, ...], ...]
     running: tuple[_Waiting, ...]
+    advantage: float
 
 
 @dataclass
@@ -162,7 +171,8 @@ def _simulate(
     def start(now: float, count: int = 1) -> None:
         for number, rung, num_epochs, quality in islice(waiting, count):
             course.num_started += 1
-            known = generator.gauss(0.0, 1.0) if quality is None else quality
+            expected = _find_advantage(number, budget) - past.advantage
+            known = generator.gauss(expected, 1.0) if quality is None else quality
             push(now, number, rung, num_epochs, known)
 
     start(start_seconds, num_workers)
@@ -187,6 +197,13 @@ def _simulate(
                 continue
         start(end)
     return course
+
+
+def _find_advantage(number: int, budget: Budget) -> float:
+    """Return how much better than random the proposal of this trial is expected to be."""
+    step, drift = LEARNING.get(budget.sampler.kind, (0.0, 0.0))
+    num_learnt = number - budget.sampler.startup
+    return step + drift * min(num_learnt, MAX_LEARNT) if num_learnt >= 0 else 0.0
 
 
 def _count_done(task: _Task, limit: float, epoch_seconds: float) -> int:
@@ -218,7 +235,8 @@ def _read_past(budget: Budget, state: SearchState | None) -> _Past:
         tuple(qualities[number] for number in list(arrivals.get(rung, ())) if number in qualities)
         for rung in budget.rungs
     )
-    return _Past(len(trials), scores, tuple(running))
+    advantage = fmean(_find_advantage(n, budget) for n in qualities) if qualities else 0.0
+    return _Past(len(trials), scores, tuple(running), advantage)
 
 
 def _find_spread(values: list[float]) -> Spread:
