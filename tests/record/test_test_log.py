@@ -17,6 +17,7 @@ from tests.builders import CIFAR10, ROOT, SHAPES_INFO
 from tests.faults.disks import drop_root, limit_file_size, mount_small_disk
 from tune_cifar.errors import RecordError
 from tune_cifar.record.test_log import (
+    KNOWN_HEADERS,
     OLD_COLUMNS,
     TEST_LOG_COLUMNS,
     TEST_LOG_FILE,
@@ -52,7 +53,7 @@ def write_old(path: Path, *rows: TestEvaluation) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(
-            [OLD_COLUMNS, *(astuple(row)[:-1] for row in rows)]
+            [OLD_COLUMNS, *(astuple(row)[: len(OLD_COLUMNS)] for row in rows)]
         )
 
 
@@ -131,19 +132,20 @@ def test_all_logs_are_read_as_one_each_evaluation_once_oldest_first(
 # What is written
 
 
-def test_an_old_log_gets_the_new_column_and_keeps_its_lines(tmp_path: Path) -> None:
+def test_an_old_log_gets_the_new_columns_and_keeps_its_lines(tmp_path: Path) -> None:
     path = tmp_path / TEST_LOG_FILE
     write_old(path, OLD_ROW)
     with lock_test_log(tmp_path) as locked:
         assert locked == path
         write_test_log(path, [*load_test_log(path), ROW])
     header, old, new = path.read_text().splitlines()
-    assert header == ",".join(TEST_LOG_COLUMNS) == ",".join((*OLD_COLUMNS, "data_digest"))
-    assert old.endswith(',"x, y",') and new.endswith(',"x, y",d1')
+    added = ("data_digest", "test_acc_unique")
+    assert header == ",".join(TEST_LOG_COLUMNS) == ",".join((*OLD_COLUMNS, *added))
+    assert old.endswith(',"x, y",,') and new.endswith(',"x, y",d1,')
     assert load_test_log(path) == [OLD_ROW, ROW]
 
 
-@pytest.mark.parametrize("header", [OLD_COLUMNS, TEST_LOG_COLUMNS])
+@pytest.mark.parametrize("header", KNOWN_HEADERS)
 def test_old_and_new_lines_may_stand_in_one_log(tmp_path: Path, header: tuple[str, ...]) -> None:
     """As after a merge of two branches' committed logs."""
     path = tmp_path / TEST_LOG_FILE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import pytest
 
@@ -15,12 +15,13 @@ from tests.builders import (
     make_staged_trial,
     make_start,
     make_trial,
+    simulate_search,
 )
 from tune_cifar.record.events import Event
 from tune_cifar.record.state import SearchState
 from tune_cifar.search.forecast import START_SECONDS, Forecast, Spread, forecast_search
 from tune_cifar.search.rungs import is_promoted
-from tune_cifar.space.layout import Fidelity
+from tune_cifar.space.layout import Fidelity, SamplerBudget
 
 
 def make_state(*events: Event) -> SearchState:
@@ -96,6 +97,49 @@ def test_trials_are_compared_by_the_rule_for_real_ones(monkeypatch: pytest.Monke
 def test_equal_arguments_give_equal_forecasts() -> None:
     budget = make_budget((1, 3, 8), trials=20)
     assert forecast_search(budget, 2, 1.0) == forecast_search(budget, 2, 1.0)
+
+
+def expect_learning(kind: Literal["tpe", "gp", "random"], **changes: Any) -> Forecast:
+    """Forecast 100 trials at rungs 6, 17 and 50 of one schedule, four at once."""
+    startup = 0 if kind == "random" else 20
+    sampler = SamplerBudget(kind=kind, startup=startup)
+    budget = make_budget((6, 17, 50), "epochs", trials=100).model_copy(
+        update={"window": 9, "sampler": sampler} | changes
+    )
+    return forecast_search(budget, 4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reached"),
+    [("random", (34.5, 13.5)), ("tpe", (37.1, 17.5)), ("gp", (41.4, 25.2))],
+)
+def test_as_many_reach_each_rung_as_did_on_lcbench(
+    kind: Literal["tpe", "gp", "random"], reached: tuple[float, float]
+) -> None:
+    """Means of 12 simulated searches (analysis/FINDINGS.md, 2026-11-28)."""
+    assert expect_learning(kind).reached[1:] == pytest.approx(reached, rel=0.05)
+
+
+def test_until_its_startup_a_sampler_is_random() -> None:
+    late = SamplerBudget(kind="gp", startup=1000)
+    assert expect_learning("gp", sampler=late) == expect_learning("random")
+
+
+def test_the_longer_the_window_the_more_go_on_once_proposals_get_better() -> None:
+    found = [expect_learning("gp", window=window).reached[-1] for window in (3, 9, 30, None)]
+    assert all(less < more for less, more in itertools.pairwise(found))
+
+
+def test_a_resumed_search_takes_no_step_twice(tmp_path: Path) -> None:
+    """The recorded proposals were better than random already: their ranks are those of their own.
+
+    With a window of all scores 9 of 10 more trials would go on if they were so much better again.
+    """
+    sampler = SamplerBudget(kind="gp", startup=1)
+    update = {"window": None, "sampler": sampler}
+    budget = make_budget((1, 3), trials=40).model_copy(update=update)
+    found = forecast_search(budget, 1, 1.0, simulate_search(tmp_path, 30))
+    assert 3 < found.complete < 7
 
 
 def test_more_trials_cost_more_and_a_larger_factor_less() -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.builders import (
     CONFIG,
@@ -25,7 +26,7 @@ from tests.builders import (
     refuse,
     write_search,
 )
-from tune_cifar.cli.evaluate import evaluate_test
+from tune_cifar.cli.evaluate import evaluate_test, say_test
 from tune_cifar.cli.terminal import stdout
 from tune_cifar.errors import DataError, RecordError
 from tune_cifar.record.state import SearchState
@@ -39,7 +40,7 @@ from tune_cifar.record.test_log import (
     write_test_log,
 )
 from tune_cifar.train.recorded import load_recorded_data, load_trained
-from tune_cifar.verify.test_set import evaluate_test_set
+from tune_cifar.verify.test_set import evaluate_test_set, list_near_duplicates, measure_unique
 
 TEST_WORDS = ("reproduce", "x:0", "--test", "--no-retrain")
 
@@ -288,3 +289,36 @@ def test_an_evaluation_that_was_killed_leaves_a_whole_log_and_no_lock(
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "written into" in output, output
     assert len(load_test_log(path)) == 1
+
+
+def test_the_list_of_near_duplicates_is_the_published_one() -> None:
+    """With the four nearest pairs of it."""
+    found = list_near_duplicates("cifar10")
+    assert len(found) == len(set(found)) == 286 and sorted(found) == found
+    assert all(index in range(10_000) for index in found)
+    assert {6611, 159, 7293, 6080} <= set(found)
+    assert list_near_duplicates("shapes") == []
+
+
+def test_near_duplicates_are_left_out_of_the_second_accuracy() -> None:
+    """All of them are right and half of the others: 50 % beside more than that."""
+    duplicates, labels = list_near_duplicates("cifar10"), torch.arange(10_000) % 10
+    is_right = torch.zeros(10_000, dtype=torch.bool)
+    others = torch.ones(10_000, dtype=torch.bool)
+    others[duplicates] = False
+    is_right[duplicates] = True
+    is_right[others.nonzero().flatten()[::2]] = True
+    predicted = torch.where(is_right, labels, (labels + 1) % 10)
+    logits = torch.nn.functional.one_hot(predicted, 10).float()
+    assert measure_unique(logits, labels, "cifar10") == pytest.approx(0.5)
+    assert is_right.double().mean() > 0.51
+    assert measure_unique(logits, labels, "shapes") is None
+
+
+def test_a_second_accuracy_is_said_beside_the_usual_one_where_it_is_known(
+    tested: SearchState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for unique, expected in ((0.887, "; 88.70 % without the near duplicates"), (None, "")):
+        say_test("x:0", make_row(tested, test_acc_unique=unique), "here", stdout())
+        text = " ".join(capsys.readouterr().out.split())
+        assert ("without the near duplicates" in text) == bool(expected) and expected in text

@@ -186,4 +186,7 @@ def say_test(run_id: str, row: TestEvaluation, where: str, console: Console) -> 
     label = label_data(row.data)
     images = f"{row.images} images{f', {label}' if label else ''}"
     figures = f"test accuracy {format_percent(row.test_acc)} on {images}, loss {row.test_loss:.4f}"
+    if row.test_acc_unique is not None:
+        unique = format_percent(row.test_acc_unique)
+        figures += f"; {unique} without the near duplicates of training images"
     say(f"{run_id}: {figures} ({where})", console)

@@ -12,11 +12,11 @@ import fcntl
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tune_cifar.errors import RecordError
 from tune_cifar.record.environment import PACKAGE
@@ -45,6 +45,9 @@ class TestEvaluation:
     command: str
     data_digest: str = ""
     """As in DataInfo; empty in lines of a log from before this column."""
+    test_acc_unique: float | None = None
+    """Without the test images that have near duplicates among the training images; None where no
+    list of those is known, and in lines from before this column."""
 
     def is_on(self, data: DataInfo) -> bool:
         """Return whether it was on these data.
@@ -58,8 +61,9 @@ class TestEvaluation:
 
 
 TEST_LOG_COLUMNS = tuple(column.name for column in fields(TestEvaluation))
-# Logs from before the column data_digest.
-OLD_COLUMNS = TEST_LOG_COLUMNS[:-1]
+# Logs from before the columns data_digest and test_acc_unique, and from before the latter.
+OLD_COLUMNS = TEST_LOG_COLUMNS[:10]
+KNOWN_HEADERS = (OLD_COLUMNS, TEST_LOG_COLUMNS[:11], TEST_LOG_COLUMNS)
 EMPTY_LOG = ",".join(TEST_LOG_COLUMNS)
 
 
@@ -104,7 +108,7 @@ def load_test_log(path: Path) -> list[TestEvaluation]:
     try:
         text = path.read_bytes().decode()
         header, *rows = csv.reader(io.StringIO(text or EMPTY_LOG, newline=""))
-        if tuple(header) not in (TEST_LOG_COLUMNS, OLD_COLUMNS):
+        if tuple(header) not in KNOWN_HEADERS:
             raise ValueError(f"the columns {', '.join(header) or 'none'}")
         return [_read_row(row) for row in rows]
     except (FileNotFoundError, NotADirectoryError):
@@ -204,8 +208,14 @@ def _drop_repeated(evaluations: Iterable[TestEvaluation]) -> list[TestEvaluation
 
 
 def _read_row(row: list[str]) -> TestEvaluation:
-    # Whatever the header: in a merge, lines of both kinds come together.
-    columns = OLD_COLUMNS if len(row) == len(OLD_COLUMNS) else TEST_LOG_COLUMNS
-    numbers = {"seed": int, "images": int, "test_acc": float, "test_loss": float}
+    # Whatever the header: in a merge, lines of all kinds come together.
+    columns = next((each for each in KNOWN_HEADERS if len(each) == len(row)), TEST_LOG_COLUMNS)
+    readers: dict[str, Callable[[str], Any]] = {
+        "seed": int,
+        "images": int,
+        "test_acc": float,
+        "test_loss": float,
+        "test_acc_unique": lambda cell: float(cell) if cell else None,
+    }
     cells = dict(zip(columns, row, strict=True))
-    return TestEvaluation(**{name: numbers.get(name, str)(cell) for name, cell in cells.items()})
+    return TestEvaluation(**{name: readers.get(name, str)(cell) for name, cell in cells.items()})
