@@ -458,6 +458,24 @@ def test_the_best_confirmed_mean_and_the_baseline_go_to_the_test_on_all_images(
     assert restore_space(final.header).baseline == space.baseline
 
 
+def test_shorter_trainings_of_a_confirmation_leave_the_final_ones_as_long_as_the_recipe(
+    tmp_path: Path,
+) -> None:
+    state = write_search(tmp_path, [0.5, 0.7])
+    made = make_confirmation(state, 1, 2, {"dropout": 0.1}, epochs=1)
+    assert [found.config["epochs"] for found in made[1].candidates] == [1, 1]
+    assert made[1].epochs == 1 and made[0].pinned == {"dropout": 0.1, "epochs": 1}
+    confirmation = play(open_confirmation(tmp_path, made), [0.5, 0.6, 0.5, 0.6])
+    _, final = make_final(state, confirmation, 2)
+    recipe = state.header.baseline["epochs"]
+    assert recipe > 1
+    for found in final.candidates:
+        assert (found.config["epochs"], found.config["dropout"]) == (recipe, 0.1)
+        assert (found.config["train_size"], found.config["val_size"]) == (50_000, 0)
+    with pytest.raises(ConfigError, match="`settings` must not have epochs beside `epochs`"):
+        make_confirmation(state, 1, 1, {"epochs": 1}, epochs=1)
+
+
 def test_the_baseline_alone_goes_to_the_test_when_it_is_the_best(tmp_path: Path) -> None:
     state = write_search(tmp_path, [0.5, 0.7])
     confirmation = write_confirmed(tmp_path, state, [0.60, 0.60, 0.61, 0.61])

@@ -46,6 +46,15 @@ Top = Annotated[
 Seeds = Annotated[
     int, typer.Option("--seeds", metavar="N", min=1, help="New training seeds for each.")
 ]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs",
+        metavar="N",
+        min=1,
+        help="Of each training here; --final trains the recipe's. Default: the recipe's.",
+    ),
+]
 Name = Annotated[
     str | None, typer.Option("--name", help="Default: the search's, -confirm or -final.")
 ]
@@ -59,6 +68,7 @@ def confirm(
     search: Search,
     top: Top = 5,
     seeds: Seeds = 5,
+    epochs: Epochs = None,
     settings: options.Settings = None,
     final: Final = False,
     name: Name = None,
@@ -86,6 +96,7 @@ def confirm(
     """
     from tune_cifar.record.store import find_storage, load_searches
     from tune_cifar.search.plan import SearchRequest
+    from tune_cifar.space.select import parse_setting
 
     _refuse_misplaced(context, final)
     if accept_changes and not resume:
@@ -114,7 +125,8 @@ def confirm(
         tracking_uri=tracking_uri,
     )
     console = stderr() if as_json else stdout()
-    plan = _plan(state, request, top, seeds, settings or [], final, console)
+    given = dict(parse_setting(setting) for setting in settings or [])
+    plan = _plan(state, request, (top, seeds, given, epochs), final, console)
     _run(plan, data, as_json)
 
 
@@ -196,7 +208,7 @@ def _refuse_misplaced(context: typer.Context, is_final: bool) -> None:
     """Refuse options that the confirmation has settled for a final one."""
     if is_final:
         words = "belongs to the confirmation: --final trains what was confirmed."
-        options.refuse_given(context, ("top", "settings"), words)
+        options.refuse_given(context, ("top", "settings", "epochs"), words)
 
 
 def _refuse_changed(context: typer.Context, recorded: SearchState) -> None:
@@ -204,7 +216,7 @@ def _refuse_changed(context: typer.Context, recorded: SearchState) -> None:
     settled = recorded.header.confirmation
     assert settled is not None
     top = len(settled.candidates) - 1 if settled.top is None else settled.top
-    more = {"top": top, "seeds": len(settled.seeds)}
+    more = {"top": top, "seeds": len(settled.seeds), "epochs": settled.epochs}
     options.refuse_changed(context, recorded.header, more)
 
 
@@ -248,16 +260,17 @@ def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) 
 def _plan(
     state: SearchState,
     request: SearchRequest,
-    num_top: int,
-    num_seeds: int,
-    settings: list[str],
+    wanted: tuple[int, int, dict[str, Any], int | None],
     is_final: bool,
     console: Console,
 ) -> SearchPlan:
-    """Settle a new confirmation of a search and say what it will train."""
+    """Settle a new confirmation of a search and say what it will train.
+
+    Args:
+        wanted: best trials, seeds, settings and epochs; a final one reads the seeds alone.
+    """
     from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.record.store import load_searches
-    from tune_cifar.space.select import parse_setting
     from tune_cifar.verify.confirm import (
         check_confirmed,
         find_confirmation,
@@ -268,10 +281,9 @@ def _plan(
     search = state.header.name
     if is_final:
         found = find_confirmation(load_searches(request.storage), search, is_final=False)
-        space, settled = make_final(state, check_confirmed(found, search), num_seeds)
+        space, settled = make_final(state, check_confirmed(found, search), wanted[1])
     else:
-        changes = dict(parse_setting(setting) for setting in settings)
-        space, settled = make_confirmation(state, num_top, num_seeds, changes)
+        space, settled = make_confirmation(state, *wanted)
     print_synthetic_banner(console, request.source.name)
     names = ", ".join(candidate.run_id for candidate in settled.candidates)
     seeds, config = ", ".join(map(str, settled.seeds)), space.baseline

@@ -64,6 +64,7 @@ class Confirmation(Frozen):
         seeds: training seeds.
         top: how many of the best trials were asked for; None in old records.
         final: train on all images, then evaluate each training once on the test set.
+        epochs: of each training, where others than the recipe's were asked for.
     """
 
     search: str
@@ -71,6 +72,7 @@ class Confirmation(Frozen):
     seeds: Annotated[list[int], Field(min_length=1)]
     final: bool
     top: int | None = None
+    epochs: int | None = None
 
     @property
     def num_trials(self) -> int:

@@ -85,19 +85,24 @@ class Confirmed:
 
 
 def make_confirmation(
-    state: SearchState, num_top: int, num_seeds: int, changes: Mapping[str, Any]
+    state: SearchState,
+    num_top: int,
+    num_seeds: int,
+    changes: Mapping[str, Any],
+    epochs: int | None = None,
 ) -> tuple[SearchSpace, Confirmation]:
     """Return what confirms a search: its baseline and best complete trials, each under new seeds.
 
     Args:
         num_top: of the best trials; those that `changes` makes equal count once.
         num_seeds: for each; the search's own seed is left out.
-        changes: values of knobs for all candidates, such as epochs and train_size.
+        changes: values of knobs for all candidates, such as train_size.
+        epochs: of each training, of this confirmation alone: a final one has the recipe's. None is
+            the recipe's.
 
     Raises:
         ConfigError: when the record is not a search, no trial is complete, or a change breaks a
-        rule
-            of the schema or changes the seed or leaves no validation images.
+            rule of the schema, changes the seed or leaves no validation images.
     """
     header = state.header
     if header.kind != "search":
@@ -109,6 +114,10 @@ def make_confirmation(
     if changes.get("val_size") == 0:
         hint = "Candidates are compared on the validation images; `final=True` needs none."
         raise ConfigError(f"`settings`: val_size >= 1 must hold, got 0. {hint}")
+    if epochs is not None:
+        if "epochs" in changes:
+            raise ConfigError("`settings` must not have epochs beside `epochs`. Give one of them.")
+        changes = {**changes, "epochs": epochs}
     if not state.ranked:
         raise ConfigError(f"{header.name}: no trial is complete, so there is none to confirm.")
     first = next((trial for trial in state.trials.values() if trial.origin == "baseline"), None)
@@ -124,7 +133,7 @@ def make_confirmation(
         if is_new and len(candidates) <= num_top:
             candidates.append(Candidate(run_id=trial.run_id, score=trial.score, config=config))
     space, made = _make_space(state, candidates, num_seeds, changes, is_final=False)
-    return space, made.model_copy(update={"top": num_top})
+    return space, made.model_copy(update={"top": num_top, "epochs": epochs})
 
 
 def make_final(
@@ -141,8 +150,15 @@ def make_final(
     settled = confirmation.header.confirmation
     assert settled is not None
     chosen = [c for i, c in enumerate(settled.candidates) if i == 0 or c.run_id == best.run_id]
-    candidates = [c.model_copy(update={"config": _change(c.config, ALL_IMAGES)}) for c in chosen]
     changes = {**confirmation.header.pinned, **ALL_IMAGES}
+    if settled.epochs is not None:
+        del changes["epochs"]
+    recipes = {trial.run_id: trial.full_config.model_dump(mode="json") for trial in state.ranked}
+    recipes[chosen[0].run_id] = state.header.baseline
+    candidates = [
+        found.model_copy(update={"config": _change(recipes[found.run_id], changes)})
+        for found in chosen
+    ]
     return _make_space(state, candidates, num_seeds, changes, is_final=True)
 
 
