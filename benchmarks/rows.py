@@ -8,8 +8,9 @@
 For each space, in steps that call the public commands only and resume as these do:
 
 1. baseline: for every seed `train` on all 50,000 images, then `reproduce --test` of it
-2. search: `search --tier full`
-3. confirm: `confirm` of its best 3 beside the baseline, under every seed
+2. search: `search --tier full`; without a GPU `--tier night`, a third of the epochs
+3. confirm: `confirm` of its best 3 beside the baseline, under every seed; without a GPU with a
+   quarter of the epochs
 4. best: the best confirmed recipe, trained and tested as the baseline was. `confirm --final` trains
    the same; here each training appears in the table as soon as it is tested.
 
@@ -46,6 +47,7 @@ from tune_cifar.errors import ConfigError, RecordError, TuneCifarError
 from tune_cifar.record.store import find_storage
 from tune_cifar.space.rules import parse_duration
 from tune_cifar.space.select import parse_setting
+from tune_cifar.train.numerics import count_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "method.md"
@@ -198,7 +200,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--space", action="append", default=[], help="only this one; may be given again"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="from 1")
+    seeds = 5 if count_gpus("auto") else 3
+    parser.add_argument("--seeds", type=int, default=seeds, help="from 1; 5 with a GPU, else 3")
     parser.add_argument(
         "--max-time", metavar="30m", help="time limit; the running command is then interrupted"
     )

@@ -31,6 +31,9 @@ from tune_cifar.train.numerics import count_cores, count_gpus
 from tune_cifar.verify.confirm import ALL_IMAGES, make_final
 
 TOP = 3  # candidates of a confirmation beside the baseline
+# Without a GPU a search has the tier night, whose trials see a third of the epochs. Its best trials
+# are confirmed with a quarter of the recipe's epochs, more than a night's first rungs.
+NIGHT, CONFIRMED_FRACTION = "night", 4
 OVER = ("done", "diverged")
 
 
@@ -58,6 +61,11 @@ class Queue:
     tier: str = "full"
     pins: dict[str, Any] = field(default_factory=dict)
     accept_changes: bool = False
+
+    @property
+    def search_tier(self) -> str:
+        """Tier of the searches: the queue's, or without a GPU `night` in place of `full`."""
+        return NIGHT if self.tier == "full" and not count_gpus("auto") else self.tier
 
     @property
     def is_synthetic(self) -> bool:
@@ -120,8 +128,9 @@ def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:
     if search is None or confirmation is None or not confirmation.is_finished:
         return None
     _, final = make_final(search, confirmation, queue.seeds)
-    wanted = {**final.candidates[-1].config, "seed": step.seed, **queue.pins}
     usual = load_space(step.space, queue.tier).baseline.model_dump(mode="json")
+    wanted = {**final.candidates[-1].config, "seed": step.seed, "epochs": usual["epochs"]}
+    wanted |= queue.pins
     changed = {name: value for name, value in wanted.items() if value != usual[name]}
     inactive = inactive_knobs(TrainConfig(**wanted))  # refused by --set
     return {name: value for name, value in changed.items() if name not in inactive}
@@ -165,11 +174,13 @@ def find_commands(queue: Queue, step: Step) -> Iterator[list[str]]:
     data = ["--data", queue.data] if queue.data else []
     resume = ["--resume", *(["--accept-changes"] if queue.accept_changes else [])]
     if step.part == "search":
-        new = ["--space", step.space, "--tier", queue.tier, *_make_pins(queue.pins)]
+        new = ["--space", step.space, "--tier", queue.search_tier, *_make_pins(queue.pins)]
         yield ["search", "--name", name, *(resume if state else new), *data]
     elif step.part == "confirm":
         search = queue.name(Step(step.space, "search"))
         new = ["--top", str(TOP), "--seeds", str(queue.seeds)]
+        if queue.search_tier == NIGHT:
+            new += ["--epochs", str(_count_confirmed_epochs(queue, step.space))]
         yield ["confirm", "--search", search, *(resume if state else new), *data]
     else:
         if state is None or not state.is_finished:
@@ -180,6 +191,10 @@ def find_commands(queue: Queue, step: Step) -> Iterator[list[str]]:
         state = queue.read(step)
         if state is not None and state.trials[0].status == "complete":
             yield ["reproduce", f"{name}:0", "--test", "--no-retrain", *data]
+
+
+def _count_confirmed_epochs(queue: Queue, space: str) -> int:
+    return max(1, load_space(space, queue.tier, queue.pins).baseline.epochs // CONFIRMED_FRACTION)
 
 
 def _make_pins(settings: dict[str, Any]) -> list[str]:
@@ -211,12 +226,14 @@ def estimate_hours(queue: Queue, steps: Iterable[Step]) -> float | None:
             for trial in trials:
                 seconds += [result.epoch_seconds for _, result in trial.trained_epochs]
         if find_stage(queue, step) not in OVER:
-            space = load_space(step.space, queue.tier, queue.pins)
-            num_epochs: float = space.baseline.epochs
+            num_epochs: float = load_space(step.space, queue.tier, queue.pins).baseline.epochs
             if step.part == "search":
+                space = load_space(step.space, queue.search_tier, queue.pins)
                 budget = space.budget.model_copy(update={"max_time_seconds": None})
                 num_epochs = forecast_search(budget, 1, 1.0).epochs.mean
             elif step.part == "confirm":
+                if queue.search_tier == NIGHT:
+                    num_epochs = _count_confirmed_epochs(queue, step.space)
                 num_epochs *= (1 + TOP) * queue.seeds
             num_left += max(0.0, num_epochs - sum(trial.epochs_done for trial in trials))
     return num_left * statistics.fmean(seconds) / 3600 if seconds else None

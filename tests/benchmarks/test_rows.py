@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import rows
+import rows_steps
 from rows_steps import (
     TOP,
     Queue,
@@ -39,7 +40,7 @@ from tune_cifar.record.test_log import TEST_LOG_COLUMNS, TEST_LOG_FILE, load_tes
 from tune_cifar.schema import TrainConfig
 from tune_cifar.space.select import SearchSpace, load_space, parse_setting, read_space
 from tune_cifar.train.recorded import make_header
-from tune_cifar.verify.confirm import make_confirmation, make_final
+from tune_cifar.verify.confirm import ALL_IMAGES, make_confirmation, make_final
 
 read_once = functools.cache(read_space)
 PINS = {"epochs": 2}  # for short records; on CIFAR-10 only the command line refuses them
@@ -59,7 +60,8 @@ ENDED = SearchEnded(reason="trained", wall_seconds=1.0)
 
 @pytest.fixture
 def queue(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
-    """A queue with two seeds in an empty folder with a page for the table."""
+    """A queue with two seeds in an empty folder with a page for the table, as if with a GPU."""
+    monkeypatch.setattr(rows_steps, "count_gpus", lambda device: 1)
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     monkeypatch.setattr("tune_cifar.space.select.read_space", read_once)
     (workplace / "analysis").mkdir()
@@ -112,19 +114,24 @@ def log_test(queue: Queue, config: TrainConfig, test_acc: float, run_id: str) ->
 
 
 def search_and_confirm(
-    queue: Queue, accs: dict[str, float], name: str = "s8"
+    queue: Queue,
+    accs: dict[str, float],
+    name: str = "s8",
+    tier: str = "full",
+    epochs: int | None = None,
 ) -> tuple[SearchState, SearchState]:
     """Write a finished search of two trials and its confirmation with these last accuracies.
 
     The trials are the baseline and one with OneCycle, `found`.
     """
-    space = load_space(name, "full", queue.pins)
+    space = load_space(name, tier, queue.pins)
     found = TrainConfig(**{**space.baseline.model_dump(), **ONECYCLE})
     before = [0.2] * (space.baseline.epochs - 1)
     baseline_trial = make_trial(0, [*before, 0.5], "complete", space.baseline)
     found_trial = make_trial(1, [*before, 0.5], "complete", found)
     search = write(queue, Step(name, "search"), space, [*baseline_trial, *found_trial, ENDED])
-    confirmed, settled = make_confirmation(search, TOP, queue.seeds, {})
+    confirmed, settled = make_confirmation(search, TOP, queue.seeds, {}, epochs)
+    before = [0.2] * (settled.candidates[0].config["epochs"] - 1)
     events: list[Event] = []
     for number in range(settled.num_trials):
         candidate, seed = settled.find(number)
@@ -207,6 +214,29 @@ def test_commands_of_a_new_row_are_the_public_ones(queue: Queue) -> None:
     ]
     train(queue, BASELINE)  # as the command would
     assert list(commands) == [["reproduce", "rows-s8-baseline-1:0", "--test", "--no-retrain"]]
+
+
+def test_without_a_gpu_a_night_searches_and_the_final_trainings_keep_their_length(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trials have a third of s8's 40 epochs, the confirmation a quarter, the best all."""
+    monkeypatch.setattr(rows_steps, "count_gpus", lambda device: 0)
+    queue = dataclasses.replace(queue, pins={})
+    (words,) = find_commands(queue, SEARCH)
+    assert words == ["search", "--name", "rows-s8", "--space", "s8", "--tier", "night"]
+    (words,) = find_commands(queue, CONFIRM)
+    assert words[-4:] == ["--seeds", "2", "--epochs", "10"]
+    search, confirmation = search_and_confirm(
+        queue, {"baseline": 0.5, "found": 0.6}, tier="night", epochs=10
+    )
+    assert search.header.baseline["epochs"] == 13
+    assert confirmation.header.baseline["epochs"] == 10
+    config = find_config(queue, BEST)
+    assert config is not None
+    assert (config.epochs, config.train_size, config.schedule) == (40, 50_000, "onecycle")
+    night = load_space("s8", "night").baseline.model_dump()
+    wanted = TrainConfig(**{**night, **ONECYCLE, **ALL_IMAGES, "epochs": 40, "seed": 1})
+    assert config.fingerprint == wanted.fingerprint
 
 
 def test_an_unfinished_step_is_resumed(queue: Queue) -> None:

@@ -387,7 +387,11 @@ REFUSALS = {
         "- {pct_start: 0.2}",
         "pct_start has no effect here: schedule",
     ),
-    "tier_unknown": ("  cpu:", "  gpu:", "budget must hold the tiers full and cpu, got full, gpu."),
+    "tier_unknown": (
+        "  cpu:",
+        "  gpu:",
+        "budget must hold the tiers full and cpu and may hold night, got full, gpu.",
+    ),
     "budget_unknown": (
         "trials: 9",
         "trails: 9",

@@ -41,7 +41,9 @@ SPACE = typer.Option(
 Space = Annotated[str, SPACE]
 Tier = Annotated[
     str | None,
-    typer.Option("--tier", metavar="full|cpu", help="Budget. Default: full with a GPU, else cpu."),
+    typer.Option(
+        "--tier", metavar="full|cpu|night", help="Budget. Default: full with a GPU, else cpu."
+    ),
 ]
 Trials = Annotated[
     str | None,

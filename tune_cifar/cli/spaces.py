@@ -19,7 +19,7 @@ Name = Annotated[
     ),
 ]
 Tier = Annotated[
-    str, typer.Option("--tier", help="full or cpu: the budget tier whose knobs are shown.")
+    str, typer.Option("--tier", help="full, cpu or night: the budget tier whose knobs are shown.")
 ]
 
 
@@ -85,13 +85,11 @@ def check(name: Name) -> None:
 
     Example: python -m tune_cifar spaces check my_space.yaml
     """
-    from tune_cifar.space.layout import TIERS
-    from tune_cifar.space.select import find_space, load_space
+    from tune_cifar.space.select import find_space, read_space
 
     path = find_space(name)
-    knobs = [
-        f"{len(load_space(str(path), tier).distributions)} knobs in tier {tier}" for tier in TIERS
-    ]
+    tiers = read_space(path).tiers
+    knobs = [f"{len(found.searched)} knobs in tier {tier}" for tier, found in tiers.items()]
     say(f"{path}: sound ({', '.join(knobs)})")
 
 

@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from tune_cifar.schema import MAX_SEED, Frozen
 
 TIERS = ("full", "cpu")
+"""Those that every file has."""
+OPTIONAL_TIERS = ("night",)
 MAX_TRIALS = 100_000
 WINDOW_FACTORS = 3
 

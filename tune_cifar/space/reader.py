@@ -14,6 +14,7 @@ from tune_cifar.errors import ConfigError, SpaceError, did_you_mean
 from tune_cifar.schema import KNOBS, TrainConfig, describe_problem, first_problem, inactive_knobs
 from tune_cifar.space.document import Document, Where, read_document, set_values
 from tune_cifar.space.layout import (
+    OPTIONAL_TIERS,
     TIERS,
     WINDOW_FACTORS,
     Budget,
@@ -73,9 +74,9 @@ def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
     search: Searched = {name: _read_entry(doc, name, entry) for name, entry in raw.search.items()}
     _check_baseline(doc, baseline, search)
     points = tuple(_read_point(doc, i, baseline, search) for i in range(len(raw.points)))
-    if tuple(sorted(raw.budget)) != tuple(sorted(TIERS)):
-        sentence = f"budget must hold the tiers {' and '.join(TIERS)}, got {', '.join(raw.budget)}."
-        raise doc.error(("budget",), sentence)
+    if not {*TIERS} <= {*raw.budget} <= {*TIERS, *OPTIONAL_TIERS}:
+        rule = f"budget must hold the tiers {' and '.join(TIERS)} and may hold {OPTIONAL_TIERS[0]}"
+        raise doc.error(("budget",), f"{rule}, got {', '.join(raw.budget)}.")
     tiers = {
         name: _read_tier(doc, name, entry, baseline, search, is_recorded)
         for name, entry in raw.budget.items()

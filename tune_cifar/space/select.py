@@ -13,7 +13,6 @@ from tune_cifar.schema import KNOBS, TrainConfig
 from tune_cifar.space.document import read_document
 from tune_cifar.space.layout import (
     MAX_TRIALS,
-    TIERS,
     Budget,
     Choices,
     Range,
@@ -140,8 +139,8 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
             baseline.
     """
     if tier not in file.tiers:
-        rule = f"`tier` must be {' or '.join(TIERS)}"
-        raise SpaceError(f"{rule}, got {tier!r}.{did_you_mean(tier, TIERS)}")
+        rule = f"`tier` must be {' or '.join(file.tiers)}"
+        raise SpaceError(f"{rule}, got {tier!r}.{did_you_mean(tier, file.tiers)}")
     chosen = file.tiers[tier]
     pins = {name: _read_pin(name, value) for name, value in (pinned or {}).items()}
     unpinned = {name: file.search[name] for name in chosen.searched if name not in pins}
