@@ -170,7 +170,7 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     (
         "train --space s7 --tier ful",
         SpaceError,
-        "`tier` must be full or cpu, got 'ful'. Did you mean full?",
+        "`tier` must be full, cpu or night, got 'ful'. Did you mean full?",
     ),
     (
         "train --space s7 --device tpu",

@@ -139,7 +139,8 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
             baseline.
     """
     if tier not in file.tiers:
-        rule = f"`tier` must be {' or '.join(file.tiers)}"
+        *others, last = file.tiers
+        rule = f"`tier` must be {', '.join(others)} or {last}"
         raise SpaceError(f"{rule}, got {tier!r}.{did_you_mean(tier, file.tiers)}")
     chosen = file.tiers[tier]
     pins = {name: _read_pin(name, value) for name, value in (pinned or {}).items()}
