@@ -669,7 +669,7 @@ def test_error_names_the_file_from_the_working_directory(workplace: Path) -> Non
 
 def test_unknown_tier_is_refused() -> None:
     with pytest.raises(
-        SpaceError, match=r"^`tier` must be full or cpu, got 'ful'\. Did you mean full\?$"
+        SpaceError, match=r"^`tier` must be full, cpu or night, got 'ful'\. Did you mean full\?$"
     ):
         load_space("s7", "ful")
 
