@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.testing
@@ -15,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests press Ctrl-C. A shell starts background jobs with it ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Otherwise typer builds all commands again each time a test runs one.
-typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
+testing: Any = typer.testing
+testing._get_command = functools.cache(testing._get_command)
 
 from tests.builders import FEW_IMAGES, SHAPES, train_small
 from tune_cifar.data.files import DataSource, find_data

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,10 @@ from tune_cifar.search.driver import RETRIES
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 
+def has_epochs(wanted: int, state: SearchState) -> bool:
+    return count_epochs(state) >= wanted
+
+
 def test_workers_killed_again_and_again_cost_only_time(
     tmp_path: Path, reference: SearchState
 ) -> None:
@@ -41,7 +46,7 @@ def test_workers_killed_again_and_again_cost_only_time(
     lab = Lab(tmp_path)
     process = lab.search()
     for wanted in (2 + 3 * kills for kills in range(RETRIES["worker died"])):
-        lab.wait_for(process, lambda state, wanted=wanted: count_epochs(state) >= wanted)  # type: ignore[misc]
+        lab.wait_for(process, partial(has_epochs, wanted))
         for worker in lab.list_workers()[:1]:
             worker.kill()
     text, _ = process.communicate(timeout=600)

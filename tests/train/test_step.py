@@ -205,7 +205,8 @@ def test_the_device_optimizer_makes_torchs_updates(recipe: dict[str, Any]) -> No
 def test_knobs_in_device_memory_give_the_same_images(few: TrainVal) -> None:
     config = make_config(crop_pad=4)
     tensors = {name: torch.tensor(float(getattr(config, name))) for name in DEVICE_KNOBS}
-    on_device = make_policy(SimpleNamespace(**(config.model_dump() | tensors)))  # type: ignore[arg-type]
+    with_tensors: Any = SimpleNamespace(**(config.model_dump() | tensors))
+    on_device = make_policy(with_tensors)
     augmented = []
     for policy in (make_policy(config), on_device):
         draws = draw_policy(policy, len(few.train), torch.Generator().manual_seed(0))

@@ -26,7 +26,8 @@ class PanelGroup(TyperGroup):
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the names of the commands, panel after panel."""
-        panels = {name: found.rich_help_panel for name, found in self.commands.items()}  # type: ignore[attr-defined]
+        commands: dict[str, Any] = dict(self.commands)
+        panels = {name: found.rich_help_panel for name, found in commands.items()}
         return sorted(panels, key=lambda name: PANELS.index(panels[name]))
 
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn import grad as nn_grad
+
+GRADIENTS: Any = nn_grad
+"""torch's module of convolution gradients, which has no types."""
 
 
 class StridedDepthwiseConv2d(nn.Conv2d):
@@ -139,7 +142,7 @@ class _TiledDepthwise5x5(torch.autograd.Function):
         for row in (0, 2):
             for column in (0, 2):
                 window = x[:, :, row : row + rows, column : column + columns]
-                corner = conv2d_weight(window, (groups, 1, 3, 3), grad, groups=groups)  # type: ignore[no-untyped-call]
+                corner = GRADIENTS.conv2d_weight(window, (groups, 1, 3, 3), grad, groups=groups)
                 grad_weight[:, :, row : row + 3, column : column + 3] = corner
-        grad_x: Tensor = conv2d_input(x.shape, weight, grad, groups=groups)  # type: ignore[no-untyped-call]
+        grad_x: Tensor = GRADIENTS.conv2d_input(x.shape, weight, grad, groups=groups)
         return grad_x, grad_weight, grad.sum((0, 2, 3))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,13 @@ def make_generators(device: torch.device) -> dict[str, torch.Generator]:
     return {purpose: torch.Generator(device) for purpose in ("augment", "dropout")}
 
 
+def _place(model: nn.Module, device: torch.device, numerics: Numerics) -> nn.Module:
+    """Move a model to the device, its convolution weights in the memory format of Numerics."""
+    untyped: Any = model  # torch's types of `to` lack a device beside a memory format
+    moved: nn.Module = untyped.to(device, memory_format=memory_format(numerics))
+    return moved
+
+
 def build_initial_model(config: TrainConfig) -> nn.Module:
     """Return the config's network on the CPU; its initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -77,7 +85,7 @@ class EagerStep:
             generator.manual_seed(derive_seed(config.seed, purpose))
         model = build_initial_model(config)
         set_dropout_generator(model, self.generators["dropout"])
-        self.model = model.to(device, memory_format=memory_format(numerics))  # type: ignore[call-overload]
+        self.model = _place(model, device, numerics)
         self.optimizer = make_optimizer(self.model.parameters(), config)
 
     def augment(self, images_NCHW: Tensor) -> Tensor:
@@ -128,12 +136,13 @@ class CapturedStep:
         self._write_knobs(config)
         self._label_smoothing = knobs["label_smoothing"] if config.label_smoothing else None
         active = {name: knobs[name] for name, value in _read_knobs(config).items() if value}
-        self._policy = make_policy(SimpleNamespace(**(config.model_dump() | active)))  # type: ignore[arg-type]
+        with_tensors: Any = SimpleNamespace(**(config.model_dump() | active))
+        self._policy = make_policy(with_tensors)
         model = build_initial_model(config)
         set_dropout_generator(model, self.generators["dropout"])
         if "dropout" in active:
             set_drop_probability(model, knobs["dropout"])
-        self.model = model.to(self._device, memory_format=memory_format(numerics)).train()  # type: ignore[call-overload]
+        self.model = _place(model, self._device, numerics).train()
         self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
         image_shape = (config.batch_size, 3, 32, 32)
         self._images = torch.zeros(image_shape, dtype=torch.uint8, device=self._device)
