@@ -11,8 +11,8 @@ result is its best full training, by the score that was reported. Our trial 0, w
 stopped, is a random configuration: a baseline that knows nothing.
 
 `show` prints means over data sets with 95 % bootstrap intervals over data sets, differences paired
-by data set and seed, the average rank, and after how many full trainings' epochs the compared one is
-as good as a method at its end.
+by data set and seed, the average rank, and after how many full trainings' epochs the compared one
+is as good as a method at its end.
 """
 
 from __future__ import annotations
