@@ -2,7 +2,8 @@
 
     python benchmarks/against_peers.py run --lcbench DIR --out FILE [--methods NAME ...]
                                            [--seeds 10:20] [--noise 0.05] [--trainings 50]
-    python benchmarks/against_peers.py show FILE ... [--against NAME] [--figure FILE]
+    python benchmarks/against_peers.py show FILE ... [--only NAME ...] [--against NAME]
+                                           [--figure FILE]
 
 `run` adds a line for each search to FILE and leaves out those that it has. Ours are our own driver,
 sampler and rung rule, with their record in a folder in memory; the peers (peers.py) are their own
@@ -277,7 +278,9 @@ def count_epochs(curve: Array, regret: float) -> float:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    results = collect(read_rows(arguments.files))
+    rows = read_rows(arguments.files)
+    wanted = arguments.only or {row["method"] for row in rows}
+    results = collect([row for row in rows if row["method"] in wanted])
     base = arguments.against
     if base not in results.regrets:
         raise SystemExit(f"--against must be of {list(results.regrets)}, got {base!r}.")
@@ -314,19 +317,18 @@ def draw(results: Results, order: Sequence[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    for method in order:
+    figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for number, method in enumerate(reversed(order)):
         curve = results.regrets[method].mean(axis=(0, 1))
-        ax.plot(
-            range(1, len(curve) + 1),
-            curve,
-            label=method,
-            linestyle="-" if method.startswith("ours") else "--",
-        )
+        is_ours = method.startswith("ours")
+        look: dict[str, Any] = {"linestyle": "-" if is_ours else "--", "label": method}
+        look |= {"linewidth": 2.5 if is_ours else 1.2, "color": colours[number % len(colours)]}
+        ax.plot(range(1, len(curve) + 1), curve, **look)
     ax.set_xlabel("epochs paid, in full trainings")
     ax.set_ylabel("mean regret (100: a median random configuration)")
     ax.set_ylim(-5, 60)
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -347,6 +349,7 @@ def main() -> None:
     simulating.set_defaults(function=run)
     showing = commands.add_parser("show")
     showing.add_argument("files", type=Path, nargs="+")
+    showing.add_argument("--only", nargs="+")
     showing.add_argument("--against", default="ours")
     showing.add_argument("--figure", type=Path)
     showing.set_defaults(function=show)

@@ -232,10 +232,11 @@ def test_every_proposal_is_a_training_within_the_distributions(
 def test_baseline_comes_first_then_the_points_then_the_sampler(budget: SamplerBudget) -> None:
     space = make_space(budget, "s7")
     sampler = Sampler(space, seed=0)
-    asked = [sampler.ask(number) for number in range(5)]
-    assert [origin for _, origin in asked] == ["baseline", "point", "point", "sampler", "sampler"]
+    asked = [sampler.ask(number) for number in range(6)]
+    assert [origin for _, origin in asked] == ["baseline", *["point"] * 3, "sampler", "sampler"]
     assert space.config(asked[0][0]) == space.baseline
-    assert [params for params, _ in asked[1:3]] == list(space.points)
+    points = [space.select_active(point) for point in space.points]
+    assert [params for params, _ in asked[1:4]] == points
 
 
 @pytest.mark.parametrize("budget", KINDS, ids=lambda budget: budget.kind)
