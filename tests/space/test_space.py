@@ -856,6 +856,17 @@ def test_limits_of_a_command_line_override_the_budget() -> None:
         space.limit(trials=0)
 
 
+def test_goals_of_a_command_line_stand_in_the_budget_and_its_description() -> None:
+    space = load_space("s7", "cpu").limit(target=0.605, patience=20)
+    assert (space.budget.target, space.budget.patience) == (0.605, 20)
+    assert space.budget.describe().endswith(", until 60.5 %, until 20 trials bring no gain")
+    for target in (0.0, 1.1, 90.0):
+        with pytest.raises(ConfigError, match=r"`target` must be a fraction, 0 < target <= 1"):
+            space.limit(target=target)
+    with pytest.raises(ConfigError, match=r"`patience` >= 1 must hold, got 0\."):
+        space.limit(patience=0)
+
+
 @pytest.mark.parametrize(
     ("text", "name", "value"),
     [
