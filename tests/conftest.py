@@ -28,6 +28,19 @@ from tune_cifar.schema import Numerics
 from tune_cifar.train.numerics import resolve_numerics
 
 
+# They come first, so that no process is left with one of them at the end.
+LONGEST = (
+    "test_the_commands_of_the_readme_run_in_their_order",
+    "test_the_wheel_runs_a_smoke_search_in_a_fresh_environment",
+    "test_a_search_is_found_sorted_compared_and_looked_into_in_mlflows_page",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests: LONGEST, then as they stand in the files."""
+    items.sort(key=lambda item: item.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def fp32() -> Numerics:
     """CPU, fp32, one thread: the same arithmetic on every processor of one kind."""

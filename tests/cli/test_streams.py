@@ -237,14 +237,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return read_curves(folder / "runs", "x")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.xdist_group("streams")
 @pytest.mark.parametrize(
     ("redirection", "stderr"),
     [
         ("| head -14", goes_on("Broken pipe")),
-        pytest.param(">&-", goes_on("Bad file descriptor"), marks=pytest.mark.faults),
-        pytest.param("<&- >&- 2>&-", "", marks=pytest.mark.faults),
+        (">&-", goes_on("Bad file descriptor")),
+        ("<&- >&- 2>&-", ""),
     ],
 )
 def test_a_search_ends_the_same_without_stdout(

@@ -162,6 +162,7 @@ def test_a_search_that_loses_its_mlflow_server_ends_the_same_and_sync_completes_
     check_complete(lab)
 
 
+@pytest.mark.faults
 def test_a_search_on_a_full_disk_ends_with_a_sentence_and_is_resumed_once_there_is_space(
     tmp_path: Path, reference: SearchState
 ) -> None:

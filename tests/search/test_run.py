@@ -974,7 +974,7 @@ def test_nobody_without_the_commands_token_gets_into_its_ray_processes() -> None
     assert answer.returncode == 7, answer.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_variable_that_changes_bits_reaches_the_workers_and_resume_asks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
