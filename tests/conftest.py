@@ -27,7 +27,6 @@ from tune_cifar.record.state import SearchState
 from tune_cifar.schema import Numerics
 from tune_cifar.train.numerics import resolve_numerics
 
-
 # They come first, so that no process is left with one of them at the end.
 LONGEST = (
     "test_the_commands_of_the_readme_run_in_their_order",
