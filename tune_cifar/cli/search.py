@@ -112,7 +112,7 @@ def search(
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
 ) -> None:
-    """Search a space: Optuna proposes, parallel trials train, weak ones are stopped early.
+    """Search a space: a sampler proposes, parallel trials train, weak ones are stopped early.
 
     Ctrl-C once ends it in order, twice at once. --name X --resume continues a search, a
     confirmation or a training.
