@@ -116,7 +116,7 @@ class Header(Frozen):
             records, which have no such field, hold and told the sampler all searched knobs.
         predicted_epochs: epochs of all trials together that the budget was expected to take.
         warm_start: the searches whose best trials were put first, or which were learned from.
-        warm_trials: how many best trials of each were asked for; None with `learned`.
+        warm_trials: how many best trials of each were asked for; None without `warm_start`.
         learned: their ended trials, which the sampler knows from the start.
     """
 
