@@ -19,19 +19,16 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
-import multiprocessing
-import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from trainings import NUM_WORKERS, Job, read_rows, run_jobs
 
-from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
+from tune_cifar.schema import Status
 from tune_cifar.search.gaussian_process import UnitCube
 from tune_cifar.search.rungs import is_promoted, list_compared
 from tune_cifar.search.sampler import Sampler
@@ -40,7 +37,7 @@ from tune_cifar.space.select import SearchSpace, load_space
 
 RUNGS, SEEDS = (1, 3, 8), (0, 1)
 SIZES = {"epochs": RUNGS[-1], "train_size": 6000, "val_size": 2000}
-CONFIG_SEED, SEARCH_STEP, NUM_WORKERS = 11, 1000, 2
+CONFIG_SEED, SEARCH_STEP = 11, 1000
 NUM_RESAMPLES = 2000
 SHOWN = (120, 240, 360, 480)
 """Trial-epochs after which searches are compared."""
@@ -55,69 +52,20 @@ def choose(space: SearchSpace, kind: str, startup: int = 5, window: int | None =
     return replace(space, budget=space.budget.model_copy(update=update), points=())
 
 
-def run_job(number: int, params: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """Train once in a worker process; returns the row."""
-    from tune_cifar.data.files import find_data
-    from tune_cifar.data.load import load_train_val
-    from tune_cifar.errors import Diverged
-    from tune_cifar.train.numerics import resolve_numerics
-    from tune_cifar.train.trainer import Trainer
-
-    start, accs, diverged = time.monotonic(), [], False
-    data = load_train_val(find_data(None), config.train_size, config.val_size)
-    try:
-        accs = [result.val_acc for result in Trainer(config, data, resolve_numerics())]
-    except Diverged:
-        diverged = True
-    return {
-        "config": number,
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "params": params,
-        "val_acc": accs[-1] if accs and not diverged else CHANCE_ACCURACY,
-        "diverged": diverged,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-
-
 def train(arguments: argparse.Namespace) -> None:
     """Run the trainings that the table lacks, configuration after configuration."""
     space = choose(load_space(arguments.space, "full", SIZES), "random")
     sampler = Sampler(space, CONFIG_SEED)
-    rows = read_rows(arguments.table)
-    done = {(row["config"], row["seed"], row["epochs"]) for row in rows}
     jobs = []
     for number in range(arguments.configs):
         params, _ = sampler.ask(number)
         config = space.config(params)
         for seed in SEEDS:
             for rung in RUNGS:
-                if (number, seed, rung) not in done:
-                    short = config.model_copy(update={"seed": seed}).shorten(rung)
-                    jobs.append((number, params, short))
-    total = sum(config.epochs for _, _, config in jobs)
-    start, spent = time.monotonic(), 0
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(NUM_WORKERS, context) as pool,
-        arguments.table.open("a", encoding="utf-8") as file,
-    ):
-        futures = {pool.submit(run_job, *job): job[2].epochs for job in jobs}
-        for future in as_completed(futures):
-            row = future.result()
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            spent += futures[future]
-            left = (time.monotonic() - start) / spent * (total - spent) / 60
-            where = f"config {row['config']} seed {row['seed']} epochs {row['epochs']}"
-            progress = f"{spent}/{total} epochs, {left:.0f} min left"
-            print(f"{where}: {row['val_acc']:.4f}, {row['seconds']} s; {progress}", flush=True)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                short = config.model_copy(update={"seed": seed}).shorten(rung)
+                key = {"config": number, "seed": seed, "epochs": rung}
+                jobs.append(Job(key, short, {"params": params}))
+    run_jobs(jobs, arguments.table)
 
 
 class Table(NamedTuple):

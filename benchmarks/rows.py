@@ -16,8 +16,10 @@ For each space, in steps that call the public commands only and resume as these 
 
 A training whose fingerprint is in the log of test evaluations (the run store's, or its committed
 copy in analysis/, which `run` keeps) is not repeated, whichever command trained it. Every test
-evaluation becomes a line of analysis/ROWS.csv, made from the records and the log alone. Without a
-GPU a training of steps 1 and 4 uses all cores.
+evaluation becomes a line of analysis/ROWS.csv, made from the records and the log alone. Ended
+searches and confirmations are copied to analysis/rows/, without weights, and taken from there where
+the run store lacks them: a row goes on in a fresh clone. Without a GPU a training of steps 1 and 4
+uses all cores.
 
 `--data shapes` tries the queue on synthetic data, with its own names, log and table; the page
 stays as it is. `--tier`, `--set` and other spaces (smoke) are for that alone. Paths are relative
@@ -58,8 +60,10 @@ say = partial(print, flush=True)
 def collect_rows(queue: Queue, steps: Iterable[Step]) -> None:
     """Append the test evaluations of these steps that the table lacks; then update the page.
 
-    On CIFAR-10 the committed test log is brought up to date as well.
+    The committed records are brought up to date as well, on CIFAR-10 the committed test log too.
     """
+    steps = list(steps)
+    queue.exchange_records(steps)
     if not queue.is_synthetic:
         queue.copy_test_log()
     rows = load_table(queue.table)

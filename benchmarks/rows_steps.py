@@ -13,7 +13,8 @@ from typing import Any
 from tune_cifar.data.load import CIFAR10_DIGEST
 from tune_cifar.data.shapes import SHAPES_DIGEST
 from tune_cifar.errors import RecordError
-from tune_cifar.record.journal import read_state
+from tune_cifar.record.files import write_atomically
+from tune_cifar.record.journal import RECORD_FILE, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.record.test_log import (
@@ -91,6 +92,22 @@ class Queue:
         """Add what the run store's log has on CIFAR-10 to the committed copy in analysis/."""
         on_cifar10 = [found for found in load_test_log(self.test_log) if found.data == "cifar10"]
         add_test_evaluations(self.table.with_name(TEST_LOG_FILE), on_cifar10)
+
+    def exchange_records(self, steps: Iterable[Step]) -> None:
+        """Copy ended searches and confirmations to the committed ones; put back what is missing.
+
+        So a row that takes days goes on in a fresh clone. Weights are not kept.
+        """
+        for step in steps:
+            if step.seed is not None:
+                continue
+            name = self.name(step)
+            ours = search_folder(self.storage, name) / RECORD_FILE
+            committed = self.table.with_name("rows") / f"{name}.jsonl"
+            if ours.exists() and not committed.exists() and find_stage(self, step) == "done":
+                write_atomically(committed, ours.read_bytes())
+            elif committed.exists() and not ours.exists():
+                write_atomically(ours, committed.read_bytes())
 
     def list_steps(self, spaces: Iterable[str]) -> list[Step]:
         """Return all steps of these spaces, in order."""

@@ -37,12 +37,14 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "batch_size": (16, {}),
     "epochs": (4, {}),
     "label_smoothing": (0.2, {}),
+    "ema_decay": (0.5, {}),
     "train_size": (60, {}),
     "val_size": (50, {}),
     "seed": (1, {}),
     "augment_backend": ("albumentations", {}),
     "crop_pad": (4, {}),
     "hflip_p": (1.0, {}),
+    "hflip_mode": ("alternating", {}),
     "shift_scale_rotate_p": (1.0, {}),
     "shift_limit": (0.4, {}),
     "scale_limit": (0.4, {}),
@@ -75,7 +77,8 @@ def train_and_observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]
     trainer = Trainer(config, data, numerics)
     groups = []
     losses = []
-    trainer.model.train()
+    trainer._step.model.train()
+    trainer._draw_batches()  # an epoch begins
     order = torch.arange(config.train_size)
     for step, settings in zip(range(6), schedule_steps(config), strict=False):
         start = step * config.batch_size % max(1, config.train_size - config.batch_size)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 import tune_cifar
 from tune_cifar.errors import ConfigError, did_you_mean
 from tune_cifar.schema import (
+    ADDED_KNOBS,
     KNOBS,
     DataInfo,
     EpochResult,
@@ -40,7 +41,7 @@ PLAIN: dict[str, Any] = {
 }
 BASES = {
     "onecycle": ONECYCLE,
-    "onecycle_adam": {**ONECYCLE, "optimizer": "adam"},
+    "onecycle_adam": {**ONECYCLE, "hflip_p": 0.3, "optimizer": "adam"},
     "onecycle_fixed_momentum": {**ONECYCLE, "cycle_momentum": False},
     "step": {**ONECYCLE, "schedule": "step"},
     "cosine": {**ONECYCLE, "schedule": "cosine"},
@@ -74,12 +75,14 @@ OTHER: dict[str, Any] = {
     "batch_size": 64,
     "epochs": 5,
     "label_smoothing": 0.1,
+    "ema_decay": 0.9,
     "train_size": 1000,
     "val_size": 1000,
     "seed": 1,
     "augment_backend": "albumentations",
     "crop_pad": 4,
     "hflip_p": 0.5,
+    "hflip_mode": "alternating",
     "shift_scale_rotate_p": 0.4,
     "shift_limit": 0.2,
     "scale_limit": 0.2,
@@ -119,7 +122,8 @@ INACTIVE = {
 
 @pytest.mark.parametrize("base", BASES)
 def test_inactive_knobs_are_exactly_those_that_nothing_uses(base: str) -> None:
-    assert set(inactive_knobs(make_config(base))) == INACTIVE[base]
+    without_flips = set() if base == "onecycle_adam" else {"hflip_mode"}
+    assert set(inactive_knobs(make_config(base))) == INACTIVE[base] | without_flips
 
 
 def test_inactive_knob_comes_with_its_reason() -> None:
@@ -238,6 +242,7 @@ def test_missing_knob_is_named() -> None:
         ("batch_size", (2, 45_000), (1, 50_001)),
         ("epochs", (1, 1000), (0, 1001)),
         ("label_smoothing", (0.0, 0.9), (-0.1, 0.95)),
+        ("ema_decay", (0.0, 0.9999), (-0.1, 1.0)),
         ("train_size", (128, 45_000), (9, 50_001)),
         ("val_size", (1, 5000), (-1, 5001)),
         ("seed", (0, 2**31 - 1), (-1, 2**31)),
@@ -366,6 +371,13 @@ def test_warm_restarts_lie_in_order_before_the_last_epoch(restarts: tuple[int, .
 def test_warm_restarts_are_a_list_of_integers(restarts: Any) -> None:
     with pytest.raises(ConfigError, match="warm_restarts"):
         make_config("onecycle", epochs=9, warm_restarts=restarts)
+
+
+def test_added_knobs_belong_to_the_fingerprint_where_they_are_not_at_their_default() -> None:
+    assert set(ADDED_KNOBS) < set(KNOBS)
+    changes: list[dict[str, Any]] = [{}, {"ema_decay": 0.99}, {"hflip_mode": "alternating"}]
+    configs = [make_config(hflip_p=0.5, **change) for change in changes]
+    assert len({config.fingerprint for config in configs}) == 3
 
 
 def test_warm_restarts_belong_to_the_fingerprint_where_there_are_any() -> None:

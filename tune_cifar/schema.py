@@ -123,6 +123,9 @@ class TrainConfig(Frozen):
     )
     epochs: int = knob(..., "epochs", "train/trainer", ge=1, le=MAX_EPOCHS)
     label_smoothing: float = knob(0.0, "label smoothing", "train/step", ge=0.0, le=0.9)
+    ema_decay: float = knob(0.0, "EMA decay", "train/trainer", ge=0.0, lt=1.0)
+    """Decay per step of the weights' moving average, which is then evaluated and kept; 0 keeps the
+    last weights."""
     train_size: int = knob(
         45_000, "training images", "data/load", unit="images", ge=NUM_CLASSES, le=NUM_TRAIN_IMAGES
     )
@@ -142,6 +145,9 @@ class TrainConfig(Frozen):
     crop_pad: int = knob(0, "crop padding", "augment/policies", unit="px", ge=0, le=16)
     """Pad by reflection (101) on each side, then crop 32x32 at random; 0 is off."""
     hflip_p: float = knob(0.0, "flip probability", "augment/policies", ge=0.0, le=1.0)
+    hflip_mode: Literal["random", "alternating"] = knob("random", "flip mode", "train/trainer")
+    """random: every epoch draws anew. alternating: an image is flipped in a fraction hflip_p of the
+    epochs, evenly spaced: at 0.5 in every second one."""
     shift_scale_rotate_p: float = knob(0.0, "warp probability", "augment/policies", ge=0.0, le=1.0)
     shift_limit: float = knob(
         0.0, "shift limit", "augment/policies", unit="of the side", ge=0.0, le=0.5
@@ -232,14 +238,24 @@ class TrainConfig(Frozen):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name the training: SHA-256 of its active knobs as JSON."""
+        """16 hexadecimal digits that name the training: SHA-256 of its active knobs as JSON.
+
+        Knobs that were added later are left out at their default: fingerprints stay as they were.
+        """
         ignored = {*inactive_knobs(self), *_knobs_of_inactive_ops(self)}
+        ignored |= {name for name in ADDED_KNOBS if getattr(self, name) == _get_default(name)}
         values = self.model_dump(mode="json")
         active = {name: value for name, value in values.items() if name not in ignored}
         return hashlib.sha256(json.dumps(active, sort_keys=True).encode()).hexdigest()[:16]
 
 
 KNOBS: tuple[str, ...] = tuple(TrainConfig.model_fields)
+ADDED_KNOBS = ("warm_restarts", "ema_decay", "hflip_mode")
+"""Those that the first records lack."""
+
+
+def _get_default(name: str) -> Any:
+    return TrainConfig.model_fields[name].default
 
 
 def inactive_knobs(config: TrainConfig) -> dict[str, str]:
@@ -272,6 +288,7 @@ def inactive_knobs(config: TrainConfig) -> dict[str, str]:
             "shift_scale_rotate_p is 0",
         ),
         ("shift_scale_rotate_p", no_warp, "shift_limit, scale_limit and rotate_limit are all 0"),
+        ("hflip_mode", config.hflip_p == 0, "hflip_p is 0"),
         ("cutout_size", config.cutout_p == 0, "cutout_p is 0"),
         ("cutout_p", config.cutout_size == 0, "cutout_size is 0"),
     )
@@ -283,7 +300,7 @@ def _knobs_of_inactive_ops(config: TrainConfig) -> list[str]:
 
     So trainings that switch an operation off by different knobs have one fingerprint.
     """
-    names = [] if config.warm_restarts else ["warm_restarts"]
+    names = []
     if config.cutout_p == 0 or config.cutout_size == 0:
         names += ["cutout_p", "cutout_size"]
     limits = (config.shift_limit, config.scale_limit, config.rotate_limit)

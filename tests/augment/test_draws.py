@@ -17,6 +17,7 @@ from tune_cifar.augment.batched import (
     GrayDraws,
     HFlipDraws,
     ShiftScaleRotateDraws,
+    alternate_flips,
     draw_policy,
 )
 from tune_cifar.augment.policies import (
@@ -175,3 +176,29 @@ def test_draws_leave_the_default_generator_alone() -> None:
     state = torch.get_rng_state()
     draw()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.3, 0.25, 1.0])
+def test_alternating_flips_are_a_fraction_p_of_images_and_of_epochs(p: float) -> None:
+    phases = torch.rand(NUM_IMAGES, generator=make_generator(), dtype=torch.float64)
+    num_epochs = 20
+    flipped = torch.stack([alternate_flips(phases, p, epoch) for epoch in range(num_epochs)])
+    sigma = math.sqrt(p * (1 - p) / NUM_IMAGES)
+    assert ((flipped.double().mean(1) - p).abs() <= 5 * sigma).all()
+    # As even as whole numbers allow, in every run of epochs.
+    for length in (2, 5, num_epochs):
+        counts = flipped[:length].sum(0)
+        assert counts.min() >= math.floor(p * length) and counts.max() <= math.ceil(p * length)
+
+
+def test_flips_that_are_given_replace_those_of_hflip_alone() -> None:
+    flipped = torch.arange(NUM_IMAGES) % 3 == 0
+    given = draw_policy(POLICY, NUM_IMAGES, make_generator(), flipped)
+    drawn = draw_policy(POLICY, NUM_IMAGES, make_generator())
+    assert isinstance(given[1], HFlipDraws) and torch.equal(given[1].selected, flipped)
+    others = [(one, other) for one, other in zip(given, drawn, strict=True) if one is not given[1]]
+    assert all(
+        torch.equal(column, same)
+        for one, other in others
+        for column, same in zip(one, other, strict=True)
+    )

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,45 @@ def test_a_fresh_clone_trains_nothing_that_was_tested_before(queue: Queue) -> No
     queue.test_log.unlink()
     assert find_stage(queue, BASELINE) == "done"
     assert find_stage(dataclasses.replace(queue, data="shapes"), BASELINE) == "not begun"
+
+
+def test_the_committed_test_evaluations_are_of_the_trainings_that_the_queue_would_do(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log names trainings by their fingerprints: with others they would be trained again."""
+    monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
+    table = [row for row in load_table(ROOT / "analysis" / "ROWS.csv") if row["part"] == "baseline"]
+    assert table
+    for row in table:
+        config = find_config(Queue(workplace), Step(row["space"], "baseline", int(row["seed"])))
+        assert config is not None and config.fingerprint == row["fingerprint"]
+    logged = {found.run_id: found for found in load_test_log(ROOT / "analysis" / TEST_LOG_FILE)}
+    s10 = load_space("s10", "full").baseline
+    assert logged["s10-baseline-24:0"].fingerprint == s10.fingerprint
+
+
+def test_a_fresh_clone_goes_on_after_the_searches_that_ended_before(queue: Queue) -> None:
+    steps = queue.list_steps(["s8"])
+    rows.collect_rows(queue, steps)
+    assert not Path("analysis", "rows").exists()
+    search_and_confirm(queue, {"baseline": 0.5, "found": 0.6})
+    settings = find_settings(queue, BEST)
+    rows.collect_rows(queue, steps)
+    committed = sorted(path.name for path in Path("analysis", "rows").iterdir())
+    assert committed == ["rows-s8-confirm.jsonl", "rows-s8.jsonl"]
+    shutil.rmtree(queue.storage)
+    assert find_stage(queue, SEARCH) == "not begun" and find_settings(queue, BEST) is None
+    rows.collect_rows(queue, steps)
+    assert find_stage(queue, SEARCH) == find_stage(queue, CONFIRM) == "done"
+    assert find_settings(queue, BEST) == settings is not None
+
+
+def test_a_search_that_goes_on_is_not_committed(queue: Queue) -> None:
+    space = load_space("s8", "full", queue.pins)
+    write(queue, SEARCH, space, make_trial(0, [0.2], None, space.baseline))
+    rows.collect_rows(queue, queue.list_steps(["s8"]))
+    assert find_stage(queue, SEARCH) == "unfinished"
+    assert not Path("analysis", "rows").exists()
 
 
 def make_row(test_acc: str, **changes: str) -> dict[str, str]:

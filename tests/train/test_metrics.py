@@ -186,7 +186,7 @@ def test_an_evaluations_folder_holds_four_figures_and_all_data(tmp_path: Path) -
     assert (found["title"], found["confusion"]) == (title, evaluation.confusion.tolist())
     confidence = pytest.approx(0.9)
     mistake = {"index": 2, "true": 0, "predicted": 2, "confidence": confidence}
-    assert found["mistakes"][0] == mistake
+    assert mistake in found["mistakes"]  # others are as confident, to rounding
     assert found["never_predicted"] == ["cat"] and len(found["bins"]) == 15
 
 

@@ -73,6 +73,7 @@ def test_up_to_its_first_restart_a_training_is_the_short_one_and_then_restarts(
         {},
         {"optimizer": "adam", "augment_backend": "albumentations"},
         {"epochs": 4, "warm_restarts": (1, 2)},
+        {"ema_decay": 0.9, "hflip_mode": "alternating"},
     ],
 )
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
@@ -87,6 +88,31 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
     resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint-0001.pt"))
     assert curve(resumed.results) == uninterrupted[:1]
     assert curve(list(resumed)) == uninterrupted[1:]
+
+
+def test_with_ema_decay_the_average_is_evaluated_and_the_training_stays_the_same(
+    few: TrainVal, fp32: Numerics
+) -> None:
+    usual = make_config(**FEW_IMAGES | {"epochs": 2})
+    averaged = make_config(**FEW_IMAGES | {"epochs": 2, "ema_decay": 0.99})
+    trainers = [Trainer(config, few, fp32) for config in (usual, averaged)]
+    plain, smooth = (list(trainer) for trainer in trainers)
+    assert [found.train_loss for found in smooth] == [found.train_loss for found in plain]
+    assert [found.val_loss for found in smooth] != [found.val_loss for found in plain]
+    last = trainers[0].model.state_dict()
+    trained = trainers[1]._step.model.state_dict()
+    assert all(torch.equal(last[name], trained[name]) for name in last)
+
+
+def test_alternating_flips_are_settled_by_epoch_and_image(few: TrainVal, fp32: Numerics) -> None:
+    changes = {"hflip_p": 0.5, "hflip_mode": "alternating", "epochs": 3}
+    trainer = Trainer(make_config(**FEW_IMAGES | changes), few, fp32)
+    flipped = []
+    for _ in trainer:
+        assert trainer._flipped_N is not None
+        flipped.append(trainer._flipped_N)
+    assert torch.equal(flipped[0], ~flipped[1]) and torch.equal(flipped[0], flipped[2])
+    assert 0 < flipped[0].sum() < len(few.train)
 
 
 def test_a_checkpoint_of_another_config_is_refused(shapes: TrainVal, fp32: Numerics) -> None:
@@ -181,7 +207,7 @@ GOLDEN_LOSSES = (2.303258, 2.317136, 2.307252)
 def test_the_first_three_losses_are_the_golden_ones(fp32: Numerics) -> None:
     data = load_train_val(SHAPES, 120, 100)
     trainer = Trainer(make_config(batch_size=32, train_size=120, val_size=100), data, fp32)
-    trainer.model.train()
+    trainer._step.model.train()
     order = torch.arange(120)
     batches = zip(torch.split(order, 32)[:3], schedule_steps(trainer.config), strict=False)
     losses = [trainer._train_step(*batch)[0].item() for batch in batches]

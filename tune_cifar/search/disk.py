@@ -19,8 +19,9 @@ from tune_cifar.space.select import SearchSpace
 
 # Checkpoints of a running trial: the two that CheckpointFolder keeps and the one being written.
 CHECKPOINTS_PER_TRIAL = 3
-# A checkpoint has the weights and at most two tensors more per parameter: Adam's moments.
-TENSORS_PER_WEIGHT = 3
+# A checkpoint has the weights and at most three tensors more per parameter: Adam's moments and the
+# average of ema_decay.
+TENSORS_PER_WEIGHT = 4
 # Margins of a weights file and of a checkpoint: on the bytes of the tensors, and for the rest
 # (headers, generators, the results of 1,000 epochs).
 FILE_FACTOR, FILE_BYTES = 1.1, 500_000

@@ -25,7 +25,7 @@ STRUCTURAL = {
 }
 # Knobs whose value may make another one inactive (schema.inactive_knobs).
 DECIDING = (
-    *("optimizer", "schedule", "cycle_momentum", "cutout_p", "cutout_size"),
+    *("optimizer", "schedule", "cycle_momentum", "hflip_p", "cutout_p", "cutout_size"),
     *("shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"),
 )
 # Knobs in a rule of TrainConfig between two knobs.

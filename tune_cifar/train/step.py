@@ -51,7 +51,7 @@ def make_generators(device: torch.device) -> dict[str, torch.Generator]:
     return {purpose: torch.Generator(device) for purpose in ("augment", "dropout")}
 
 
-def _place(model: nn.Module, device: torch.device, numerics: Numerics) -> nn.Module:
+def place_model(model: nn.Module, device: torch.device, numerics: Numerics) -> nn.Module:
     """Move a model to the device, its convolution weights in the memory format of Numerics."""
     untyped: Any = model  # torch's types of `to` lack a device beside a memory format
     moved: nn.Module = untyped.to(device, memory_format=memory_format(numerics))
@@ -85,12 +85,12 @@ class EagerStep:
             generator.manual_seed(derive_seed(config.seed, purpose))
         model = build_initial_model(config)
         set_dropout_generator(model, self.generators["dropout"])
-        self.model = _place(model, device, numerics)
+        self.model = place_model(model, device, numerics)
         self.optimizer = make_optimizer(self.model.parameters(), config)
 
-    def augment(self, images_NCHW: Tensor) -> Tensor:
+    def augment(self, images_NCHW: Tensor, flipped_N: Tensor | None = None) -> Tensor:
         """Augment and normalize uint8 images (N, 3, 32, 32) to float32; advances the generator."""
-        draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"])
+        draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"], flipped_N)
         layout = memory_format(self._numerics)
         batch: Tensor = self._apply_policy(self._policy, images_NCHW, draws, layout)
         return batch
@@ -100,13 +100,20 @@ class EagerStep:
         return settings
 
     def train(
-        self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings
+        self,
+        images_NCHW: Tensor,
+        labels_N: Tensor,
+        settings: Settings,
+        flipped_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Train on one batch; return its mean loss and number of correct predictions.
 
         Both stay on the device and are valid until the next step.
+
+        Args:
+            flipped_N: as in `draw_policy`.
         """
-        images = self.augment(images_NCHW)
+        images = self.augment(images_NCHW, flipped_N)
         with autocast(self._numerics):
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self._label_smoothing)
@@ -142,7 +149,7 @@ class CapturedStep:
         set_dropout_generator(model, self.generators["dropout"])
         if "dropout" in active:
             set_drop_probability(model, knobs["dropout"])
-        self.model = _place(model, self._device, numerics).train()
+        self.model = place_model(model, self._device, numerics).train()
         self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
         image_shape = (config.batch_size, 3, 32, 32)
         self._images = torch.zeros(image_shape, dtype=torch.uint8, device=self._device)
@@ -172,8 +179,13 @@ class CapturedStep:
         return torch.tensor(settings, device=self._device).unbind()
 
     def train(
-        self, images_NCHW: Tensor, labels_N: Tensor, settings: Tensor
+        self,
+        images_NCHW: Tensor,
+        labels_N: Tensor,
+        settings: Tensor,
+        flipped_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        assert flipped_N is None, "only an EagerStep takes the flips"
         self._memory[len(DEVICE_KNOBS) :] = settings
         if len(images_NCHW) < self._batch_size:
             return self._run(images_NCHW, labels_N)
@@ -253,8 +265,12 @@ NUM_IDLE = 2
 
 
 def acquire_step(config: TrainConfig, numerics: Numerics) -> EagerStep | CapturedStep:
-    """Return a step ready for the first batch; an idle captured one with the same key is reused."""
-    if numerics.execution == "eager" or config.augment_backend != "batched":
+    """Return a step ready for the first batch; an idle captured one with the same key is reused.
+
+    A captured step has neither albumentations nor flips that the trainer settles.
+    """
+    is_plain = config.augment_backend == "batched" and config.hflip_mode == "random"
+    if numerics.execution == "eager" or not is_plain:
         return EagerStep(config, numerics)
     step = _idle.pop(make_graph_key(config, numerics), None)
     if step is None:

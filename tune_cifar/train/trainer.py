@@ -19,14 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_cifar.augment.batched import apply_normalize
+from tune_cifar.augment.batched import alternate_flips, apply_normalize
 from tune_cifar.data.load import Split, TrainVal
 from tune_cifar.errors import CheckpointError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
+from tune_cifar.train.average import WeightAverage
 from tune_cifar.train.metrics import measure_logits
 from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
 from tune_cifar.train.optim import Settings, schedule_steps
-from tune_cifar.train.step import acquire_step, derive_seed, release_step
+from tune_cifar.train.step import (
+    acquire_step,
+    build_initial_model,
+    derive_seed,
+    place_model,
+    release_step,
+)
 
 # Images in one forward pass of an evaluation. Fixed, since the bits of a validation loss may depend
 # on it. s7 takes 0.19 s for 1,000 images in batches of 100 to 200, 0.33 s in batches of 250 to 500
@@ -44,7 +51,8 @@ class Trainer:
         numerics: applied to this process (thread count, deterministic flags) at construction.
 
     Attributes:
-        model: the network on the numerics' device.
+        model: the network that is evaluated and kept, on the numerics' device; with ema_decay
+            the average of the one that is trained.
         epoch: number of epochs trained.
         step: number of optimizer steps done; progress displays read it while an epoch runs.
         results: the EpochResults of all epochs trained.
@@ -68,6 +76,13 @@ class Trainer:
         self._step = acquire_step(config, numerics)
         weakref.finalize(self, release_step, self._step)
         self.model = self._step.model
+        self._average: WeightAverage | None = None
+        if config.ema_decay:
+            average = place_model(build_initial_model(config), self._device, numerics)
+            self._average = WeightAverage(average, self._step.model, config.ema_decay)
+            self.model = average
+        self._flip_phases_N = self._draw_flip_phases()
+        self._flipped_N: Tensor | None = None
         # The order is drawn on the CPU, so that a GPU training sees the same batches.
         order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
         self._generators = {"order": order, **self._step.generators}
@@ -111,7 +126,7 @@ class Trainer:
 
     def _train_epoch(self) -> tuple[float, float, float]:
         """Train on every image once; return mean loss, accuracy and the last step's LR."""
-        self.model.train()
+        self._step.model.train()
         num_images = len(self._train)
         losses: list[Tensor] = []
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -134,14 +149,27 @@ class Trainer:
         A loss may be nan or inf: here divergence is a measurement. The momentum is the config's.
         Each pass over the images has a new order. Use a separate Trainer for it.
         """
-        self.model.train()
+        self._step.model.train()
         batches = (indices for _ in itertools.count() for indices in self._draw_batches())
         schedule = self._step.to_device([Settings(lr, self.config.momentum) for lr in lrs])
         for indices, settings in zip(batches, schedule, strict=False):
             yield self._train_step(indices, settings)[0].item()
 
+    def _draw_flip_phases(self) -> Tensor | None:
+        """Return what `alternate_flips` needs of the training images; None for random flips."""
+        if self.config.hflip_mode == "random" or not self.config.hflip_p:
+            return None
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "flip"))
+        return torch.rand(len(self._train), generator=generator, dtype=torch.float64)
+
     def _draw_batches(self) -> tuple[Tensor, ...]:
-        """Return the indices of all images in a new order, by batches; advances the generator."""
+        """Return the indices of all images in a new order, by batches; advances the generator.
+
+        Also settles which images are flipped in this epoch, where that is not drawn by batches.
+        """
+        if self._flip_phases_N is not None:
+            flipped_N = alternate_flips(self._flip_phases_N, self.config.hflip_p, self.epoch)
+            self._flipped_N = flipped_N.to(self._device)
         order = torch.randperm(len(self._train), generator=self._generators["order"])
         return torch.split(order.to(self._device), self.config.batch_size)
 
@@ -152,8 +180,12 @@ class Trainer:
             settings: an item of what the step's `to_device` returned.
         """
         images_NCHW = self._train.images_NCHW.index_select(0, indices)
+        flipped_N = None if self._flipped_N is None else self._flipped_N[indices]
         self.step += 1
-        return self._step.train(images_NCHW, self._train.labels_N[indices], settings)
+        found = self._step.train(images_NCHW, self._train.labels_N[indices], settings, flipped_N)
+        if self._average is not None:
+            self._average.update(self.step)
+        return found
 
     def _check_finite(self, losses: list[Tensor], first_step: int) -> None:
         bad = (~torch.stack(losses).isfinite()).nonzero()
@@ -193,7 +225,7 @@ class Trainer:
 
     def measure_step_seconds(self, num_steps: int = 20) -> float:
         """Return the median seconds of a step. It trains: use a separate Trainer for it."""
-        self.model.train()
+        self._step.model.train()
         order = torch.arange(len(self._train), device=self._device)
         (settings,) = self._step.to_device([next(schedule_steps(self.config))])
         seconds = []
@@ -216,7 +248,8 @@ class Trainer:
             "fingerprint": self.config.fingerprint,
             "epoch": self.epoch,
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": self._step.model.state_dict(),
+            "average": self.model.state_dict() if self._average else {},
             "optimizer": self._step.optimizer.state_dict(),
             "generators": generators,
             "results": [result.model_dump() for result in self.results],
@@ -235,7 +268,9 @@ class Trainer:
                 "It belongs to another configuration."
             )
         self.epoch, self.step = state["epoch"], state["step"]
-        self.model.load_state_dict(state["model"])
+        self._step.model.load_state_dict(state["model"])
+        if self._average is not None:
+            self.model.load_state_dict(state["average"])
         self._schedule = schedule_steps(self.config, self.step)
         self._step.optimizer.load_state_dict(state["optimizer"])
         for name, generator in self._generators.items():

@@ -1,0 +1,42 @@
+"""A moving average of a network's weights, which is evaluated and kept in their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Exponential moving average of weights and batch-norm statistics over the steps.
+
+    After step n (from 1) the average moves towards the network by 1 - min(decay, (1 + n) / (10 +
+    n)), so that it does not remember the initial weights for long. That warm-up is the one of
+    TensorFlow's ExponentialMovingAverage.
+
+    Args:
+        model: a second network like `source`; holds the average.
+        source: the network that is trained.
+        decay: per step, in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, source: nn.Module, decay: float) -> None:
+        self.model = model
+        self._decay = decay
+        averaged, trained = (_list_tensors(network) for network in (model, source))
+        pairs = list(zip(averaged, trained, strict=True))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average after this step, counted from 1; nothing waits for a GPU."""
+        weight = 1 - min(self._decay, (1 + step) / (10 + step))
+        averaged, trained = zip(*self._averaged, strict=True)
+        torch._foreach_lerp_(averaged, trained, weight)
+        for copy, count in self._copied:  # batch norm's number of batches
+            copy.copy_(count)
+
+
+def _list_tensors(model: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers; they are the network's own memory."""
+    return [*model.parameters(), *model.buffers()]
