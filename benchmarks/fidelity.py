@@ -39,7 +39,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
+from tune_cifar.dataset import CIFAR10
+from tune_cifar.schema import TrainConfig
 
 HERE = Path(__file__).parent
 CONFIG_SEED = 4
@@ -168,7 +169,7 @@ def make_study(rows: list[dict[str, Any]], rungs: tuple[int, ...]) -> Study:
 
     def score(row: dict[str, Any], epoch: int) -> float:
         reached = len(row["val_acc"]) >= epoch
-        return float(row["val_acc"][epoch - 1]) if reached else CHANCE_ACCURACY
+        return float(row["val_acc"][epoch - 1]) if reached else CIFAR10.chance
 
     def restart(constant: bool, jobs: dict[str, dict[str, Any]], rung: int) -> float:
         if constant or rung == rungs[-1]:
@@ -284,7 +285,7 @@ def simulate_regrets(
         regrets, nums_started = [], []
         for order in orders:
             best, num_started = simulate_halving(scores, costs, order, max_epochs, 3)
-            regrets.append(truth.max() - (CHANCE_ACCURACY if best is None else truth[best]))
+            regrets.append(truth.max() - (CIFAR10.chance if best is None else truth[best]))
             nums_started.append(num_started)
         found[name] = (100 * float(np.mean(regrets)), float(np.mean(nums_started)))
     return found

@@ -40,7 +40,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tune_cifar.schema import CHANCE_ACCURACY, Status, inactive_knobs
+from tune_cifar.dataset import CIFAR10
+from tune_cifar.schema import Status, inactive_knobs
 from tune_cifar.search.gaussian_process import UnitCube
 from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.layout import SamplerBudget
@@ -165,7 +166,7 @@ def read_table(space: SearchSpace, path: Path) -> Table:
     scores = []
     for row in rows:
         has_ended = len(row["val_acc"]) >= epochs
-        scores.append(row["val_acc"][epochs - 1] if has_ended else CHANCE_ACCURACY)
+        scores.append(row["val_acc"][epochs - 1] if has_ended else CIFAR10.chance)
     return make_table(space, params, scores)
 
 
@@ -435,7 +436,7 @@ def show(arguments: argparse.Namespace) -> None:
     outcomes = [simulator.run(each, NUM_TABLE_SEEDS) for each in subtables]
     found = estimate(outcome, asks, compute_table_variance(outcomes, asks))
     scores = 100 * table.scores
-    num_at_chance = (table.scores <= CHANCE_ACCURACY).sum()
+    num_at_chance = (table.scores <= CIFAR10.chance).sum()
     print(
         f"{space.name}: {num_configs} configurations of {epochs} epochs; "
         f"best {scores.max():.2f} %, baseline {scores[0]:.2f} %, "

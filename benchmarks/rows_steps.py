@@ -12,6 +12,7 @@ from typing import Any
 
 from tune_cifar.data.load import CIFAR10_DIGEST
 from tune_cifar.data.shapes import SHAPES_DIGEST
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import RecordError
 from tune_cifar.record.files import write_atomically
 from tune_cifar.record.journal import RECORD_FILE, read_state
@@ -29,7 +30,7 @@ from tune_cifar.schema import DataInfo, TrainConfig, inactive_knobs
 from tune_cifar.search.forecast import forecast_search
 from tune_cifar.space.select import load_space
 from tune_cifar.train.numerics import count_cores, count_gpus
-from tune_cifar.verify.confirm import ALL_IMAGES, make_final
+from tune_cifar.verify.confirm import make_final
 
 TOP = 3  # candidates of a confirmation beside the baseline
 # Without a GPU a search has the tier night, whose trials see a third of the epochs. Its best trials
@@ -140,7 +141,7 @@ class Queue:
 def find_settings(queue: Queue, step: Step) -> dict[str, Any] | None:
     """Return a training's settings that differ from its tier; None before the best is known."""
     if step.part == "baseline":
-        return {**ALL_IMAGES, "seed": step.seed, **queue.pins}
+        return {**CIFAR10.all_images, "seed": step.seed, **queue.pins}
     search, confirmation = (queue.read(Step(step.space, part)) for part in ("search", "confirm"))
     if search is None or confirmation is None or not confirmation.is_finished:
         return None

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, MEAN_COLOR
+from tune_cifar.augment.policies import mean_color
 from tune_cifar.data.load import Split
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.models.build import build_model
 from tune_cifar.models.dropout import Dropout, ReluDropout, ScaledBatchNorm2d
 from tune_cifar.schema import TrainConfig
@@ -46,10 +47,10 @@ def compose(config: TrainConfig | None) -> Any:
         if config.cutout_p:
             size = (config.cutout_size, config.cutout_size)
             hole = {"num_holes_range": (1, 1), "hole_height_range": size, "hole_width_range": size}
-            ops.append(A.CoarseDropout(**hole, fill=MEAN_COLOR, p=config.cutout_p))
+            ops.append(A.CoarseDropout(**hole, fill=mean_color(CIFAR10), p=config.cutout_p))
         if config.gray_p:
             ops.append(A.ToGray(p=config.gray_p))
-    return A.Compose([*ops, A.Normalize(mean=CIFAR_MEAN, std=CIFAR_STD)])
+    return A.Compose([*ops, A.Normalize(mean=CIFAR10.mean, std=CIFAR10.std)])
 
 
 class AugmentedImages:

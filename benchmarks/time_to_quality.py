@@ -35,9 +35,10 @@ from pairs import run_side
 from trainings import Job, Row, append_row, read_rows, run_jobs
 from vs_stock import train_stock
 
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
-from tune_cifar.schema import NUM_VAL_IMAGES, TrainConfig
+from tune_cifar.schema import TrainConfig
 from tune_cifar.space.select import load_space
 from tune_cifar.verify.confirm import compare_pairs
 
@@ -143,7 +144,7 @@ def list_trainings(rows: Sequence[Row], spaces: Sequence[str], num_seeds: int) -
         for name, sizes in (("short", {}), ("long", LONG)):
             for number, side, recipe in recipes:
                 for seed in range(FIRST_SEED, FIRST_SEED + num_seeds):
-                    changes = {**sizes, "val_size": NUM_VAL_IMAGES, "seed": seed}
+                    changes = {**sizes, "val_size": CIFAR10.num_val, "seed": seed}
                     config = TrainConfig(**{**recipe.model_dump(mode="json"), **changes})
                     key = {"space": space, "round": number, "side": side}
                     jobs.append(Job({**key, "length": name, "seed": seed}, config))

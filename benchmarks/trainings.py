@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
+from tune_cifar.dataset import CIFAR10
+from tune_cifar.schema import TrainConfig
 
 NUM_WORKERS = 2
 Row = dict[str, Any]
@@ -50,7 +51,7 @@ def train_once(config: TrainConfig) -> Row:
     except Diverged:
         diverged = True
     return {
-        "val_acc": accs[-1] if accs and not diverged else CHANCE_ACCURACY,
+        "val_acc": accs[-1] if accs and not diverged else CIFAR10.chance,
         "diverged": diverged,
         "seconds": round(time.monotonic() - start, 1),
     }

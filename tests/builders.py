@@ -27,9 +27,10 @@ from ray.tune.schedulers import TrialScheduler
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from tune_cifar import dataset
 from tune_cifar.cli.app import app
 from tune_cifar.data.files import BATCHES_FOLDER, FILES, DataSource
-from tune_cifar.data.load import CLASS_NAMES, TrainVal, load_train_val
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import TuneCifarError
 from tune_cifar.record.events import (
     EpochReported,
@@ -461,7 +462,7 @@ def make_data_files(folder: Path, names: tuple[str, ...] = tuple(FILES)) -> Path
 
 # --- Evaluations
 
-CIFAR10_CLASSES = CLASS_NAMES["cifar10"]
+CIFAR10_CLASSES = dataset.CIFAR10.class_names
 
 
 def make_logits(predicted: list[int], confidences: list[float]) -> Tensor:

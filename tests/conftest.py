@@ -9,9 +9,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import typer.testing
 
+# No deadline for an example: a slow machine is no fault.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests press Ctrl-C. A shell starts background jobs with it ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -35,6 +35,7 @@ from tune_cifar.data.files import TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
+from tune_cifar.record.test_log import find_test_log, load_test_log
 from tune_cifar.report.trials import TRIAL_COLUMNS
 from tune_cifar.schema import KNOBS, EpochResult, Numerics, TrainConfig
 from tune_cifar.space.select import load_space
@@ -43,6 +44,7 @@ from tune_cifar.tracking.runs import EPOCH_METRICS
 README = ROOT / "README.md"
 GLOSSARY = ROOT / "docs" / "metrics.md"
 TROUBLE = ROOT / "docs" / "troubleshooting.md"
+OWN_IMAGES = ROOT / "docs" / "own-images.md"
 # The pages that describe today's program; the others of ALL_PAGES describe that of their day.
 PAGES = [
     README,
@@ -305,7 +307,7 @@ MORE = {
 }
 # Commands with tests of their own: one waits for Ctrl-C (cli/test_app.py), one trains on 50,000
 # images (verify/test_confirm.py), one downloads (data/test_load.py).
-LEFT_OUT = ("ui", "confirm --final", "data fetch")
+LEFT_OUT = ("ui", "confirm --final", "data fetch", "data import")
 WITH_RAY = ("search", "confirm")
 
 
@@ -353,10 +355,53 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
             folder = search_folder(workplace / "runs", NAME)
             state = read_state(folder) if folder.exists() else None
             best = state.best.run_id if state is not None and state.best is not None else ""
-    assert set(done) == set(COMMANDS) - {"ui", "data fetch"}
+    assert set(done) == set(COMMANDS) - {"ui", "data fetch", "data import"}
     assert best and not search_folder(workplace / "runs", NAME).exists()
     files = {path.name for path in workplace.iterdir()}
     assert {f"{best.replace(':', '-')}.onnx", "preview-smoke.png"} <= files
+
+
+@pytest.mark.slow
+def test_the_commands_for_own_images_run_in_their_order(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From PNG files of scikit-learn's digits, a data set that none of us made, to its test set."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(workplace / "home"))
+    write_digits(workplace / "photos", num_images=30)
+    done, outputs = [], []
+    for words, _ in list_lines(OWN_IMAGES):
+        name = find_command(words)
+        if name == "data fetch":
+            continue
+        small = [{"NAME": NAME}.get(word, word) for word in words]
+        if name == "search":
+            small = [*small, f"--name={NAME}", "--trials=3", *SMALL, "--set=epochs=2"]
+        if name == "confirm" and "--final" not in words:
+            small += ["--top=1", "--seeds=2"]
+        elif name == "confirm":
+            small += ["--seeds=1"]
+        run = run_in_a_process(*small)
+        assert run.returncode == 0, f"{shlex.join(small)}\n{run.stdout}{run.stderr}"
+        done.append(name)
+        outputs.append(run.stdout)
+    assert done[:3] == ["data import", "data list", "search"] and done[-1] == "export"
+    assert "10 classes, 32x32 pixels" in outputs[0] and "folder photos" in outputs[1]
+    assert "identical" in outputs[done.index("reproduce")]
+    (tested,) = {found.data for found in load_test_log(find_test_log(workplace / "runs"))}
+    assert tested == "flowers"
+
+
+def write_digits(root: Path, num_images: int) -> None:
+    """Write the digits as a folder of class folders; 8x8 grey pixels."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for label in range(10):
+        (root / str(label)).mkdir(parents=True)
+        for number, row in enumerate((digits.target == label).nonzero()[0][:num_images]):
+            pixels = (digits.images[row] * 15.9375).astype("uint8")
+            Image.fromarray(pixels).save(root / str(label) / f"{number}.png")
 
 
 # --- Troubleshooting

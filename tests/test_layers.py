@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "tune_cifar"
 
 # From the bottom up. Packages of one tier do not import each other.
 TIERS = (
-    ("schema", "errors"),
+    ("schema", "dataset", "errors"),
     ("record", "space", "data", "models", "augment"),
     ("train", "tracking"),
     ("search",),
@@ -23,8 +23,8 @@ TIERS = (
     ("cli",),
 )
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}
-# Everything may raise the exceptions of errors.py.
-FREE = {"errors"}
+# Everything may raise the exceptions of errors.py and use the records of schema.py.
+FREE = {"errors", "schema"}
 # The packages and modules that may import a heavy or replaceable dependency.
 DEPENDENCIES = {
     "ray": {"search/run", "search/worker", "search/cluster"},
@@ -45,12 +45,14 @@ DEPENDENCIES = {
     "matplotlib": {"report"},
     "plotly": {"report/plots/interactive"},
     "jinja2": {"report/html"},
-    "pydantic": {"schema", "space", "record/events"},
-    "pydantic_core": {"schema", "space"},
+    "pydantic": {"schema", "dataset", "errors", "space", "record/events", "data/imported"},
+    "pydantic_core": {"errors", "space"},
     "ruamel": {"space"},
     "torchvision": {"data"},
     "torchinfo": {"models/summary"},
-    "safetensors": {"train/checkpoint"},
+    "safetensors": {"train/checkpoint", "data/imported"},
+    "PIL": {"data/importing"},
+    "pyarrow": {"data/importing"},
     "onnx": {"verify/export"},
     "onnxruntime": {"verify/export"},
     "onnxscript": {"verify/export"},

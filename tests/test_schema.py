@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 import tune_cifar
-from tune_cifar.errors import ConfigError, did_you_mean
+from tune_cifar.errors import ConfigError, describe_validation_error, did_you_mean
 from tune_cifar.schema import (
     ADDED_KNOBS,
     KNOBS,
@@ -20,7 +20,6 @@ from tune_cifar.schema import (
     Frozen,
     Numerics,
     TrainConfig,
-    describe_validation_error,
     inactive_knobs,
 )
 

@@ -14,9 +14,24 @@ TuneCifarError
 └── Diverged           the loss is nan or inf: a result of a trial, not a fault of the program
 """
 
+from __future__ import annotations
+
 import difflib
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, get_args
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+    from pydantic_core import ErrorDetails
+
+# Pydantic's types of broken bounds: the key of the bound in the problem's context, and its sign.
+_BOUNDS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -32,6 +47,40 @@ def hide_credentials(text: str) -> str:
     """
     text = re.sub(r"(?<=://)[^/\s]\S*@", "***@", text)
     return re.sub(r"(?i)(?<=[?&])((?:password|passwd|pwd|token)=)[^&\s'\"]+", r"\1***", text)
+
+
+def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first problem of a pydantic error as a sentence."""
+    return describe_problem(first_problem(error), model)
+
+
+def first_problem(error: ValidationError) -> ErrorDetails:
+    """Return an unknown name before all else: often it is a missing name misspelt."""
+    problems = error.errors(include_url=False)
+    return min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+
+
+def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    """Return one pydantic problem as a sentence: `max_lr > 0 must hold, got -1.`"""
+    where = ".".join(str(part) for part in problem["loc"])
+    context, got = problem.get("ctx", {}), problem["input"]
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"{where} is not a known name.{did_you_mean(where, model.model_fields)}"
+    if kind == "missing":
+        return f"{where} must be given."
+    if kind == "value_error":
+        return f"{context['error']}."
+    if kind in _BOUNDS:
+        key, sign = _BOUNDS[kind]
+        bound = context[key] if isinstance(context[key], int) else f"{context[key]:g}"
+        return f"{where} {sign} {bound} must hold, got {got!r}."
+    if kind == "literal_error":
+        field = model.model_fields.get(where)
+        options = get_args(field.annotation) if field is not None else ()
+        hint = did_you_mean(str(got), map(str, options))
+        return f"{where} must be {context['expected']}, got {got!r}.{hint}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {got!r}."
 
 
 class TuneCifarError(Exception):
@@ -94,5 +143,5 @@ class Diverged(TuneCifarError):  # noqa: N818  (a result of a trial, not a fault
         self.epoch = epoch
         self.step = step
 
-    def __reduce__(self) -> tuple[type["Diverged"], tuple[int, int]]:
+    def __reduce__(self) -> tuple[type[Diverged], tuple[int, int]]:
         return (Diverged, (self.epoch, self.step))

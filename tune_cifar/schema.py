@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,18 +21,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
-from tune_cifar.errors import ConfigError, did_you_mean
+from tune_cifar.errors import ConfigError, describe_validation_error
 
 ModelName = Literal["s6", "s7", "s8", "s10", "s10_postact"]
 Status = Literal["running", "complete", "stopped", "diverged", "failed"]
 
-# CIFAR-10 has 50,000 training images; 5,000 of them (500 a class) are set aside for validation.
-NUM_TRAIN_IMAGES = 50_000
-NUM_VAL_IMAGES = 5_000
-NUM_CLASSES = 10
-CHANCE_ACCURACY = 1 / NUM_CLASSES
 MAX_EPOCHS = 1000
 # Of trainings and samplers: a search's sampler adds the trial's number, and numpy takes 32 bits.
 MAX_SEED = 2**31 - 1
@@ -118,23 +112,17 @@ class TrainConfig(Frozen):
     weights and the optimizer's state stay (Loshchilov & Hutter 2017). Increasing, before the last
     epoch."""
 
-    batch_size: int = knob(
-        ..., "batch size", "train/trainer", unit="images", log=True, ge=2, le=NUM_TRAIN_IMAGES
-    )
+    batch_size: int = knob(..., "batch size", "train/trainer", unit="images", log=True, ge=2)
     epochs: int = knob(..., "epochs", "train/trainer", ge=1, le=MAX_EPOCHS)
     label_smoothing: float = knob(0.0, "label smoothing", "train/step", ge=0.0, le=0.9)
     ema_decay: float = knob(0.0, "EMA decay", "train/trainer", ge=0.0, lt=1.0)
     """Decay per step of the weights' moving average, which is then evaluated and kept; 0 keeps the
     last weights."""
-    train_size: int = knob(
-        45_000, "training images", "data/load", unit="images", ge=NUM_CLASSES, le=NUM_TRAIN_IMAGES
-    )
-    """A stratified prefix of the 45,000 training images; 50,000 takes all images, without
-    validation."""
-    val_size: int = knob(
-        NUM_VAL_IMAGES, "validation images", "data/load", unit="images", ge=0, le=NUM_VAL_IMAGES
-    )
-    """A stratified prefix of the 5,000 validation images; 0 only with train_size 50,000."""
+    train_size: int = knob(45_000, "training images", "data/load", unit="images", ge=1)
+    """A stratified prefix of CIFAR-10's 45,000 training images; 50,000, without validation, takes
+    all. The bounds of sizes are the data set's: see dataset.py."""
+    val_size: int = knob(5_000, "validation images", "data/load", unit="images", ge=0)
+    """A stratified prefix of CIFAR-10's 5,000; 0 only with train_size 50,000."""
     seed: int = knob(0, "seed", "train/step", ge=0, le=MAX_SEED)
     """Seeds every random stream of the training: initial weights, order, augmentation, dropout."""
 
@@ -158,7 +146,7 @@ class TrainConfig(Frozen):
         0.0, "rotation limit", "augment/policies", unit="degrees", ge=0.0, le=180.0
     )
     cutout_p: float = knob(0.0, "cutout probability", "augment/policies", ge=0.0, le=1.0)
-    cutout_size: int = knob(0, "cutout size", "augment/policies", unit="px", ge=0, le=32)
+    cutout_size: int = knob(0, "cutout size", "augment/policies", unit="px", ge=0)
     """Side of the one square hole, in the data set's mean colour; it lies inside the image."""
     gray_p: float = knob(0.0, "gray probability", "augment/policies", ge=0.0, le=1.0)
 
@@ -184,17 +172,6 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
-        full = self.train_size == NUM_TRAIN_IMAGES
-        if full != (self.val_size == 0):
-            raise ValueError(
-                f"val_size = 0 exactly when train_size = {NUM_TRAIN_IMAGES} must hold, "
-                f"got val_size {self.val_size} and train_size {self.train_size}"
-            )
-        if not full and self.train_size > NUM_TRAIN_IMAGES - NUM_VAL_IMAGES:
-            raise ValueError(
-                f"train_size <= {NUM_TRAIN_IMAGES - NUM_VAL_IMAGES} or "
-                f"train_size = {NUM_TRAIN_IMAGES} must hold, got {self.train_size}"
-            )
         if self.batch_size > self.train_size:
             raise ValueError(
                 "batch_size <= train_size must hold, "
@@ -309,49 +286,6 @@ def _knobs_of_inactive_ops(config: TrainConfig) -> list[str]:
     return names
 
 
-# Pydantic's types of broken bounds: the key of the bound in the problem's context, and its sign.
-_BOUNDS = {
-    "greater_than": ("gt", ">"),
-    "greater_than_equal": ("ge", ">="),
-    "less_than": ("lt", "<"),
-    "less_than_equal": ("le", "<="),
-}
-
-
-def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return the first problem of a pydantic error as a sentence."""
-    return describe_problem(first_problem(error), model)
-
-
-def first_problem(error: ValidationError) -> ErrorDetails:
-    """Return an unknown name before all else: often it is a missing name misspelt."""
-    problems = error.errors(include_url=False)
-    return min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-
-
-def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    """Return one pydantic problem as a sentence: `max_lr > 0 must hold, got -1.`"""
-    where = ".".join(str(part) for part in problem["loc"])
-    context, got = problem.get("ctx", {}), problem["input"]
-    kind = problem["type"]
-    if kind == "extra_forbidden":
-        return f"{where} is not a known name.{did_you_mean(where, model.model_fields)}"
-    if kind == "missing":
-        return f"{where} must be given."
-    if kind == "value_error":
-        return f"{context['error']}."
-    if kind in _BOUNDS:
-        key, sign = _BOUNDS[kind]
-        bound = context[key] if isinstance(context[key], int) else f"{context[key]:g}"
-        return f"{where} {sign} {bound} must hold, got {got!r}."
-    if kind == "literal_error":
-        field = model.model_fields.get(where)
-        options = get_args(field.annotation) if field is not None else ()
-        hint = did_you_mean(str(got), map(str, options))
-        return f"{where} must be {context['expected']}, got {got!r}.{hint}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {got!r}."
-
-
 class EpochResult(Frozen):
     """What one epoch of a training yields.
 
@@ -421,19 +355,26 @@ class Numerics(Frozen):
 class DataInfo(Frozen):
     """Which images a training saw."""
 
-    name: Literal["cifar10", "shapes"]
+    name: str
     """`shapes` is synthetic data: results on it say nothing about CIFAR-10."""
     digest: str
-    """Hash of the data files (CIFAR-10) or of the generator's version (shapes)."""
+    """Hash of the data files, or of the generator's version (shapes)."""
     split_hash: str
     """Hash of the order of indices that fixes validation and training images."""
+    num_classes: int = 10
+    """Old records, of CIFAR-10 and shapes, lack it."""
 
     @property
     def label(self) -> str:
-        """`NOT CIFAR-10 (shapes)`; empty for CIFAR-10, whose results need no warning."""
+        """`NOT CIFAR-10 (shapes)`; empty for CIFAR-10, else the name."""
         return label_data(self.name)
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing, which is the score of a diverged training."""
+        return 1 / self.num_classes
 
 
 def label_data(name: str) -> str:
-    """Return the warning beside every result on a data set: see DataInfo.label."""
-    return "" if name == "cifar10" else f"NOT CIFAR-10 ({name})"
+    """Return what stands beside every result on a data set: see DataInfo.label."""
+    return {"cifar10": "", "shapes": "NOT CIFAR-10 (shapes)"}.get(name, name)

@@ -30,9 +30,6 @@ from tune_cifar.augment.batched import (
     warp,
 )
 from tune_cifar.augment.policies import (
-    CIFAR_MEAN,
-    CIFAR_STD,
-    MEAN_COLOR,
     Crop,
     Cutout,
     Gray,
@@ -41,8 +38,10 @@ from tune_cifar.augment.policies import (
     PixelOp,
     Policy,
     ShiftScaleRotate,
+    mean_color,
 )
 from tune_cifar.augment.reference import apply_pixel_ops_reference, apply_policy_reference
+from tune_cifar.dataset import CIFAR10
 
 S7_WARP = ShiftScaleRotate(0.1, 0.1, 30.0, 0.5)
 S7: Policy = (HFlip(0.3), S7_WARP, Cutout(16, 0.5), Gray(0.5), Normalize())
@@ -237,7 +236,7 @@ def test_warp_shifts_by_fractions_of_a_pixel_where_albumentations_truncates_them
 
 
 def test_cutout_means_coarse_dropout() -> None:
-    transform = A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=MEAN_COLOR, p=1.0)
+    transform = A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=mean_color(CIFAR10), p=1.0)
     transform.set_random_seed(3)
     white = torch.full((3, 32, 32), 255, dtype=torch.uint8)
     for _ in range(20):
@@ -254,7 +253,7 @@ def test_gray_means_to_gray_with_its_defaults() -> None:
 
 
 def test_normalize_means_normalize() -> None:
-    theirs = A.Normalize(CIFAR_MEAN, CIFAR_STD, p=1.0)(image=to_hwc(noise_images()[0]))["image"]
+    theirs = A.Normalize(CIFAR10.mean, CIFAR10.std, p=1.0)(image=to_hwc(noise_images()[0]))["image"]
     assert (apply_normalize(noise_images()[:1])[0] - to_chw(theirs)).abs().max() < 1e-6
 
 
@@ -311,7 +310,7 @@ def test_hole_is_one_square_of_the_mean_color_inside_the_image(size: int) -> Non
     inside = (holed != 255).any(dim=1)
     assert (inside.any(dim=2).sum(1) == size).all() and (inside.any(dim=1).sum(1) == size).all()
     assert (inside.sum((1, 2)) == size * size).all()
-    assert (holed.permute(0, 2, 3, 1)[inside] == torch.tensor(MEAN_COLOR)).all()
+    assert (holed.permute(0, 2, 3, 1)[inside] == torch.tensor(mean_color(CIFAR10))).all()
 
 
 def test_hole_is_zero_after_normalize() -> None:
@@ -320,7 +319,7 @@ def test_hole_is_zero_after_normalize() -> None:
 
 
 def test_normalize_follows_its_definition() -> None:
-    mean, std = torch.tensor([CIFAR_MEAN, CIFAR_STD], dtype=torch.float64).view(2, 1, 3, 1, 1)
+    mean, std = torch.tensor([CIFAR10.mean, CIFAR10.std], dtype=torch.float64).view(2, 1, 3, 1, 1)
     expected = (noise_images().double() / 255 - mean) / std
     assert (apply_normalize(noise_images()) - expected).abs().max() < 1e-6
 

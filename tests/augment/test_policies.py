@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from tune_cifar.augment.policies import (
-    CIFAR_MEAN,
-    CIFAR_STD,
-    MEAN_COLOR,
     Crop,
     Cutout,
     Gray,
@@ -18,11 +15,13 @@ from tune_cifar.augment.policies import (
     Normalize,
     ShiftScaleRotate,
     make_policy,
+    mean_color,
     split_policy,
 )
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import load_train_val
-from tune_cifar.schema import NUM_TRAIN_IMAGES, TrainConfig, inactive_knobs
+from tune_cifar.dataset import CIFAR10
+from tune_cifar.schema import TrainConfig, inactive_knobs
 
 ALL_KNOBS: dict[str, Any] = {
     "crop_pad": 4,
@@ -44,7 +43,7 @@ def make_config(**knobs: Any) -> TrainConfig:
 
 
 def test_policy_of_a_configuration_without_augmentation_is_just_normalize() -> None:
-    assert make_policy(make_config()) == (Normalize(CIFAR_MEAN, CIFAR_STD),)
+    assert make_policy(make_config()) == (Normalize(CIFAR10.mean, CIFAR10.std),)
 
 
 def test_policy_holds_every_knob_in_the_one_order() -> None:
@@ -52,7 +51,7 @@ def test_policy_holds_every_knob_in_the_one_order() -> None:
         Crop(pad=4),
         HFlip(p=0.3),
         ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=30.0, p=0.5),
-        Cutout(size=16, p=0.4, fill=MEAN_COLOR),
+        Cutout(size=16, p=0.4, fill=mean_color(CIFAR10)),
         Gray(p=0.6),
         Normalize(),
     )
@@ -105,9 +104,9 @@ def test_backend_does_not_change_the_policy() -> None:
 def test_constants_are_the_pixel_statistics_of_the_50000_training_images(
     cifar10: DataSource,
 ) -> None:
-    images_NCHW = load_train_val(cifar10, NUM_TRAIN_IMAGES, 0).train.images_NCHW
+    images_NCHW = load_train_val(cifar10, CIFAR10.num_all, 0).train.images_NCHW
     level = torch.arange(256, dtype=torch.float64) / 255
-    for channel, (mean, std) in enumerate(zip(CIFAR_MEAN, CIFAR_STD, strict=True)):
+    for channel, (mean, std) in enumerate(zip(CIFAR10.mean, CIFAR10.std, strict=True)):
         pixels = images_NCHW[:, channel].flatten()
         frequency = pixels.bincount(minlength=256).double() / len(pixels)
         measured_mean = (frequency * level).sum()
@@ -116,8 +115,8 @@ def test_constants_are_the_pixel_statistics_of_the_50000_training_images(
 
 
 def test_mean_color_is_the_nearest_pixel_to_the_mean() -> None:
-    assert MEAN_COLOR == (125, 123, 114)
-    for pixel, mean in zip(MEAN_COLOR, CIFAR_MEAN, strict=True):
+    assert mean_color(CIFAR10) == (125, 123, 114)
+    for pixel, mean in zip(mean_color(CIFAR10), CIFAR10.mean, strict=True):
         assert abs(pixel - 255 * mean) <= 0.5
 
 

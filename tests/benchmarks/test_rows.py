@@ -34,6 +34,7 @@ from rows_steps import (
 from rows_table import BEGIN, COLUMNS, END, describe_cell, load_table, render_table, write_page
 
 from tests.builders import CIFAR10, CONFIG, NUMERICS, ROOT, SHAPES_INFO, make_trial, write_record
+from tune_cifar import dataset
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import Confirmation, Event, SearchEnded
 from tune_cifar.record.state import INTERRUPTED, SearchState
@@ -41,7 +42,7 @@ from tune_cifar.record.test_log import TEST_LOG_COLUMNS, TEST_LOG_FILE, load_tes
 from tune_cifar.schema import TrainConfig
 from tune_cifar.space.select import SearchSpace, load_space, parse_setting, read_space
 from tune_cifar.train.recorded import make_header
-from tune_cifar.verify.confirm import ALL_IMAGES, make_confirmation, make_final
+from tune_cifar.verify.confirm import make_confirmation, make_final
 
 read_once = functools.cache(read_space)
 PINS = {"epochs": 2}  # for short records; on CIFAR-10 only the command line refuses them
@@ -236,7 +237,9 @@ def test_without_a_gpu_a_night_searches_and_the_final_trainings_keep_their_lengt
     assert config is not None
     assert (config.epochs, config.train_size, config.schedule) == (40, 50_000, "onecycle")
     night = load_space("s8", "night").baseline.model_dump()
-    wanted = TrainConfig(**{**night, **ONECYCLE, **ALL_IMAGES, "epochs": 40, "seed": 1})
+    wanted = TrainConfig(
+        **{**night, **ONECYCLE, **dataset.CIFAR10.all_images, "epochs": 40, "seed": 1}
+    )
     assert config.fingerprint == wanted.fingerprint
 
 

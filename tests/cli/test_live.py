@@ -156,7 +156,7 @@ def test_time_left_is_zero_when_all_trials_have_ended(
     assert view.eta_seconds() == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     elapsed=st.floats(0, 200),
     max_seconds=st.floats(1, 100),

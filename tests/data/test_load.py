@@ -39,6 +39,7 @@ from tune_cifar.data.files import (
     verify_data,
 )
 from tune_cifar.data.load import Split, load_test, load_train_val, make_split_order
+from tune_cifar.dataset import CIFAR10 as CIFAR10_DATA
 from tune_cifar.errors import DataError
 
 SHAPES = DataSource("shapes", None)
@@ -562,7 +563,7 @@ def test_real_pixels_and_labels_are_those_that_torchvision_reads(cifar10: DataSo
         order = make_split_order(labels) if is_train else np.arange(10_000)
         assert np.array_equal(split.labels_N.numpy(), labels[order])
         assert np.array_equal(split.images_NCHW.permute(0, 2, 3, 1).numpy(), theirs.data[order])
-        assert tuple(theirs.classes) == data.CLASS_NAMES["cifar10"]
+        assert tuple(theirs.classes) == CIFAR10_DATA.class_names
 
 
 @pytest.mark.slow
@@ -570,8 +571,6 @@ def test_real_pixels_and_labels_are_those_that_torchvision_reads(cifar10: DataSo
 def test_the_normalising_constants_are_those_of_the_50000_training_images(
     cifar10: DataSource,
 ) -> None:
-    from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
-
     images = load_train_val(cifar10, 50_000, 0).train.images_NCHW.numpy()
     values = np.arange(256) / 255
     for channel in range(3):
@@ -579,8 +578,8 @@ def test_the_normalising_constants_are_those_of_the_50000_training_images(
         frequencies = np.bincount(pixels, minlength=256) / pixels.size
         mean = (frequencies * values).sum()
         std = np.sqrt((frequencies * (values - mean) ** 2).sum())
-        assert CIFAR_MEAN[channel] == pytest.approx(mean, abs=5e-5)
-        assert CIFAR_STD[channel] == pytest.approx(std, abs=5e-5)
+        assert CIFAR10_DATA.mean[channel] == pytest.approx(mean, abs=5e-5)
+        assert CIFAR10_DATA.std[channel] == pytest.approx(std, abs=5e-5)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from tune_cifar.data import shapes
-from tune_cifar.schema import NUM_CLASSES
+from tune_cifar.data.shapes import NUM_CLASSES
 
 # SHA-256 of chunk 0 and of chunk 59 (the last test images). A change of a pixel needs a new
 # GENERATOR_VERSION.

@@ -131,7 +131,7 @@ def test_a_training_whose_checkpoints_are_all_damaged_says_so_and_starts_from_sc
     assert (starts, results) == ([1], uninterrupted)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_after_a_bit_flip_in_the_newest_checkpoint_the_one_before_it_is_used(
     position: float, bit: int

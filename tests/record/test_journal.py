@@ -175,7 +175,7 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     params=st.dictionaries(st.text(st.characters(codec="utf-8")), plain, max_size=4),
     loss=finite,
@@ -295,7 +295,7 @@ def test_a_damaged_last_line_is_cut_but_refused_in_the_middle(folder: Path, line
         assert (folder / "record.jsonl").read_bytes() == damaged
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_flipped_bit_is_refused_or_means_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

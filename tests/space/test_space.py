@@ -600,7 +600,7 @@ def test_brackets_nested_very_deep_are_refused() -> None:
     assert refuse("a: " + "[" * 1500) == f"mini.yaml:1: {sentence}"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, len(MINI)),
     st.text(st.sampled_from(list("{}[]:,#&*!|>%@\t\n -0a'\"")), max_size=4),

@@ -25,7 +25,8 @@ from tests.builders import (
     refuse,
     write_record,
 )
-from tune_cifar.data.load import CLASS_NAMES, load_train_val
+from tune_cifar.data.load import load_train_val
+from tune_cifar.data.shapes import SHAPE_NAMES
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.state import SearchState
 from tune_cifar.report.plots.evaluation import (
@@ -158,7 +159,7 @@ def test_predicted_logits_measure_exactly_what_evaluate_does(precision: str) -> 
     logits = trainer.predict(data.val)
     assert (logits.shape, logits.dtype, logits.device.type) == ((210, 10), torch.float32, "cpu")
     evaluated = trainer.evaluate(data.val)
-    evaluation = evaluate_logits(logits, data.val.labels_N, CLASS_NAMES["shapes"], "validation")
+    evaluation = evaluate_logits(logits, data.val.labels_N, SHAPE_NAMES, "validation")
     assert (evaluation.loss, evaluation.accuracy) == evaluated
     assert measure_logits(logits, data.val.labels_N) == evaluated
 
@@ -277,7 +278,7 @@ def test_evaluate_shows_and_saves_the_metrics_of_the_kept_weights_on_the_validat
     lines = answer.stdout.splitlines()
     start = lines.index("small:0 on its 20 validation images")
     rows = [line.split() for line in lines[start + 2 : start + 12]]
-    assert [(row[0], row[1]) for row in rows] == [(name, "2") for name in CLASS_NAMES["shapes"]]
+    assert [(row[0], row[1]) for row in rows] == [(name, "2") for name in SHAPE_NAMES]
     percent = f"{100 * (last.val_acc or 0):.2f} %"
     assert lines[start + 12] == f"accuracy {percent} (recorded: {percent})"
     assert "NOT CIFAR-10" in answer.stdout

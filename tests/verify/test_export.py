@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.builders import ROOT, SHAPES, invoke, refuse, train_small
-from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
-from tune_cifar.data.load import CLASS_NAMES, Split, load_train_val
+from tune_cifar.data.load import Split, load_train_val
+from tune_cifar.data.shapes import SHAPE_NAMES
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError, RecordError
 from tune_cifar.models.build import MODELS
 from tune_cifar.record.state import SearchState
@@ -127,9 +128,9 @@ def test_an_export_says_what_it_is(storage: Path, trained: SearchState) -> None:
     assert (float(found["val_acc"]), found["epochs"]) == (trial.val_acc, "3")
     assert found["data"] == "NOT CIFAR-10 (shapes)"
     assert found["split"] == trained.header.data.split_hash
-    assert json.loads(found["classes"]) == list(CLASS_NAMES["shapes"])
-    assert json.loads(found["mean"]) == list(CIFAR_MEAN)
-    assert json.loads(found["std"]) == list(CIFAR_STD)
+    assert json.loads(found["classes"]) == list(SHAPE_NAMES)
+    assert json.loads(found["mean"]) == list(CIFAR10.mean)
+    assert json.loads(found["std"]) == list(CIFAR10.std)
     assert "subtract mean and divide by std" in found["input"]
     assert found["output"].startswith("logits") and found["tune_cifar"]
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tune_cifar.augment.policies import (
-    IMAGE_SIDE,
     MAX_CROP_PAD,
     Crop,
     Cutout,
@@ -343,8 +342,8 @@ def _draw_op(op: PixelOp, uniform: tuple[Tensor, ...]) -> OpDraws:
                 within(Stream.SHIFT_X, op.shift_limit),
                 within(Stream.SHIFT_Y, op.shift_limit),
             )
-        case Cutout(size, p):
-            num_places = IMAGE_SIDE - size + 1
+        case Cutout(size, p, _, side):
+            num_places = side - size + 1
             top, left = below(Stream.HOLE_TOP, num_places), below(Stream.HOLE_LEFT, num_places)
             return CutoutDraws(uniform[Stream.CUTOUT] < p, top, left)
         case Gray(p):

@@ -1,6 +1,6 @@
 """Augmentation policies: the operations on a training image with their strengths, as data.
 
-Operations work on uint8 pixels of CIFAR-10's 32x32 images, in pixels, degrees and probabilities; an
+Operations work on uint8 pixels of square RGB images, in pixels, degrees and probabilities; an
 interpreter (`batched`, `reference`) applies them. All five source systems use a subsequence of one
 order, kept by `make_policy`: crop, hflip, shift_scale_rotate, cutout, gray, normalize. Borders are
 mirrored without repeating the edge pixel (reflect-101: d c b | a b c d | c b a), as in all sources.
@@ -11,27 +11,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, Union
 
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.schema import TrainConfig
 
 if TYPE_CHECKING:  # a policy is data: reading it needs no torch
     from torch import Tensor
 
-# Height and width of a CIFAR-10 image, in pixels; Cutout's holes lie within them.
-IMAGE_SIDE = 32
 MAX_CROP_PAD = 16
 
 Strength: TypeAlias = Union[float, "Tensor"]
 """A number, or a tensor () in device memory that a captured step reads in each replay."""
 
-# Mean and standard deviation of each channel over all pixels of the 50,000 training images, scaled
-# to [0, 1]: population std of 51.2 M values a channel, not the mean of the images' stds (the
-# often-seen 0.2023, 0.1994, 0.2010).
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
-# The data set's mean colour in uint8 pixel units, rounded to the nearest integer: albumentations
-# would cut a fraction off (122.96 -> 122).
-MEAN_COLOR = (round(255 * CIFAR_MEAN[0]), round(255 * CIFAR_MEAN[1]), round(255 * CIFAR_MEAN[2]))
+def mean_color(data: DataDescription) -> tuple[int, int, int]:
+    """Return a data set's mean colour in uint8 pixel units, rounded to the nearest integer.
+
+    albumentations would cut a fraction off (of CIFAR-10 122.96 -> 122).
+    """
+    red, green, blue = (round(255 * value) for value in data.mean)
+    return red, green, blue
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,13 @@ class Cutout:
     """
 
     size: int | Tensor
-    """Side of the hole in pixels, 1 to 32."""
+    """Side of the hole in pixels, at least 1."""
     p: Strength
     """Probability that an image gets a hole."""
-    fill: tuple[int, int, int] = MEAN_COLOR
+    fill: tuple[int, int, int] = mean_color(CIFAR10)
     """Red, green and blue of the hole, uint8."""
+    image_side: int = CIFAR10.side
+    """Height and width of the images; the hole lies within."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Normalize:
     Origin: all but s6, which trained on inputs in [0, 1].
     """
 
-    mean: tuple[float, float, float] = CIFAR_MEAN
-    std: tuple[float, float, float] = CIFAR_STD
+    mean: tuple[float, float, float] = CIFAR10.mean
+    std: tuple[float, float, float] = CIFAR10.std
 
 
 PixelOp = Crop | HFlip | ShiftScaleRotate | Cutout | Gray
@@ -117,7 +117,7 @@ Op = PixelOp | Normalize
 Policy = tuple[Op, ...]
 
 
-def make_policy(config: TrainConfig) -> Policy:
+def make_policy(config: TrainConfig, data: DataDescription = CIFAR10) -> Policy:
     """Return the operations whose strength is not 0 in this config, in the one order.
 
     Normalize is always the last.
@@ -131,10 +131,10 @@ def make_policy(config: TrainConfig) -> Policy:
     if config.shift_scale_rotate_p and any(limits):
         ops.append(ShiftScaleRotate(*limits, config.shift_scale_rotate_p))
     if config.cutout_p and config.cutout_size:
-        ops.append(Cutout(config.cutout_size, config.cutout_p))
+        ops.append(Cutout(config.cutout_size, config.cutout_p, mean_color(data), data.side))
     if config.gray_p:
         ops.append(Gray(config.gray_p))
-    return (*ops, Normalize())
+    return (*ops, Normalize(data.mean, data.std))
 
 
 def split_policy(policy: Policy) -> tuple[tuple[PixelOp, ...], Normalize]:

@@ -7,23 +7,30 @@ from torch import Tensor
 
 from tune_cifar.augment.batched import draw_policy
 from tune_cifar.augment.interpreter import select_interpreter
-from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD, make_policy
+from tune_cifar.augment.policies import make_policy
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.schema import TrainConfig
 
 
-def make_preview(config: TrainConfig, images_NCHW: Tensor, num_variants: int = 9) -> Tensor:
+def make_preview(
+    config: TrainConfig,
+    images_NCHW: Tensor,
+    num_variants: int = 9,
+    data: DataDescription = CIFAR10,
+) -> Tensor:
     """Return each image, then `num_variants` augmented ones by the config's policy and backend.
 
     Args:
-        images_NCHW: (N, 3, 32, 32) uint8.
+        images_NCHW: (N, 3, H, W) uint8.
+        data: what the images belong to.
 
     Returns:
-        (N, 1 + num_variants, 32, 32, 3) uint8, with Normalize undone.
+        (N, 1 + num_variants, H, W, 3) uint8, with Normalize undone.
     """
-    policy = make_policy(config)
+    policy = make_policy(config, data)
     generator = torch.Generator().manual_seed(config.seed)
     interpret = select_interpreter(config.augment_backend)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
     columns = [images_NCHW]
     for _ in range(num_variants):
         batch = interpret(policy, images_NCHW, draw_policy(policy, len(images_NCHW), generator))

@@ -95,7 +95,7 @@ def apply_op_reference(op: PixelOp, image: Image, drawn: dict[str, Any]) -> Imag
             )
             warp = A.Affine(interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101)
             result = warp.apply(image, matrix=matrix, output_shape=(height, width))
-        case Cutout(size, _, fill):
+        case Cutout(size, _, fill, _):
             top, left = drawn["top"], drawn["left"]
             hole = np.array([[left, top, left + size, top + size]])
             result = A.CoarseDropout(fill=fill, p=1.0).apply(image, holes=hole, seed=0)

@@ -270,6 +270,7 @@ def _plan(
         wanted: best trials, seeds, settings and epochs; a final one reads the seeds alone.
     """
     from tune_cifar.cli.summary import print_synthetic_banner
+    from tune_cifar.data.files import describe_data
     from tune_cifar.record.store import load_searches
     from tune_cifar.verify.confirm import (
         check_confirmed,
@@ -281,7 +282,8 @@ def _plan(
     search = state.header.name
     if is_final:
         found = find_confirmation(load_searches(request.storage), search, is_final=False)
-        space, settled = make_final(state, check_confirmed(found, search), wanted[1])
+        about = describe_data(request.source)
+        space, settled = make_final(state, check_confirmed(found, search), wanted[1], about)
     else:
         space, settled = make_confirmation(state, *wanted)
     print_synthetic_banner(console, request.source.name)

@@ -50,7 +50,6 @@ def evaluate(
     Example: python -m tune_cifar evaluate --best --space s10
     """
     from tune_cifar.cli.summary import print_synthetic_banner
-    from tune_cifar.data.load import CLASS_NAMES
     from tune_cifar.record.store import find_storage
     from tune_cifar.train.metrics import evaluate_logits
     from tune_cifar.train.numerics import restore_numerics
@@ -58,7 +57,7 @@ def evaluate(
 
     if context.info_name == "judge":
         say("`judge` is called `evaluate` now; the old name goes with the next release.", stderr())
-    state, trial = options.choose_run(run, best, space, search, find_storage(storage))
+    state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     console = stderr() if as_json else stdout()
     if not trial.config.val_size:
         way_out = "Try: reproduce --test."
@@ -70,7 +69,7 @@ def evaluate(
     numerics = restore_numerics(trial.driver.numerics, device)
     trainer = load_trained(state, trial, loaded, numerics, way_out)
     print_synthetic_banner(console, loaded.info.name)
-    names = CLASS_NAMES[loaded.info.name]
+    names = loaded.about.class_names
     logits_NK = trainer.predict(loaded.val)
     evaluation = evaluate_logits(logits_NK, loaded.val.labels_N, names, "validation")
     _print_evaluation(trial, evaluation, console)

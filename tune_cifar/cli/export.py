@@ -54,7 +54,7 @@ def export(
     from tune_cifar.train.recorded import load_recorded_data
     from tune_cifar.verify.export import export_run
 
-    state, trial = options.choose_run(run, best, space, search, find_storage(storage))
+    state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     path = out or Path(f"{trial.run_id.replace(':', '-')}.{file_format}")
     if not path.parent.is_dir():
         raise ConfigError(f"--out: the folder must be there, got {path.parent}.")

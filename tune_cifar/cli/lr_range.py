@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_cifar.data.load import TrainVal
+    from tune_cifar.dataset import DataDescription
     from tune_cifar.schema import Numerics, TrainConfig
     from tune_cifar.space.layout import SpaceFile
     from tune_cifar.space.select import SearchSpace
@@ -89,7 +90,7 @@ def lr_range(
     Example: python -m tune_cifar lr-range --space s10 --tier cpu
     """
     from tune_cifar.cli.summary import print_synthetic_banner
-    from tune_cifar.data.files import find_data
+    from tune_cifar.data.files import describe_data, find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.store import find_storage
     from tune_cifar.report.lr_range import make_report, make_report_folder, save_report
@@ -102,7 +103,8 @@ def lr_range(
     if seeds < 1:
         raise ConfigError(f"--seeds: a number >= 1 must be given, got {seeds}.")
     lrs = make_lrs(low, high, steps)
-    recipe = _load_recipe(space, tier, settings or [])
+    source = find_data(data)
+    recipe = _load_recipe(space, tier, settings or [], describe_data(source))
     if write:
         _check_proposable(space, settings or [])
     store = find_storage(storage)
@@ -112,7 +114,6 @@ def lr_range(
     if out is not None and (out / "sweeps.json").exists():
         raise ConfigError(f"--out: a folder without another test must be given, got {folder}.")
     options.check_tracking_uri(store, tracking_uri, stderr() if as_json else stdout())
-    source = find_data(data)
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, source.name)
@@ -135,7 +136,7 @@ def lr_range(
         raise ConfigError(f"--write: the estimators must agree, got {report['verdict']}.")
 
 
-def _load_recipe(space: str, tier: str, settings: list[str]) -> SearchSpace:
+def _load_recipe(space: str, tier: str, settings: list[str], data: DataDescription) -> SearchSpace:
     """Load the baseline without its schedule; settings that only a schedule reads are refused."""
     from tune_cifar.space.select import load_space, parse_setting
 
@@ -144,7 +145,7 @@ def _load_recipe(space: str, tier: str, settings: list[str]) -> SearchSpace:
         if knob in pins:
             way_out = "--low and --high bound it."
             raise ConfigError(f"--set: the sweep sets {knob}, got {pins[knob]}. {way_out}")
-    return load_space(space, tier, {**pins, "schedule": "constant"})
+    return load_space(space, tier, {**pins, "schedule": "constant"}, data)
 
 
 def _sweep(

@@ -68,7 +68,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="CIFAR-10's folder, or the word `shapes` for synthetic data. "
+        help="CIFAR-10's folder, `cifar100`, an imported data set, or `shapes` (synthetic). "
         "Default: $TUNE_CIFAR_DATA, ./data, the user cache.",
     ),
 ]
@@ -271,16 +271,27 @@ def check_tracking_uri(storage: Path, uri: str | None, console: Console) -> None
 
 
 def choose_run(
-    run: str | None, best: bool, space: str | None, search: str | None, storage: Path
+    run: str | None,
+    best: bool,
+    space: str | None,
+    search: str | None,
+    storage: Path,
+    data: str | None = None,
 ) -> tuple[SearchState, TrialState]:
-    """Return the trial that a run id or --best names, with its search."""
+    """Return the trial that a run id or --best names, with its search.
+
+    Args:
+        data: as typed; --best looks for a search on it, without it for one on CIFAR-10.
+    """
+    from tune_cifar.data.files import find_data
     from tune_cifar.record.store import find_best, find_run, load_searches
 
     if (run is None) == (not best) or (best and space is None and search is None):
         raise typer.BadParameter("Give a run id, or --best with --space or --search.")
     if run is not None:
         return find_run(storage, run)
-    return find_best(load_searches(storage), space, search)
+    name = find_data(data).name if data and search is None else "cifar10"
+    return find_best(load_searches(storage), space, search, name)
 
 
 def find_recorded_data(state: SearchState, data: str | None) -> DataSource:
@@ -293,10 +304,24 @@ def find_recorded_data(state: SearchState, data: str | None) -> DataSource:
     from tune_cifar.data.files import find_data
 
     wanted = state.header.data.name
-    source = find_data(data or ("shapes" if wanted == "shapes" else None))
+    # Other data than CIFAR-10 are found by their name, or where TUNE_CIFAR_DATA points.
+    is_there = data is None and wanted not in ("cifar10", "shapes") and _is_at_hand(wanted)
+    named = None if wanted == "cifar10" or is_there else wanted
+    source = find_data(data or named)
     if source.name != wanted:
         way_out = "Give its data with --data."
         raise ConfigError(
             f"{state.header.name} was trained on {wanted}, got {source.name}. {way_out}"
         )
     return source
+
+
+def _is_at_hand(name: str) -> bool:
+    """Return whether the default places have the data of this name."""
+    from tune_cifar.data.files import find_data
+    from tune_cifar.errors import DataError
+
+    try:
+        return find_data(None).name == name
+    except DataError:
+        return False

@@ -91,6 +91,7 @@ def choose_space(
     limits: Limits,
 ) -> SearchSpace:
     """Load the space that a new search, or the plan of one, searches; options as typed."""
+    from tune_cifar.data.files import describe_data
     from tune_cifar.search.plan import count_trials
     from tune_cifar.space.select import load_space, parse_setting
 
@@ -98,12 +99,13 @@ def choose_space(
     num_trials = count_trials(limits.trials) if limits.trials else None
     read = (num_trials, limits.max_time_seconds, limits.target, limits.patience)
     # A mistake is told before torch is imported to look for a GPU.
-    load_space(space, tier or "cpu", pinned).limit(*read)
+    about = describe_data(request.source)
+    load_space(space, tier or "cpu", pinned, about).limit(*read)
     if tier is None:
         tier = request.default_tier
         if tier == "cpu":
             say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
-    return load_space(space, tier, pinned).limit(*read)
+    return load_space(space, tier, pinned, about).limit(*read)
 
 
 def _describe_search() -> str:

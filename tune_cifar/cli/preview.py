@@ -11,7 +11,7 @@ from tune_cifar.cli import options
 from tune_cifar.cli.terminal import say
 from tune_cifar.errors import ConfigError
 
-# One image of each class.
+# One image of each class, as far as there are so few.
 NUM_PREVIEW_ROWS = 10
 
 
@@ -28,18 +28,21 @@ def preview(
     Example: python -m tune_cifar preview --space s7
     """
     from tune_cifar.augment.preview import make_preview
-    from tune_cifar.data.files import find_data
+    from tune_cifar.data.files import describe_data, find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.report.plots.evaluation import draw_preview
     from tune_cifar.report.plots.style import save
     from tune_cifar.space.select import load_space, parse_setting
 
-    found = load_space(space, "full", dict(parse_setting(setting) for setting in settings or []))
+    source = find_data(data)
+    about = describe_data(source)
+    pins = dict(parse_setting(setting) for setting in settings or [])
+    found = load_space(space, "full", pins, about)
     path = out or Path(f"preview-{found.name}.png")
     if not path.parent.is_dir():
         raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
-    source = find_data(data)
-    images = load_train_val(source, NUM_PREVIEW_ROWS, NUM_PREVIEW_ROWS).train.images_NCHW
-    pictures = make_preview(found.baseline, images).numpy()
+    loaded = load_train_val(source, about.num_classes, 1)
+    images = loaded.train.images_NCHW[:NUM_PREVIEW_ROWS]
+    pictures = make_preview(found.baseline, images, data=about).numpy()
     save(draw_preview(pictures, f"{found.name} on {source.name}: what the network sees"), path)
     say(str(path))

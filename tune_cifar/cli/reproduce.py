@@ -61,7 +61,7 @@ def reproduce(
     for option, is_given in {"--no-retrain": no_retrain, "--again": again}.items():
         if is_given and not test:
             raise typer.BadParameter(f"{option} belongs to --test.")
-    state, trial = options.choose_run(run, best, space, search, find_storage(storage))
+    state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     source = options.find_recorded_data(state, data)
     console = stderr() if as_json else stdout()
     answer: dict[str, Any] = {

@@ -24,10 +24,10 @@ NUM_KNOBS = 4
 
 
 def print_synthetic_banner(console: Console, data_name: str) -> None:
-    """Warn in a box when the data are not CIFAR-10."""
-    label = label_data(data_name)
-    if not label:
+    """Warn in a box when the images are generated."""
+    if data_name != "shapes":
         return
+    label = label_data(data_name)
     text = (
         "\nThese images are generated shapes: accuracies on them say nothing about CIFAR-10.\n"
         "For the real images: python -m tune_cifar data fetch"

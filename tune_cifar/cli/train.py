@@ -43,7 +43,7 @@ def train(
 
     Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
     """
-    from tune_cifar.data.files import find_data
+    from tune_cifar.data.files import describe_data, find_data
     from tune_cifar.record.journal import check_name
     from tune_cifar.record.store import find_storage
     from tune_cifar.space.select import load_space, parse_setting
@@ -56,7 +56,8 @@ def train(
             resume_training(_find_recorded(context, folder, name), data, tracking_uri)
             return
     source = find_data(data)
-    found = load_space(space, tier, dict(parse_setting(setting) for setting in settings or []))
+    pins = dict(parse_setting(setting) for setting in settings or [])
+    found = load_space(space, tier, pins, describe_data(source))
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     given = repeat_options(data=data, storage=storage)
     _train(found, source, numerics, folder, name, resume, tracking_uri, given)

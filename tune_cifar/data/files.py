@@ -1,11 +1,13 @@
-"""CIFAR-10's files: find, download and verify them, and read one as arrays.
+"""Find a data set; CIFAR's files: download and verify them, and read one as arrays.
 
-The files are pickles of 2009, so they are checked twice before they become tensors: size and full
-MD5 must be the published ones, and the unpickler can build numpy arrays and nothing else.
+CIFAR-10's and CIFAR-100's files are pickles of 2009, so they are checked twice before they become
+tensors: the full MD5 (of CIFAR-10 the size, too) must be the published one, and the unpickler can
+build numpy arrays and nothing else. Imported data sets: see `imported`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -16,20 +18,21 @@ import stat
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from urllib.error import URLError
 
 import numpy as np
 import numpy.typing as npt
 from platformdirs import user_cache_path
 
+from tune_cifar.data.imported import find_imported, list_imported, read_imported
+from tune_cifar.data.shapes import SHAPES
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import DataError, did_you_mean
-from tune_cifar.schema import NUM_CLASSES
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Ints: TypeAlias = npt.NDArray[np.int64]
-IMAGE_SHAPE = (3, 32, 32)
-IMAGES_PER_FILE = 10_000
+IMAGE_SHAPE = (3, CIFAR10.side, CIFAR10.side)
 
 # torchvision's layout. MD5s as torchvision lists them; sizes measured on files with these MD5s.
 BATCHES_FOLDER = "cifar-10-batches-py"
@@ -43,6 +46,38 @@ FILES: dict[str, tuple[str, int]] = {
     "data_batch_5": ("482c414d41f54cd18b22e5b47cb7c3cb", 31_035_623),
     TEST_FILE: ("40351d587109b95175f43aff81a1287e", 31_035_526),
     "batches.meta": ("5ff9c542aee3614f3951f8cda6e48888", 158),
+}
+
+CIFAR100_FILES: dict[str, tuple[str, int | None]] = {
+    "train": ("16019d7e3df5f24257cddd939b257f8d", None),
+    "test": ("f0ef6b0ae62326f3e7ffdfab6717acfc", None),
+    "meta": ("7973b15100ade9c7d40fb424638fde48", None),
+}
+
+
+# Of all pixels of its 50,000 training images, as widely published; not measured here.
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+class Layout(NamedTuple):
+    """How torchvision lays out a published data set."""
+
+    folder: str
+    train_files: tuple[str, ...]
+    test_file: str
+    label_key: bytes
+    num_classes: int
+
+    def count_images(self, name: str) -> int:
+        """Return the number of images in a file."""
+        if name == self.test_file:
+            return CIFAR10.num_test
+        return CIFAR10.num_all // len(self.train_files)
+
+
+LAYOUTS = {
+    "cifar10": Layout(BATCHES_FOLDER, TRAIN_FILES, TEST_FILE, b"labels", CIFAR10.num_classes),
+    "cifar100": Layout("cifar-100-python", ("train",), "test", b"fine_labels", 100),
 }
 
 # A server that sends nothing for this long counts as unreachable.
@@ -63,21 +98,28 @@ _ALLOWED_NAMES: dict[tuple[str, str], Any] = {
 class DataSource:
     """A data set and its folder. Made by `find_data` and `fetch_data`."""
 
-    name: Literal["cifar10", "shapes"]
+    name: str
+    """cifar10, cifar100, shapes, or the name of an imported data set."""
     folder: Path | None
-    """Absolute folder that holds cifar-10-batches-py; None for shapes."""
+    """Absolute folder: of CIFAR what holds cifar-10-batches-py or cifar-100-python, of an imported
+    data set the one with its files; None for shapes."""
 
     def __post_init__(self) -> None:
         if (self.name == "shapes") != (self.folder is None):
             raise DataError(
-                "data: cifar10 must have a folder and shapes none, "
+                "data: shapes must have no folder and other data one, "
                 f"got {self.folder} for {self.name}."
             )
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of a published data set; None for shapes and imported data."""
+        return LAYOUTS.get(self.name)
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """The result of verifying one of CIFAR-10's files."""
+    """The result of verifying one of the published files."""
 
     name: str
     expected_md5: str
@@ -91,15 +133,16 @@ class FileCheck:
 def find_data(data: str | None) -> DataSource:
     """Find the data: in `data`, else TUNE_CIFAR_DATA, else ./data, else the user's cache.
 
-    No file is opened. If a folder given by `data` or TUNE_CIFAR_DATA lacks the data, no other place
+    No image is read. If a folder given by `data` or TUNE_CIFAR_DATA lacks the data, no other place
     is tried.
 
     Args:
-        data: a folder that holds cifar-10-batches-py, that folder itself, or "shapes" for synthetic
-            data. TUNE_CIFAR_DATA takes the same values.
+        data: a folder that holds cifar-10-batches-py, that folder itself, "cifar100" (in the same
+            places), "shapes" for synthetic data, or an imported data set by its name or folder.
+            TUNE_CIFAR_DATA takes the same values.
 
     Raises:
-        DataError: there are no data, or one of the five training files is missing.
+        DataError: there are no data, or one of the training files is missing.
     """
     if data is not None:
         return _find_data_at(data, "`data`")
@@ -116,48 +159,77 @@ def find_data(data: str | None) -> DataSource:
     )
 
 
-def fetch_data(folder: Path | None = None) -> DataSource:
-    """Download CIFAR-10 (163 MiB, progress on stderr), unless the published files are there.
+def describe_data(source: DataSource) -> DataDescription:
+    """Return what is known of the data before an image is read: sizes, classes, statistics.
+
+    Raises:
+        DataError: the names of CIFAR-100's classes, or the description of an imported data set,
+            cannot be read.
+    """
+    if source.name in ("cifar10", "shapes"):
+        return CIFAR10 if source.name == "cifar10" else SHAPES
+    assert source.folder is not None, "only shapes have no folder"
+    if source.layout is None:
+        return read_imported(source.folder).description
+    return CIFAR10.model_copy(
+        update={
+            "name": source.name,
+            "class_names": _load_class_names(source.folder),
+            "mean": CIFAR100_MEAN,
+            "std": CIFAR100_STD,
+        }
+    )
+
+
+def fetch_data(folder: Path | None = None, name: str = "cifar10") -> DataSource:
+    """Download CIFAR-10 or CIFAR-100 (163 MiB, progress on stderr), unless the files are there.
 
     Args:
         folder: what will hold cifar-10-batches-py; None is TUNE_CIFAR_DATA, else the user's cache.
             An archive cifar-10-python.tar.gz in it is unpacked without any network, and kept.
+        name: cifar10 or cifar100.
 
     Raises:
         DataError: the server cannot be reached or sends something else, or the folder cannot be
             written.
     """
-    folder = _get_outer_folder(_expand(folder or _get_fetch_folder()))
-    source = DataSource("cifar10", folder)
+    if name not in LAYOUTS:
+        raise DataError(f"`name` must be {' or '.join(LAYOUTS)}, got {name!r}.")
+    folder = _get_outer_folder(_expand(folder or _get_fetch_folder()), LAYOUTS[name].folder)
+    source = DataSource(name, folder)
     if any(check.problem for check in verify_data(source)):
-        _download(folder)
+        _download(folder, name)
         for check in verify_data(source):
-            _refuse_problem(folder, check.name, check.problem)
+            _refuse_problem(folder, name, check.name, check.problem)
     return source
 
 
 def verify_data(source: DataSource) -> list[FileCheck]:
-    """Compare size and MD5 of all seven files with the published ones.
+    """Compare MD5 (of CIFAR-10 the size, too) of all files with the published ones.
 
-    The test file is hashed, not decoded. Synthetic data have no files: the list is empty.
+    The test file is hashed, not decoded. Synthetic data have no files: the list is empty. Imported
+    data are compared with their description whenever they are read.
     """
-    if source.folder is None:
+    if source.folder is None or source.layout is None:
         return []
-    return [_read_checked(source.folder, name)[0] for name in FILES]
+    return [_read_checked(source.folder, name, source.name)[0] for name in _list_files(source.name)]
 
 
-def load_batch(folder: Path, name: str) -> tuple[Bytes, Ints]:
-    """Read one of the published files: images (10000, 3, 32, 32) and labels (10000,).
+def load_batch(folder: Path, name: str, data: str = "cifar10") -> tuple[Bytes, Ints]:
+    """Read a published file: images (10000, 3, 32, 32) and labels (10000,); of CIFAR-100 50000.
 
     Raises:
         DataError: the file is missing, unreadable or not the published one.
     """
-    check, content = _read_checked(folder, name)
-    _refuse_problem(folder, name, check.problem)
-    return read_batch(content, folder / BATCHES_FOLDER / name)
+    check, content = _read_checked(folder, name, data)
+    _refuse_problem(folder, data, name, check.problem)
+    layout = LAYOUTS[data]
+    return read_batch(content, folder / layout.folder / name, layout)
 
 
-def read_batch(content: bytes, path: Path) -> tuple[Bytes, Ints]:
+def read_batch(
+    content: bytes, path: Path, layout: Layout = LAYOUTS["cifar10"]
+) -> tuple[Bytes, Ints]:
     """Decode the bytes of one file: images (10000, 3, 32, 32) and labels (10000,).
 
     Args:
@@ -166,24 +238,48 @@ def read_batch(content: bytes, path: Path) -> tuple[Bytes, Ints]:
     Raises:
         DataError: the pickle asks for anything but arrays, is broken, or is not a batch.
     """
+    batch = _unpickle(content, path)
+    num_images, num_classes = layout.count_images(path.name), layout.num_classes
     try:
-        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-        images, labels = batch[b"data"], np.array(batch[b"labels"], dtype=np.int64)
-    except pickle.UnpicklingError as exc:
-        raise DataError(f"{path}: the pickle must hold only arrays, found: {exc}.") from exc
-    except Exception as exc:  # a broken pickle may raise anything
+        images, labels = batch[b"data"], np.array(batch[layout.label_key], dtype=np.int64)
+    except Exception as exc:  # anything may be in it
         found = f"{type(exc).__name__}: {exc}"
         raise DataError(f"{path}: the file must be a CIFAR-10 batch, got {found}.") from exc
     if (
         not isinstance(images, np.ndarray)
         or images.dtype != np.uint8
-        or images.size != IMAGES_PER_FILE * np.prod(IMAGE_SHAPE)
-        or labels.shape != (IMAGES_PER_FILE,)
-        or not 0 <= labels.min() <= labels.max() < NUM_CLASSES
+        or images.size != num_images * np.prod(IMAGE_SHAPE)
+        or labels.shape != (num_images,)
+        or not 0 <= labels.min() <= labels.max() < num_classes
     ):
-        rule = f"the file must hold {IMAGES_PER_FILE:,} images labelled 0-9"
+        rule = f"the file must hold {num_images:,} images labelled 0-{num_classes - 1}"
         raise DataError(f"{path}: {rule}, found something else.")
-    return images.reshape(IMAGES_PER_FILE, *IMAGE_SHAPE), labels
+    return images.reshape(num_images, *IMAGE_SHAPE), labels
+
+
+def _unpickle(content: bytes, path: Path) -> Any:
+    """Return the arrays, numbers, bytes, lists and dicts that a pickle holds."""
+    try:
+        return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    except pickle.UnpicklingError as exc:
+        raise DataError(f"{path}: the pickle must hold only arrays, found: {exc}.") from exc
+    except Exception as exc:  # a broken pickle may raise anything
+        found = f"{type(exc).__name__}: {exc}"
+        raise DataError(f"{path}: the file must be a CIFAR-10 batch, got {found}.") from exc
+
+
+@functools.lru_cache(maxsize=4)
+def _load_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of CIFAR-100's fine classes, in the order of their labels."""
+    check, content = _read_checked(folder, "meta", "cifar100")
+    _refuse_problem(folder, "cifar100", "meta", check.problem)
+    path = folder / LAYOUTS["cifar100"].folder / "meta"
+    return tuple(name.decode() for name in _unpickle(content, path)[b"fine_label_names"])
+
+
+def _list_files(data: str) -> dict[str, Any]:
+    """Return MD5 and size of a published data set's files by name; without a size, None."""
+    return {"cifar10": FILES, "cifar100": CIFAR100_FILES}[data]
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -198,15 +294,35 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _find_data_at(place: str, given_by: str) -> DataSource:
     if place == "shapes":
         return DataSource("shapes", None)
+    if place == "cifar100":
+        return _find_cifar100()
+    if imported := find_imported(place):
+        return DataSource(read_imported(imported).description.name, imported)
     given = _expand(Path(place))
     folder = _get_outer_folder(given)
     problem = _find_folder_problem(given) if place else "is not a folder"
     problem = problem or _find_folder_problem(folder / BATCHES_FOLDER, "has none")
     if problem:
         rule = f"{given_by} must be a folder with {BATCHES_FOLDER} in it"
-        hint = f"{did_you_mean(place, ['shapes'])} {_describe_remedy(folder)}"
+        words = ["shapes", "cifar100", *list_imported()]
+        hint = f"{did_you_mean(place, words)} {_describe_remedy(folder)}"
         raise DataError(f"{rule}, got {place!r}, which {problem}.{hint}")
     return _check_train_files_exist(folder)
+
+
+def _find_cifar100() -> DataSource:
+    """Return the first place that has CIFAR-100's folder."""
+    from_environment = os.environ.get("TUNE_CIFAR_DATA", "")
+    places = [Path("data"), user_cache_path("tune_cifar")]
+    if from_environment:
+        places.insert(0, Path(from_environment))
+    inner = LAYOUTS["cifar100"].folder
+    for folder in (_get_outer_folder(_expand(place), inner) for place in places):
+        if not _find_folder_problem(folder / inner):
+            return _check_train_files_exist(folder, "cifar100")
+    looked = ", ".join(str(_expand(place)) for place in places)
+    hint = "Run `python -m tune_cifar data fetch --name cifar100`."
+    raise DataError(f"data: no {inner} in {looked}. {hint}")
 
 
 def _expand(path: Path) -> Path:
@@ -226,22 +342,23 @@ def _find_folder_problem(path: Path, absent: str = "is not a folder") -> str:
         return f"cannot be read ({exc.strerror})"
 
 
-def _get_outer_folder(folder: Path) -> Path:
+def _get_outer_folder(folder: Path, inner: str = BATCHES_FOLDER) -> Path:
     """Return the folder that holds cifar-10-batches-py, whichever of the two was given."""
-    is_inner = folder.name == BATCHES_FOLDER and bool(_find_folder_problem(folder / BATCHES_FOLDER))
+    is_inner = folder.name == inner and bool(_find_folder_problem(folder / inner))
     return folder.parent if is_inner else folder
 
 
-def _check_train_files_exist(folder: Path) -> DataSource:
-    for name in TRAIN_FILES:
+def _check_train_files_exist(folder: Path, data: str = "cifar10") -> DataSource:
+    layout = LAYOUTS[data]
+    for name in layout.train_files:
         problem = None
         try:
-            if not stat.S_ISREG((folder / BATCHES_FOLDER / name).stat().st_mode):
+            if not stat.S_ISREG((folder / layout.folder / name).stat().st_mode):
                 problem = "the file is missing"
         except OSError as exc:
             problem = _describe_os_error(exc)
-        _refuse_problem(folder, name, problem)
-    return DataSource("cifar10", folder)
+        _refuse_problem(folder, data, name, problem)
+    return DataSource(data, folder)
 
 
 def _describe_os_error(exc: OSError) -> str:
@@ -250,30 +367,32 @@ def _describe_os_error(exc: OSError) -> str:
     return f"the file cannot be read: {exc.strerror}"
 
 
-def _refuse_problem(folder: Path, name: str, problem: str | None) -> None:
+def _refuse_problem(folder: Path, data: str, name: str, problem: str | None) -> None:
     if problem is not None:
-        path = folder / BATCHES_FOLDER / name
-        raise DataError(f"{path}: {problem}. {_describe_remedy(folder)}")
+        path = folder / LAYOUTS[data].folder / name
+        raise DataError(f"{path}: {problem}. {_describe_remedy(folder, data)}")
 
 
-def _describe_remedy(folder: Path) -> str:
-    command = f"python -m tune_cifar data fetch {shlex.quote(str(folder))}"
+def _describe_remedy(folder: Path, data: str = "cifar10") -> str:
+    option = "" if data == "cifar10" else f" --name {data}"
+    command = f"python -m tune_cifar data fetch {shlex.quote(str(folder))}{option}"
     return f"Run `{command}`, or use `data='shapes'`."
 
 
 def _get_fetch_folder() -> Path:
     from_environment = os.environ.get("TUNE_CIFAR_DATA", "")
-    if from_environment in ("", "shapes"):
+    if from_environment in ("", "shapes", "cifar100") or find_imported(from_environment):
         return user_cache_path("tune_cifar")
     return Path(from_environment)
 
 
-def _download(folder: Path) -> None:
+def _download(folder: Path, data: str) -> None:
     """Download and unpack the archive with torchvision; only an archive that was there is kept."""
-    from torchvision.datasets import CIFAR10
+    from torchvision import datasets
     from torchvision.datasets.utils import download_and_extract_archive
 
-    archive, url, md5 = folder / CIFAR10.filename, CIFAR10.url, CIFAR10.tgz_md5
+    published = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data]
+    archive, url, md5 = folder / published.filename, published.url, published.tgz_md5
     by_hand = (
         f"Put {archive.name} (MD5 {md5}) into {folder} by hand and run this again, "
         "or use `data='shapes'`."
@@ -297,13 +416,14 @@ def _download(folder: Path) -> None:
             archive.unlink()
 
 
-def _read_checked(folder: Path, name: str) -> tuple[FileCheck, bytes]:
+def _read_checked(folder: Path, name: str, data: str) -> tuple[FileCheck, bytes]:
     """Compare a file with the published one; return the bytes that were hashed, read only once."""
-    path, (expected_md5, expected_bytes) = folder / BATCHES_FOLDER / name, FILES[name]
+    path = folder / LAYOUTS[data].folder / name
+    expected_md5, expected_bytes = _list_files(data)[name]
     num_bytes, md5, problem, content = None, None, None, b""
     try:
         num_bytes = path.stat().st_size
-        if num_bytes != expected_bytes:
+        if expected_bytes is not None and num_bytes != expected_bytes:
             problem = f"the file must have {expected_bytes:,} bytes, found {num_bytes:,}"
         else:
             content = path.read_bytes()

@@ -1,12 +1,13 @@
-"""CIFAR-10 or synthetic data as uint8 tensors: training, validation and test images.
+"""A data set as uint8 tensors: training, validation and test images.
 
-Training never touches the test file: `load_train_val` works with `test_batch` removed, and only
-`load_test` opens it.
+Training never touches the test file: `load_train_val` works with it removed (of CIFAR-10
+`test_batch`), and only `load_test` opens it.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,52 +16,40 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune_cifar.data.files import (
+    CIFAR100_FILES,
     FILES,
     IMAGE_SHAPE,
-    IMAGES_PER_FILE,
-    TEST_FILE,
     TRAIN_FILES,
+    Bytes,
     DataSource,
     Ints,
+    describe_data,
     load_batch,
 )
+from tune_cifar.data.imported import load_part, read_imported
 from tune_cifar.data.shapes import (
-    SHAPE_NAMES,
     SHAPES_DIGEST,
     make_shapes_labels,
     make_shapes_order,
     make_shapes_test,
     make_shapes_train_val,
 )
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import DataError
-from tune_cifar.schema import NUM_CLASSES, NUM_TRAIN_IMAGES, NUM_VAL_IMAGES, DataInfo
+from tune_cifar.schema import DataInfo
 
 if TYPE_CHECKING:  # importing torch takes a second
     from torch import Tensor
 
-CLASS_NAMES = {
-    "cifar10": (
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ),
-    "shapes": SHAPE_NAMES,
-}
-
-NUM_SPLIT_TRAIN_IMAGES = NUM_TRAIN_IMAGES - NUM_VAL_IMAGES
-
-# Decides which 5,000 images validate; not an option. (The date of CIFAR-10's technical report.)
+# Of each class one image in this many validates, at least one.
+VAL_FRACTION = 10
+# Decides which images validate; not an option. (The date of CIFAR-10's technical report.)
 SPLIT_SEED = 20_090_408
 # Names the published training files in records.
 _MD5S = "".join(FILES[name][0] for name in TRAIN_FILES)
 CIFAR10_DIGEST = hashlib.sha256(_MD5S.encode()).hexdigest()[:16]
+CIFAR100_DIGEST = hashlib.sha256(CIFAR100_FILES["train"][0].encode()).hexdigest()[:16]
+_DIGESTS = {"cifar10": CIFAR10_DIGEST, "cifar100": CIFAR100_DIGEST}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +59,7 @@ class Split:
     images_NCHW: Tensor
     """uint8 in [0, 255]."""
     labels_N: Tensor
-    """int64 in [0, 10)."""
+    """int64 in [0, classes)."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -84,18 +73,20 @@ class TrainVal:
     train: Split
     val: Split | None
     """None when val_size is 0."""
+    about: DataDescription = CIFAR10
+    """What networks, augmentation and evaluation must know of the images."""
 
 
 def load_train_val(source: DataSource, train_size: int, val_size: int) -> TrainVal:
     """Load training and validation images: stratified prefixes of a split that never changes.
 
-    Does not open test_batch. The first call of a process reads and verifies CIFAR-10's five
-    training files (0.5 to 0.95 s on one core of a build machine, n = 6, November 2026); later calls
+    Does not open the test file. The first call of a process reads and verifies the training files
+    (CIFAR-10's in 0.5 to 0.95 s on one core of a build machine, n = 6, November 2026); later calls
     take slices of the same memory.
 
     Args:
-        train_size: 10 to 45,000, or 50,000 for all images (the training images, then the validation
-            images).
+        train_size: of CIFAR-10 10 to 45,000, or 50,000 for all images (the training images, then
+            the validation images).
         val_size: 0 to 5,000; 0 when train_size is 50,000.
 
     Raises:
@@ -103,65 +94,94 @@ def load_train_val(source: DataSource, train_size: int, val_size: int) -> TrainV
     """
     import torch
 
-    is_full = train_size == NUM_TRAIN_IMAGES
-    if not (is_full or NUM_CLASSES <= train_size <= NUM_SPLIT_TRAIN_IMAGES):
-        raise DataError(f"data: train_size in 10-45,000 or 50,000 must hold, got {train_size:,}.")
-    if not 0 <= val_size <= (0 if is_full else NUM_VAL_IMAGES):
-        rule = "val_size in 0-5,000, and 0 with train_size 50,000, must hold"
+    about = describe_data(source)
+    num_train, num_all, num_val = about.num_train, about.num_all, about.num_val
+    is_full = train_size == num_all
+    if not (is_full or about.num_classes <= train_size <= num_train):
+        rule = f"train_size in {about.num_classes}-{num_train:,} or {num_all:,} must hold"
+        raise DataError(f"data: {rule}, got {train_size:,}.")
+    if not 0 <= val_size <= (0 if is_full else num_val):
+        rule = f"val_size in 0-{num_val:,}, and 0 with train_size {num_all:,}, must hold"
         raise DataError(f"data: {rule}, got {val_size:,} with {train_size:,}.")
     if source.folder is None:
         images_NCHW = torch.from_numpy(make_shapes_train_val(train_size, val_size))
-        labels_N = torch.from_numpy(make_shapes_labels(NUM_TRAIN_IMAGES))
+        labels_N = torch.from_numpy(make_shapes_labels(num_all))
         split_hash = hash_split(make_shapes_order())
         info = DataInfo(name="shapes", digest=SHAPES_DIGEST, split_hash=split_hash)
+    elif source.layout is not None:
+        images_NCHW, labels_N, info = _load_published(source)
     else:
-        images_NCHW, labels_N, info = _load_cifar10(source.folder)
-    rows = slice(NUM_SPLIT_TRAIN_IMAGES, NUM_SPLIT_TRAIN_IMAGES + val_size)
+        digest = read_imported(source.folder).digest
+        images_NCHW, labels_N, info = _load_imported(source.folder, digest)
+    rows = slice(num_train, num_train + val_size)
     val = Split(images_NCHW[rows], labels_N[rows]) if val_size else None
-    return TrainVal(info, Split(images_NCHW[:train_size], labels_N[:train_size]), val)
+    return TrainVal(info, Split(images_NCHW[:train_size], labels_N[:train_size]), val, about)
 
 
 def load_test(source: DataSource) -> Split:
-    """Load the 10,000 test images, for the final evaluation.
+    """Load the test images (of CIFAR-10 10,000), for the final evaluation.
 
-    Opens test_batch and no other file. The result is not cached.
+    Opens the test file and no other with images. The result is not cached.
 
     Raises:
         DataError: the file is missing, unreadable or not the published one.
     """
     import torch
 
-    if source.folder is not None:
-        images_NCHW, labels_N = load_batch(source.folder, TEST_FILE)
-    else:
+    if source.folder is None:
         images_NCHW = make_shapes_test()
         labels_N = make_shapes_labels(len(images_NCHW))
+    elif source.layout is not None:
+        images_NCHW, labels_N = load_batch(source.folder, source.layout.test_file, source.name)
+    else:
+        images_NCHW, labels_N = load_part(source.folder, "test")
     return Split(torch.from_numpy(images_NCHW), torch.from_numpy(labels_N))
 
 
-def make_split_order(labels_N: Ints) -> Ints:
-    """Return the order in which the 50,000 training images are kept: 45,000 train, 5,000 validate.
+def make_split_order(labels_N: Ints, num_classes: int = CIFAR10.num_classes) -> Ints:
+    """Return the order in which a published set's 50,000 images are kept: 45,000, then 5,000.
 
-    Each class is shuffled on its own; its first 500 images validate. Both parts take the classes in
-    turn, 0 to 9, so that every prefix is stratified. The shuffle is that of numpy's legacy
-    RandomState, whose random numbers numpy has frozen.
+    See `order_split`.
 
     Raises:
-        DataError: the labels are not 5,000 of each class.
+        DataError: the labels are not as many of each class.
     """
-    counts = np.bincount(labels_N, minlength=NUM_CLASSES).tolist()
-    num_wanted, num_val = NUM_TRAIN_IMAGES // NUM_CLASSES, NUM_VAL_IMAGES // NUM_CLASSES
-    if counts != [num_wanted] * NUM_CLASSES:
+    counts = np.bincount(labels_N, minlength=num_classes).tolist()
+    num_wanted = CIFAR10.num_all // num_classes
+    if counts != [num_wanted] * num_classes:
         rule = f"the training files must have {num_wanted:,} images of each class"
         raise DataError(f"data: {rule}, got {counts}.")
-    generator = np.random.RandomState(SPLIT_SEED)
-    rows_of_classes = [np.flatnonzero(labels_N == label) for label in range(NUM_CLASSES)]
-    shuffled_KN = np.stack([generator.permutation(rows) for rows in rows_of_classes])
-    val_KN, train_KN = shuffled_KN[:, :num_val], shuffled_KN[:, num_val:]
-    order_N = np.concatenate([train_KN.T.reshape(-1), val_KN.T.reshape(-1)])
-    # Every image exactly once: none both trains and validates.
-    assert np.array_equal(np.sort(order_N), np.arange(NUM_TRAIN_IMAGES))
+    order_N, num_train = order_split(labels_N, num_classes)
+    assert num_train == CIFAR10.num_train
     return order_N
+
+
+def order_split(labels_N: Ints, num_classes: int) -> tuple[Ints, int]:
+    """Return the order in which training images are kept, and how many of them train.
+
+    Each class is shuffled on its own; its first tenth validates, at least one image. Both parts
+    take the classes in turn, in proportion to their numbers (of CIFAR-10: 0 to 9), so that every
+    prefix is stratified. The shuffle is that of numpy's legacy RandomState, whose random numbers
+    numpy has frozen.
+    """
+    generator = np.random.RandomState(SPLIT_SEED)
+    val_rows, train_rows = [], []
+    for label in range(num_classes):
+        shuffled = generator.permutation(np.flatnonzero(labels_N == label))
+        num_val = max(1, round(len(shuffled) / VAL_FRACTION))
+        val_rows.append(shuffled[:num_val])
+        train_rows.append(shuffled[num_val:])
+    train_N, val_N = interleave(train_rows), interleave(val_rows)
+    order_N = np.concatenate([train_N, val_N])
+    # Every image exactly once: none both trains and validates.
+    assert np.array_equal(np.sort(order_N), np.arange(len(labels_N)))
+    return order_N, len(train_N)
+
+
+def interleave(rows_of_classes: Sequence[Ints]) -> Ints:
+    """Return all rows, those of each class in their order and evenly spaced among the others."""
+    places = np.concatenate([(np.arange(len(rows)) + 0.5) / len(rows) for rows in rows_of_classes])
+    return np.concatenate(rows_of_classes)[np.argsort(places, kind="stable")]
 
 
 def hash_split(order_N: Ints) -> str:
@@ -170,17 +190,50 @@ def hash_split(order_N: Ints) -> str:
 
 
 @lru_cache(maxsize=1)
-def _load_cifar10(folder: Path) -> tuple[Tensor, Tensor, DataInfo]:
+def _load_published(source: DataSource) -> tuple[Tensor, Tensor, DataInfo]:
     """Load all 50,000 training images in split order, once for all trainings of a process."""
     import torch
 
-    images_NCHW = np.empty((NUM_TRAIN_IMAGES, *IMAGE_SHAPE), dtype=np.uint8)
-    labels_N = np.empty(NUM_TRAIN_IMAGES, dtype=np.int64)
-    for number, name in enumerate(TRAIN_FILES):
-        rows = slice(number * IMAGES_PER_FILE, (number + 1) * IMAGES_PER_FILE)
-        images_NCHW[rows], labels_N[rows] = load_batch(folder, name)
-    order_N = make_split_order(labels_N)
-    for channel in range(IMAGE_SHAPE[0]):  # reordered in place, by thirds: no second copy of 150 MB
-        images_NCHW[:, channel] = images_NCHW[order_N, channel]
-    info = DataInfo(name="cifar10", digest=CIFAR10_DIGEST, split_hash=hash_split(order_N))
+    layout, folder = source.layout, source.folder
+    assert layout is not None and folder is not None, "a published data set has files"
+    images_NCHW = np.empty((CIFAR10.num_all, *IMAGE_SHAPE), dtype=np.uint8)
+    labels_N = np.empty(CIFAR10.num_all, dtype=np.int64)
+    start = 0
+    for name in layout.train_files:
+        rows = slice(start, start + layout.count_images(name))
+        images_NCHW[rows], labels_N[rows] = load_batch(folder, name, source.name)
+        start = rows.stop
+    order_N = make_split_order(labels_N, layout.num_classes)
+    _reorder(images_NCHW, order_N)
+    info = DataInfo(
+        name=source.name,
+        digest=_DIGESTS[source.name],
+        split_hash=hash_split(order_N),
+        num_classes=layout.num_classes,
+    )
     return torch.from_numpy(images_NCHW), torch.from_numpy(labels_N[order_N]), info
+
+
+@lru_cache(maxsize=1)
+def _load_imported(folder: Path, digest: str) -> tuple[Tensor, Tensor, DataInfo]:
+    """Load all training images of an imported data set in split order, once for a process."""
+    import torch
+
+    about = read_imported(folder).description
+    images_NCHW, labels_N = load_part(folder, "train")
+    order_N, num_train = order_split(labels_N, about.num_classes)
+    assert num_train == about.num_train, "the description was made with the same split"
+    _reorder(images_NCHW, order_N)
+    info = DataInfo(
+        name=about.name,
+        digest=digest,
+        split_hash=hash_split(order_N),
+        num_classes=about.num_classes,
+    )
+    return torch.from_numpy(images_NCHW), torch.from_numpy(labels_N[order_N]), info
+
+
+def _reorder(images_NCHW: Bytes, order_N: Ints) -> None:
+    """Reorder images in place, channel by channel: there is never a second copy of all."""
+    for channel in range(images_NCHW.shape[1]):
+        images_NCHW[:, channel] = images_NCHW[order_N, channel]

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tune_cifar.schema import NUM_CLASSES, NUM_TRAIN_IMAGES, NUM_VAL_IMAGES
+from tune_cifar.dataset import CIFAR10
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -41,6 +41,9 @@ SHAPE_NAMES = (
     "crescent",
     "dots",
 )
+# As many classes and images as CIFAR-10 has.
+SHAPES = CIFAR10.model_copy(update={"name": "shapes", "class_names": SHAPE_NAMES})
+NUM_CLASSES, NUM_TRAIN_IMAGES, NUM_VAL_IMAGES = SHAPES.num_classes, SHAPES.num_all, SHAPES.num_val
 # Images are drawn in chunks, so that a small training draws only the images that it needs.
 CHUNK_SIZE = 1_000
 

@@ -1,1 +1,1 @@
-"""The five networks: images (N, 3, 32, 32) to logits (N, 10)."""
+"""The five networks: images (N, 3, H, W) to logits (N, classes)."""

@@ -29,6 +29,11 @@ class Residual(nn.Module):
         return result
 
 
+def halve(side: int) -> int:
+    """Return the side of the maps after a padded conv of stride 2."""
+    return (side + 1) // 2
+
+
 def stack(**layers: nn.Module) -> nn.Sequential:
     """Return the layers one after another, under the names given."""
     return nn.Sequential(OrderedDict(layers))

@@ -20,9 +20,17 @@ from tune_cifar.models.layers import Residual, conv_bn_relu, stack
 
 
 class S10Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is an activation's drop probability."""
+    """Images (N, 3, side, side) to logits (N, num_classes).
 
-    def __init__(self, dropout: float = 0.0, postact: bool = False) -> None:
+    Args:
+        dropout: an activation's drop probability.
+    """
+
+    MIN_SIDE = 8
+
+    def __init__(
+        self, dropout: float = 0.0, num_classes: int = 10, side: int = 32, postact: bool = False
+    ) -> None:
         def conv3x3(num_in: int, num_out: int) -> nn.Conv2d:
             return nn.Conv2d(num_in, num_out, 3, padding=1, bias=postact)
 
@@ -51,10 +59,10 @@ class S10Net(nn.Sequential):
             "layer2": layer(128, 256),
             "layer3": layer(256, 512),
             "residual3": residual(512),
-            "pool": nn.MaxPool2d(4),
+            "pool": nn.MaxPool2d(side // 8),
             "flatten": nn.Flatten(),
             "dropout": Dropout(dropout),
-            "linear": nn.Linear(512, 10),
+            "linear": nn.Linear(512, num_classes),
         }
         super().__init__(OrderedDict(layers))
 
@@ -62,5 +70,5 @@ class S10Net(nn.Sequential):
 class S10PostactNet(S10Net):
     """S10Net with conv biases and the ReLU after the addition."""
 
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__(dropout, postact=True)
+    def __init__(self, dropout: float = 0.0, num_classes: int = 10, side: int = 32) -> None:
+        super().__init__(dropout, num_classes, side, postact=True)

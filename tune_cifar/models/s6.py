@@ -21,9 +21,17 @@ from tune_cifar.models.layers import conv_bn_relu, stack
 
 
 class S6Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is a channel's drop probability."""
+    """Images (N, 3, side, side) to logits (N, num_classes).
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    Args:
+        dropout: a channel's drop probability.
+    """
+
+    MIN_SIDE = 15
+
+    def __init__(self, dropout: float = 0.0, num_classes: int = 10, side: int = 32) -> None:
+        last_side = (side - 15) // 2 + 1
+
         def block(conv: nn.Conv2d) -> nn.Sequential:
             layers = conv_bn_relu(conv)
             layers.add_module("dropout", Dropout(dropout, whole_channels=True))
@@ -46,8 +54,8 @@ class S6Net(nn.Sequential):
                 dilated=block(nn.Conv2d(32, 64, 3, dilation=2)),
             ),
             "strided": nn.Conv2d(64, 64, 5, stride=2, padding=1),
-            "classify": nn.Conv2d(64, 10, 1),
-            "gap": nn.AvgPool2d(9),
+            "classify": nn.Conv2d(64, num_classes, 1),
+            "gap": nn.AvgPool2d(last_side),
             "flatten": nn.Flatten(),
         }
         super().__init__(OrderedDict(layers))

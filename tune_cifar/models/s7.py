@@ -17,13 +17,21 @@ from typing import Any
 from torch import nn
 
 from tune_cifar.models.fast_conv import StridedDepthwiseConv2d
-from tune_cifar.models.layers import conv_bn_relu, stack
+from tune_cifar.models.layers import conv_bn_relu, halve, stack
 
 
 class S7Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is an activation's drop probability."""
+    """Images (N, 3, side, side) to logits (N, num_classes).
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    Args:
+        dropout: an activation's drop probability.
+    """
+
+    MIN_SIDE = 17
+
+    def __init__(self, dropout: float = 0.0, num_classes: int = 10, side: int = 32) -> None:
+        last_side = halve(halve(side)) - 4
+
         def conv3x3(num_in: int, num_out: int, **options: Any) -> nn.Conv2d:
             return nn.Conv2d(num_in, num_out, 3, padding=1, bias=False, **options)
 
@@ -48,9 +56,9 @@ class S7Net(nn.Sequential):
                 conv1=conv3x3(32, 32, dilation=2), conv2=block(conv3x3(32, 32, dilation=2))
             ),
             "convblock4": stack(
-                conv1=conv3x3(32, 32), relu=nn.ReLU(inplace=True), conv2=conv3x3(32, 10)
+                conv1=conv3x3(32, 32), relu=nn.ReLU(inplace=True), conv2=conv3x3(32, num_classes)
             ),
-            "gap": nn.AvgPool2d(4),
+            "gap": nn.AvgPool2d(last_side),
             "flatten": nn.Flatten(),
         }
         super().__init__(OrderedDict(layers))

@@ -16,7 +16,7 @@ from torch import nn
 
 from tune_cifar.models.dropout import Dropout
 from tune_cifar.models.fast_conv import SubsamplingConv2d
-from tune_cifar.models.layers import stack
+from tune_cifar.models.layers import halve, stack
 
 WIDTH = 32
 
@@ -41,9 +41,15 @@ def make_stage(num_in: int, dropout: float) -> nn.Sequential:
 
 
 class S8Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10); dropout is an activation's drop probability."""
+    """Images (N, 3, side, side) to logits (N, num_classes).
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    Args:
+        dropout: an activation's drop probability.
+    """
+
+    MIN_SIDE = 1
+
+    def __init__(self, dropout: float = 0.0, num_classes: int = 10, side: int = 32) -> None:
         layers: dict[str, nn.Module] = {
             "stage1": make_stage(3, dropout),
             "stage2": make_stage(WIDTH, dropout),
@@ -51,8 +57,8 @@ class S8Net(nn.Sequential):
             "depthwise": nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH),
             "pointwise": conv_relu_bn(nn.Conv2d(WIDTH, 64, 1)),
             "conv": conv_relu_bn(nn.Conv2d(64, 64, 3, padding=1, bias=False)),
-            "gap": nn.AvgPool2d(4),
-            "classify": nn.Conv2d(64, 10, 1, bias=False),
+            "gap": nn.AvgPool2d(halve(halve(halve(side)))),
+            "classify": nn.Conv2d(64, num_classes, 1, bias=False),
             "flatten": nn.Flatten(),
         }
         super().__init__(OrderedDict(layers))

@@ -13,7 +13,17 @@ from tune_cifar.record.machine import count_cores, find_memory
 PACKAGE = Path(__file__).resolve().parents[1]
 # The code that decides which trials run and how they are trained, scored and stopped. The other
 # packages only show, store and upload.
-DECIDING_PACKAGES = ("schema", "space", "data", "augment", "models", "train", "search", "record")
+DECIDING_PACKAGES = (
+    "schema",
+    "dataset",
+    "space",
+    "data",
+    "augment",
+    "models",
+    "train",
+    "search",
+    "record",
+)
 # Shown beside every result. Only those in train.numerics.COMPUTING_LIBRARIES may change bits.
 RECORDED_LIBRARIES = (
     "tune_cifar",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationError
 
 from tune_cifar import schema
-from tune_cifar.errors import RecordError
+from tune_cifar.errors import RecordError, describe_validation_error
 from tune_cifar.schema import DataInfo, EpochResult, Frozen, Numerics
 
 # A search's name. Without a separator and a leading dot it stays inside the folder it is joined to.
@@ -201,7 +201,7 @@ class TrialEnded(Frozen):
 
     Attributes:
         cycle: length in epochs of the stage in which it ended, as in EpochReported.
-        score: the last val_acc if complete, chance (0.1) if diverged, else None.
+        score: the last val_acc if complete, that of chance if diverged, else None.
     """
 
     trial: int
@@ -292,7 +292,7 @@ def decode_event(number: int, line: bytes) -> Event | None:
     try:
         return EVENTS[kind].model_validate(body)
     except ValidationError as exc:
-        problem = schema.describe_validation_error(exc, EVENTS[kind])
+        problem = describe_validation_error(exc, EVENTS[kind])
         raise RecordError(f"event {kind!r}: {problem} {newer}") from exc
 
 

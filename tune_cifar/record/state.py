@@ -49,6 +49,8 @@ class TrialState:
     started: str | None
     driver: Header | SearchResumed
     """The last driver that it ran under, with its Numerics and environment."""
+    chance: float
+    """Accuracy of guessing on its data."""
     epochs: list[EpochResult] = field(default_factory=list)
     """Of the current stage: epoch n at index n - 1."""
     finished_stages: list[tuple[int, EpochResult]] = field(default_factory=list)
@@ -98,7 +100,7 @@ class TrialState:
 
         The last val_acc when complete, chance when diverged, else None.
         """
-        return {"complete": self.val_acc, "diverged": schema.CHANCE_ACCURACY}.get(status)
+        return {"complete": self.val_acc, "diverged": self.chance}.get(status)
 
     def apply(self, event: EpochReported | TrialRetried | TrialEnded, seq: int) -> None:
         """Apply an event of this trial; `seq` is its sequence number. See SearchState.apply."""
@@ -261,6 +263,7 @@ class SearchState:
             fingerprint=event.fingerprint,
             started=event.time,
             driver=self.resumes[-1] if self.resumes else self.header,
+            chance=self.header.data.chance,
         )
 
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Stage = Literal["running", "finished", "interrupted", "driver died", "renamed", "damaged"]
 # A name has 64 characters at most; this leaves 20 for the time and a number.
 MAX_START = 44
+DATA_WORDS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "synthetic data"}
 
 
 def find_storage(option: str | Path | None) -> Path:
@@ -218,11 +219,14 @@ def find_run(storage: Path, run_id: str) -> tuple[SearchState, TrialState]:
 
 
 def find_best(
-    states: Iterable[SearchState], space: str | None = None, search: str | None = None
+    states: Iterable[SearchState],
+    space: str | None = None,
+    search: str | None = None,
+    data: str = "cifar10",
 ) -> tuple[SearchState, TrialState]:
     """Return the complete trial of the highest score, and its search.
 
-    The search is the named one, or the newest finished one (of the space) on CIFAR-10. Of equal
+    The search is the named one, or the newest finished one (of the space) on the data. Of equal
     scores the lower trial number wins.
 
     Raises:
@@ -231,7 +235,7 @@ def find_best(
     """
     states = list(states)
     if search is None:
-        chosen = _find_newest(states, space)
+        chosen = _find_newest(states, space, data)
     else:
         by_name = {state.header.name: state for state in states}
         if search not in by_name:
@@ -252,23 +256,24 @@ def _check_space(state: SearchState, space: str | None) -> None:
         raise RecordError(f"search {name} must be of space {space}, got one of {own}.")
 
 
-def _find_newest(states: list[SearchState], space: str | None) -> SearchState:
+def _find_newest(states: list[SearchState], space: str | None, data: str) -> SearchState:
     searches = [state for state in states if state.header.kind == "search"]
     spaces = [state.header.space for state in searches]
     if space is not None:
         searches = [state for state in searches if state.header.space == space]
     finished = [state for state in searches if state.is_finished]
-    on_cifar10 = [state for state in finished if state.header.data.name == "cifar10"]
-    if on_cifar10:
-        return max(on_cifar10, key=lambda state: (state.header.created, state.header.name))
-    problem = "no finished search on CIFAR-10"
+    on_data = [state for state in finished if state.header.data.name == data]
+    if on_data:
+        return max(on_data, key=lambda state: (state.header.created, state.header.name))
+    problem = f"no finished search on {DATA_WORDS.get(data, data)}"
     if space is not None:
         problem += f" of space {space}"
     if not searches:
         raise RecordError(f"{problem}.{did_you_mean(space or '', spaces)}")
-    found = {
-        "on synthetic data": [state.header.name for state in finished],
-        "unfinished": [state.header.name for state in searches if not state.is_finished],
-    }
+    found: dict[str, list[str]] = {}
+    for state in finished:
+        name = state.header.data.name
+        found.setdefault(f"on {DATA_WORDS.get(name, name)}", []).append(state.header.name)
+    found["unfinished"] = [state.header.name for state in searches if not state.is_finished]
     others = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
     raise RecordError(f"{problem}, only {others}. Name one with `search` to use it.")

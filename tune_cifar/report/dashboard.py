@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record import state as record
 from tune_cifar.record.events import KIND_WORDS
-from tune_cifar.schema import CHANCE_ACCURACY
 from tune_cifar.search.sampler import list_distributions, make_study
 
 
@@ -77,7 +76,7 @@ def freeze_trial(state: record.SearchState, trial: record.TrialState) -> FrozenT
         case "complete":
             found, value = TrialState.COMPLETE, trial.score
         case "diverged":
-            found, value, scores = TrialState.PRUNED, CHANCE_ACCURACY, {0: CHANCE_ACCURACY}
+            found, value, scores = TrialState.PRUNED, trial.chance, {0: trial.chance}
         case "stopped" if rungs:
             found, value = TrialState.PRUNED, trial.scores[rungs[-1]]
         case _:

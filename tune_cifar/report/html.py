@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from tune_cifar.augment.preview import make_preview
 from tune_cifar.data.files import find_data
-from tune_cifar.data.load import CLASS_NAMES
 from tune_cifar.errors import ConfigError, TuneCifarError
 from tune_cifar.record.events import KIND_WORDS
 from tune_cifar.record.failures import group_failures
@@ -224,13 +223,14 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
     assert val is not None, "a search has validation images"
     numerics = restore_numerics(trial.driver.numerics, None)
     trainer = load_trained(state, trial, loaded, numerics, NO_WEIGHTS)
-    names = CLASS_NAMES[loaded.info.name]
+    names = loaded.about.class_names
     found = evaluate_logits(trainer.predict(val), val.labels_N, names, "validation")
     title = _make_title(state, f"{trial.run_id}: {found.num_images:,} validation images")
     pictures = val.images_NCHW.permute(0, 2, 3, 1).numpy()
     for kind, figure in evaluation.draw_evaluation(found, pictures, title).items():
         yield _make_picture(*CAPTIONS[kind], figure)
-    previewed = make_preview(trial.config, loaded.train.images_NCHW[:NUM_PREVIEWED]).numpy()
+    images = loaded.train.images_NCHW[:NUM_PREVIEWED]
+    previewed = make_preview(trial.config, images, data=loaded.about).numpy()
     yield _make_picture(
         "Augmentation",
         "Training images as they are, and as this trial's network was trained on them.",

@@ -28,7 +28,7 @@ from tune_cifar.report.trials import (
     load_trials,
     split_groups,
 )
-from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig, inactive_knobs, label_data
+from tune_cifar.schema import TrainConfig, inactive_knobs, label_data
 from tune_cifar.search.goals import estimate_scatter
 from tune_cifar.search.rungs import is_promoted, list_compared
 from tune_cifar.search.sampler import list_distributions, make_study
@@ -209,7 +209,7 @@ def _score_at(trial: TrialState, rung: int) -> float:
     """Return a trial's score at a rung as the sampler would get it; NaN when it has none."""
     if rung in trial.scores:
         return trial.scores[rung]
-    return CHANCE_ACCURACY if trial.status == "diverged" else math.nan
+    return trial.chance if trial.status == "diverged" else math.nan
 
 
 def make_importances(state: SearchState, num_resamples: int = 100, seed: int = 0) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import build_model
 from tune_cifar.record.files import find_lock_problem
@@ -52,13 +53,18 @@ class DiskNeeds(NamedTuple):
         )
 
 
-def estimate_disk_needs(space: SearchSpace, max_concurrent: int, keep_weights: int) -> DiskNeeds:
+def estimate_disk_needs(
+    space: SearchSpace,
+    max_concurrent: int,
+    keep_weights: int,
+    data: DataDescription = CIFAR10,
+) -> DiskNeeds:
     """Return coarse upper bounds of what a search writes if no trial is stopped.
 
     They come from the shapes of the baseline's model; nothing is allocated.
     """
     with torch.device("meta"):
-        model = build_model(space.baseline)
+        model = build_model(space.baseline, data)
     num_bytes = FILE_FACTOR * sum(tensor.nbytes for tensor in model.state_dict().values())
     weights = round(num_bytes) + FILE_BYTES
     checkpoint = round(TENSORS_PER_WEIGHT * num_bytes) + FILE_BYTES

@@ -310,7 +310,8 @@ def _make_proposer(space: SearchSpace, state: SearchState) -> Proposer:
     header = state.header
     if header.confirmation is not None:
         return Confirmer(header.confirmation)
-    return Sampler(space, header.seed, header.is_conditional, header.learned)
+    how = (header.is_conditional, header.learned, header.data.chance)
+    return Sampler(space, header.seed, *how)
 
 
 def _must_run_alone(trial: TrialState) -> bool:

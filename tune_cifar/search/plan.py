@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from tune_cifar.data.files import DataSource
+from tune_cifar.data.files import DataSource, describe_data
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import Confirmation, Learned, SearchResumed
@@ -108,6 +108,7 @@ class SearchPlan:
 
     Attributes:
         cost: measured, of one trial.
+        disk_needs: upper bounds, as if no trial were stopped.
         past: the recorded search, when it is resumed.
         resumed: the event that a resumed search appends to its record; None for a new search.
         notes: what was restored, what has changed and whether MLflow is away, a sentence each.
@@ -122,6 +123,7 @@ class SearchPlan:
     numerics: Numerics
     resources: Resources
     cost: Cost
+    disk_needs: DiskNeeds
     past: SearchState | None = None
     resumed: SearchResumed | None = None
     notes: tuple[str, ...] = ()
@@ -133,13 +135,6 @@ class SearchPlan:
         """Epochs and time still to come, by simulation."""
         budget, num_at_once = self.space.budget, self.resources.max_concurrent
         return forecast_search(budget, num_at_once, self.cost.epoch_seconds, self.past)
-
-    @property
-    def disk_needs(self) -> DiskNeeds:
-        """Upper bounds, as if no trial were stopped."""
-        return estimate_disk_needs(
-            self.space, self.resources.max_concurrent, self.request.keep_weights
-        )
 
     def describe(self) -> str:
         """Return in two sentences what runs, and how long it takes or what the time allows."""
@@ -227,7 +222,8 @@ def check_and_measure(
     make_tracking_uri(request.storage, request.tracking_uri)  # refuses a bad one at once
     resources = resolve_resources(request, numerics, count_gpus(request.device))
     config = space.baseline
-    needs = estimate_disk_needs(space, resources.max_concurrent, request.keep_weights)
+    how_many = (resources.max_concurrent, request.keep_weights)
+    needs = estimate_disk_needs(space, *how_many, describe_data(request.source))
     check_disk(request.storage, needs)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
@@ -237,7 +233,7 @@ def check_and_measure(
         data, cost = loaded.result().info, measured.result()
     away = check_tracking(request.storage, request.tracking_uri)  # last: its imports take memory
     notes = () if away is None else (away,)
-    return SearchPlan(space, request, name, data, numerics, resources, cost, notes=notes)
+    return SearchPlan(space, request, name, data, numerics, resources, cost, needs, notes=notes)
 
 
 def check_request(request: SearchRequest) -> None:

@@ -49,7 +49,7 @@ def restore_space(header: Header) -> SearchSpace:
     for name, value in pinned.items():
         if isinstance(value, list):  # JSON has no tuples
             pinned[name] = tuple(value)
-    space = select_tier(file, header.tier or "full", {} if header.confirmation else pinned)
+    space = select_tier(file, header.tier or "full", {} if header.confirmation else pinned, None)
     if header.confirmation:  # no knob is searched
         space = replace(space, baseline=TrainConfig(**header.baseline), pinned=pinned)
         space = replace(space, distributions={}, dropped={})

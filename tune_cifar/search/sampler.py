@@ -26,8 +26,9 @@ from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.record.events import Confirmation, Header, Origin
-from tune_cifar.schema import CHANCE_ACCURACY, Status, TrainConfig
+from tune_cifar.schema import Status, TrainConfig
 from tune_cifar.search.gaussian_process import Seen, UnitCube, propose_by_gp
 from tune_cifar.space.select import SearchSpace
 
@@ -94,12 +95,14 @@ class Sampler:
         seed: int,
         is_conditional: bool = True,
         learned: Sequence[PastTrial] = (),
+        chance: float = CIFAR10.chance,
     ) -> None:
         space.check_searchable()
         self._space = space
         self._seed = seed
         self._is_conditional = is_conditional
         self._learned = learned
+        self._chance = chance
         self._fixed = [space.baseline_params, *space.points]
         is_sequence = space.budget.sampler.kind == "qmc"
         self._sequence = _Sequence(space.distributions, seed) if is_sequence else None
@@ -133,7 +136,7 @@ class Sampler:
         if found.kind == "random" or _count_ended(trials, rungs) < found.startup:
             return make_study(RandomSampler(seed=seed)).ask(self._space.distributions).params
         if found.kind == "gp":
-            seen = [_see(trial, rungs) for trial in trials]
+            seen = [_see(trial, rungs, self._chance) for trial in trials]
             return propose_by_gp(self._cube, seen, rungs, seed, self._select_active)
         study = make_study(self._make_tpe(seed))
         study.add_trials(self._freeze(trials, find_rung(trials, rungs)))
@@ -147,7 +150,7 @@ class Sampler:
         """
         frozen = []
         for trial in trials:
-            score = CHANCE_ACCURACY if trial.status == "diverged" else trial.scores.get(rung)
+            score = self._chance if trial.status == "diverged" else trial.scores.get(rung)
             if score is None and trial.status != "running":
                 continue
             state = TrialState.RUNNING if score is None else TrialState.COMPLETE
@@ -173,9 +176,9 @@ def find_rung(trials: Iterable[PastTrial], rungs: Sequence[int]) -> int:
     return next((rung for rung in reversed(rungs) if reached[rung] >= LEAST_AT_RUNG), rungs[0])
 
 
-def _see(trial: PastTrial, rungs: Sequence[int]) -> Seen:
+def _see(trial: PastTrial, rungs: Sequence[int], chance: float) -> Seen:
     """Return what the Gaussian process sees: a diverged trial has chance at all rungs it missed."""
-    missing = CHANCE_ACCURACY if trial.status == "diverged" else None
+    missing = chance if trial.status == "diverged" else None
     scores = {rung: trial.scores.get(rung, missing) for rung in rungs}
     known = {rung: score for rung, score in scores.items() if score is not None}
     return Seen(trial.params, known, trial.status == "running")

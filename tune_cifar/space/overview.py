@@ -108,6 +108,8 @@ def _describe_values(knob: dict[str, Any]) -> str:
     if knob["type"] == "array":
         return f"list of {knob['items']['type']}s"
     low = f"[{knob['minimum']:g}" if "minimum" in knob else f"({knob['exclusiveMinimum']:g}"
+    if not {"maximum", "exclusiveMaximum"} & {*knob}:  # the data set has the bound
+        return f"{knob['type']} >= {knob['minimum']:g}"
     high = f"{knob['maximum']:.10g}]" if "maximum" in knob else f"{knob['exclusiveMaximum']:g})"
     return f"{knob['type']} in {low}, {high}"
 

@@ -10,8 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tune_cifar.errors import ConfigError, SpaceError, did_you_mean
-from tune_cifar.schema import KNOBS, TrainConfig, describe_problem, first_problem, inactive_knobs
+from tune_cifar.errors import (
+    ConfigError,
+    SpaceError,
+    describe_problem,
+    did_you_mean,
+    first_problem,
+)
+from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space.document import Document, Where, read_document, set_values
 from tune_cifar.space.layout import (
     OPTIONAL_TIERS,

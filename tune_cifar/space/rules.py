@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
 
-from tune_cifar.errors import ConfigError
-from tune_cifar.schema import TrainConfig, describe_problem, inactive_knobs
+from tune_cifar.dataset import CIFAR10
+from tune_cifar.errors import ConfigError, describe_problem
+from tune_cifar.schema import TrainConfig, inactive_knobs
 from tune_cifar.space.layout import Searched, TrialBudget
 
 # Knobs that a file may set but not search, each with the reason.
@@ -30,6 +32,8 @@ DECIDING = (
 )
 # Knobs in a rule of TrainConfig between two knobs.
 COUPLED = ("batch_size", "base_momentum", "max_momentum")
+# Knobs in a rule of the data alone: the widest augmentation and its pixels.
+SIZED = ("crop_pad", "cutout_size")
 
 
 def kind_of(name: str) -> Any:
@@ -59,14 +63,26 @@ def find_value_problem(name: str, value: Any, label: str) -> str | None:
     return describe_problem(found[0], TrainConfig)
 
 
-def find_conflict(values: dict[str, Any], search: Searched) -> str | None:
-    """Return a missing knob, or a rule between knobs that breaks somewhere in the search."""
+def find_conflict(
+    values: dict[str, Any],
+    search: Searched,
+    check: Callable[[TrainConfig], str | None] = CIFAR10.find_size_problem,
+) -> str | None:
+    """Return a missing knob, or a rule between knobs, or of the data, that breaks in the search.
+
+    Args:
+        check: the data's rule. The sizes of a file are CIFAR-10's, its pixels those of any data.
+    """
+    largest = {name: max(search[name].ends) for name in SIZED if name in search}
+    values = {**values, **largest}
     coupled = [name for name in COUPLED if name in search]
     for ends in itertools.product(*(search[name].ends for name in coupled)):
         try:
-            TrainConfig(**{**values, **dict(zip(coupled, ends, strict=True))})
+            config = TrainConfig(**{**values, **dict(zip(coupled, ends, strict=True))})
         except ConfigError as exc:
             return str(exc).removeprefix("configuration: ")
+        if problem := check(config):
+            return problem
     return None
 
 

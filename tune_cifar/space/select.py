@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import ConfigError, SpaceError, did_you_mean
 from tune_cifar.schema import KNOBS, TrainConfig
 from tune_cifar.space.document import read_document
@@ -127,11 +128,20 @@ class SearchSpace:
         return replace(self, budget=self.budget.model_copy(update=update))
 
 
-def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None) -> SearchSpace:
+def select_tier(
+    file: SpaceFile,
+    tier: str,
+    pinned: dict[str, Any] | None = None,
+    data: DataDescription | None = CIFAR10,
+) -> SearchSpace:
     """Take one tier, with pinned knobs: they override baseline, tier and points, unsearched.
 
     Searched knobs that the pins make inactive are dropped. A pinned `epochs` becomes the last rung;
-    earlier rungs stay if they are smaller.
+    earlier rungs stay if they are smaller. A file's sizes are CIFAR-10's: of data with other sizes
+    all images are taken, as if pinned, unless the tier or a pin names a size.
+
+    Args:
+        data: None for a recorded space, which was checked before.
 
     Raises:
         SpaceError: for an unknown tier.
@@ -144,12 +154,16 @@ def select_tier(file: SpaceFile, tier: str, pinned: dict[str, Any] | None = None
         raise SpaceError(f"{rule}, got {tier!r}.{did_you_mean(tier, file.tiers)}")
     chosen = file.tiers[tier]
     pins = {name: _read_pin(name, value) for name, value in (pinned or {}).items()}
+    for name, size in _list_other_sizes(data or CIFAR10).items():
+        if name not in chosen.settings:
+            pins.setdefault(name, size)
     unpinned = {name: file.search[name] for name in chosen.searched if name not in pins}
-    baseline, inactive = _apply_pins({**file.baseline, **chosen.settings}, pins, unpinned)
+    settings = {**file.baseline, **chosen.settings}
+    baseline, inactive = _apply_pins(settings, pins, unpinned, data)
     search = {name: entry for name, entry in unpinned.items() if name not in inactive}
     earlier = tuple(rung for rung in chosen.budget.rungs[:-1] if rung < baseline.epochs)
     budget = chosen.budget.model_copy(update={"rungs": (*earlier, baseline.epochs)})
-    obstacle = _find_obstacle(baseline, search, budget)
+    obstacle = _find_obstacle(baseline, search, budget, data)
     # A pinned warm_restarts stays: a single training obeys it, a search has an obstacle.
     if budget.fidelity == "cycles/continue" and "warm_restarts" not in pins:
         baseline = baseline.model_copy(update={"warm_restarts": earlier})
@@ -213,10 +227,13 @@ def load_header(name_or_path: str | Path) -> SpaceHeader:
 
 
 def load_space(
-    name_or_path: str | Path, tier: str = "full", pinned: dict[str, Any] | None = None
+    name_or_path: str | Path,
+    tier: str = "full",
+    pinned: dict[str, Any] | None = None,
+    data: DataDescription = CIFAR10,
 ) -> SearchSpace:
     """Read, check and select: see `read_space` and `select_tier`."""
-    return select_tier(read_space(name_or_path), tier, pinned)
+    return select_tier(read_space(name_or_path), tier, pinned, data)
 
 
 def read_space(name_or_path: str | Path) -> SpaceFile:
@@ -295,12 +312,24 @@ def _read_pin(name: str, value: Any) -> Any:
     return normalise(name, value)
 
 
+def _get_rule(data: DataDescription | None) -> Callable[[TrainConfig], str | None]:
+    return data.find_problem if data is not None else lambda config: None
+
+
+def _list_other_sizes(data: DataDescription) -> dict[str, int]:
+    """Return the sizes of all images; none for data with as many images as CIFAR-10."""
+    if (data.num_train, data.num_val) == (CIFAR10.num_train, CIFAR10.num_val):
+        return {}
+    return {"train_size": data.num_train, "val_size": data.num_val}
+
+
 def _apply_pins(
-    values: dict[str, Any], pins: dict[str, Any], search: Searched
+    values: dict[str, Any], pins: dict[str, Any], search: Searched, data: DataDescription | None
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Return the pinned baseline, and the knobs that are inactive in all of the search."""
-    if problem := find_conflict({**values, **pins}, {}):
-        raise ConfigError(f"`settings`: {problem}")
+    if problem := find_conflict({**values, **pins}, {}, _get_rule(data)):
+        where = "" if data is None or data.name in ("cifar10", "shapes") else f" on {data.name}"
+        raise ConfigError(f"`settings`{where}: {problem}")
     baseline = TrainConfig(**{**values, **pins})
     inactive = find_inactive(baseline, search)
     for name in pins:
@@ -309,13 +338,15 @@ def _apply_pins(
     return baseline, inactive
 
 
-def _find_obstacle(baseline: TrainConfig, search: Searched, budget: Budget) -> str | None:
+def _find_obstacle(
+    baseline: TrainConfig, search: Searched, budget: Budget, data: DataDescription | None
+) -> str | None:
     """Return why a search is impossible, as a sentence."""
     if not search:
         return "`settings` must leave a searched knob, got none. Use `train` for a single training."
     if baseline.val_size == 0:
         return "`settings`: val_size >= 1 must hold in a search, got 0. Trials are compared on it."
-    if problem := find_conflict(baseline.model_dump(), search):
+    if problem := find_conflict(baseline.model_dump(), search, _get_rule(data)):
         return f"`settings`: everywhere in the search, {problem} Pin the other knob too."
     if problem := find_fidelity_problem(budget, baseline, search):
         return f"`settings`: {problem}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from tune_cifar.errors import TrackingError
 from tune_cifar.record.events import Header
-from tune_cifar.schema import CHANCE_ACCURACY, TrainConfig
+from tune_cifar.schema import TrainConfig
 from tune_cifar.tracking.store import make_client, search_runs
 
 
@@ -64,7 +64,7 @@ def _read_trial(run: Any, header: Header) -> dict[str, Any]:
         "origin": tags["origin"],
         "epochs_done": _read_epochs_done(run),
         "val_acc": metrics.get("val_acc"),
-        "score": CHANCE_ACCURACY if status == "diverged" else metrics.get("score"),
+        "score": header.data.chance if status == "diverged" else metrics.get("score"),
         "fingerprint": tags.get("fingerprint"),
         "data": header.data.name,
         "data_digest": header.data.digest,

@@ -247,7 +247,8 @@ def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource
     recorded = state.header.data
     if data.info != recorded:
         is_synthetic = recorded.name == "shapes"
-        hint = "Use `data='shapes'`." if is_synthetic else "Point `data` at CIFAR-10."
+        name = "CIFAR-10" if recorded.name == "cifar10" else recorded.name
+        hint = "Use `data='shapes'`." if is_synthetic else f"Point `data` at {name}."
         raise DataError(
             f"{trial.run_id}: data must be the recorded {recorded.name} with split "
             f"{recorded.split_hash}, got {data.info.name} with {data.info.split_hash}. {hint}"

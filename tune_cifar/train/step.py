@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tune_cifar.augment.batched import apply_policy, draw_policy
 from tune_cifar.augment.interpreter import select_interpreter
 from tune_cifar.augment.policies import make_policy
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.models.build import build_model
 from tune_cifar.models.dropout import round_probability, set_drop_probability, set_dropout_generator
 from tune_cifar.schema import Numerics, TrainConfig
@@ -58,11 +59,11 @@ def place_model(model: nn.Module, device: torch.device, numerics: Numerics) -> n
     return moved
 
 
-def build_initial_model(config: TrainConfig) -> nn.Module:
+def build_initial_model(config: TrainConfig, data: DataDescription = CIFAR10) -> nn.Module:
     """Return the config's network on the CPU; its initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "init"))
-        return build_model(config)
+        return build_model(config, data)
 
 
 class EagerStep:
@@ -74,22 +75,24 @@ class EagerStep:
         generators: the random generators on the device, by purpose.
     """
 
-    def __init__(self, config: TrainConfig, numerics: Numerics) -> None:
+    def __init__(
+        self, config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
+    ) -> None:
         device = torch.device(numerics.device)
         self._numerics = numerics
         self._label_smoothing = config.label_smoothing
-        self._policy = make_policy(config)
+        self._policy = make_policy(config, data)
         self._apply_policy = select_interpreter(config.augment_backend)
         self.generators = make_generators(device)
         for purpose, generator in self.generators.items():
             generator.manual_seed(derive_seed(config.seed, purpose))
-        model = build_initial_model(config)
+        model = build_initial_model(config, data)
         set_dropout_generator(model, self.generators["dropout"])
         self.model = place_model(model, device, numerics)
         self.optimizer = make_optimizer(self.model.parameters(), config)
 
     def augment(self, images_NCHW: Tensor, flipped_N: Tensor | None = None) -> Tensor:
-        """Augment and normalize uint8 images (N, 3, 32, 32) to float32; advances the generator."""
+        """Augment and normalize uint8 images (N, 3, H, W) to float32; advances the generator."""
         draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"], flipped_N)
         layout = memory_format(self._numerics)
         batch: Tensor = self._apply_policy(self._policy, images_NCHW, draws, layout)
@@ -132,9 +135,11 @@ class CapturedStep:
     activation. A last, smaller batch runs uncaptured.
     """
 
-    def __init__(self, config: TrainConfig, numerics: Numerics) -> None:
-        self.graph_key = make_graph_key(config, numerics)
-        self._numerics = numerics
+    def __init__(
+        self, config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
+    ) -> None:
+        self.graph_key = make_graph_key(config, numerics, data)
+        self._numerics, self._data = numerics, data
         self._batch_size = config.batch_size
         self._device = torch.device(numerics.device)
         self.generators = make_generators(self._device)
@@ -144,14 +149,14 @@ class CapturedStep:
         self._label_smoothing = knobs["label_smoothing"] if config.label_smoothing else None
         active = {name: knobs[name] for name, value in _read_knobs(config).items() if value}
         with_tensors: Any = SimpleNamespace(**(config.model_dump() | active))
-        self._policy = make_policy(with_tensors)
-        model = build_initial_model(config)
+        self._policy = make_policy(with_tensors, data)
+        model = build_initial_model(config, data)
         set_dropout_generator(model, self.generators["dropout"])
         if "dropout" in active:
             set_drop_probability(model, knobs["dropout"])
         self.model = place_model(model, self._device, numerics).train()
         self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
-        image_shape = (config.batch_size, 3, 32, 32)
+        image_shape = (config.batch_size, 3, data.side, data.side)
         self._images = torch.zeros(image_shape, dtype=torch.uint8, device=self._device)
         self._labels = torch.zeros(config.batch_size, dtype=torch.int64, device=self._device)
         self._loss = torch.zeros((), device=self._device)
@@ -164,9 +169,10 @@ class CapturedStep:
 
         Weights, optimizer, random generators and knobs are set anew.
         """
-        assert make_graph_key(config, self._numerics) == self.graph_key
+        assert make_graph_key(config, self._numerics, self._data) == self.graph_key
         self._write_knobs(config)
-        self.model.load_state_dict(build_initial_model(config).state_dict())
+        initial = build_initial_model(config, self._data)
+        self.model.load_state_dict(initial.state_dict())
         self.optimizer.reset()
         for purpose, generator in self.generators.items():
             generator.manual_seed(derive_seed(config.seed, purpose))
@@ -222,11 +228,13 @@ def _read_knobs(config: TrainConfig) -> dict[str, float]:
     return knobs | {"dropout": round_probability(config.dropout)}
 
 
-def make_graph_key(config: TrainConfig, numerics: Numerics) -> Hashable:
+def make_graph_key(
+    config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
+) -> Hashable:
     """Return what two configs must have in common to be trained by one captured step."""
     active = tuple(value != 0 for value in _read_knobs(config).values())
     network = (config.model, config.batch_size, config.optimizer, config.nesterov)
-    return (*network, active, numerics.model_dump_json())
+    return (*network, active, numerics.model_dump_json(), data)
 
 
 def capture(
@@ -264,17 +272,19 @@ _idle: dict[Hashable, CapturedStep] = {}
 NUM_IDLE = 2
 
 
-def acquire_step(config: TrainConfig, numerics: Numerics) -> EagerStep | CapturedStep:
+def acquire_step(
+    config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
+) -> EagerStep | CapturedStep:
     """Return a step ready for the first batch; an idle captured one with the same key is reused.
 
     A captured step has neither albumentations nor flips that the trainer settles.
     """
     is_plain = config.augment_backend == "batched" and config.hflip_mode == "random"
     if numerics.execution == "eager" or not is_plain:
-        return EagerStep(config, numerics)
-    step = _idle.pop(make_graph_key(config, numerics), None)
+        return EagerStep(config, numerics, data)
+    step = _idle.pop(make_graph_key(config, numerics, data), None)
     if step is None:
-        return CapturedStep(config, numerics)
+        return CapturedStep(config, numerics, data)
     step.reset(config)
     return step
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from tune_cifar.augment.batched import alternate_flips, apply_normalize
+from tune_cifar.augment.policies import Normalize
 from tune_cifar.data.load import Split, TrainVal
-from tune_cifar.errors import CheckpointError, Diverged
+from tune_cifar.errors import CheckpointError, ConfigError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.average import WeightAverage
 from tune_cifar.train.metrics import measure_logits
@@ -62,7 +63,7 @@ class Trainer:
 
     Raises:
         Diverged: when a training or validation loss is not finite.
-        ConfigError: when the schedule cannot be built.
+        ConfigError: when the recipe does not fit the images, or the schedule cannot be built.
     """
 
     def __init__(self, config: TrainConfig, data: TrainVal, numerics: Numerics) -> None:
@@ -72,13 +73,17 @@ class Trainer:
         self._device = torch.device(numerics.device)
         self._train = _move_to(data.train, self._device)
         self._val = _move_to(data.val, self._device) if data.val else None
+        self._data = data.about
+        if problem := data.about.find_problem(config):
+            raise ConfigError(f"configuration: {problem}")
         self._schedule = schedule_steps(config)
-        self._step = acquire_step(config, numerics)
+        self._step = acquire_step(config, numerics, data.about)
         weakref.finalize(self, release_step, self._step)
         self.model = self._step.model
         self._average: WeightAverage | None = None
         if config.ema_decay:
-            average = place_model(build_initial_model(config), self._device, numerics)
+            average = build_initial_model(config, data.about)
+            average = place_model(average, self._device, numerics)
             self._average = WeightAverage(average, self._step.model, config.ema_decay)
             self.model = average
         self._flip_phases_N = self._draw_flip_phases()
@@ -198,19 +203,20 @@ class Trainer:
         return measure_logits(self._infer(split), split.labels_N.to(self._device))
 
     def predict(self, split: Split) -> Tensor:
-        """Return the logits (N, 10) that `evaluate` measures, float32 on the CPU."""
+        """Return the logits (N, classes) that `evaluate` measures, float32 on the CPU."""
         return self._infer(split).cpu()
 
     @torch.inference_mode()
     def _infer(self, split: Split) -> Tensor:
-        """Return logits (N, 10), float32 on the device.
+        """Return logits (N, classes), float32 on the device.
 
         The images are normalized only, nothing is random, and nothing waits for the device.
         """
         self.model.eval()
         logits = []
+        normalize, layout = Normalize(self._data.mean, self._data.std), memory_format(self.numerics)
         for images_NCHW in torch.split(split.images_NCHW.to(self._device), EVAL_BATCH_SIZE):
-            images = apply_normalize(images_NCHW, memory_format=memory_format(self.numerics))
+            images = apply_normalize(images_NCHW, normalize, layout)
             with autocast(self.numerics):
                 logits.append(self.model(images).float())
         return torch.cat(logits)

@@ -17,15 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import KIND_WORDS, Candidate, Confirmation
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.test_log import TestEvaluation
-from tune_cifar.schema import MAX_SEED, NUM_TRAIN_IMAGES, TrainConfig
+from tune_cifar.schema import MAX_SEED, TrainConfig
 from tune_cifar.space.layout import MAX_TRIALS, Budget, SamplerBudget
 from tune_cifar.space.select import SearchSpace
 
-ALL_IMAGES = {"train_size": NUM_TRAIN_IMAGES, "val_size": 0}
 CONFIDENCE = 0.95
 
 
@@ -137,20 +137,24 @@ def make_confirmation(
 
 
 def make_final(
-    state: SearchState, confirmation: SearchState, num_seeds: int
+    state: SearchState,
+    confirmation: SearchState,
+    num_seeds: int,
+    data: DataDescription = CIFAR10,
 ) -> tuple[SearchSpace, Confirmation]:
     """Return what is trained on all images for the test set: the baseline and the confirmed best.
 
     Args:
         state: of the search.
         confirmation: its confirmation, checked by `check_confirmed`.
+        data: what the search was on.
     """
     confirmed = [found for found in summarise(confirmation) if found.mean is not None]
     best = max(confirmed, key=lambda found: found.mean or 0.0)
     settled = confirmation.header.confirmation
     assert settled is not None
     chosen = [c for i, c in enumerate(settled.candidates) if i == 0 or c.run_id == best.run_id]
-    changes = {**confirmation.header.pinned, **ALL_IMAGES}
+    changes = {**confirmation.header.pinned, **data.all_images}
     if settled.epochs is not None:
         del changes["epochs"]
     recipes = {trial.run_id: trial.full_config.model_dump(mode="json") for trial in state.ranked}

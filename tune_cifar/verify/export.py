@@ -1,13 +1,13 @@
 """A run's network as one file for use elsewhere, checked against the network before it is kept.
 
-Both formats take raw images, float32 (N, 3, 32, 32), RGB, in [0, 1], and return logits (N, 10).
+Both formats take raw images, float32 (N, 3, H, W), RGB, in [0, 1], and return logits (N, classes).
 
 onnx: a graph with the input `images` and the output `logits`, N free, which normalizes the images.
 safetensors: the weights under the names of the network's state_dict; see `load_network`.
 
 Both have the same metadata, each value a string: run_id, model, fingerprint, config (JSON), epochs,
-val_acc (missing without validation), data, split, classes, mean and std (JSON), input, output,
-tune_cifar (its version).
+val_acc (missing without validation), data, split, classes, side, mean and std (JSON), input,
+output, tune_cifar (its version).
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tune_cifar.augment.policies import CIFAR_MEAN, CIFAR_STD
-from tune_cifar.data.files import IMAGE_SHAPE
-from tune_cifar.data.load import CLASS_NAMES, Split, TrainVal
+from tune_cifar.data.load import Split, TrainVal
+from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError
 from tune_cifar.models.build import build_model
 from tune_cifar.record.environment import describe_environment
@@ -76,7 +75,7 @@ class Agreement:
 
 
 class RawNet(nn.Module):
-    """A network that normalizes its images: float32 (N, 3, 32, 32) in [0, 1] to logits (N, 10).
+    """A network that normalizes its images: float32 (N, 3, H, W) in [0, 1] to logits.
 
     Args:
         mean, std: of each channel, as in the network's training.
@@ -88,8 +87,8 @@ class RawNet(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        mean: tuple[float, ...] = CIFAR_MEAN,
-        std: tuple[float, ...] = CIFAR_STD,
+        mean: tuple[float, ...] = CIFAR10.mean,
+        std: tuple[float, ...] = CIFAR10.std,
     ):
         super().__init__()
         self.network = network
@@ -138,13 +137,13 @@ def export_run(
     part: CheckedPart = "validation" if data.val else "training"
     some = Split(split.images_NCHW[:NUM_CHECKED_IMAGES], split.labels_N[:NUM_CHECKED_IMAGES])
     logits_NK = trainer.predict(some)
-    metadata = describe_run(state, trial)
+    metadata = describe_run(state, trial, data.about)
     try:
         # A temporary folder, so that nothing is left behind in any case.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
             written = Path(folder) / path.name
             write = write_onnx if file_format == "onnx" else write_safetensors
-            write(written, trainer.model, metadata)
+            write(written, trainer.model, metadata, data.about)
             theirs_NK = answer_images(written, file_format, some.images_NCHW)
             agreement = compare_logits(logits_NK, theirs_NK, part)
             check_agreement(agreement, trial.run_id, file_format)
@@ -154,7 +153,9 @@ def export_run(
     return agreement
 
 
-def describe_run(state: SearchState, trial: TrialState) -> dict[str, str]:
+def describe_run(
+    state: SearchState, trial: TrialState, data: DataDescription = CIFAR10
+) -> dict[str, str]:
     """Return the metadata of an exported file, except what depends on its format."""
     info = state.header.data
     facts = {
@@ -165,32 +166,40 @@ def describe_run(state: SearchState, trial: TrialState) -> dict[str, str]:
         "epochs": str(trial.config.epochs),
         "data": info.label or info.name,
         "split": info.split_hash,
-        "classes": json.dumps(CLASS_NAMES[info.name]),
-        "mean": json.dumps(CIFAR_MEAN),
-        "std": json.dumps(CIFAR_STD),
-        "output": "logits: float32 (N, 10), in the order of the classes",
+        "classes": json.dumps(data.class_names),
+        "side": str(data.side),
+        "mean": json.dumps(data.mean),
+        "std": json.dumps(data.std),
+        "output": f"logits: float32 (N, {data.num_classes}), in the order of the classes",
         "config": trial.config.model_dump_json(),
     }
     return facts if trial.val_acc is None else {**facts, "val_acc": repr(trial.val_acc)}
 
 
-def write_safetensors(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+def _describe_input(data: DataDescription) -> str:
+    return f"images: float32 (N, 3, {data.side}, {data.side}), RGB in [0, 1]"
+
+
+def write_safetensors(
+    path: Path, model: nn.Module, metadata: dict[str, str], data: DataDescription = CIFAR10
+) -> None:
     """Write a network's weights under the names of its state_dict, with metadata."""
-    images = "images: float32 (N, 3, 32, 32), RGB in [0, 1]"
-    how = f"{images}; subtract mean and divide by std, channel by channel"
+    how = f"{_describe_input(data)}; subtract mean and divide by std, channel by channel"
     save_weights(path, model.state_dict(), {**metadata, "input": how})
 
 
-def write_onnx(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+def write_onnx(
+    path: Path, model: nn.Module, metadata: dict[str, str], data: DataDescription = CIFAR10
+) -> None:
     """Write a network that normalizes its images as an ONNX graph with its weights and metadata.
 
     torch folds batch norms into the convolutions before them.
     """
-    network = RawNet(model).eval()
+    network = RawNet(model, data.mean, data.std).eval()
     with torch.no_grad():
         program = torch.onnx.export(
             network,
-            (torch.zeros(2, *IMAGE_SHAPE),),
+            (torch.zeros(2, 3, data.side, data.side),),
             input_names=["images"],
             output_names=["logits"],
             opset_version=ONNX_OPSET,
@@ -203,7 +212,7 @@ def write_onnx(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
     outputs = [value for node in graph for value in node.outputs]
     for part in (graph, *graph, *graph.inputs, *graph.initializers.values(), *outputs):
         part.metadata_props.clear()
-    how = "images: float32 (N, 3, 32, 32), RGB in [0, 1]; the network normalizes them itself"
+    how = f"{_describe_input(data)}; the network normalizes them itself"
     program.model.metadata_props.update({**metadata, "input": how})
     write_atomically(path, program.model_proto.SerializeToString())
 
@@ -218,7 +227,9 @@ def load_network(path: Path) -> RawNet:
     try:
         config = TrainConfig.model_validate_json(metadata["config"])
         mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
-        model = build_model(config)
+        classes, side = json.loads(metadata["classes"]), int(metadata.get("side", CIFAR10.side))
+        data = CIFAR10.model_copy(update={"class_names": tuple(classes), "side": side})
+        model = build_model(config, data)
         model.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError) as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
@@ -227,7 +238,7 @@ def load_network(path: Path) -> RawNet:
 
 
 def answer_images(path: Path, file_format: Format, images_NCHW: Tensor) -> Tensor:
-    """Return the logits (N, 10) of an exported file on uint8 images, from that file alone.
+    """Return the logits (N, classes) of an exported file on uint8 images, from that file alone.
 
     ONNX is run by onnxruntime.
     """

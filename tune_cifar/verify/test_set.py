@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tune_cifar.data.files import DataSource
-from tune_cifar.data.load import CLASS_NAMES, Split, load_test
+from tune_cifar.data.files import DataSource, describe_data
+from tune_cifar.data.load import Split, load_test
 from tune_cifar.errors import RecordError
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.state import SearchState, TrialState
@@ -101,7 +101,7 @@ def evaluate_test_set(
         if logged and not again:
             return logged[0], None
         split = load_test(source)
-        names = CLASS_NAMES[source.name]
+        names = describe_data(source).class_names
         logits_NK = trainer.predict(split)
         evaluation = evaluate_logits(logits_NK, split.labels_N, names, "test")
         row = TestEvaluation(
