@@ -375,7 +375,8 @@ def test_the_commands_for_own_images_run_in_their_order(
             continue
         small = [{"NAME": NAME}.get(word, word) for word in words]
         if name == "search":
-            small = [*small, f"--name={NAME}", "--trials=3", *SMALL, "--set=epochs=2"]
+            sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
+            small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
         if name == "confirm" and "--final" not in words:
             small += ["--top=1", "--seeds=2"]
         elif name == "confirm":

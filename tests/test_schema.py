@@ -96,9 +96,6 @@ STEP_ONLY = {"milestone_fractions", "gamma"}
 WARP = {"shift_limit", "scale_limit", "rotate_limit"}
 
 
-NO_VALIDATION = "val_size = 0 exactly when train_size = 50000 must hold"
-
-
 def make_config(base: str = "onecycle", **changes: Any) -> TrainConfig:
     return TrainConfig(**{**BASES[base], **changes})
 
@@ -204,9 +201,6 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
             "Did you mean onecycle?",
         ),
         ({"model": "vgg"}, "model must be 's6', 's7', 's8', 's10' or 's10_postact', got 'vgg'."),
-        ({"train_size": 50_000}, f"{NO_VALIDATION}, got val_size 5000 and train_size 50000."),
-        ({"val_size": 0}, f"{NO_VALIDATION}, got val_size 0 and train_size 45000."),
-        ({"train_size": 45_001}, "train_size <= 45000 or train_size = 50000 must hold, got 45001."),
         (
             {"batch_size": 128, "train_size": 100},
             "batch_size <= train_size must hold, got batch_size 128 and train_size 100.",
@@ -242,10 +236,10 @@ def test_missing_knob_is_named() -> None:
         ("epochs", (1, 1000), (0, 1001)),
         ("label_smoothing", (0.0, 0.9), (-0.1, 0.95)),
         ("ema_decay", (0.0, 0.9999), (-0.1, 1.0)),
-        ("train_size", (128, 45_000), (9, 50_001)),
-        ("val_size", (1, 5000), (-1, 5001)),
+        ("train_size", (128, 45_000), (0,)),
+        ("val_size", (1, 5000), (-1,)),
         ("seed", (0, 2**31 - 1), (-1, 2**31)),
-        ("cutout_size", (0, 32), (-1, 33)),
+        ("cutout_size", (0, 32), (-1,)),
         ("hflip_p", (0.0, 1.0), (-0.01, 1.01)),
     ],
 )

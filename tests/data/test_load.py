@@ -180,7 +180,9 @@ def test_data_without_the_test_file_is_found(nowhere: Path) -> None:
 
 
 def test_a_source_without_its_folder_is_refused_and_never_taken_for_synthetic_data() -> None:
-    with pytest.raises(DataError, match="cifar10 must have a folder and shapes none, got None for"):
+    with pytest.raises(
+        DataError, match="shapes must have no folder and other data one, got None for"
+    ):
         DataSource("cifar10", None)
 
 
@@ -590,7 +592,7 @@ def test_training_data_load_with_the_test_file_removed_or_full_of_rubbish(
     missing = link_files(cifar10, tmp_path / "links", TEST_FILE)
     source = find_data(str(tmp_path / "links"))
     assert load_train_val(source, 45_000, 5_000).info.split_hash == GOLDEN_SPLIT_HASH
-    data._load_cifar10.cache_clear()
+    data._load_published.cache_clear()
     missing.write_bytes(b"rubbish")
     assert load_train_val(source, 45_000, 5_000).info.split_hash == GOLDEN_SPLIT_HASH
     with pytest.raises(DataError, match="test_batch: the file must have 31,035,526 bytes, found 7"):
@@ -610,7 +612,7 @@ def test_loading_opens_the_training_files_or_the_test_file_and_never_both(
             opened.append(Path(args[0]).name)
 
     sys.addaudithook(watch)  # a hook cannot be removed, hence is_watching
-    data._load_cifar10.cache_clear()
+    data._load_published.cache_clear()
     load_train_val(cifar10, 100, 100)
     assert opened == list(TRAIN_FILES)
     load_train_val(cifar10, 45_000, 5_000)

@@ -64,7 +64,7 @@ def folder(
     for name in FILES:
         (tmp_path / "cifar" / BATCHES_FOLDER / name).symlink_to(batch)
     yield tmp_path / "cifar"
-    data._load_cifar10.cache_clear()
+    data._load_published.cache_clear()
 
 
 def replace(folder: Path, name: str, content: bytes) -> Path:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import MODELS, build_model
 from tune_cifar.models.dropout import Dropout, set_dropout_generator
@@ -426,3 +427,32 @@ def test_the_strided_depthwise_of_s7_has_the_gradients_of_an_ordinary_conv_in_bf
     for ours, theirs in pairs:
         atol = 2**-7 * float(theirs.detach().abs().max())
         torch.testing.assert_close(ours.float(), theirs, rtol=2**-7, atol=atol)
+
+
+# What TrainConfig needs beside the network.
+PLAIN = {
+    "optimizer": "sgd",
+    "schedule": "constant",
+    "max_lr": 0.1,
+    "batch_size": 8,
+    "epochs": 1,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_takes_other_classes_and_larger_images(name: str) -> None:
+    config = TrainConfig(**PLAIN, model=name)
+    for side, classes in ((32, 3), (48, 10), (33, 100), (MODELS[name].MIN_SIDE, 2)):
+        names = tuple(str(number) for number in range(classes))
+        data = CIFAR10.model_copy(update={"side": side, "class_names": names})
+        model = build_model(config, data).eval()
+        with torch.no_grad():
+            assert model(torch.zeros(2, 3, side, side)).shape == (2, classes)
+
+
+@pytest.mark.parametrize("name", ["s6", "s7", "s10", "s10_postact"])
+def test_images_too_small_for_a_network_are_refused(name: str) -> None:
+    side = MODELS[name].MIN_SIDE - 1
+    small = CIFAR10.model_copy(update={"side": side, "name": "pets"})
+    with pytest.raises(ConfigError, match=f"{name} takes images of at least .* got {side}x{side}"):
+        build_model(TrainConfig(**PLAIN, model=name), small)

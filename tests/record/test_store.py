@@ -90,6 +90,7 @@ def test_find_best_takes_the_newest_finished_search_on_cifar10(tmp_path: Path) -
         state, found = find_best(order, space="s7")
         assert (state.header.name, found.run_id) == ("newest", "newest:0")
         assert find_best(order)[0].header.name == "other"
+        assert find_best(order, data="shapes")[0].header.name == "synthetic"
 
 
 def test_a_named_search_need_not_be_finished_or_on_cifar10(tmp_path: Path) -> None:

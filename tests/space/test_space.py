@@ -21,8 +21,9 @@ from optuna.distributions import (
 )
 
 from tests.builders import MINI
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import ConfigError, SpaceError
-from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
+from tune_cifar.schema import ADDED_KNOBS, KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space import overview
 from tune_cifar.space.layout import TIERS, Budget, Choices, Range, Searched
 from tune_cifar.space.overview import describe_effect, list_knobs
@@ -973,7 +974,7 @@ def test_coupled_knobs_are_those_that_searching_can_make_invalid() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_baseline_states_exactly_the_knobs_that_can_have_an_effect(name: str) -> None:
     file = read_space(name)
-    without_effect = {*find_inactive(TrainConfig(**file.baseline), file.search), "warm_restarts"}
+    without_effect = {*find_inactive(TrainConfig(**file.baseline), file.search), *ADDED_KNOBS}
     assert set(file.baseline) == set(KNOBS) - without_effect
 
 
@@ -1346,3 +1347,45 @@ def test_a_proposal_of_a_space_is_left_with_what_is_active() -> None:
 def test_a_limit_beyond_the_most_trials_of_a_search_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"`trials` <= 100000 must hold, got 100001\."):
         load_space("smoke", "cpu").limit(100_001)
+
+
+# Other data than CIFAR-10
+
+PETS = CIFAR10.model_copy(
+    update={"name": "pets", "num_train": 900, "num_val": 100, "class_names": ("cat", "dog")}
+)
+
+
+def test_sizes_of_a_file_mean_all_images_of_other_data_unless_the_tier_or_a_pin_names_one() -> None:
+    full = load_space("s7", "full", {"batch_size": 32}, PETS)
+    assert (full.baseline.train_size, full.baseline.val_size) == (900, 100)
+    assert full.pinned == {"batch_size": 32, "train_size": 900, "val_size": 100}
+    some = load_space("s7", "full", {"batch_size": 32, "train_size": 500}, PETS)
+    assert (some.baseline.train_size, some.baseline.val_size) == (500, 100)
+    # As many images as CIFAR-10 has, as CIFAR-100: the file's sizes stay.
+    alike = CIFAR10.model_copy(update={"name": "cifar100"})
+    assert load_space("s7", "full", None, alike).pinned == {}
+    assert load_space("s7", "full").pinned == {}
+
+
+def test_a_size_that_is_too_large_for_the_data_is_refused_with_the_largest_that_fits() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_space("s7", "cpu", None, PETS)
+    problem = "val_size <= 100 must hold, got 1000."
+    hint = "All images are train_size=900 and val_size=100."
+    assert str(caught.value) == f"`settings` on pets: {problem} {hint}"
+    with pytest.raises(ConfigError, match=r"on pets: train_size <= 900 or .* got 901"):
+        load_space("s7", "cpu", {"train_size": 901, "val_size": 50}, PETS)
+
+
+def test_a_search_that_would_cut_larger_holes_than_the_images_is_refused() -> None:
+    tiny = PETS.model_copy(update={"side": 16})
+    space = load_space("s7", "full", {"batch_size": 32}, tiny)
+    assert space.obstacle is not None and "cutout_size <= 16 must hold, got 20" in space.obstacle
+
+
+def test_a_recorded_space_is_restored_without_its_data() -> None:
+    file = read_space("s7")
+    pins = {"batch_size": 32, "train_size": 900, "val_size": 100, "cutout_size": 40}
+    space = select_tier(file, "full", pins, None)
+    assert space.baseline.cutout_size == 40 and space.pinned == pins

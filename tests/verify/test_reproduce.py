@@ -16,17 +16,20 @@ import torch
 
 from tests.builders import (
     EXPLODING_KNOBS,
+    NUMERICS,
     SHAPES,
     SMALL_KNOBS,
     ignore_event,
     interrupt_small,
     invoke,
     make_tiny_driver,
+    make_trial,
     open_small,
     refuse,
     run_in_a_process,
     run_trials,
     train_small,
+    write_record,
 )
 from tests.faults.disks import limit_file_size
 from tune_cifar.data.files import BATCHES_FOLDER, FILES, TEST_FILE, DataSource
@@ -39,14 +42,16 @@ from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import search_folder
 from tune_cifar.record.test_log import OLD_COLUMNS, TEST_LOG_COLUMNS, TEST_LOG_FILE
-from tune_cifar.schema import EpochResult, Numerics
-from tune_cifar.space.select import list_spaces
+from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
+from tune_cifar.space.select import list_spaces, load_space
 from tune_cifar.train.checkpoint import load_weights
 from tune_cifar.train.numerics import resolve_numerics
-from tune_cifar.train.recorded import load_recorded_data, load_trained, run_training
+from tune_cifar.train.recorded import load_recorded_data, load_trained, make_header, run_training
+from tune_cifar.verify.confirm import make_confirmation
 from tune_cifar.verify.reproduce import (
     SEED_NOISE_FILE,
     Reproduction,
+    find_seed_noise,
     load_seed_noise,
     reproduce_run,
 )
@@ -373,7 +378,10 @@ def test_reproduce_best_takes_the_best_trial_of_the_named_search(
     words = ("reproduce", "--best", "--data", "shapes", "--storage", str(tmp_path), "--json")
     answer = invoke(*words, "--search", "small")
     assert answer.exit_code == 0 and json.loads(answer.stdout)["run_id"] == "small:0"
-    assert "no finished search on CIFAR-10" in refuse(RecordError, *words, "--space", "smoke")
+    of_space = refuse(RecordError, *words, "--space", "smoke")
+    assert "no finished search on synthetic data of space smoke" in of_space
+    usual = [word for word in words if word not in ("--data", "shapes")]
+    assert "no finished search on CIFAR-10" in refuse(RecordError, *usual, "--space", "smoke")
 
 
 # Failed runs
@@ -767,3 +775,26 @@ def test_search_works_without_the_test_file(
     assert "x ended after" in answer.stdout and not (without_test / TEST_FILE).exists()
     again = run_in_a_process("reproduce", "--best", "--space", "smoke")
     assert "identical over 2 epochs" in again.stdout
+
+
+def test_without_a_measured_space_a_searchs_confirmation_gives_the_seed_noise(
+    tmp_path: Path,
+) -> None:
+    space = load_space("smoke", "cpu")
+    data = DataInfo(name="pets", digest="d", split_hash="h", num_classes=3)
+    header = make_header("search", "mine", space, 0, data, NUMERICS, "a test")
+    accs = [0.3] * (space.baseline.epochs - 1)
+    done = SearchEnded(reason="all trials", wall_seconds=1.0)
+    events = [*make_trial(0, [*accs, 0.5], "complete", space.baseline), done]
+    state = write_record(tmp_path, header, events)
+    assert find_seed_noise(state) is None
+    confirmed, settled = make_confirmation(state, 1, 3, {})
+    header = make_header("confirm", "mine-confirm", confirmed, 0, data, NUMERICS, "a test")
+    events = []
+    for number, acc in enumerate((0.50, 0.52, 0.54)):
+        candidate, seed = settled.find(number)
+        config = TrainConfig(**{**candidate.config, "seed": seed})
+        events += make_trial(number, [*accs, acc], "complete", config)
+    header = header.model_copy(update={"confirmation": settled})
+    confirmation = write_record(tmp_path, header, [*events, done])
+    assert find_seed_noise(state) == find_seed_noise(confirmation) == pytest.approx(0.02)

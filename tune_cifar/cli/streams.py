@@ -30,7 +30,8 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 SHOWING = frozenset(
     (
         *("search", "train", "lr-range", "confirm", "reproduce", "evaluate", "judge", "export"),
-        *("report", "preview", "ui", "sync", "data fetch", "searches delete"),
+        *("report", "preview", "ui", "sync"),
+        *("data fetch", "data import", "searches delete"),
     )
 )
 # Options that make the output of any command its result.

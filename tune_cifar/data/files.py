@@ -15,6 +15,7 @@ import pickle
 import shlex
 import socket
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -277,9 +278,9 @@ def _load_class_names(folder: Path) -> tuple[str, ...]:
     return tuple(name.decode() for name in _unpickle(content, path)[b"fine_label_names"])
 
 
-def _list_files(data: str) -> dict[str, Any]:
-    """Return MD5 and size of a published data set's files by name; without a size, None."""
-    return {"cifar10": FILES, "cifar100": CIFAR100_FILES}[data]
+def _list_files(data: str) -> Mapping[str, tuple[str, int | None]]:
+    """Return MD5 and size of a published data set's files by name; None is an unknown size."""
+    return FILES if data == "cifar10" else CIFAR100_FILES
 
 
 class _ArrayUnpickler(pickle.Unpickler):

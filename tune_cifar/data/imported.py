@@ -61,8 +61,11 @@ def find_home() -> Path:
 
 
 def list_imported() -> list[str]:
-    """Return the names of the imported data sets."""
-    return sorted(path.parent.name for path in find_home().glob(f"*/{DESCRIPTION_FILE}"))
+    """Return the names of the imported data sets; none where the folder cannot be read."""
+    try:
+        return sorted(path.parent.name for path in find_home().glob(f"*/{DESCRIPTION_FILE}"))
+    except OSError:
+        return []
 
 
 def find_imported(place: str) -> Path | None:

@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import Image
 
 from tune_cifar.data.imported import (
     DESCRIPTION_FILE,
@@ -27,6 +28,7 @@ from tune_cifar.data.imported import (
     Images,
     ImportedData,
     Labels,
+    Part,
     find_home,
 )
 from tune_cifar.data.load import SPLIT_SEED, order_split
@@ -39,6 +41,7 @@ TEST_FRACTION = 6
 # Larger ones are for other tools: all images of a data set lie in memory, and networks for images
 # of CIFAR's size see all of it at once.
 MAX_SIDE = 256
+Channels = tuple[float, float, float]
 Progress = Callable[[int, int], None]
 """Called with the number of images that are done and of all."""
 
@@ -85,16 +88,17 @@ def import_data(
     total = len(opened.labels) + (len(tested.labels) if tested else 0)
     images = decode_all(opened, size, lambda done: on_progress(done, total))
     labels = np.array(opened.labels, dtype=np.int64)
+    parts: dict[Part, tuple[Images, Labels]] = {}
     if tested is None:
         train_rows, test_rows = split_test(labels, len(opened.class_names))
-        parts = {"train": (images[train_rows], labels[train_rows])}
+        parts["train"] = (images[train_rows], labels[train_rows])
         parts["test"] = (images[test_rows], labels[test_rows])
     else:
         before = len(labels)
         others = decode_all(
             tested, images.shape[-1], lambda done: on_progress(before + done, total)
         )
-        parts = {"train": (images, labels)}
+        parts["train"] = (images, labels)
         parts["test"] = (others, np.array(tested.labels, dtype=np.int64))
     origin = f"{opened.kind} {source.name}" + (f", test {test.name}" if test else "")
     data = _write(target, name, opened.class_names, origin, parts)
@@ -165,8 +169,10 @@ def resize(pixels: Images, side: int) -> Images:
     height, width = pixels.shape[:2]
     if height == width == side:
         return pixels
-    middle = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
-    resized: Images = np.asarray(middle)
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    middle = Image.fromarray(pixels[top : top + square, left : left + square])
+    resized: Images = np.asarray(middle.resize((side, side), Image.Resampling.LANCZOS))
     return resized
 
 
@@ -183,15 +189,19 @@ def split_test(labels: Labels, num_classes: int) -> tuple[Labels, Labels]:
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
-def measure_pixels(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure_pixels(images: Images) -> tuple[Channels, Channels]:
     """Return mean and standard deviation of each channel, scaled to [0, 1], to six digits."""
     # Exact sums of integers; 2^63 is never reached.
     counts = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(3)])
     values, total = np.arange(256), counts[0].sum()
     means = (counts * values).sum(1) / total
     squares = (counts * values**2).sum(1) / total
-    stds = np.sqrt(np.maximum(squares - means**2, 0.0))
-    return tuple(tuple(round(float(value) / 255, 6) for value in found) for found in (means, stds))  # type: ignore[return-value]
+    return _scale(means), _scale(np.sqrt(np.maximum(squares - means**2, 0.0)))
+
+
+def _scale(values: NDArray[np.float64]) -> Channels:
+    red, green, blue = (round(float(value) / 255, 6) for value in values)
+    return red, green, blue
 
 
 def _write(
@@ -199,7 +209,7 @@ def _write(
     name: str,
     class_names: tuple[str, ...],
     origin: str,
-    parts: dict[str, tuple[Images, Labels]],
+    parts: dict[Part, tuple[Images, Labels]],
 ) -> ImportedData:
     """Write the data set's folder as a whole or not at all."""
     from safetensors.numpy import save
@@ -217,8 +227,9 @@ def _write(
             rule = f"{num_bytes / 1e6:,.0f} MB must be free"
             raise DataError(f"{target.parent}: {rule}, got {free / 1e6:,.0f} MB. Make room.")
         with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as new:
-            folder, sha256 = Path(new) / name, {}
+            folder = Path(new) / name
             folder.mkdir()
+            sha256: dict[Part, str] = {}
             for part, (pixels, numbers) in parts.items():
                 content = save({"images": pixels, "labels": numbers})
                 sha256[part] = hashlib.sha256(content).hexdigest()

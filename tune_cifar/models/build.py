@@ -39,4 +39,5 @@ def build_model(config: TrainConfig, data: DataDescription = CIFAR10) -> nn.Modu
         raise ConfigError(
             f"{config.model} takes images of at least {smallest}, got {got} of {data.name}. {hint}"
         )
-    return network(dropout=config.dropout, num_classes=data.num_classes, side=data.side)
+    model: nn.Module = network(dropout=config.dropout, num_classes=data.num_classes, side=data.side)
+    return model

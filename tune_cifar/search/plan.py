@@ -108,7 +108,6 @@ class SearchPlan:
 
     Attributes:
         cost: measured, of one trial.
-        disk_needs: upper bounds, as if no trial were stopped.
         past: the recorded search, when it is resumed.
         resumed: the event that a resumed search appends to its record; None for a new search.
         notes: what was restored, what has changed and whether MLflow is away, a sentence each.
@@ -123,7 +122,6 @@ class SearchPlan:
     numerics: Numerics
     resources: Resources
     cost: Cost
-    disk_needs: DiskNeeds
     past: SearchState | None = None
     resumed: SearchResumed | None = None
     notes: tuple[str, ...] = ()
@@ -135,6 +133,12 @@ class SearchPlan:
         """Epochs and time still to come, by simulation."""
         budget, num_at_once = self.space.budget, self.resources.max_concurrent
         return forecast_search(budget, num_at_once, self.cost.epoch_seconds, self.past)
+
+    @property
+    def disk_needs(self) -> DiskNeeds:
+        """Upper bounds, as if no trial were stopped."""
+        how_many = (self.resources.max_concurrent, self.request.keep_weights)
+        return estimate_disk_needs(self.space, *how_many, describe_data(self.request.source))
 
     def describe(self) -> str:
         """Return in two sentences what runs, and how long it takes or what the time allows."""
@@ -233,7 +237,7 @@ def check_and_measure(
         data, cost = loaded.result().info, measured.result()
     away = check_tracking(request.storage, request.tracking_uri)  # last: its imports take memory
     notes = () if away is None else (away,)
-    return SearchPlan(space, request, name, data, numerics, resources, cost, needs, notes=notes)
+    return SearchPlan(space, request, name, data, numerics, resources, cost, notes=notes)
 
 
 def check_request(request: SearchRequest) -> None:

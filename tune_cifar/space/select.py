@@ -328,8 +328,11 @@ def _apply_pins(
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Return the pinned baseline, and the knobs that are inactive in all of the search."""
     if problem := find_conflict({**values, **pins}, {}, _get_rule(data)):
-        where = "" if data is None or data.name in ("cifar10", "shapes") else f" on {data.name}"
-        raise ConfigError(f"`settings`{where}: {problem}")
+        where = hint = ""
+        if data is not None and _list_other_sizes(data):
+            where = f" on {data.name}"
+            hint = f" All images are train_size={data.num_train} and val_size={data.num_val}."
+        raise ConfigError(f"`settings`{where}: {problem}{hint}")
     baseline = TrainConfig(**{**values, **pins})
     inactive = find_inactive(baseline, search)
     for name in pins:
