@@ -45,6 +45,7 @@ README = ROOT / "README.md"
 GLOSSARY = ROOT / "docs" / "metrics.md"
 TROUBLE = ROOT / "docs" / "troubleshooting.md"
 OWN_IMAGES = ROOT / "docs" / "own-images.md"
+OWN_NETWORK = ROOT / "docs" / "own-network.md"
 # The pages that describe today's program; the others of ALL_PAGES describe that of their day.
 PAGES = [
     README,
@@ -96,6 +97,7 @@ def list_lines(page: Path) -> Iterator[tuple[Words, str]]:
     typed += re.findall(r"^\$ (.*)$", "".join(list_blocks(read(page), "console")), re.MULTILINE)
     for line in typed:
         command, _, comment = line.partition("  #")
+        command = command.partition(" > ")[0]
         _, is_ours, words = command.partition(PROGRAM)
         if is_ours:
             yield shlex.split(words), comment
@@ -307,7 +309,7 @@ MORE = {
 }
 # Commands with tests of their own: one waits for Ctrl-C (cli/test_app.py), one trains on 50,000
 # images (verify/test_confirm.py), one downloads (data/test_load.py).
-LEFT_OUT = ("ui", "confirm --final", "data fetch", "data import")
+LEFT_OUT = ("ui", "confirm --final", "data fetch", "data import", "spaces new")
 WITH_RAY = ("search", "confirm")
 
 
@@ -355,7 +357,7 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
             folder = search_folder(workplace / "runs", NAME)
             state = read_state(folder) if folder.exists() else None
             best = state.best.run_id if state is not None and state.best is not None else ""
-    assert set(done) == set(COMMANDS) - {"ui", "data fetch", "data import"}
+    assert set(done) == set(COMMANDS) - {"ui", "data fetch", "data import", "spaces new"}
     assert best and not search_folder(workplace / "runs", NAME).exists()
     files = {path.name for path in workplace.iterdir()}
     assert {f"{best.replace(':', '-')}.onnx", "preview-smoke.png"} <= files
@@ -390,6 +392,43 @@ def test_the_commands_for_own_images_run_in_their_order(
     assert "identical" in outputs[done.index("reproduce")]
     (tested,) = {found.data for found in load_test_log(find_test_log(workplace / "runs"))}
     assert tested == "flowers"
+
+
+@pytest.mark.slow
+def test_the_commands_for_an_own_network_run_in_their_order(workplace: Path) -> None:
+    """With the page's own network; after the search its file has another text."""
+    (network,) = list_blocks(read(OWN_NETWORK), "python")
+    Path("vit.py").write_text(network)
+    done, outputs = [], []
+    for words, _ in list_lines(OWN_NETWORK):
+        name = find_command(words)
+        small = [{"NAME": NAME}.get(word, word) for word in words]
+        if name == "search":
+            sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
+            small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=3", *sizes]
+            small += ["--tier=cpu", "--set=model_args.width=16"]
+        if name == "confirm":
+            small += ["--seeds=1"] if "--final" in words else ["--top=1", "--seeds=2"]
+            if "--final" in words:
+                continue  # 50,000 images: see tests/verify/test_confirm.py
+        if "--data" in list_options(name):
+            small += ["--data", "shapes"]
+        if "--best" in small and "--space" in small:
+            small[small.index("--space") : small.index("--space") + 2] = ["--search", NAME]
+        run = run_in_a_process(*small)
+        assert run.returncode == 0, f"{shlex.join(small)}\n{run.stdout}{run.stderr}"
+        done.append(name)
+        outputs.append(run.stdout)
+        if name == "spaces new":
+            Path("vit.yaml").write_text(run.stdout)
+        if name == "search":
+            Path("vit.py").write_text("changed since")
+        if name in ("reproduce", "confirm", "export"):
+            assert "vit.py has changed since walked: the recorded text is used." in run.stderr
+    assert done == [
+        *("models", "spaces new", "spaces check", "search", "reproduce", "confirm", "export")
+    ]
+    assert "vit.py:SmallViT works" in outputs[2] and "identical" in outputs[4]
 
 
 def write_digits(root: Path, num_images: int) -> None:

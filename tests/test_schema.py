@@ -200,7 +200,12 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
             "schedule must be 'onecycle', 'cosine', 'step' or 'constant', got 'onecylce'. "
             "Did you mean onecycle?",
         ),
-        ({"model": "vgg"}, "model must be 's6', 's7', 's8', 's10' or 's10_postact', got 'vgg'."),
+        (
+            {"model": "vgg"},
+            "model must be 's6', 's7', 's8', 's10', 's10_postact' or your own FILE.py:NAME, "
+            "got 'vgg'.",
+        ),
+        ({"model_args": {"width": 3}}, "model_args must be empty for s7, got width."),
         (
             {"batch_size": 128, "train_size": 100},
             "batch_size <= train_size must hold, got batch_size 128 and train_size 100.",

@@ -70,7 +70,8 @@ def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{where} must be given."
     if kind == "value_error":
-        return f"{context['error']}."
+        sentence = str(context["error"])
+        return sentence if sentence.endswith((".", "?")) else f"{sentence}."
     if kind in _BOUNDS:
         key, sign = _BOUNDS[kind]
         bound = context[key] if isinstance(context[key], int) else f"{context[key]:g}"

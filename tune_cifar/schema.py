@@ -10,21 +10,31 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
-from tune_cifar.errors import ConfigError, describe_validation_error
+from tune_cifar.errors import ConfigError, describe_validation_error, did_you_mean
 
 ModelName = Literal["s6", "s7", "s8", "s10", "s10_postact"]
+# A network of the user's own, as FILE.py:NAME or package.module:NAME.
+OWN_MODEL = re.compile(r"(\S+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
+OWN_MODEL_WORDS = "your own FILE.py:NAME"
+OWN_FIELDS = ("model_args", "model_digest")
+ARGUMENT = "model_args."
+"""What the knobs of a network's own arguments start with."""
+Argument = bool | int | float | str
 Status = Literal["running", "complete", "stopped", "diverged", "failed"]
 
 MAX_EPOCHS = 1000
@@ -33,7 +43,14 @@ MAX_SEED = 2**31 - 1
 
 
 def knob(
-    default: Any, label: str, used_by: str, *, unit: str = "", log: bool = False, **bounds: Any
+    default: Any,
+    label: str,
+    used_by: str,
+    *,
+    unit: str = "",
+    log: bool = False,
+    enum: list[JsonValue] | None = None,
+    **bounds: Any,
 ) -> Any:
     """Return a pydantic field with what tables and axes show of a knob.
 
@@ -42,9 +59,12 @@ def knob(
         used_by: the module that reads it, such as `train/optim`.
         unit: its unit, or empty.
         log: whether axes show it on a logarithmic scale.
+        enum: its words, where its type does not say them.
         bounds: pydantic's `gt`, `ge`, `lt` and `le`.
     """
     extra: dict[str, JsonValue] = {"label": label, "used_by": used_by, "unit": unit, "log": log}
+    if enum is not None:
+        extra["enum"] = enum
     return Field(default, json_schema_extra=extra, **bounds)
 
 
@@ -61,12 +81,15 @@ class TrainConfig(Frozen):
     (`inactive_knobs`): it changes nothing and is left out of the fingerprint.
 
     Raises:
-        ConfigError: one sentence with the knob, the rule and the value; for an unknown knob, with
-            the nearest name.
+        ConfigError: one sentence with knob, rule and value; of an unknown knob, the nearest name.
     """
 
-    model: ModelName = knob(..., "model", "models/build")
-    """Network, by the name of its source system."""
+    model: str = knob(..., "model", "models/build", enum=[*get_args(ModelName), OWN_MODEL_WORDS])
+    """Network, by the name of its source system; or your own class or function."""
+    model_args: tuple[tuple[str, Argument], ...] = knob((), "model arguments", "models/custom")
+    """Further arguments of your own network, sorted by name; each is a knob `model_args.NAME`."""
+    model_digest: str = knob("", "model source", "models/custom")
+    """Digest of your own network's source, once it has been read."""
     dropout: float = knob(0.0, "dropout", "models/build", ge=0.0, le=0.9)
     """Probability of zeroing an activation (a whole channel in s6); the model decides where."""
 
@@ -152,11 +175,33 @@ class TrainConfig(Frozen):
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**fold_arguments(values))
         except ValidationError as exc:
-            raise ConfigError(
-                f"configuration: {describe_validation_error(exc, TrainConfig)}"
-            ) from exc
+            problem = describe_validation_error(exc, TrainConfig)
+            raise ConfigError(f"configuration: {problem}") from exc
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, value: str) -> str:
+        names = get_args(ModelName)
+        if value not in names and not OWN_MODEL.fullmatch(value):
+            known = ", ".join(map(repr, names))
+            hint = did_you_mean(value, names)
+            raise ValueError(f"model must be {known} or {OWN_MODEL_WORDS}, got {value!r}.{hint}")
+        return value
+
+    @field_validator("model_args", mode="before")
+    @classmethod
+    def _read_arguments(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return tuple(sorted(value.items()))
+        return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
+
+    @model_serializer(mode="wrap")
+    def _leave_out_own(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write what only a network of one's own has for such a one alone."""
+        values: dict[str, Any] = handler(self)
+        return values if self.is_own else {k: v for k, v in values.items() if k not in OWN_FIELDS}
 
     @field_validator("warm_restarts", mode="before")
     @classmethod
@@ -172,6 +217,9 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
+        if self.model_args and not self.is_own:
+            got = ", ".join(name for name, _ in self.model_args)
+            raise ValueError(f"model_args must be empty for {self.model}, got {got}")
         if self.batch_size > self.train_size:
             raise ValueError(
                 "batch_size <= train_size must hold, "
@@ -198,6 +246,20 @@ class TrainConfig(Frozen):
         return self
 
     @property
+    def is_own(self) -> bool:
+        """Whether the network is the user's own."""
+        return ":" in self.model
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The knobs of the network's own arguments, with their values."""
+        return {f"{ARGUMENT}{name}": value for name, value in self.model_args}
+
+    def get(self, knob: str) -> Any:
+        """Return a knob's value, also of the network's own argument."""
+        return self.arguments[knob] if knob.startswith(ARGUMENT) else getattr(self, knob)
+
+    @property
     def num_steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; the last, smaller batch is one of them."""
         return -(-self.train_size // self.batch_size)
@@ -220,19 +282,27 @@ class TrainConfig(Frozen):
         Knobs that were added later are left out at their default: fingerprints stay as they were.
         """
         ignored = {*inactive_knobs(self), *_knobs_of_inactive_ops(self)}
-        ignored |= {name for name in ADDED_KNOBS if getattr(self, name) == _get_default(name)}
+        defaults = {name: TrainConfig.model_fields[name].default for name in ADDED_KNOBS}
+        ignored |= {name for name, value in defaults.items() if getattr(self, name) == value}
         values = self.model_dump(mode="json")
         active = {name: value for name, value in values.items() if name not in ignored}
         return hashlib.sha256(json.dumps(active, sort_keys=True).encode()).hexdigest()[:16]
 
 
-KNOBS: tuple[str, ...] = tuple(TrainConfig.model_fields)
+def fold_arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's values with every `model_args.NAME` in model_args."""
+    named = {name: value for name, value in values.items() if name.startswith(ARGUMENT)}
+    if not named:
+        return values
+    arguments = dict(values.get("model_args", ()))
+    arguments |= {name.removeprefix(ARGUMENT): value for name, value in named.items()}
+    rest = {name: value for name, value in values.items() if name not in named}
+    return {**rest, "model_args": arguments}
+
+
+KNOBS: tuple[str, ...] = tuple(n for n in TrainConfig.model_fields if n not in OWN_FIELDS)
 ADDED_KNOBS = ("warm_restarts", "ema_decay", "hflip_mode")
 """Those that the first records lack."""
-
-
-def _get_default(name: str) -> Any:
-    return TrainConfig.model_fields[name].default
 
 
 def inactive_knobs(config: TrainConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,22 @@ def test_the_data_of_a_record_are_found_by_name_or_where_the_environment_points(
     assert find_recorded_data(mine, None).name == "mine"
     with pytest.raises(ConfigError, match="x was trained on mine, got pets"):
         find_recorded_data(mine, "pets")
+
+
+def test_a_changed_source_of_an_own_network_is_told(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = load_space("smoke", "cpu")
+    baseline = own.baseline.model_copy(update={"model": "net.py:Net"})
+    own = replace(own, baseline=baseline, model_source="before")
+    data = DataInfo(name="shapes", digest="d", split_hash="h")
+    header = make_header("search", "x", own, 0, data, NUMERICS, "a test")
+    state = write_record(workplace / "runs", header, [])
+    for text, is_told in (("before", False), ("after", True)):
+        Path("net.py").write_text(text)
+        find_recorded_data(state, None)
+        note = "net.py has changed since x: the recorded text is used."
+        assert (note in capsys.readouterr().err) == is_told
 
 
 def test_a_space_takes_the_datas_sizes_and_refuses_what_does_not_fit(workplace: Path) -> None:

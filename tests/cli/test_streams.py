@@ -25,7 +25,7 @@ from tune_cifar.record.store import search_folder
 # Commands whose output is their result.
 TELLING = {
     *("leaderboard", "plan", "models", "spaces list", "spaces show", "spaces check"),
-    *("spaces knobs", "searches list", "failures", "data verify", "data list"),
+    *("spaces knobs", "spaces new", "searches list", "failures", "data verify", "data list"),
 }
 NO_ROOM = "error stdout: the output could not be written: No space left on device. "
 CLOSED = "error stdout: the output could not be written: Bad file descriptor. "

@@ -81,7 +81,7 @@ def test_a_name_unfit_for_a_folder_is_refused_in_a_sentence_and_makes_nothing(
 # Settings
 
 
-MODELS = "'s6', 's7', 's8', 's10' or 's10_postact'"
+MODELS = "'s6', 's7', 's8', 's10', 's10_postact' or your own FILE.py:NAME"
 
 
 @pytest.mark.parametrize(

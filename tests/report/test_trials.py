@@ -71,10 +71,22 @@ def test_load_trials_gives_every_active_knob_back_exactly(tmp_path: Path) -> Non
     assert list(trials.columns[-len(KNOBS) :]) == list(KNOBS)
     expected = dict(config) | {"warm_restarts": "()"}
     inactive = inactive_knobs(config)
-    assert {knob: row[knob] for knob in KNOBS if knob not in inactive} == {
-        knob: value for knob, value in expected.items() if knob not in inactive
-    }
+    active = [knob for knob in KNOBS if knob not in inactive]
+    assert {knob: row[knob] for knob in active} == {knob: expected[knob] for knob in active}
     assert {knob for knob in KNOBS if pd.isna(row[knob])} == set(inactive)
+
+
+def test_arguments_of_an_own_network_are_columns_of_their_own(tmp_path: Path) -> None:
+    own = {"model": "net.py:Net", "model_args": {"width": 8, "deep": True}}
+    config = TrainConfig(**{**CONFIG.model_dump(), **own})
+    states = [
+        write_search(tmp_path, "own", 1, [make_start(0, config)]),
+        write_search(tmp_path, "s7-1", 2, [make_start(0, CONFIG)]),
+    ]
+    trials = load_trials(states).set_index("search")
+    assert list(trials.columns[-2:]) == ["model_args.deep", "model_args.width"]
+    assert trials.loc["own", "model_args.width"] == 8
+    assert pd.isna(trials.loc["s7-1", "model_args.width"])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "onecycle"])
@@ -96,7 +108,8 @@ def expected_dtype(annotation: Any) -> str:
 def test_columns_have_the_dtypes_of_their_fields(state: SearchState, has_rows: bool) -> None:
     states = [state] if has_rows else []
     trials, curves = load_trials(states), load_curves(states)
-    for knob, field in TrainConfig.model_fields.items():
+    for knob in KNOBS:
+        field = TrainConfig.model_fields[knob]
         expected = "Int64" if knob == "cutout_size" else expected_dtype(field.annotation)
         assert str(trials[knob].dtype) == expected, knob
     for name, field in EpochResult.model_fields.items():

@@ -18,6 +18,7 @@ from tune_cifar.schema import label_data
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tune_cifar.data.files import DataSource
     from tune_cifar.data.load import TrainVal
     from tune_cifar.dataset import DataDescription
     from tune_cifar.schema import Numerics, TrainConfig
@@ -104,7 +105,7 @@ def lr_range(
         raise ConfigError(f"--seeds: a number >= 1 must be given, got {seeds}.")
     lrs = make_lrs(low, high, steps)
     source = find_data(data)
-    recipe = _load_recipe(space, tier, settings or [], describe_data(source))
+    recipe = _load_recipe(space, tier, settings or [], describe_data(source), execution)
     if write:
         _check_proposable(space, settings or [])
     store = find_storage(storage)
@@ -136,16 +137,34 @@ def lr_range(
         raise ConfigError(f"--write: the estimators must agree, got {report['verdict']}.")
 
 
-def _load_recipe(space: str, tier: str, settings: list[str], data: DataDescription) -> SearchSpace:
+def _load_recipe(
+    space: str, tier: str, settings: list[str], data: DataDescription, execution: str
+) -> SearchSpace:
     """Load the baseline without its schedule; settings that only a schedule reads are refused."""
     from tune_cifar.space.select import load_space, parse_setting
+    from tune_cifar.train.network import resolve_network
 
     pins = dict(parse_setting(setting) for setting in settings)
     for knob in ("schedule", "max_lr"):
         if knob in pins:
             way_out = "--low and --high bound it."
             raise ConfigError(f"--set: the sweep sets {knob}, got {pins[knob]}. {way_out}")
-    return load_space(space, tier, {**pins, "schedule": "constant"}, data)
+    chosen = load_space(space, tier, {**pins, "schedule": "constant"}, data)
+    return resolve_network(chosen, data, execution)
+
+
+def measure_lr(config: TrainConfig, source: DataSource, console: Console) -> float | None:
+    """Return the suggestion of a test of three seeds from 1e-4 to 10; None without one."""
+    from tune_cifar.data.load import load_train_val
+    from tune_cifar.train.lr_range import fit_curve, make_lrs, summarise
+    from tune_cifar.train.numerics import resolve_numerics
+
+    images = load_train_val(source, config.train_size, val_size=0)
+    config = config.model_copy(update={"schedule": "constant"})
+    sweeps = _sweep(config, images, resolve_numerics(), make_lrs(1e-4, 10.0, 100), 3, console)
+    summary = summarise([fit_curve(sweep) for sweep in sweeps])
+    say(summary.verdict, console)
+    return summary.suggestion
 
 
 def _sweep(

@@ -11,7 +11,7 @@ from tune_cifar.cli.terminal import print_json, stdout
 
 
 def models(
-    name: Annotated[str, typer.Argument(help="A network, such as s7: `spaces knobs` names them.")],
+    name: Annotated[str, typer.Argument(help="A network, such as s7, or your own FILE.py:NAME.")],
     as_json: options.Json = False,
 ) -> None:
     """Print a model's layers: output shape, parameters, multiply-adds, receptive field.
@@ -31,7 +31,7 @@ def models(
         table.add_column(column, justify="right")
     for layer in summary.layers:
         shape = " x ".join(map(str, layer.output_shape))
-        numbers = (f"{layer.params:,}", f"{layer.macs:,}", str(layer.receptive_field))
+        numbers = (f"{layer.params:,}", f"{layer.macs:,}", _write(layer.receptive_field))
         table.add_row(layer.name, layer.kind, shape, *numbers)
     table.add_section()
     table.add_row(
@@ -40,6 +40,11 @@ def models(
         "",
         f"{summary.params:,}",
         f"{summary.macs:,}",
-        str(summary.receptive_field),
+        _write(summary.receptive_field),
     )
     stdout().print(table)
+
+
+def _write(receptive_field: int | None) -> str:
+    """A dash where the network computes between its layers."""
+    return "-" if receptive_field is None else str(receptive_field)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tune_cifar.cli.terminal import say
+from tune_cifar.cli.terminal import say, stderr
 from tune_cifar.errors import ConfigError, SpaceError
 
 if TYPE_CHECKING:
@@ -303,6 +303,7 @@ def find_recorded_data(state: SearchState, data: str | None) -> DataSource:
     """
     from tune_cifar.data.files import find_data
 
+    _say_changed_source(state.header)
     wanted = state.header.data.name
     # Other data than CIFAR-10 are found by their name, or where TUNE_CIFAR_DATA points.
     is_there = data is None and wanted not in ("cifar10", "shapes") and _is_at_hand(wanted)
@@ -314,6 +315,15 @@ def find_recorded_data(state: SearchState, data: str | None) -> DataSource:
             f"{state.header.name} was trained on {wanted}, got {source.name}. {way_out}"
         )
     return source
+
+
+def _say_changed_source(header: Header) -> None:
+    """Say so when the file of a network of one's own has another text than the recorded one."""
+    file = Path(header.baseline["model"].rsplit(":", 1)[0])
+    is_there = bool(header.model_source) and file.suffix == ".py" and file.is_file()
+    if is_there and file.read_text(encoding="utf-8") != header.model_source:
+        note = f"{file} has changed since {header.name}: the recorded text is used."
+        say(note, stderr(), "yellow")
 
 
 def _is_at_hand(name: str) -> bool:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, say, stdout
+from tune_cifar.cli.terminal import print_json, say, stderr, stdout
+from tune_cifar.errors import ConfigError
 
 app = typer.Typer(
     help="The search spaces: list them, read one, check a file of your own.", no_args_is_help=True
@@ -68,13 +69,14 @@ def show(name: Name, tier: Tier = "full", as_json: options.Json = False) -> None
         return
     inactive = inactive_knobs(space.baseline)
     say(f"{space.name} ({tier})  {space.header.source}")
-    say(f"published: {space.header.describe_published()}")
+    if published := space.header.describe_published():
+        say(f"published: {published}")
     for sentence in space.header.corrects:
         say(f"corrects: {sentence}")
     table = Table("knob", "baseline", "searched", box=None, header_style="bold")
-    for knob in KNOBS:
+    for knob in (*KNOBS, *space.baseline.arguments):
         if knob in searched or knob not in inactive:
-            table.add_row(knob, str(baseline[knob]), searched.get(knob, ""))
+            table.add_row(knob, str(space.baseline.get(knob)), searched.get(knob, ""))
     stdout().print(table)
     say(f"budget: {space.budget.describe()}")
 
@@ -85,12 +87,72 @@ def check(name: Name) -> None:
 
     Example: python -m tune_cifar spaces check my_space.yaml
     """
-    from tune_cifar.space.select import find_space, read_space
+    from tune_cifar.space.select import find_space, read_space, select_tier
 
     path = find_space(name)
-    tiers = read_space(path).tiers
-    knobs = [f"{len(found.searched)} knobs in tier {tier}" for tier, found in tiers.items()]
+    file = read_space(path)
+    knobs = [f"{len(found.searched)} knobs in tier {tier}" for tier, found in file.tiers.items()]
+    if ":" in file.baseline["model"]:
+        from tune_cifar.dataset import CIFAR10
+        from tune_cifar.train.network import resolve_network
+
+        resolve_network(select_tier(file, "full"), CIFAR10)
+        knobs.append(f"{file.baseline['model']} works")
     say(f"{path}: sound ({', '.join(knobs)})")
+
+
+@app.command()
+def new(
+    model: Annotated[str, typer.Argument(help="FILE.py:NAME or package.module:NAME.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the space. Default: the file's or NAME.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take max_lr from an LR range test (minutes).")
+    ] = False,
+    data: options.Data = None,
+) -> None:
+    """Print a complete space file for a network of your own; the name must be the file's.
+
+    Example: python -m tune_cifar spaces new wide.py:WideNet
+    """
+    from pathlib import Path
+
+    from tune_cifar.dataset import CIFAR10
+    from tune_cifar.models.custom import check_network
+    from tune_cifar.schema import OWN_MODEL, TrainConfig
+    from tune_cifar.space.template import make_space_text
+
+    if not OWN_MODEL.fullmatch(model):
+        raise ConfigError(f"MODEL must be FILE.py:NAME or package.module:NAME, got {model!r}.")
+    where, network = model.rsplit(":", 1)
+    name = name or (Path(where).stem if where.endswith(".py") else network)
+    tried = TrainConfig(
+        model=model, optimizer="sgd", schedule="constant", max_lr=0.1, batch_size=128, epochs=1
+    )
+    found = check_network(tried, CIFAR10, Path(), needs_all=False)
+    arguments = [(each.name, each.kind, each.default) for each in found.arguments]
+    given = (model, name, found.takes_dropout, arguments)
+    text = make_space_text(*given)
+    if measure:
+        text = make_space_text(*given, _measure_lr(text, name, data))
+    stdout().file.write(text)
+
+
+def _measure_lr(text: str, name: str, data: str | None) -> float | None:
+    """Return the suggestion of an LR range test of a space file's baseline; None without one."""
+    from pathlib import Path
+
+    from tune_cifar.cli.lr_range import measure_lr
+    from tune_cifar.data.files import describe_data, find_data
+    from tune_cifar.space.reader import parse_space
+    from tune_cifar.space.select import select_tier
+    from tune_cifar.train.network import resolve_network
+
+    source = find_data(data)
+    about = describe_data(source)
+    space = select_tier(parse_space(text, Path(f"{name}.yaml")), "cpu", None, about)
+    return measure_lr(resolve_network(space, about).baseline, source, stderr())
 
 
 @app.command()

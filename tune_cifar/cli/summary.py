@@ -11,7 +11,7 @@ from tune_cifar.cli.terminal import paste, say
 from tune_cifar.record.state import TIME_LIMIT, SearchState, TrialState, describe_counts
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.report.trials import describe_gain
-from tune_cifar.schema import KNOBS, Status, TrainConfig, inactive_knobs, label_data
+from tune_cifar.schema import Status, TrainConfig, inactive_knobs, label_data
 
 STYLES: dict[Status, str] = {
     "running": "cyan",
@@ -43,9 +43,8 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
     for trial in trials:
         number = f"{trial.number} (baseline)" if trial.origin == "baseline" else str(trial.number)
         # A confirmation's trials have a `candidate`, which is no knob.
-        values = [
-            trial.find_value(knob) if knob in KNOBS else trial.params.get(knob) for knob in knobs
-        ]
+        settled = state.header.confirmation is not None
+        values = [trial.params.get(knob) if settled else trial.find_value(knob) for knob in knobs]
         table.add_row(
             number,
             Text(trial.status, style=STYLES[trial.status]),
@@ -129,10 +128,10 @@ def _describe_prediction(state: SearchState) -> str:
 def _overview(state: SearchState, best: TrialState) -> Table:
     """The searched hyperparameters of the baseline and of the best trial."""
     table = Table("knob", "baseline", "best", box=None, header_style="bold", padding=(0, 2))
-    baseline = state.header.baseline
-    inactive = inactive_knobs(TrainConfig(**baseline))
+    baseline = TrainConfig(**state.header.baseline)
+    inactive = inactive_knobs(baseline)
     for knob in state.header.distributions:
-        values = None if knob in inactive else baseline[knob], best.find_value(knob)
+        values = None if knob in inactive else baseline.get(knob), best.find_value(knob)
         table.add_row(knob, *map(format_value, values))
     return table
 

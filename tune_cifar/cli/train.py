@@ -47,6 +47,7 @@ def train(
     from tune_cifar.record.journal import check_name
     from tune_cifar.record.store import find_storage
     from tune_cifar.space.select import load_space, parse_setting
+    from tune_cifar.train.network import resolve_network
     from tune_cifar.train.numerics import resolve_numerics
 
     folder = find_storage(storage)
@@ -57,7 +58,8 @@ def train(
             return
     source = find_data(data)
     pins = dict(parse_setting(setting) for setting in settings or [])
-    found = load_space(space, tier, pins, describe_data(source))
+    about = describe_data(source)
+    found = resolve_network(load_space(space, tier, pins, about), about, execution)
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     given = repeat_options(data=data, storage=storage)
     _train(found, source, numerics, folder, name, resume, tracking_uri, given)

@@ -8,6 +8,7 @@ from torch import nn
 
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import ConfigError
+from tune_cifar.models.custom import build_own
 from tune_cifar.models.s6 import S6Net
 from tune_cifar.models.s7 import S7Net
 from tune_cifar.models.s8 import S8Net
@@ -32,6 +33,8 @@ def build_model(config: TrainConfig, data: DataDescription = CIFAR10) -> nn.Modu
     Raises:
         ConfigError: the images are too small for the network.
     """
+    if config.is_own:
+        return build_own(config, data)
     network = MODELS[config.model]
     if data.side < network.MIN_SIDE:
         smallest, got = (f"{side}x{side}" for side in (network.MIN_SIDE, data.side))

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import ConfigError, did_you_mean
 from tune_cifar.models.build import MODELS
-from tune_cifar.schema import TrainConfig
+from tune_cifar.models.custom import build_with_defaults
+from tune_cifar.schema import OWN_MODEL, TrainConfig
 
-IMAGE_SHAPE = (1, 3, 32, 32)
+IMAGE_SHAPE = (1, 3, CIFAR10.side, CIFAR10.side)
 
 
 class ReceptiveField(NamedTuple):
@@ -39,8 +41,9 @@ class LayerRow:
     params: int
     macs: int
     """Multiply-accumulates of one image in conv and linear layers, without biases."""
-    receptive_field: int
-    """Side in pixels of the image; dilation, strides and pooling are counted, padding is not."""
+    receptive_field: int | None
+    """Side in pixels of the image; dilation, strides and pooling are counted, padding is not. None
+    where a tensor comes from no layer: the network computes between its layers."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ModelSummary:
     name: str
     params: int
     macs: int
-    receptive_field: int
+    receptive_field: int | None
     layers: tuple[LayerRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,11 +74,12 @@ def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
     import torchinfo
 
     name = config_or_name if isinstance(config_or_name, str) else config_or_name.model
-    if name not in MODELS:
+    if name not in MODELS and not OWN_MODEL.fullmatch(name):
         hint = did_you_mean(name, MODELS) or f" Choose from {', '.join(MODELS)}."
         raise ConfigError(f"no model named {name!r}.{hint}")
     with torch.device("meta"):
-        model = MODELS[name]().eval()
+        model = MODELS[name]() if name in MODELS else build_with_defaults(name, CIFAR10)
+        model.eval()
         images = torch.zeros(IMAGE_SHAPE)
     with ReceptiveFieldWalk(model, images) as walk:
         info = torchinfo.summary(model, input_data=images, device="meta", mode="eval", verbose=0)
@@ -89,7 +93,7 @@ def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
                 output_shape=tuple(layer.output_size[1:]),
                 params=layer.num_params,
                 macs=count_macs(layer.module, layer.output_size),
-                receptive_field=walk.receptive_fields[layer.layer_id].size,
+                receptive_field=walk.find(layer.layer_id),
             )
             rows.append(row)
     macs = sum(row.macs for row in rows)
@@ -106,11 +110,11 @@ def count_macs(module: nn.Module, output_shape: Sequence[int]) -> int:
 class ReceptiveFieldWalk:
     """A context that computes the receptive fields of all leaf modules during a forward pass.
 
-    Where paths meet (a module with several inputs), the largest receptive field counts. Every
-    tensor must come from a leaf module: an operation between modules is a KeyError.
+    Where paths meet (a module with several inputs), the largest receptive field counts. Behind an
+    operation between modules none is known.
 
     Attributes:
-        receptive_fields: ReceptiveField by id(module).
+        receptive_fields: ReceptiveField by id(module), as far as it is known.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
@@ -128,7 +132,14 @@ class ReceptiveFieldWalk:
         for hook in self._hooks:
             hook.remove()
 
+    def find(self, module_id: int) -> int | None:
+        """Return the receptive field's side behind a leaf module; None if it is not known."""
+        field = self.receptive_fields.get(module_id)
+        return None if field is None else field.size
+
     def _record(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not inputs or not all(id(tensor) in self._tensors for tensor in inputs):
+            return
         fields = [self._tensors[id(tensor)][1] for tensor in inputs]
         size, jump = max(field.size for field in fields), max(field.jump for field in fields)
         field = apply_window(module, ReceptiveField(size, jump))

@@ -112,6 +112,7 @@ class Header(Frozen):
         points: values that are tried right after the baseline.
         pinned: knobs fixed by the user.
         space_text: the whole space file.
+        model_source: text of the file that defines a network of the user's own; empty for the five.
         is_conditional: proposals leave out the knobs that their other values make inactive; old
             records, which have no such field, hold and told the sampler all searched knobs.
         predicted_epochs: epochs of all trials together that the budget was expected to take.
@@ -141,6 +142,7 @@ class Header(Frozen):
     warm_start: Annotated[list[str], BeforeValidator(_read_names)] = Field(default_factory=list)
     warm_trials: int | None = None
     learned: list[Learned] = Field(default_factory=list)
+    model_source: str = ""
     is_conditional: bool = False
 
     @property

@@ -77,7 +77,7 @@ class TrialState:
     def find_value(self, knob: str) -> Any:
         """Return a knob's value; None where it is inactive."""
         is_inactive = knob in schema.inactive_knobs(self.full_config)
-        return None if is_inactive else getattr(self.full_config, knob)
+        return None if is_inactive else self.full_config.get(knob)
 
     @property
     def trained_epochs(self) -> list[tuple[int, EpochResult]]:

@@ -82,13 +82,13 @@ def make_knobs(state: SearchState) -> pd.DataFrame:
     Columns: `knob`, `searched` (its range in the space file's words), `baseline`, and `best` (of
     the best complete trial, None without one). A knob that is inactive in one is None there.
     """
-    best, baseline = state.best, state.header.baseline
-    inactive = inactive_knobs(TrainConfig(**baseline))
+    best, baseline = state.best, TrainConfig(**state.header.baseline)
+    inactive = inactive_knobs(baseline)
     rows = [
         (
             knob,
             describe_distribution(found),
-            None if knob in inactive else baseline[knob],
+            None if knob in inactive else baseline.get(knob),
             None if best is None else best.find_value(knob),
         )
         for knob, found in list_distributions(state.header).items()
@@ -350,8 +350,8 @@ def _compare(state: SearchState) -> dict[str, Any]:
         "best": score,
         "gain": gain,
         "scatter": scatter,
-        "published": published.accuracy,
-        "measured": published.measured,
+        "published": None if published is None else published.accuracy,
+        "measured": None if published is None else published.measured,
         "epochs_trained": sum(trial.epochs_done for trial in state.trials.values()),
         "wall_seconds": make_history(state)["wall_seconds"].max(),
     }
@@ -374,8 +374,8 @@ def make_sources(spaces: Iterable[str], tested: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {
             "space": space,
             "source": header.source,
-            "published": header.published.accuracy,
-            "measured": header.published.measured,
+            "published": header.published.accuracy if header.published else math.nan,
+            "measured": header.published.measured if header.published else "",
             "corrects": " ".join(header.corrects),
         }
         for part in ("baseline", "best"):

@@ -12,7 +12,7 @@ from tune_cifar.errors import TrackingError
 from tune_cifar.record.journal import check_name
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.format import format_percent
-from tune_cifar.schema import EpochResult, TrainConfig, inactive_knobs
+from tune_cifar.schema import ARGUMENT, KNOBS, EpochResult, TrainConfig, inactive_knobs
 from tune_cifar.search.goals import NUM_DEVIATIONS, estimate_scatter
 from tune_cifar.tracking.address import find_sqlite_file
 from tune_cifar.tracking.store import translate_errors
@@ -36,7 +36,9 @@ GROUP_COLUMNS = (
 # pandas' type of a field of the schema; a tuple is shown as text, a missing value is NaN or NA.
 DTYPES: dict[Any, str] = {int: "int64", float: "float64", float | None: "float64", bool: "boolean"}
 KNOB_COLUMNS = {
-    name: DTYPES.get(knob.annotation, "string") for name, knob in TrainConfig.model_fields.items()
+    name: DTYPES.get(knob.annotation, "string")
+    for name, knob in TrainConfig.model_fields.items()
+    if name in KNOBS
 } | {"cutout_size": "Int64"}  # the one whole number that can be inactive, and then is missing
 TRIAL_COLUMNS = {
     "search": "string",
@@ -166,7 +168,7 @@ def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
     header = state.header
     texts = {name: str(v) for name, v in trial.full_config if isinstance(v, tuple)}
     inactive = dict.fromkeys(inactive_knobs(trial.full_config))
-    knobs = dict(trial.full_config) | texts | inactive
+    knobs = dict(trial.full_config) | texts | inactive | trial.full_config.arguments
     return knobs | {
         "search": header.name,
         "space": header.space,
@@ -193,7 +195,10 @@ def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
 def _make_frame(dtypes: dict[str, str], rows: list[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(rows, columns=list(dtypes)).astype(dtypes)
+    # The arguments of networks of the user's own, each a column.
+    arguments = sorted({name for row in rows for name in row if name.startswith(ARGUMENT)})
+    table = pd.DataFrame(rows, columns=[*dtypes, *arguments])
+    return table.astype(dtypes | dict.fromkeys(arguments, "object"))
 
 
 def load_uploaded_trials(tracking_uri: str, search: str) -> pd.DataFrame:

@@ -26,6 +26,7 @@ from tune_cifar.space.layout import MAX_TRIALS
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.address import make_tracking_uri
 from tune_cifar.tracking.store import check_tracking
+from tune_cifar.train.network import resolve_network
 from tune_cifar.train.numerics import (
     check_cpus,
     count_gpus,
@@ -191,17 +192,19 @@ def settle_search(
     request: SearchRequest,
     start_workers: Callable[[Resources], None] | None = None,
 ) -> SearchPlan:
-    """Plan a new search: name, numerics, resources; see `check_and_measure`.
+    """Plan a new search: name, network, numerics, resources; see `check_and_measure`.
 
     Raises:
         RecordError: when the name is taken.
-        ConfigError, DataError: when the request does not fit the machine or the data are missing.
+        ConfigError, DataError: when the request does not fit the machine, the network breaks a
+            rule or the data are missing.
     """
     check_request(request)
     name = request.name
     if name is None:
         name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
     check_is_new(search_folder(request.storage, name))
+    space = resolve_network(space, describe_data(request.source), request.execution)
     how = (request.cpus_per_trial, request.deterministic, request.execution)
     numerics = resolve_numerics(request.device, request.precision, *how)
     return check_and_measure(space, request, name, numerics, start_workers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tune_cifar.errors import ConfigError, SpaceError
+from tune_cifar.models.custom import add_source
 from tune_cifar.record.events import Header
 from tune_cifar.record.state import SearchState
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
@@ -56,6 +57,10 @@ def restore_space(header: Header) -> SearchSpace:
     # Old records lack the fidelity, which was `epochs`, and the window, which was all scores.
     old: dict[str, Any] = {"fidelity": "epochs", "window": None}
     budget = Budget.model_validate_json(json.dumps(old | header.budget))
+    if header.model_source:
+        digest = add_source(header.model_source)
+        baseline = space.baseline.model_copy(update={"model_digest": digest})
+        space = replace(space, baseline=baseline, model_source=header.model_source)
     return replace(space, budget=budget, points=tuple(header.points), obstacle=None)
 
 

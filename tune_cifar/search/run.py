@@ -330,6 +330,7 @@ def _run_tune(
     fixed = {
         "source": (source.name, str(source.folder) if source.folder else None),
         "numerics": plan.numerics.model_dump(mode="json"),
+        "model_source": plan.space.model_source,
     }
     per_trial = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
     # Tune requires an experiment folder; nothing in it is ever read.

@@ -46,6 +46,7 @@ from ray import tune
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import DiskFullError, Diverged
+from tune_cifar.models.custom import add_source
 from tune_cifar.record.priority import make_session_nice
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.trial import stop_file, train_trial
@@ -103,6 +104,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         return {"trial": self._trial["trial"], "outcome": outcome, "text": text}
 
     def _make_results(self) -> Iterator[tuple[int, EpochResult]]:
+        if source_text := self._trial.get("model_source"):
+            add_source(source_text)
         config = TrainConfig(**self._trial["config"])
         numerics, folder = Numerics(**self._trial["numerics"]), Path(self._trial["folder"])
         name, data_folder = self._trial["source"]

@@ -33,12 +33,15 @@ class SpaceHeader(Frozen):
     space: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """The file's name without its suffix."""
     source: Annotated[str, Field(min_length=1)]
-    published: Published
-    corrects: tuple[str, ...]
+    published: Published | None = None
+    """None of a network that nobody has published."""
+    corrects: tuple[str, ...] = ()
     """One sentence for each difference between the baseline and the source."""
 
     def describe_published(self) -> str:
-        """Return the published accuracy in percent and what it measured."""
+        """Return the published accuracy in percent and what it measured; empty without one."""
+        if self.published is None:
+            return ""
         return f"{100 * self.published.accuracy:.2f} %, {self.published.measured}"
 
 

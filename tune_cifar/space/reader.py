@@ -17,7 +17,7 @@ from tune_cifar.errors import (
     did_you_mean,
     first_problem,
 )
-from tune_cifar.schema import KNOBS, TrainConfig, inactive_knobs
+from tune_cifar.schema import ARGUMENT, KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space.document import Document, Where, read_document, set_values
 from tune_cifar.space.layout import (
     OPTIONAL_TIERS,
@@ -44,6 +44,7 @@ from tune_cifar.space.rules import (
     find_inactive,
     find_rungs_problem,
     find_value_problem,
+    is_known,
     kind_of,
     normalise,
     parse_duration,
@@ -77,7 +78,9 @@ def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
         sentence = f"space must be the file's name, got {raw.space!r} in {path.name}."
         raise doc.error(("space",), sentence)
     baseline = _read_knobs(doc, ("baseline",), raw.baseline)
-    search: Searched = {name: _read_entry(doc, name, entry) for name, entry in raw.search.items()}
+    search: Searched = {
+        name: _read_entry(doc, name, entry, baseline) for name, entry in raw.search.items()
+    }
     _check_baseline(doc, baseline, search)
     points = tuple(_read_point(doc, i, baseline, search) for i in range(len(raw.points)))
     if not {*TIERS} <= {*raw.budget} <= {*TIERS, *OPTIONAL_TIERS}:
@@ -158,29 +161,39 @@ def _translate(doc: Document, exc: ValidationError) -> SpaceError:
 def _read_knobs(doc: Document, where: Where, values: dict[str, Any]) -> dict[str, Any]:
     """Return knobs with fixed values, each checked by itself."""
     for name, value in values.items():
-        problem = find_value_problem(name, value, name)
-        if name not in KNOBS:
+        if is_known(name) or name == "model_args":
+            problem = find_value_problem(name, value, name)
+        else:
             problem = f"{name} is not a known knob.{did_you_mean(name, KNOBS)}"
         if problem is not None:
             raise doc.error((*where, name), problem)
     return {name: normalise(name, value) for name, value in values.items()}
 
 
-def _read_entry(doc: Document, name: str, entry: dict[str, Any]) -> Range | Choices:
+def _read_entry(
+    doc: Document, name: str, entry: dict[str, Any], baseline: dict[str, Any]
+) -> Range | Choices:
     """Return a searched knob's distribution."""
     where = ("search", name)
-    if name not in KNOBS:
-        raise doc.error(where, f"{name} is not a known knob.{did_you_mean(name, KNOBS)}")
     if name in STRUCTURAL:
         hint = "Set it under baseline or in a tier."
         raise doc.error(where, f"{name} must not be searched: {STRUCTURAL[name]}. {hint}")
-    ranged = "choices" not in entry and kind_of(name) in (int, float)
+    if not is_known(name):
+        raise doc.error(where, f"{name} is not a known knob.{did_you_mean(name, KNOBS)}")
+    kind = kind_of(name)
+    if name.startswith(ARGUMENT):
+        arguments = dict(baseline.get("model_args", ()))
+        if name.removeprefix(ARGUMENT) not in arguments:
+            hint = did_you_mean(name.removeprefix(ARGUMENT), arguments)
+            raise doc.error(where, f"{name} must have a value in the baseline's model_args.{hint}")
+        kind = type(arguments[name.removeprefix(ARGUMENT)])
+    ranged = "choices" not in entry and kind in (int, float)
     allowed = ("low", "high", "log", "step") if ranged else ("choices",)
     for word in entry:
         if word not in allowed:
             rule = f"{name} must be given by {', '.join(allowed)}"
             raise doc.error((*where, word), f"{rule}, got {word}.{did_you_mean(word, allowed)}")
-    return _read_range(doc, name, entry) if ranged else _read_choices(doc, name, entry)
+    return _read_range(doc, name, entry, kind) if ranged else _read_choices(doc, name, entry)
 
 
 def _read_choices(doc: Document, name: str, entry: dict[str, Any]) -> Choices:
@@ -198,7 +211,7 @@ def _read_choices(doc: Document, name: str, entry: dict[str, Any]) -> Choices:
     return Choices(values)
 
 
-def _read_range(doc: Document, name: str, entry: dict[str, Any]) -> Range:
+def _read_range(doc: Document, name: str, entry: dict[str, Any], kind: type) -> Range:
     where = ("search", name)
     log = entry.get("log", False)
     if not isinstance(log, bool):
@@ -209,23 +222,25 @@ def _read_range(doc: Document, name: str, entry: dict[str, Any]) -> Range:
         value, at = entry[word], (*where, word)
         if log and isinstance(value, int | float) and value <= 0:
             rule = f"{name}.{word} > 0 must hold for log: true"
-            example = "1.0e-5" if kind_of(name) is float else "1"
+            example = "1.0e-5" if kind is float else "1"
             raise doc.error(at, f"{rule}, got {value}. Use e.g. {example}.")
         if problem := find_value_problem(name, value, f"{name}.{word}"):
             raise doc.error(at, problem)
-    low, high = normalise(name, entry["low"]), normalise(name, entry["high"])
+        if isinstance(value, bool | str) or (kind is int and not isinstance(value, int)):
+            rule = f"{name}.{word} must be a number of the knob's type ({kind.__name__})"
+            raise doc.error(at, f"{rule}, got {value!r}.")
+    low, high = kind(entry["low"]), kind(entry["high"])
     if low >= high:
         raise doc.error(where, f"{name}.low < {name}.high must hold, got {low} and {high}.")
     step = entry.get("step")
-    if "step" in entry and (problem := _find_step_problem(name, step, Range(low, high, log))):
+    if "step" in entry and (problem := _find_step_problem(kind, step, Range(low, high, log))):
         raise doc.error((*where, "step"), f"{name}.step {problem}, got {step!r}.")
     return Range(low, high, log, step)
 
 
-def _find_step_problem(name: str, step: Any, found: Range) -> str | None:
+def _find_step_problem(kind: type, step: Any, found: Range) -> str | None:
     if found.log:
         return "must not be given with log: true"
-    kind = kind_of(name)
     if isinstance(step, bool) or not isinstance(step, int if kind is int else int | float):
         return f"must be a number of the knob's type ({kind.__name__})"
     # At most a million steps: beyond, the remainder below would not be exact.
@@ -244,7 +259,7 @@ def _check_baseline(doc: Document, baseline: dict[str, Any], search: Searched) -
         raise doc.error(("search",), f"everywhere in the search, {problem}")
     config = TrainConfig(**baseline)
     for name, entry in search.items():
-        value = getattr(config, name)
+        value = config.get(name)
         if not entry.contains(value):
             rule = f"{name}: the baseline's value must lie within the distribution ({entry})"
             raise doc.error(("search", name), f"{rule}, got {value}. The baseline is trial 0.")

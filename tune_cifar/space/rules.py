@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import ConfigError, describe_problem
-from tune_cifar.schema import TrainConfig, inactive_knobs
+from tune_cifar.schema import ARGUMENT, KNOBS, TrainConfig, inactive_knobs
 from tune_cifar.space.layout import Searched, TrialBudget
 
 # Knobs that a file may set but not search, each with the reason.
@@ -24,6 +25,7 @@ STRUCTURAL = {
     "val_size": "scores on different validation sets do not compete",
     "augment_backend": "both backends apply the same policy",
     "milestone_fractions": "a list has no distribution; search gamma",
+    "model_args": "its arguments are searched by name, as model_args.NAME",
 }
 # Knobs whose value may make another one inactive (schema.inactive_knobs).
 DECIDING = (
@@ -36,20 +38,35 @@ COUPLED = ("batch_size", "base_momentum", "max_momentum")
 SIZED = ("crop_pad", "cutout_size")
 
 
+def is_known(name: str) -> bool:
+    """Return whether a name may be a knob's: one of the schema, or a network's own argument."""
+    return name in KNOBS or bool(re.fullmatch(r"model_args\.[A-Za-z_]\w*", name))
+
+
 def kind_of(name: str) -> Any:
-    """Return the type of a knob: float, int, bool or a Literal."""
-    return TrainConfig.model_fields[name].annotation
+    """Return the type of a knob: float, int, bool or a Literal; None of a network's own argument.
+
+    Such a one has the type of its value in the baseline.
+    """
+    return None if name.startswith(ARGUMENT) else TrainConfig.model_fields[name].annotation
 
 
 def normalise(name: str, value: Any) -> Any:
     """Return a checked value in the knob's own type: 1 as 1.0 for a float, a list as a tuple."""
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
     return float(value) if kind_of(name) is float else value
 
 
 def find_value_problem(name: str, value: Any, label: str) -> str | None:
     """Return the rule of the schema that a knob's value breaks; `label` stands for the knob."""
+    if name.startswith(ARGUMENT):
+        fits = isinstance(value, bool | str) or (
+            isinstance(value, int | float) and math.isfinite(value)
+        )
+        return None if fits else f"{label} must be a number, text, true or false, got {value!r}."
     cause: BaseException | None = None
     try:
         TrainConfig(**{name: value})

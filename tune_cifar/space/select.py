@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import ConfigError, SpaceError, did_you_mean
-from tune_cifar.schema import KNOBS, TrainConfig
+from tune_cifar.schema import ARGUMENT, KNOBS, TrainConfig
 from tune_cifar.space.document import read_document
 from tune_cifar.space.layout import (
     MAX_TRIALS,
@@ -28,7 +28,7 @@ from tune_cifar.space.rules import (
     find_fidelity_problem,
     find_inactive,
     find_value_problem,
-    kind_of,
+    is_known,
     normalise,
     select_active,
 )
@@ -61,11 +61,13 @@ class SearchSpace:
     """Knobs that are not searched because the pins make them inactive, with the reason."""
     obstacle: str | None
     """Why the pins leave nothing that can be searched; the baseline can still be trained."""
+    model_source: str = ""
+    """Text of the file that defines a network of the user's own, once it has been read."""
 
     @property
     def baseline_params(self) -> dict[str, Any]:
         """The baseline's values of the searched knobs."""
-        return {name: getattr(self.baseline, name) for name in self.distributions}
+        return {name: self.baseline.get(name) for name in self.distributions}
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """Return the training configuration of a proposal.
@@ -77,7 +79,7 @@ class SearchSpace:
 
     def select_active(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return a proposal without the knobs that its other values make inactive."""
-        search = {name: _read_distribution(found) for name, found in self.distributions.items()}
+        search = {name: read_distribution(found) for name, found in self.distributions.items()}
         return select_active(self.baseline, params, search)
 
     def describe_distributions(self) -> dict[str, str]:
@@ -158,6 +160,7 @@ def select_tier(
         if name not in chosen.settings:
             pins.setdefault(name, size)
     unpinned = {name: file.search[name] for name in chosen.searched if name not in pins}
+    _check_arguments(file, pins)
     settings = {**file.baseline, **chosen.settings}
     baseline, inactive = _apply_pins(settings, pins, unpinned, data)
     search = {name: entry for name, entry in unpinned.items() if name not in inactive}
@@ -280,7 +283,7 @@ def make_distributions(search: Searched) -> dict[str, BaseDistribution]:
     for name, entry in search.items():
         if isinstance(entry, Choices):
             made[name] = CategoricalDistribution(entry.values)
-        elif kind_of(name) is int:
+        elif isinstance(entry.low, int) and isinstance(entry.high, int):
             made[name] = IntDistribution(
                 int(entry.low), int(entry.high), log=entry.log, step=int(entry.step or 1)
             )
@@ -291,10 +294,10 @@ def make_distributions(search: Searched) -> dict[str, BaseDistribution]:
 
 def describe_distribution(distribution: BaseDistribution) -> str:
     """Return a distribution in the words of the file."""
-    return str(_read_distribution(distribution))
+    return str(read_distribution(distribution))
 
 
-def _read_distribution(distribution: BaseDistribution) -> Range | Choices:
+def read_distribution(distribution: BaseDistribution) -> Range | Choices:
     """Return what `make_distributions` made a distribution from."""
     found: Any = distribution
     if hasattr(found, "choices"):
@@ -304,7 +307,7 @@ def _read_distribution(distribution: BaseDistribution) -> Range | Choices:
 
 
 def _read_pin(name: str, value: Any) -> Any:
-    if name not in KNOBS:
+    if not is_known(name):
         hint = did_you_mean(name, KNOBS)
         raise ConfigError(f"`settings`: {name!r} is not a known knob.{hint}")
     if problem := find_value_problem(name, value, name):
@@ -314,6 +317,15 @@ def _read_pin(name: str, value: Any) -> Any:
 
 def _get_rule(data: DataDescription | None) -> Callable[[TrainConfig], str | None]:
     return data.find_problem if data is not None else lambda config: None
+
+
+def _check_arguments(file: SpaceFile, pins: dict[str, Any]) -> None:
+    """Refuse a pinned argument of the network that the baseline does not name."""
+    known = [f"{ARGUMENT}{name}" for name, _ in file.baseline.get("model_args", ())]
+    for name in pins:
+        if name.startswith(ARGUMENT) and name not in known:
+            rule = f"{name} must have a value in the baseline's model_args"
+            raise ConfigError(f"`settings`: {rule}.{did_you_mean(name, known)}")
 
 
 def _list_other_sizes(data: DataDescription) -> dict[str, int]:
@@ -360,7 +372,7 @@ def _complete_points(
     points: Iterable[dict[str, Any]], baseline: TrainConfig, search: Searched
 ) -> tuple[dict[str, Any], ...]:
     """Return the points over exactly the searched knobs, without repeats and the baseline."""
-    seen = [{name: getattr(baseline, name) for name in search}]
+    seen = [{name: baseline.get(name) for name in search}]
     for point in points:
         searched = {name: value for name, value in point.items() if name in search}
         complete = {**seen[0], **searched}

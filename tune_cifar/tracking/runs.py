@@ -158,8 +158,9 @@ class SearchRuns:
             self._log_artifacts(run, self._make_trial_files(trial))
         elif self._is_running:
             self._reopen_run(run)
-        knobs = trial.full_config.model_dump(mode="json")
-        omitted = {*inactive_knobs(trial.full_config), *run.params}
+        config = trial.full_config
+        knobs = config.model_dump(mode="json", exclude={"model_args"}) | config.arguments
+        omitted = {*inactive_knobs(config), *run.params}
         params = {knob: str(value) for knob, value in knobs.items() if knob not in omitted}
         tags = self._make_parent_tags() | {
             "status": trial.status,

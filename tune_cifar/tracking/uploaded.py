@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,22 @@ def _read_trial(run: Any, header: Header) -> dict[str, Any]:
     }
 
 
+TRUTH_WORDS = {"True": True, "False": False}
+
+
+def _read_number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def _read_param(knob: str, text: str) -> Any:
     """Convert a param to what `load_trials` has for the knob: a number, a truth value, or text."""
-    kind = TrainConfig.model_fields[knob].annotation
+    field = TrainConfig.model_fields.get(knob)
+    if field is None:  # an argument of a network of the user's own
+        return TRUTH_WORDS.get(text, _read_number(text))
+    kind = field.annotation
     if kind is bool:
         return text == "True"
     if kind in (int, float):

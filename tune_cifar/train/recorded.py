@@ -12,6 +12,7 @@ from typing import Any
 from tune_cifar.data.files import DataSource
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, DataError, DiskFullError, Diverged, RecordError
+from tune_cifar.models.custom import add_source
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.events import (
     KIND_WORDS,
@@ -85,6 +86,7 @@ def make_header(
         is_conditional=kind == "search",
         pinned=dict(space.pinned),
         space_text=space.text,
+        model_source=space.model_source,
         data=data,
         numerics=numerics,
         environment=describe_environment(),
@@ -243,6 +245,8 @@ def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource
     Raises:
         DataError: the data or the split differ from the record.
     """
+    if state.header.model_source:
+        add_source(state.header.model_source)
     data = load_train_val(source, trial.config.train_size, trial.config.val_size)
     recorded = state.header.data
     if data.info != recorded:

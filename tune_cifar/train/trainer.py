@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tune_cifar.data.load import Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.average import WeightAverage
+from tune_cifar.train.generators import GlobalGenerators
 from tune_cifar.train.metrics import measure_logits
 from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
 from tune_cifar.train.optim import Settings, schedule_steps
@@ -76,6 +78,8 @@ class Trainer:
         self._data = data.about
         if problem := data.about.find_problem(config):
             raise ConfigError(f"configuration: {problem}")
+        if config.is_own and numerics.execution == "captured":
+            raise ConfigError("`execution` must be eager for a network of your own, got captured.")
         self._schedule = schedule_steps(config)
         self._step = acquire_step(config, numerics, data.about)
         weakref.finalize(self, release_step, self._step)
@@ -86,6 +90,7 @@ class Trainer:
             average = place_model(average, self._device, numerics)
             self._average = WeightAverage(average, self._step.model, config.ema_decay)
             self.model = average
+        self._globals = GlobalGenerators(config.seed) if config.is_own else None
         self._flip_phases_N = self._draw_flip_phases()
         self._flipped_N: Tensor | None = None
         # The order is drawn on the CPU, so that a GPU training sees the same batches.
@@ -108,9 +113,10 @@ class Trainer:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        train_loss, train_acc, lr = self._train_epoch()
-        trained = time.perf_counter()
-        val_loss, val_acc = self.evaluate(self._val) if self._val else (None, None)
+        with self._globals or nullcontext():
+            train_loss, train_acc, lr = self._train_epoch()
+            trained = time.perf_counter()
+            val_loss, val_acc = self.evaluate(self._val) if self._val else (None, None)
         if val_loss is not None and not math.isfinite(val_loss):
             raise Diverged(self.epoch + 1, self.step)
         self.epoch += 1
@@ -258,6 +264,7 @@ class Trainer:
             "average": self.model.state_dict() if self._average else {},
             "optimizer": self._step.optimizer.state_dict(),
             "generators": generators,
+            "globals": self._globals.state if self._globals else {},
             "results": [result.model_dump() for result in self.results],
         }
 
@@ -281,6 +288,8 @@ class Trainer:
         self._step.optimizer.load_state_dict(state["optimizer"])
         for name, generator in self._generators.items():
             generator.set_state(state["generators"][name])
+        if self._globals is not None:
+            self._globals.state = state["globals"]
         self.results = [EpochResult(**result) for result in state["results"]]
 
 

@@ -26,6 +26,7 @@ from tune_cifar.data.load import Split, TrainVal
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError
 from tune_cifar.models.build import build_model
+from tune_cifar.models.custom import add_source
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.files import write_atomically
 from tune_cifar.record.state import SearchState, TrialState
@@ -173,6 +174,8 @@ def describe_run(
         "output": f"logits: float32 (N, {data.num_classes}), in the order of the classes",
         "config": trial.config.model_dump_json(),
     }
+    if state.header.model_source:
+        facts["model_source"] = state.header.model_source
     return facts if trial.val_acc is None else {**facts, "val_acc": repr(trial.val_acc)}
 
 
@@ -225,7 +228,9 @@ def load_network(path: Path) -> RawNet:
     """
     weights, metadata = load_weights(path), load_metadata(path)
     try:
-        config = TrainConfig.model_validate_json(metadata["config"])
+        config = TrainConfig(**json.loads(metadata["config"]))
+        if config.is_own:
+            add_source(metadata["model_source"])
         mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
         classes, side = json.loads(metadata["classes"]), int(metadata.get("side", CIFAR10.side))
         data = CIFAR10.model_copy(update={"class_names": tuple(classes), "side": side})

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tune_cifar.schema import TrainConfig
+from tune_cifar.schema import ARGUMENT, TrainConfig
 
 # Okabe and Ito's palette, readable with every common kind of colour blindness.
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
@@ -34,7 +34,9 @@ DPI = 110
 
 
 def label_knob(name: str) -> str:
-    """Return a knob's label and unit from the schema."""
+    """Return a knob's label and unit from the schema; a network's own argument is its name."""
+    if name.startswith(ARGUMENT):
+        return name.removeprefix(ARGUMENT)
     extra = TrainConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return f"{extra['label']} ({extra['unit']})" if extra["unit"] else str(extra["label"])
@@ -42,6 +44,8 @@ def label_knob(name: str) -> str:
 
 def is_log_knob(name: str) -> bool:
     """Return whether the schema asks for a logarithmic scale."""
+    if name.startswith(ARGUMENT):
+        return False
     extra = TrainConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return bool(extra["log"])

@@ -1,0 +1,299 @@
+"""A network of the user's own: its check, its source, its arguments."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.builders import SHAPES, make_config
+from tune_cifar.data.load import load_train_val
+from tune_cifar.dataset import CIFAR10
+from tune_cifar.errors import ConfigError
+from tune_cifar.models.build import build_model
+from tune_cifar.models.custom import (
+    Argument,
+    add_source,
+    check_network,
+    digest_source,
+    load_factory,
+    read_arguments,
+)
+from tune_cifar.models.summary import describe_model
+from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.space.reader import parse_space
+from tune_cifar.space.select import SearchSpace, select_tier
+from tune_cifar.space.template import make_space_text
+from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
+from tune_cifar.train.network import resolve_network
+from tune_cifar.train.trainer import Trainer
+
+HEAD = """
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes: int, dropout: float = 0.0, width: int = 8, deep: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, stride=4)
+        self.drop = nn.Dropout(dropout)
+        self.more = nn.Conv2d(width, width, 1) if deep else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        return self.head(self.drop(self.more(self.conv(images).relu())).mean((2, 3)))
+"""
+# Each adds a class Bad to the file; and what is said of it.
+BAD = {
+    "softmax": (
+        "def forward(self, x): return super().forward(x).softmax(1)",
+        "it must return logits, got probabilities (rows that sum to 1). Leave the softmax out.",
+    ),
+    "shape": (
+        "def forward(self, x): return super().forward(x)[:, :4]",
+        "logits of 2 images must be float (2, 10), got torch.float32 (2, 4).",
+    ),
+    "no tensor": (
+        "def forward(self, x): return [super().forward(x)]",
+        "it must return a tensor, got list.",
+    ),
+    "nan": (
+        "def forward(self, x): return super().forward(x) / 0",
+        "logits must be finite, got nan or inf.",
+    ),
+    "device": (
+        "def forward(self, x): return super().forward(x) + torch.zeros(10)",
+        "its tensors must be on its images' device, got one that stays on the CPU.",
+    ),
+}
+
+
+def write(folder: Path, more: str = "", name: str = "net.py") -> Path:
+    path = folder / name
+    path.write_text(HEAD + textwrap.dedent(more))
+    return path
+
+
+def make_own(name: str = "Net", **changes: Any) -> TrainConfig:
+    return make_config(model=f"net.py:{name}", **changes)
+
+
+def refuse(folder: Path, config: TrainConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_network(config, CIFAR10, folder)
+    return str(caught.value)
+
+
+def find_line(path: Path, text: str) -> int:
+    lines = path.read_text().splitlines()
+    return 1 + next(number for number, line in enumerate(lines) if text in line)
+
+
+def test_a_sound_network_is_described_by_its_constructor(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    found = check_network(make_own(model_args={"width": 12}), CIFAR10, tmp_path)
+    assert found.takes_dropout and found.source == path.read_text()
+    assert found.digest == digest_source(found.source)
+    assert found.arguments == (Argument("width", "int", 8), Argument("deep", "bool", False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD)
+def test_a_network_that_would_waste_a_search_is_refused_with_file_and_line(
+    case: str, tmp_path: Path
+) -> None:
+    forward, rule = BAD[case]
+    path = write(tmp_path, f"\nclass Bad(Net):\n    {forward}\n")
+    line = find_line(path, "class Bad")
+    assert refuse(tmp_path, make_own("Bad")) == f"net.py:{line}: {rule}"
+
+
+@pytest.mark.slow
+def test_what_its_code_raises_is_told_with_the_line_that_raised_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "\nclass Bad(Net):\n    def forward(self, x):\n        return x.nope\n")
+    line = find_line(path, "x.nope")
+    sentence = refuse(tmp_path, make_own("Bad"))
+    assert sentence.startswith(f"net.py:{line}: AttributeError: ")
+    path.write_text("class Net(:\n")
+    assert refuse(tmp_path, make_own()) == "net.py:1: invalid syntax."
+    path.write_text("import os\nos._exit(3)\n")
+    assert "the process that tried it ended with status 3" in refuse(tmp_path, make_own())
+
+
+@pytest.mark.slow
+def test_an_unused_parameter_and_a_batch_of_one_are_refused(tmp_path: Path) -> None:
+    more = """
+    class Unused(Net):
+        def __init__(self, num_classes: int):
+            super().__init__(num_classes)
+            self.spare = nn.Linear(2, 2)
+
+
+    class Normed(Net):
+        def __init__(self, num_classes: int):
+            super().__init__(num_classes)
+            self.norm = nn.BatchNorm1d(num_classes)
+
+        def forward(self, images):
+            return self.norm(super().forward(images))
+    """
+    write(tmp_path, more)
+    assert "parameter spare.weight gets no gradient" in refuse(tmp_path, make_own("Unused"))
+    single = make_own("Normed", train_size=61, batch_size=20)
+    assert "must leave no last batch of one image" in refuse(tmp_path, single)
+    assert check_network(make_own("Normed", train_size=60, batch_size=20), CIFAR10, tmp_path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    sentence = refuse(tmp_path, make_own())
+    assert sentence == f"model: the file of Net must be there, got no {tmp_path}/net.py or net.py."
+
+
+@pytest.mark.slow
+def test_arguments_must_fit_the_constructor(tmp_path: Path) -> None:
+    write(tmp_path, "\nclass Needs(Net):\n    def __init__(self, num_classes, size: int): ...\n")
+    unknown = make_own(model_args={"widht": 8})
+    assert "takes no argument widht. Did you mean width?" in refuse(tmp_path, unknown)
+    wrong = make_own(model_args={"width": 8.5})
+    assert "argument width must be int, got float 8.5" in refuse(tmp_path, wrong)
+    assert "argument size must be given as model_args" in refuse(tmp_path, make_own("Needs"))
+
+
+def test_a_constructor_is_read_without_calling_it() -> None:
+    def make(num_classes: int, width: int, scale=1.5, kind: str = "a", layer=torch.nn.ReLU): ...  # type: ignore[no-untyped-def]
+
+    takes_dropout, arguments = read_arguments(make, "x.py:1")
+    assert not takes_dropout
+    assert [(each.name, each.kind, each.default) for each in arguments] == [
+        ("width", "int", None),
+        ("scale", "float", 1.5),
+        ("kind", "str", "a"),
+    ]
+    with pytest.raises(ConfigError, match=r"^x.py:1: the constructor must take num_classes"):
+        read_arguments(lambda width: None, "x.py:1")
+
+
+def test_sources_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:
+    texts = [HEAD, HEAD.replace("width: int = 8", "width: int = 16")]
+    models = []
+    for text in [*texts, *texts]:
+        config = make_own(model_digest=add_source(text))
+        model: Any = build_model(config)
+        models.append(model.conv.out_channels)
+    assert models == [8, 16, 8, 16]
+    with pytest.raises(ConfigError, match=r"source of net.py:Net .* is not known here"):
+        build_model(make_own(model_digest="0" * 16))
+
+
+def test_an_installed_package_must_be_the_recorded_one() -> None:
+    reference = "torchvision.models:resnet18"
+    with pytest.raises(ConfigError, match="must be the recorded one, 0000"):
+        load_factory(reference, "0" * 16)
+    digest = digest_source(Path(torch_source()).read_text())
+    assert load_factory(reference, digest).__name__ == "resnet18"
+
+
+def torch_source() -> str:
+    from torchvision.models import resnet
+
+    return str(resnet.__file__)
+
+
+def test_arguments_and_source_are_part_of_the_fingerprint() -> None:
+    plain = make_own(model_args={"width": 8}, model_digest="a")
+    assert make_own(model_args={"width": 9}, model_digest="a").fingerprint != plain.fingerprint
+    assert make_own(model_args={"width": 8}, model_digest="b").fingerprint != plain.fingerprint
+    again = TrainConfig(**plain.model_dump(mode="json"))
+    assert again == plain and again.get("model_args.width") == 8
+    named = TrainConfig(**{**plain.model_dump(), "model_args.width": 9, "model_args.deep": True})
+    assert named.model_args == (("deep", True), ("width", 9))
+
+
+def make_space(tmp_path: Path, search: str = "", baseline: str = "") -> SearchSpace:
+    """A space of net.py, with more lines."""
+    arguments = [("width", "int", 8), ("deep", "bool", False)]
+    text = make_space_text("net.py:Net", "net", True, arguments)
+    text = text.replace("search:\n", f"search:\n{search}").replace("    width: 8\n", baseline)
+    (tmp_path / "net.yaml").write_text(text)
+    return select_tier(parse_space(text, tmp_path / "net.yaml"), "full")
+
+
+WIDTH = "  model_args.width: {low: 4, high: 16, step: 4}\n"
+
+
+def test_an_argument_is_searched_like_any_other_hyperparameter(tmp_path: Path) -> None:
+    write(tmp_path)
+    search = f"{WIDTH}  model_args.deep: {{choices: [false, true]}}\n"
+    space = make_space(tmp_path, search, "    width: 8\n")
+    assert space.baseline_params["model_args.width"] == 8
+    config = space.config({"model_args.width": 12, "model_args.deep": True, "max_lr": 0.2})
+    assert config.arguments == {"model_args.deep": True, "model_args.width": 12}
+    resolved = resolve_network(space, CIFAR10)
+    assert resolved.model_source == HEAD
+    assert resolved.baseline.model_digest == digest_source(HEAD)
+    assert resolve_network(resolved, CIFAR10) is resolved
+    with pytest.raises(ConfigError, match="`execution` must be eager for a network of your own"):
+        resolve_network(space, CIFAR10, "captured")
+
+
+@pytest.mark.slow
+def test_a_space_must_fit_the_constructor(tmp_path: Path) -> None:
+    write(tmp_path, "\ndef make(num_classes: int, width: float = 8.0): return Net(num_classes)\n")
+    space = make_space(tmp_path, WIDTH, "    width: 8\n")
+    plain = space.baseline.model_copy(update={"model": "net.py:make", "model_args": ()})
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="dropout must be 0 and not searched"):
+        resolve_network(replace(space, baseline=plain), CIFAR10)
+
+
+def test_layers_are_shown_and_a_receptive_field_where_it_is_known(
+    workplace: Path,
+) -> None:
+    write(workplace)
+    summary = describe_model("net.py:Net")
+    assert summary.layers[0].receptive_field == 3 and summary.receptive_field is None
+    assert summary.params == 3 * 8 * 9 + 8 + 8 * 10 + 10
+    with pytest.raises(ConfigError, match="must be there"):
+        describe_model("none.py:Net")
+
+
+DRAWING = """
+class Drawing(Net):
+    def forward(self, images):
+        if self.training:
+            images = images * (1 + 0.1 * random.random() + 0.1 * np.random.rand())
+        return super().forward(images)
+"""
+
+
+def test_global_generators_make_no_training_depend_on_another(
+    fp32: Numerics, tmp_path: Path
+) -> None:
+    """torch's Dropout, numpy and Python's random: bitwise, also from a checkpoint."""
+    digest = add_source(HEAD + DRAWING)
+    config = make_own("Drawing", model_digest=digest, dropout=0.3, epochs=3)
+    data = load_train_val(SHAPES, config.train_size, config.val_size)
+
+    def curve(trainer: Trainer) -> list[tuple[float, float | None]]:
+        return [(result.train_loss, result.val_loss) for result in trainer]
+
+    whole = curve(Trainer(config, data, fp32))
+    torch.rand(5)
+    interrupted, other = Trainer(config, data, fp32), Trainer(config, data, fp32)
+    next(iter(interrupted))
+    assert curve(other) == whole
+    save_checkpoint(tmp_path / "checkpoint-0001.pt", interrupted.state_dict())
+    resumed = Trainer(config, data, fp32)
+    resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint-0001.pt"))
+    assert curve(resumed) == whole[1:]
+    before = torch.get_rng_state()
+    next(iter(Trainer(config, data, fp32)))
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,68 @@
+"""The global random generators, which a network of the user's own may use."""
+
+from __future__ import annotations
+
+import random
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from tune_cifar.train.step import derive_seed
+
+
+class GlobalGenerators:
+    """The state of torch's, numpy's and Python's global generators in one training.
+
+    As a context it is put in their place, and what they had before comes back at the end: so
+    torch's own Dropout draws the same in every training of a seed, whatever ran before.
+
+    Args:
+        seed: of the training.
+
+    Attributes:
+        state: of tensors and plain containers, for a checkpoint.
+    """
+
+    def __init__(self, seed: int) -> None:
+        before = _read()
+        torch.manual_seed(derive_seed(seed, "global"))
+        np.random.seed(derive_seed(seed, "numpy") % 2**32)
+        random.seed(derive_seed(seed, "python"))
+        self.state = _read()
+        _write(before)
+
+    def __enter__(self) -> None:
+        self._before = _read()
+        _write(self.state)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.state = _read()
+        _write(self._before)
+
+
+def _read() -> dict[str, Any]:
+    kind, words, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(words).astype(np.int64)), *rest],
+        "python": [version, list(numbers), gauss],
+    }
+
+
+def _write(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
