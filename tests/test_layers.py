@@ -41,7 +41,8 @@ DEPENDENCIES = {
     "albumentations": {"augment/reference"},
     "cv2": {"augment/reference"},
     "scipy": {"search/gaussian_process", "verify/confirm"},
-    "pandas": {"report", "cli/leaderboard"},  # cli/leaderboard: for type checking only
+    # Both modules of cli: for type checking only.
+    "pandas": {"report", "cli/leaderboard", "cli/notebook"},
     "matplotlib": {"report"},
     "plotly": {"report/plots/interactive"},
     "jinja2": {"report/html"},
@@ -57,6 +58,7 @@ DEPENDENCIES = {
     "onnxruntime": {"verify/export"},
     "onnxscript": {"verify/export"},
     "cryptography": {"models/dropout"},
+    "IPython": {"cli/notebook"},
     "typer": {"cli"},
     "rich": {"cli"},
 }

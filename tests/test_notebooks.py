@@ -17,7 +17,9 @@ from tune_cifar.record.store import search_folder
 from tune_cifar.tracking.upload import make_tracking_uri, sync_search
 
 ANALYSIS = Path(__file__).parent.parent / "analysis"
-NOTEBOOKS = sorted(path.name for path in ANALYSIS.glob("*.ipynb"))
+OWN = "04_own_network.ipynb"
+# Those that read a recorded search.
+NOTEBOOKS = sorted(path.name for path in ANALYSIS.glob("*.ipynb") if path.name != OWN)
 SEARCH, COMPARE, BEST = NOTEBOOKS
 SAMPLES = sorted(path.parent for path in ANALYSIS.glob("sample/searches/*/record.jsonl"))
 # Pictures of a figure, as a front end shows them.
@@ -43,7 +45,8 @@ def find_parameters(notebook: Any) -> Any:
     return cell
 
 
-def test_there_are_three_notebooks() -> None:
+def test_there_are_three_notebooks_of_a_search_and_one_that_searches() -> None:
+    assert (ANALYSIS / OWN).exists()
     assert NOTEBOOKS == ["01_search.ipynb", "02_compare.ipynb", "03_best_model.ipynb"]
 
 
@@ -192,3 +195,22 @@ def test_the_best_model_notebook_shows_mistakes_as_pictures_where_cifar10_is(
     assert len(read_outputs(notebook, PNG)) == 6 + has_data
     text = "\n".join(read_outputs(notebook, "text/plain"))
     assert ("No pictures, only the table above: " in text) != has_data
+
+
+@pytest.mark.slow
+def test_the_notebook_of_an_own_network_searches_and_confirms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a kernel with a running event loop; the table is updated in place."""
+    notebook = read_notebook(OWN)
+    nbformat.validate(notebook)
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in list_code(notebook))
+    (tmp_path / "analysis").mkdir()
+    settings = {"train_size": 120, "val_size": 50, "batch_size": 5}
+    run_notebook(notebook, tmp_path / "analysis", monkeypatch, trials=3, settings=settings)
+    text = "\n".join(read_outputs(notebook, "text/plain"))
+    assert "identical\n" in text and "wide-cpu-" in text
+    tables = "\n".join(read_outputs(notebook, "text/html"))
+    assert "model_args.width" in tables and "all trials</p><table>" in tables
+    (report,) = (tmp_path / "runs" / "reports").glob("*.html")
+    assert report.name in text

@@ -1,4 +1,4 @@
-"""Hyperparameter search for CIFAR-10: every recipe corrected, searched fast, judged honestly.
+"""Hyperparameter search for small images: every recipe corrected, searched fast, judged honestly.
 
 The public API, imported when it is first used: importing the package itself costs nothing.
 """
@@ -9,18 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tune_cifar.cli.notebook import Run, run_search
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.store import load_searches
     from tune_cifar.report.trials import load_curves, load_trials
     from tune_cifar.schema import TrainConfig
     from tune_cifar.search.plan import SearchRequest
-    from tune_cifar.search.run import prepare_resume, prepare_search, run_search
+    from tune_cifar.search.run import prepare_resume, prepare_search
     from tune_cifar.space.select import load_space
     from tune_cifar.train.numerics import resolve_numerics
     from tune_cifar.train.trainer import Trainer
 
 __all__ = [
+    "Run",
     "SearchRequest",
     "TrainConfig",
     "Trainer",
@@ -45,7 +47,8 @@ _MODULES = {
     "SearchRequest": "search.plan",
     "prepare_resume": "search.run",
     "prepare_search": "search.run",
-    "run_search": "search.run",
+    "Run": "cli.notebook",
+    "run_search": "cli.notebook",
     "load_space": "space.select",
     "load_trials": "report.trials",
     "load_curves": "report.trials",

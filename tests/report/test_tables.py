@@ -313,3 +313,21 @@ def test_figures_of_a_search_with_a_single_trial_can_be_drawn(tmp_path: Path) ->
     for name, figure in draw_all(state).items():
         save(figure, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_knob_with_a_value_of_zero_stands_on_a_linear_scale() -> None:
+    """A weight decay of 0, which has no logarithm."""
+    rows = [
+        (knob, value, number, "complete", "sampler", 0.5 + 0.01 * number, 0.6)
+        for knob in ("weight_decay", "max_lr")
+        for number, value in enumerate((0.0, 1e-3) if knob == "weight_decay" else (0.1, 0.2))
+    ]
+    columns = ["knob", "value", "trial", "status", "origin", "rung_score", "score"]
+    slices = pd.DataFrame(rows, columns=columns).astype({"value": "object"})
+    sliced = figures.draw_slices(slices, "x")
+    assert [axes.get_xscale() for axes in sliced.axes[:2]] == ["linear", "log"]
+    pair = figures.draw_pair(slices, ("weight_decay", "max_lr"), "x")
+    assert pair.axes[0].get_xlabel().startswith("weight decay")
+    assert pair.axes[0].get_ylabel().startswith("log10 of ")
+    figures.draw_parallel(slices, "x")
+    assert "weight decay" in make_parallel_html(slices)

@@ -34,7 +34,7 @@ from tests.builders import (
     run_in_a_process,
     write_record,
 )
-from tune_cifar.cli.confirm import _choose_name, describe_curse, describe_pairs
+from tune_cifar.cli.confirm import choose_name, describe_curse, describe_pairs
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, DataError, NameTakenError, RecordError
 from tune_cifar.record.events import Confirmation, Event, Kind
@@ -696,11 +696,11 @@ def test_a_confirmation_nobody_named_takes_a_number_where_something_else_has_its
     store: Path,
 ) -> None:
     write_search(store, [0.5], "y-confirm", data=SHAPES_INFO)
-    assert _choose_name(store, "y", False) == "y-confirm-2"
-    assert _choose_name(store, "x", True) == "x-final"
-    assert _choose_name(store, "z" * 64, False) == f"{'z' * 54}-confirm"
+    assert choose_name(store, "y", False) == "y-confirm-2"
+    assert choose_name(store, "x", True) == "x-final"
+    assert choose_name(store, "z" * 64, False) == f"{'z' * 54}-confirm"
     with pytest.raises(NameTakenError):
-        _choose_name(store, "x", False)
+        choose_name(store, "x", False)
 
 
 def test_a_confirmation_from_before_there_was_a_top_counts_its_candidates(workplace: Path) -> None:

@@ -156,7 +156,7 @@ def resume_confirmation(
         gpus_per_trial=gpus_per_trial,
         max_concurrent=max_concurrent,
         tracking_uri=tracking_uri,
-        keep_weights=_count_weights(settled),
+        keep_weights=count_weights(settled),
     )
     console = stderr() if as_json else stdout()
     with console.status("reading the record and starting the workers ..."):
@@ -168,7 +168,7 @@ def resume_confirmation(
     _run(plan, data, as_json)
 
 
-def _count_weights(settled: Confirmation) -> int:
+def count_weights(settled: Confirmation) -> int:
     """Of how many trainings the weights are kept: the test set needs all of them."""
     return settled.num_trials if settled.final else 1
 
@@ -197,7 +197,7 @@ def _finish(state: SearchState, data: str | None, tracking_uri: str | None, as_j
         paste(f"\ncontinue it with:\n  {command}", console)
         raise typer.Exit(130)
     if settled.final:
-        _evaluate_tests(state, data, tracking_uri, console)
+        evaluate_tests(state, data, tracking_uri, console)
     _report(state, as_json, console)
     if not (settled.final or as_json):
         command = f"python -m tune_cifar confirm --search {settled.search}{given} --final"
@@ -220,7 +220,7 @@ def _refuse_changed(context: typer.Context, recorded: SearchState) -> None:
     options.refuse_changed(context, recorded.header, more)
 
 
-def _choose_name(storage: Path, search: str, is_final: bool) -> str:
+def choose_name(storage: Path, search: str, is_final: bool) -> str:
     """Return the name of a confirmation that was given none: the search's, -confirm or -final.
 
     A number is added where something else has the name.
@@ -294,8 +294,8 @@ def _plan(
     with console.status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
-        name = request.name or _choose_name(request.storage, search, is_final)
-        request = replace(request, name=name, keep_weights=_count_weights(settled))
+        name = request.name or choose_name(request.storage, search, is_final)
+        request = replace(request, name=name, keep_weights=count_weights(settled))
         plan = prepare_search(space, request, settled)
     for note in (*plan.notes, plan.describe()):
         say(note, console)
@@ -321,7 +321,7 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
     print_confirmed(confirmed, state, console)
 
 
-def _evaluate_tests(
+def evaluate_tests(
     state: SearchState, data: str | None, tracking_uri: str | None, console: Console
 ) -> None:
     """Evaluate on the test set every complete training that was not evaluated on it before."""

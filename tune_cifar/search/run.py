@@ -349,6 +349,8 @@ def _run_tune(
                 storage_path=scratch,
                 stop=_Stopper(driver),
                 verbose=0,
+                # Else Tune clears a notebook's cell, and our table with it.
+                progress_reporter=tune.CLIReporter(),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()

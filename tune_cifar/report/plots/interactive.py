@@ -45,7 +45,7 @@ def _make_axis(values: pd.Series[Any], knob: str) -> dict[str, object]:
             ticks, texts = [-1, *ticks], ["inactive", *texts]
         return axis | {"values": list(codes), "tickvals": ticks, "ticktext": texts}
     numbers = values.astype("float64")
-    is_log, has_inactive = is_log_knob(knob), bool(numbers.isna().any())
+    is_log, has_inactive = is_log_knob(knob, numbers), bool(numbers.isna().any())
     if not is_log and not has_inactive:
         return axis | {"values": list(numbers)}
     places = numbers.map(math.log10, na_action="ignore") if is_log else numbers

@@ -217,9 +217,10 @@ def draw_slices(slices: pd.DataFrame, title: str) -> Figure:
         axes.scatter(rows["value"], 100 * rows["rung_score"], c=rows["trial"], **dots)
         base = rows[rows["origin"] == "baseline"]
         axes.plot(base["value"], 100 * base["rung_score"], "*", **star)
-        if is_log_knob(knob):
+        is_text = rows["value"].map(lambda value: isinstance(value, str)).any()
+        if not is_text and is_log_knob(knob, rows["value"]):
             axes.set_xscale("log")
-        if rows["value"].map(lambda value: isinstance(value, str)).any():
+        if is_text:
             axes.margins(x=0.25)  # room for the names of choices at the ends
         axes.set_xlabel(label_knob(knob))
         tidy(axes)
@@ -246,7 +247,10 @@ def draw_pair(slices: pd.DataFrame, pair: tuple[str, str], title: str) -> Figure
     wide = slices[slices["knob"].isin(pair)].pivot(index="trial", columns="knob", values="value")
     rung_scores = slices.drop_duplicates("trial").set_index("trial")["rung_score"]
     wide = wide.join(rung_scores).dropna().astype("float64")
-    x, y = (np.log10(wide[knob]) if is_log_knob(knob) else wide[knob] for knob in pair)
+    is_log = [is_log_knob(knob, wide[knob]) for knob in pair]
+    x, y = (
+        np.log10(wide[knob]) if log else wide[knob] for knob, log in zip(pair, is_log, strict=True)
+    )
     percent = 100 * wide["rung_score"]
     shades = _shade(percent)
     look: dict[str, Any] = {"cmap": SCORE_COLOURS, "norm": shades}
@@ -254,7 +258,7 @@ def draw_pair(slices: pd.DataFrame, pair: tuple[str, str], title: str) -> Figure
         levels = np.linspace(float(shades.vmin or 0), float(shades.vmax or 1), 11)
         axes.tricontourf(x, y, percent, levels=levels, extend="min", alpha=0.55, **look)
     dots = axes.scatter(x, y, c=percent, edgecolors="black", s=40, **look)
-    logs = ["log10 of " if is_log_knob(knob) else "" for knob in pair]
+    logs = ["log10 of " if log else "" for log in is_log]
     axes.set_xlabel(logs[0] + label_knob(pair[0]))
     axes.set_ylabel(logs[1] + label_knob(pair[1]))
     figure.colorbar(dots, label="accuracy at the first rung (%)", extend="min")
@@ -381,7 +385,7 @@ def _place_values(values: pd.Series[Any], knob: str) -> NDArray[np.float64]:
     if values.map(lambda value: isinstance(value, str)).any():
         return pd.factorize(values, sort=True)[0].astype(np.float64)
     numbers = values.to_numpy(np.float64)
-    return np.log(numbers) if is_log_knob(knob) else numbers
+    return np.log(numbers) if is_log_knob(knob, numbers) else numbers
 
 
 def _mark_axis(values: pd.Series[Any]) -> list[tuple[str, float]]:

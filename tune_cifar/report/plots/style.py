@@ -42,13 +42,16 @@ def label_knob(name: str) -> str:
     return f"{extra['label']} ({extra['unit']})" if extra["unit"] else str(extra["label"])
 
 
-def is_log_knob(name: str) -> bool:
-    """Return whether the schema asks for a logarithmic scale."""
+def is_log_knob(name: str, values: Iterable[Any]) -> bool:
+    """Return whether the schema asks for a logarithmic scale, and the values can stand on it.
+
+    A weight decay of 0 cannot; missing values count as nothing.
+    """
     if name.startswith(ARGUMENT):
         return False
     extra = TrainConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
-    return bool(extra["log"])
+    return bool(extra["log"]) and not any(value <= 0 for value in values if value is not None)
 
 
 def label_epochs(number: int) -> str:

@@ -1,0 +1,111 @@
+"""`run_search` from Python: what it takes, shows and returns."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tune_cifar
+from tests.builders import ROOT, make_events, write_search
+from tune_cifar.cli import notebook
+from tune_cifar.cli.notebook import Run, run_search
+from tune_cifar.cli.search import search as search_command
+from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.record.state import SearchState
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> SearchState:
+    return write_search(tmp_path, "s7-1", 1, make_events())
+
+
+def test_the_parameters_are_the_options_of_the_command_with_their_defaults() -> None:
+    ours = inspect.signature(run_search).parameters
+    theirs = inspect.signature(search_command).parameters
+    left_out = {"context", "resume", "accept_changes"}
+    for name, option in theirs.items():
+        if name not in left_out:
+            is_same = ours[name].default == option.default or name in ("space", "warm_start")
+            assert is_same, name
+    assert set(ours) - set(theirs) == {"listener", "on_interrupt"}
+
+
+def test_a_run_is_a_line_and_a_table(state: SearchState) -> None:
+    run = Run(state)
+    assert repr(run).startswith("<Run s7-1: 2 complete, 1 stopped, 1 diverged, 1 failed; best 80")
+    assert run._repr_html_().count("<tr>") == 3
+    assert len(run.trials) == len(state.trials) and run.best is state.best
+    with pytest.raises(ConfigError, match="is no confirmation"):
+        _ = run.candidates
+    with pytest.raises(RecordError, match=r"`trial` must be the number of a trial, got 99"):
+        run.reproduce(trial=99)
+
+
+def test_text_of_a_table_cannot_be_markup() -> None:
+    assert notebook._make_html("<b>", [["<i>"]]) == (
+        "<p>&lt;b&gt;</p><table><tr><th>&lt;i&gt;</th></tr></table>"
+    )
+
+
+def test_the_line_is_for_terminals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((io.StringIO(), ""), (Terminal(), "\r\x1b[Khello")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        notebook._show_line("hello", [])
+        assert stream.getvalue() == shown
+
+
+SCRIPT = """
+import importlib, pkgutil
+import tune_cifar
+
+for found in pkgutil.walk_packages(tune_cifar.__path__, "tune_cifar."):
+    if not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+assert callable(tune_cifar.run_search)
+sizes = {"train_size": 120, "val_size": 50, "batch_size": 10}
+more = dict(tier="cpu", data="shapes", settings=sizes, trials=3)
+run = tune_cifar.run_search("smoke", name="one", **more)
+again = tune_cifar.run_search("smoke", name="two", **more)
+same = [list(each.trials["score"].fillna(-1)) for each in (run, again)]
+assert same[0] == same[1] and run.state.is_finished
+assert run.reproduce().verdict == "identical"
+confirmed = run.confirm(seeds=2, top=1)
+assert confirmed.candidates[0].mean is not None
+assert 0 <= run.evaluate().accuracy <= 1
+assert run.report().exists()
+space = tune_cifar.load_space("smoke", "cpu", sizes).limit(1)
+request = tune_cifar.SearchRequest(tune_cifar.find_data("shapes"), run.state.storage, "x", "plan")
+state, faults = tune_cifar.run_search(tune_cifar.prepare_search(space, request))
+assert state.header.name == "plan" and faults == []
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_script_searches_twice_and_does_all_that_the_commands_do(workplace: Path) -> None:
+    """Also with every submodule imported before: none hides the function."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        cwd=workplace,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=600,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+def test_the_public_names_are_there() -> None:
+    names: Any = tune_cifar.__all__
+    assert all(getattr(tune_cifar, name) is not None for name in names)
