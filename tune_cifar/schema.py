@@ -180,13 +180,13 @@ class TrainConfig(Frozen):
             problem = describe_validation_error(exc, TrainConfig)
             raise ConfigError(f"configuration: {problem}") from exc
 
-    @field_validator("model")
+    @field_validator("model", mode="before")
     @classmethod
-    def _check_model(cls, value: str) -> str:
+    def _check_model(cls, value: Any) -> Any:
         names = get_args(ModelName)
-        if value not in names and not OWN_MODEL.fullmatch(value):
+        if value not in names and not OWN_MODEL.fullmatch(str(value)):
             known = ", ".join(map(repr, names))
-            hint = did_you_mean(value, names)
+            hint = did_you_mean(str(value), names)
             raise ValueError(f"model must be {known} or {OWN_MODEL_WORDS}, got {value!r}.{hint}")
         return value
 
