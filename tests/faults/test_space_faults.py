@@ -150,7 +150,7 @@ def test_an_unknown_name_is_refused_at_its_line_with_the_nearest(folder: Path, c
 
 INTEGER = "14: epochs: input should be a valid integer"
 FINITE = "12: max_lr: input should be a finite number"
-MODEL = "9: model must be 's6', 's7', 's8', 's10' or 's10_postact'"
+MODEL = "9: model must be 's6', 's7', 's8', 's10', 's10_postact' or your own FILE.py:NAME"
 WRONG = {
     "text for a number": ("epochs: 4", "epochs: four", f"{INTEGER}, got 'four'."),
     "list for a number": ("epochs: 4", "epochs: [4]", f"{INTEGER}, got (4,)."),
