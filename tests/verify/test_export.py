@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.builders import ROOT, SHAPES, invoke, refuse, train_small
 from tune_cifar.data.load import Split, load_train_val
 from tune_cifar.data.shapes import SHAPE_NAMES
+from tune_cifar.data.shapes import SHAPES as SHAPES_DATA
 from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError, RecordError
 from tune_cifar.models.build import MODELS
@@ -179,7 +180,7 @@ def test_a_file_with_one_altered_weight_is_caught(
     tmp_path: Path, trained: SearchState, val: Split, fp32: Numerics
 ) -> None:
     trainer, path = load_small(trained, fp32), tmp_path / "x.safetensors"
-    metadata, logits = describe_run(trained, trained.trials[0]), trainer.predict(val)
+    metadata, logits = describe_run(trained, trained.trials[0], SHAPES_DATA), trainer.predict(val)
     write_safetensors(path, trainer.model, metadata)
     theirs = answer_images(path, "safetensors", val.images_NCHW)
     check_agreement(compare_logits(logits, theirs, "validation"), "x:0", "safetensors")
@@ -197,7 +198,7 @@ def test_a_file_with_other_constants_is_caught(
     tmp_path: Path, trained: SearchState, val: Split, fp32: Numerics, key: str
 ) -> None:
     trainer, path = load_small(trained, fp32), tmp_path / "x.safetensors"
-    metadata = describe_run(trained, trained.trials[0]) | {key: "[0.49, 0.48, 0.45]"}
+    metadata = describe_run(trained, trained.trials[0], SHAPES_DATA) | {key: "[0.49, 0.48, 0.45]"}
     write_safetensors(path, trainer.model, metadata)
     found = answer_images(path, "safetensors", val.images_NCHW)
     assert not compare_logits(trainer.predict(val), found, "validation").holds
@@ -271,7 +272,7 @@ def test_a_file_that_is_no_export_is_refused(tmp_path: Path, trained: SearchStat
     kept = trained.folder / str(trained.trials[0].weights_file)
     with pytest.raises(CheckpointError, match="the file is not an exported network: no 'config'"):
         load_network(kept)
-    metadata = describe_run(trained, trained.trials[0])
+    metadata = describe_run(trained, trained.trials[0], SHAPES_DATA)
     save_weights(tmp_path / "x", load_weights(kept) | {"more": torch.zeros(1)}, metadata)
     with pytest.raises(CheckpointError, match=r"network: Error.* in loading state_dict"):
         load_network(tmp_path / "x")
@@ -319,7 +320,7 @@ def test_an_onnx_export_says_what_it_is_and_nothing_of_the_machine(trained: Sear
     assert answer.exit_code == 0, answer.output
     assert json.loads(answer.stdout)["format"] == "onnx"
     found = open_session(Path("x.onnx")).get_modelmeta().custom_metadata_map
-    expected = describe_run(trained, trained.trials[0])
+    expected = describe_run(trained, trained.trials[0], SHAPES_DATA)
     assert found == expected | {"input": found["input"]}
     assert "normalizes them itself" in found["input"]
     graph = onnx.load("x.onnx")
