@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from tests.builders import SHAPES, make_config
 from tune_cifar.data.load import load_train_val
 from tune_cifar.dataset import CIFAR10
-from tune_cifar.errors import ConfigError
+from tune_cifar.errors import CheckpointError, ConfigError
 from tune_cifar.models.build import build_model
 from tune_cifar.models.custom import (
     Argument,
@@ -27,9 +28,10 @@ from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import SearchSpace, select_tier
 from tune_cifar.space.template import make_space_text
-from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
+from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from tune_cifar.train.network import resolve_network
 from tune_cifar.train.trainer import Trainer
+from tune_cifar.verify.export import load_network
 
 HEAD = """
 import random
@@ -297,3 +299,19 @@ def test_global_generators_make_no_training_depend_on_another(
     before = torch.get_rng_state()
     next(iter(Trainer(config, data, fp32)))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_exported_file_runs_no_source_of_its_own_unasked(tmp_path: Path) -> None:
+    text = f"{HEAD}\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    config = make_own(model_digest=digest_source(text))
+    weights = {"head.bias": torch.zeros(10)}
+    names = list(CIFAR10.class_names)
+    metadata = {"config": config.model_dump_json(), "classes": json.dumps(names)}
+    metadata |= {"mean": "[0.5, 0.5, 0.5]", "std": "[1, 1, 1]", "model_source": text}
+    save_weights(tmp_path / "net.safetensors", weights, metadata)
+    with pytest.raises(ConfigError, match="is not known here"):
+        load_network(tmp_path / "net.safetensors")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(CheckpointError):  # its weights are not all there
+        load_network(tmp_path / "net.safetensors", run_source=True)
+    assert (tmp_path / "ran").exists()

@@ -220,16 +220,22 @@ def write_onnx(
     write_atomically(path, program.model_proto.SerializeToString())
 
 
-def load_network(path: Path) -> RawNet:
+def load_network(path: Path, run_source: bool = False) -> RawNet:
     """Load the network of an exported safetensors file, from that file alone, for raw images.
 
+    Args:
+        run_source: run the source of a network of somebody's own that the file carries. Only for
+            files that you trust: it may do anything.
+
     Raises:
+        ConfigError: the file carries a source that this process does not know, without
+            `run_source`.
         CheckpointError: when the file is not safetensors, or was not exported by `export_run`.
     """
     weights, metadata = load_weights(path), load_metadata(path)
     try:
         config = TrainConfig(**json.loads(metadata["config"]))
-        if config.is_own:
+        if config.is_own and run_source:
             add_source(metadata["model_source"])
         mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
         classes, side = json.loads(metadata["classes"]), int(metadata.get("side", CIFAR10.side))
