@@ -45,6 +45,7 @@ from tune_cifar.errors import (
 )
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
+from tune_cifar.space.select import read_space, select_tier
 
 EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
 
@@ -325,6 +326,27 @@ def test_spaces_are_listed_shown_and_checked() -> None:
             and "sound (" in answer.stdout
             and "knobs in tier cpu" in answer.stdout
         )
+
+
+TINY = """
+from torch import nn
+
+class Tiny(nn.Sequential):
+    def __init__(self, num_classes: int):
+        super().__init__(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, num_classes))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_space_takes_its_max_lr_from_an_lr_range_test(workplace: Path) -> None:
+    Path("tiny.py").write_text(TINY)
+    answer = invoke("spaces", "new", "tiny.py:Tiny", "--measure", "--data", "shapes")
+    assert answer.exit_code == 0, answer.output
+    Path("tiny.yaml").write_text(answer.stdout)
+    max_lr = select_tier(read_space(Path("tiny.yaml")), "full").baseline.max_lr
+    assert max_lr != 0.1 and 1e-3 < max_lr < 1
+    assert f"suggestion: max_lr {max_lr:.2e}" in answer.stderr
+    assert invoke("spaces", "check", "tiny.yaml").exit_code == 0
 
 
 def test_models_as_json_has_exactly_the_promised_keys() -> None:

@@ -1,7 +1,7 @@
 """Searches from Python, in a script or a notebook: `run_search("s7", max_time="8m")`.
 
-The names and defaults are the command line's. In Jupyter a table is updated in place; elsewhere a
-line on stderr is.
+The names and defaults are the command line's. In Jupyter a table is updated in place; elsewhere the
+command's display appears on stderr.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from tune_cifar.cli import live
 from tune_cifar.cli.live import SearchView, only_shows
+from tune_cifar.cli.terminal import say, stderr
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import Event
 from tune_cifar.record.state import SearchState, TrialState, describe_counts
@@ -156,7 +158,7 @@ class Run:
         source = find_recorded_data(self.state, self.data)
         loaded = load_recorded_data(self.state, chosen, source)
         numerics = restore_numerics(chosen.driver.numerics)
-        show = _choose_show()
+        show = _make_notebook_show() if _is_in_notebook() else _show_line
 
         def on_epoch(recorded: Any, fresh: Any, difference: str | None) -> None:
             words = "differs" if difference else "agrees"
@@ -294,12 +296,15 @@ def run_search(
 
 
 def _run(plan: SearchPlan, data: str | None) -> Run:
-    """Run a plan and show it."""
+    """Run a plan and show it: in Jupyter a table, elsewhere what the command shows, on stderr."""
     from tune_cifar.search.run import run_search as run_plan
 
-    view = _NotebookView(plan, _choose_show())
-    state, faults = run_plan(plan, view.on_event)
-    view.end(state)
+    if _is_in_notebook():
+        view = _NotebookView(plan, _make_notebook_show())
+        state, faults = run_plan(plan, view.on_event, view.stop)
+        view.end(state)
+    else:
+        state, faults = live.run_plan(plan, stderr())
     return Run(state, tuple(faults), data, plan.request.tracking_uri)
 
 
@@ -314,14 +319,23 @@ class _NotebookView(SearchView):
     @only_shows
     def on_event(self, state: SearchState, event: Event) -> None:
         self._state = replace(state, trials=dict(state.trials))
-        left = f"about {format_seconds(self.eta_seconds())} to go"
-        self._show(f"{state.header.name}: {_describe(state)}; {left}", _list_rows(state))
+        self._update(f"about {format_seconds(self.eta_seconds())} to go")
+
+    @only_shows
+    def stop(self) -> None:
+        """Show that the search is about to end; called from a signal's handler."""
+        self._update("stopping after the running epochs; interrupt again to stop at once")
 
     @only_shows
     def end(self, state: SearchState) -> None:
         """Show the last state."""
-        reason = state.finished.reason if state.finished else "it goes on"
-        self._show(f"{state.header.name}: {_describe(state)}; {reason}", _list_rows(state))
+        self._state = state
+        self._update(state.finished.reason if state.finished else "it goes on")
+
+    def _update(self, what: str) -> None:
+        if (state := self._state) is not None:
+            headline = f"{state.header.name}: {_describe(state)}; {what}"
+            self._show(headline, _list_rows(state))
 
 
 def _describe(state: SearchState) -> str:
@@ -346,13 +360,11 @@ def _list_rows(state: SearchState) -> list[list[str]]:
     return rows
 
 
-def _choose_show() -> Show:
-    """Return what updates a table in a notebook, or a line on a terminal's stderr."""
+def _is_in_notebook() -> bool:
+    """Return whether this runs in a cell, whose output can be updated."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    if shell is not None and hasattr(shell, "kernel"):
-        return _make_notebook_show()
-    return _show_line
+    return shell is not None and hasattr(shell, "kernel")
 
 
 def _make_notebook_show() -> Show:
@@ -368,9 +380,7 @@ def _make_notebook_show() -> Show:
 
 
 def _show_line(headline: str, rows: list[list[str]]) -> None:
-    if sys.stderr is not None and sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{headline}")
-        sys.stderr.flush()
+    say(headline, stderr())
 
 
 def _make_html(headline: str, rows: list[list[str]]) -> str:

@@ -152,7 +152,8 @@ def _measure_lr(text: str, name: str, data: str | None) -> float | None:
     source = find_data(data)
     about = describe_data(source)
     space = select_tier(parse_space(text, Path(f"{name}.yaml")), "cpu", None, about)
-    return measure_lr(resolve_network(space, about).baseline, source, stderr())
+    max_lr = measure_lr(resolve_network(space, about).baseline, source, stderr())
+    return None if max_lr is None else float(f"{max_lr:.3g}")
 
 
 @app.command()

@@ -306,7 +306,9 @@ def _find_data_at(place: str, given_by: str) -> DataSource:
     if problem:
         rule = f"{given_by} must be a folder with {BATCHES_FOLDER} in it"
         words = ["shapes", "cifar100", *list_imported()]
-        hint = f"{did_you_mean(place, words)} {_describe_remedy(folder)}"
+        is_name = given.name == place
+        known = " `data list` lists imported data sets." if is_name else ""
+        hint = f"{did_you_mean(place, words)}{known} {_describe_remedy(folder)}"
         raise DataError(f"{rule}, got {place!r}, which {problem}.{hint}")
     return _check_train_files_exist(folder)
 
