@@ -1356,12 +1356,16 @@ PETS = CIFAR10.model_copy(
 )
 
 
-def test_sizes_of_a_file_mean_all_images_of_other_data_unless_the_tier_or_a_pin_names_one() -> None:
+def test_sizes_of_a_file_mean_all_images_of_other_data_unless_tier_or_pin_name_fewer() -> None:
     full = load_space("s7", "full", {"batch_size": 32}, PETS)
     assert (full.baseline.train_size, full.baseline.val_size) == (900, 100)
     assert full.pinned == {"batch_size": 32, "train_size": 900, "val_size": 100}
     some = load_space("s7", "full", {"batch_size": 32, "train_size": 500}, PETS)
     assert (some.baseline.train_size, some.baseline.val_size) == (500, 100)
+    assert load_space("s7", "cpu", None, PETS).pinned == {"train_size": 900, "val_size": 100}
+    many = PETS.model_copy(update={"num_train": 9_000})
+    few = load_space("s7", "cpu", None, many)
+    assert few.baseline.train_size == 6_000 and few.pinned == {"val_size": 100}
     # As many images as CIFAR-10 has, as CIFAR-100: the file's sizes stay.
     alike = CIFAR10.model_copy(update={"name": "cifar100"})
     assert load_space("s7", "full", None, alike).pinned == {}
@@ -1370,7 +1374,7 @@ def test_sizes_of_a_file_mean_all_images_of_other_data_unless_the_tier_or_a_pin_
 
 def test_a_size_that_is_too_large_for_the_data_is_refused_with_the_largest_that_fits() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_space("s7", "cpu", None, PETS)
+        load_space("s7", "cpu", {"val_size": 1000}, PETS)
     problem = "val_size <= 100 must hold, got 1000."
     hint = "All images are train_size=900 and val_size=100."
     assert str(caught.value) == f"`settings` on pets: {problem} {hint}"

@@ -140,7 +140,7 @@ def select_tier(
 
     Searched knobs that the pins make inactive are dropped. A pinned `epochs` becomes the last rung;
     earlier rungs stay if they are smaller. A file's sizes are CIFAR-10's: of data with other sizes
-    all images are taken, as if pinned, unless the tier or a pin names a size.
+    all images are taken, as if pinned, unless the tier names fewer or a pin names a size.
 
     Args:
         data: None for a recorded space, which was checked before.
@@ -157,7 +157,7 @@ def select_tier(
     chosen = file.tiers[tier]
     pins = {name: _read_pin(name, value) for name, value in (pinned or {}).items()}
     for name, size in _list_other_sizes(data or CIFAR10).items():
-        if name not in chosen.settings:
+        if chosen.settings.get(name, size) >= size:
             pins.setdefault(name, size)
     unpinned = {name: file.search[name] for name in chosen.searched if name not in pins}
     _check_arguments(file, pins)
