@@ -45,7 +45,7 @@ COPY pyproject.toml constraints.txt ./
 RUN --mount=type=cache,target=/cache \
     uv pip install --compile-bytecode -c constraints.txt \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX" --index-strategy unsafe-best-match} \
-    -r pyproject.toml --extra onnx --extra dashboard
+    -r pyproject.toml --extra onnx --extra dashboard --extra cluster --extra s3 --extra postgres
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     uv pip install --compile-bytecode --no-deps /dist/*.whl
 
@@ -53,7 +53,7 @@ FROM tools AS environment-cuda
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=cache,target=/cache \
     uv pip install --compile-bytecode -c constraints.txt \
-    -r pyproject.toml --extra onnx --extra dashboard
+    -r pyproject.toml --extra onnx --extra dashboard --extra cluster --extra s3 --extra postgres
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     uv pip install --compile-bytecode --no-deps /dist/*.whl
 

@@ -8,7 +8,7 @@ READY := .venv/.ready
 
 KILLS ?= 20
 
-.PHONY: search test test-default test-faults browser lint bench bench-gpu rows docs clean
+.PHONY: search test test-default test-faults browser services lint bench bench-gpu rows docs clean
 
 # On CIFAR-10, or on synthetic data if it cannot be fetched; the command prints a banner then.
 search: $(READY)
@@ -30,16 +30,19 @@ test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED_TESTS) $(COVERED:%=--cov=tune_cifar.%) --cov-branch \
 	  --cov-report=term-missing --cov-fail-under=100
 
-# Chromium and its driver for the browser tests, if apt can install them without a password.
-APT := apt-get -qq -o DPkg::Lock::Timeout=120
+# Chromium and its driver for the browser tests.
 browser:
-	@if command -v chromedriver >/dev/null; then exit 0; fi; \
-	if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
-	if command -v apt-get >/dev/null && $$as true 2>/dev/null && $$as $(APT) update \
-	  && $$as env DEBIAN_FRONTEND=noninteractive $(APT) install --no-install-recommends \
-	    chromium chromium-driver >/dev/null; \
-	then exit 0; fi; \
-	echo "chromedriver is missing and could not be installed: the browser tests will be skipped."
+	@command -v chromedriver >/dev/null || \
+	  tools/apt.sh "the browser tests will be skipped." chromium chromium-driver
+
+# PostgreSQL, and the drivers for it and for S3, for the tests of a tracking server and of a mirror.
+services: $(READY)
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+	  tools/apt.sh "the tests of a tracking server will be skipped." postgresql
+	@if command -v uv >/dev/null 2>&1; then pip="uv pip install --python $(BIN)/python"; \
+	else pip="$(BIN)/python -m pip install --disable-pip-version-check"; fi; \
+	$$pip --quiet -c constraints.txt -e '.[dev,s3,postgres]' || \
+	  echo "no drivers for PostgreSQL and S3: their tests will be skipped."
 
 # Every fault injected into complete searches, KILLS times kill -9; and all else that takes minutes.
 test-faults: $(READY)

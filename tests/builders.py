@@ -52,8 +52,8 @@ from tune_cifar.schema import (
     Status,
     TrainConfig,
 )
+from tune_cifar.search.adapters import TuneScheduler, TuneSearcher
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.search.run import _Scheduler, _Searcher
 from tune_cifar.search.worker import TrialWorker
 from tune_cifar.space.layout import Budget, Fidelity, SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
@@ -564,7 +564,7 @@ def run_trials(
         is_last_recorded: whether the driver still records the last of them.
     """
     fixed = {"source": ("shapes", None), "numerics": numerics.model_dump(mode="json")}
-    searcher, scheduler = _Searcher(driver, fixed), _Scheduler(driver)
+    searcher, scheduler = TuneSearcher(driver, fixed), TuneScheduler(driver)
     while isinstance(task := searcher.suggest("t"), dict):
         worker, is_running = object.__new__(TrialWorker), True
         worker.setup(task)

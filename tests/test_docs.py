@@ -324,6 +324,7 @@ def make_small(words: Words, best: str) -> Words:
     name = find_command(words)
     options = list_options(name)
     filled = {"NAME": NAME, "NAME:7": best, "FILE": str(ROOT / "search_spaces" / "smoke.yaml")}
+    filled["URL"] = (Path.cwd() / "mirror").as_uri()
     small = [filled.get(word, word) for word in words]
     if "--space" in small:
         place = small.index("--space")

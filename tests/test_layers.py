@@ -27,7 +27,10 @@ TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}
 FREE = {"errors", "schema"}
 # The packages and modules that may import a heavy or replaceable dependency.
 DEPENDENCIES = {
-    "ray": {"search/run", "search/worker", "search/cluster"},
+    "ray": {
+        *("search/run", "search/adapters", "search/worker", "search/cluster"),
+        *("search/survey", "search/run_store"),
+    },
     "optuna": {
         "space",
         "search/sampler",
@@ -37,6 +40,7 @@ DEPENDENCIES = {
     },
     "mlflow": {"tracking"},
     "filelock": {"tracking"},
+    "fsspec": {"record/mirror"},
     "sqlalchemy": {"tracking"},
     "albumentations": {"augment/reference"},
     "cv2": {"augment/reference"},

@@ -22,11 +22,11 @@ import pytest
 
 from tests.builders import invoke, refuse
 from tune_cifar.errors import ConfigError
+from tune_cifar.record.files import CHECKPOINTS
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import find_best, load_searches, search_folder
 from tune_cifar.report.trials import load_trials, load_uploaded_trials
 from tune_cifar.train.checkpoint import CheckpointFolder, load_weights
-from tune_cifar.train.trial import CHECKPOINTS
 
 ARCHIVE = Path(__file__).parent / "recorded" / "before-the-move.tar.xz"
 

@@ -562,6 +562,7 @@ def test_plan_as_json_has_exactly_the_promised_keys() -> None:
             "trials",
             "trial_epochs",
             "wall_seconds",
+            "nodes",
             "disk_bytes",
         ),
         "command",

@@ -29,7 +29,7 @@ def state(tmp_path: Path) -> SearchState:
 def test_the_parameters_are_the_options_of_the_command_with_their_defaults() -> None:
     ours = inspect.signature(run_search).parameters
     theirs = inspect.signature(search_command).parameters
-    left_out = {"context", "resume", "accept_changes"}
+    left_out = {"context", "resume", "continue_", "accept_changes"}
     for name, option in theirs.items():
         if name not in left_out:
             is_same = ours[name].default == option.default or name in ("space", "warm_start")

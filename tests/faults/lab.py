@@ -36,11 +36,13 @@ class Lab:
     Attributes:
         variables: environment variables of its processes, added to ours.
         options: options of every command that searches.
+        prefix: words before every command, such as those that run it on another machine.
     """
 
     folder: Path
     variables: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         (self.folder / "search_spaces").mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ class Lab:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.variables
         environment["TUNE_CIFAR_RUNS"] = str(self.storage)
         return subprocess.Popen(
-            [sys.executable, "-m", "tune_cifar", *words],
+            [*self.prefix, sys.executable, "-m", "tune_cifar", *words],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,

@@ -26,10 +26,11 @@ from tests.builders import SHAPES, curve, make_checkpoint, make_config, make_hos
 from tests.faults.disks import limit_file_size, mount_small_disk
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError
+from tune_cifar.record.files import CHECKPOINTS, WEIGHTS, stop_file
 from tune_cifar.schema import Numerics
 from tune_cifar.train.checkpoint import CheckpointFolder, load_weights, save_weights
 from tune_cifar.train.trainer import Trainer
-from tune_cifar.train.trial import CHECKPOINTS, WEIGHTS, stop_file, train_trial
+from tune_cifar.train.trial import train_trial
 
 CONFIG = make_config(train_size=60, val_size=50, batch_size=20, epochs=3)
 

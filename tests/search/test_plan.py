@@ -22,9 +22,10 @@ from tests.builders import (
     make_trial,
     write_record,
 )
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, NameTakenError
 from tune_cifar.record.store import search_folder
-from tune_cifar.schema import Numerics
+from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.search.disk import DiskNeeds, check_disk
 from tune_cifar.search.forecast import START_SECONDS
 from tune_cifar.search.plan import (
@@ -33,6 +34,7 @@ from tune_cifar.search.plan import (
     Resources,
     SearchPlan,
     SearchRequest,
+    check_request,
     measure_cost,
     settle_search,
 )
@@ -104,6 +106,22 @@ def test_a_plan_of_a_resumed_search_describes_the_rest(tmp_path: Path) -> None:
     assert text.endswith(": about 3 more trial-epochs in 0:00:14.")
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_concurrent": 0}, "`max_concurrent` >= 1 must hold, got 0"),
+        ({"allow_mixed": True}, "`allow_mixed` is for the nodes of a cluster"),
+        ({"mirror": "nowhere"}, "`mirror` must be a URL such as"),
+        ({"mirror": "nosuch://x"}, "`mirror` must be a URL such as"),
+    ],
+)
+def test_a_request_that_fits_no_machine_is_refused(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_request(SearchRequest(SHAPES, tmp_path, "test", **changes))
+
+
 def make_plan(trials: int, limit: float | None) -> SearchPlan:
     """A plan of trials of one epoch of 5 s, two at once."""
     space = load_space("smoke", "cpu", {"epochs": 1})
@@ -113,16 +131,21 @@ def make_plan(trials: int, limit: float | None) -> SearchPlan:
     return SearchPlan(space, request, "n", CIFAR10, NUMERICS, Resources(1, 0.0, 2, 0), cost)
 
 
+def load_few(config: TrainConfig) -> TrainVal:
+    return load_train_val(SHAPES, config.train_size, config.val_size)
+
+
 def test_a_cost_is_measured_by_training(fp32: Numerics) -> None:
     config = load_space("smoke").baseline.model_copy(update=SIZES)
-    cost = measure_cost(config, SHAPES, fp32, num_steps=2)
+    cost = measure_cost(config, load_few(config), fp32, num_steps=2)
     assert 0 < cost.epoch_seconds < 60 and 100 < cost.memory_mb < cost.device_mb
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_the_process_holds_there_is_measured(fp32: Numerics) -> None:
     config = load_space("smoke").baseline.model_copy(update=SIZES)
-    cost = measure_cost(config, SHAPES, fp32.model_copy(update={"device": "cuda"}), num_steps=2)
+    on_cuda = fp32.model_copy(update={"device": "cuda"})
+    cost = measure_cost(config, load_few(config), on_cuda, num_steps=2)
     assert CONTEXT_MB < cost.memory_mb < CONTEXT_MB + 1000 and cost.device_mb > 1000
 
 

@@ -36,18 +36,19 @@ from tests.builders import (
 from tests.faults.disks import limit_file_size
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import EpochReported
+from tune_cifar.record.files import CHECKPOINTS, stop_file
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import INTERRUPTED, SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, Numerics, TrainConfig
+from tune_cifar.search.adapters import TuneScheduler, guard
 from tune_cifar.search.disk import estimate_disk_needs
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import SearchRequest, resolve_resources
 from tune_cifar.search.resume import restore_space
-from tune_cifar.search.run import _guard, _Scheduler
 from tune_cifar.search.worker import TrialWorker, pack_epochs, unpack_epochs
 from tune_cifar.train.recorded import make_header
-from tune_cifar.train.trial import CHECKPOINTS, stop_file, train_trial
+from tune_cifar.train.trial import train_trial
 
 TRAIN_TRIAL = "tune_cifar.search.worker.train_trial"
 
@@ -357,9 +358,9 @@ def run_and_collect(
         seconds: the worker's REPORT_SECONDS.
         breaks_after: epoch after which the training raises an exception.
     """
-    messages, on_result = [], _Scheduler._on_result
+    messages, on_result = [], TuneScheduler._on_result
 
-    def collect(self: _Scheduler, message: dict[str, Any]) -> bool:
+    def collect(self: TuneScheduler, message: dict[str, Any]) -> bool:
         messages.append(message)
         return on_result(self, message)
 
@@ -372,7 +373,7 @@ def run_and_collect(
     with monkeypatch.context() as patch:
         patch.setattr("tune_cifar.search.worker.REPORT_SECONDS", seconds)
         patch.setattr(TRAIN_TRIAL, train_some)
-        patch.setattr(_Scheduler, "_on_result", collect)
+        patch.setattr(TuneScheduler, "_on_result", collect)
         run_trials(driver, numerics)
     driver.record.close()
     return messages
@@ -511,7 +512,7 @@ def test_weights_that_cannot_be_deleted_do_not_end_the_search(driver: SearchDriv
     """A folder lies where the weights would; it made the trial fail, too."""
     driver.ask()
     (driver.record.state.trial_folder(0) / "weights.safetensors" / "x").mkdir(parents=True)
-    _guard(driver, lambda: driver.fail(0, "CheckpointError: cannot write the file"), None)
+    guard(driver, lambda: driver.fail(0, "CheckpointError: cannot write the file"), None)
     assert driver.fault is None and driver.record.state.trials[0].status == "failed"
 
 
@@ -606,7 +607,7 @@ def test_weights_on_a_full_disk_end_the_search_and_leave_their_trial_unfinished(
     with limit_file_size(100_000):
         answer = worker.step()
     assert answer["outcome"] == "disk full"
-    assert _Scheduler(driver).on_trial_result(None, None, answer) == TrialScheduler.STOP
+    assert TuneScheduler(driver).on_trial_result(None, None, answer) == TrialScheduler.STOP
     path = tmp_path / "0000" / "weights.safetensors"
     cause = f"{path}: cannot write the file: File too large"
     assert driver.is_cut and str(driver.fault) == f"{cause}. Make room. Then give `resume=True`."
@@ -619,7 +620,7 @@ def test_a_run_store_that_cannot_be_written_ends_the_search_in_a_sentence(
     def write() -> None:
         raise OSError(28, "No space left on device", "runs/x/error.txt")
 
-    assert _guard(driver, write, "otherwise") == "otherwise"
+    assert guard(driver, write, "otherwise") == "otherwise"
     assert isinstance(driver.fault, RecordError)
     assert str(driver.fault) == (
         "runs/x/error.txt: cannot write to the run store: No space left on device. "
@@ -645,7 +646,6 @@ CPUS_RULE = r"`cpus_per_trial` must be 1 to \d+ \(the cores here\)"
         ({"cpus_per_trial": 0}, rf"{CPUS_RULE}, got 0"),
         ({"cpus_per_trial": 9999}, rf"{CPUS_RULE}, got 9999"),
         ({"gpus_per_trial": 0.5}, "`gpus_per_trial` must be 0 on a CPU, got 0.5"),
-        ({"max_concurrent": 0}, "`max_concurrent` >= 1 must hold, got 0"),
     ],
 )
 def test_resources_that_do_not_fit_are_refused(

@@ -22,6 +22,7 @@ from tests.builders import (
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError, ConfigError, RecordError
 from tune_cifar.record.events import Event, TrialEnded
+from tune_cifar.record.files import CHECKPOINTS, ERROR, WEIGHTS
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -30,7 +31,7 @@ from tune_cifar.space.select import load_space
 from tune_cifar.train.checkpoint import load_weights
 from tune_cifar.train.recorded import make_header, run_training
 from tune_cifar.train.trainer import Trainer
-from tune_cifar.train.trial import CHECKPOINTS, ERROR, WEIGHTS, train_trial
+from tune_cifar.train.trial import train_trial
 
 
 def test_every_event_is_on_disk_before_on_event_is_called(tmp_path: Path, fp32: Numerics) -> None:

@@ -17,7 +17,6 @@ from tune_cifar.cli.terminal import (
     say,
     stderr,
     stdout,
-    this_command,
 )
 from tune_cifar.errors import ConfigError, NameTakenError
 
@@ -82,8 +81,11 @@ def confirm(
     precision: options.Precision = "auto",
     execution: options.Execution = "eager",
     deterministic: options.Deterministic = False,
+    address: options.Address = None,
+    allow_mixed: options.AllowMixed = False,
     accept_changes: options.AcceptChanges = False,
     tracking_uri: options.TrackingUri = None,
+    mirror: options.Mirror = None,
     storage: options.Storage = None,
 ) -> None:
     """Train a search's best trials again under new seeds, beside its baseline.
@@ -95,7 +97,6 @@ def confirm(
     Example: python -m tune_cifar confirm --search s8-cpu-1 --top 5 --seeds 5
     """
     from tune_cifar.record.store import find_storage, load_searches
-    from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.select import parse_setting
 
     _refuse_misplaced(context, final)
@@ -105,25 +106,10 @@ def confirm(
     if resume:
         recorded = _find_recorded(folder, search, final, name)
         _refuse_changed(context, recorded)
-        resume_confirmation(
-            recorded, data, tracking_uri, gpus_per_trial, max_concurrent, accept_changes, as_json
-        )
+        resume_confirmation(context, recorded, data, accept_changes, as_json)
         return
     (state,) = load_searches(folder, search=search)
-    request = SearchRequest(
-        source=options.find_recorded_data(state, data),
-        storage=folder,
-        command=this_command(),
-        name=name,
-        device=device,
-        precision=precision,
-        deterministic=deterministic,
-        execution=execution,
-        cpus_per_trial=cpus_per_trial,
-        gpus_per_trial=gpus_per_trial,
-        max_concurrent=max_concurrent,
-        tracking_uri=tracking_uri,
-    )
+    request = options.make_request(context, options.find_recorded_data(state, data))
     console = stderr() if as_json else stdout()
     given = dict(parse_setting(setting) for setting in settings or [])
     plan = _plan(state, request, (top, seeds, given, epochs), final, console)
@@ -131,33 +117,27 @@ def confirm(
 
 
 def resume_confirmation(
+    context: typer.Context,
     state: SearchState,
     data: str | None,
-    tracking_uri: str | None,
-    gpus_per_trial: float | None,
-    max_concurrent: int | None,
     accepts_changes: bool,
     as_json: bool = False,
 ) -> None:
     """Continue a recorded confirmation; tell a finished one again."""
-    from tune_cifar.search.plan import SearchRequest
-
     header, settled = state.header, state.header.confirmation
     assert settled is not None
-    if state.is_finished:
-        _finish(state, data, tracking_uri, as_json)
-        return
-    request = SearchRequest(
-        source=options.find_recorded_data(state, data),
+    source = options.find_recorded_data(state, data)
+    request = options.make_request(
+        context,
+        source,
         storage=state.storage,
-        command=this_command(),
         name=header.name,
         device=header.numerics.device,
-        gpus_per_trial=gpus_per_trial,
-        max_concurrent=max_concurrent,
-        tracking_uri=tracking_uri,
         keep_weights=count_weights(settled),
     )
+    if state.is_finished:
+        _finish(state, data, request.tracking_uri, as_json)
+        return
     console = stderr() if as_json else stdout()
     with console.status("reading the record and starting the workers ..."):
         from tune_cifar.search.run import prepare_resume
@@ -339,7 +319,7 @@ def evaluate_tests(
     for trial in untested:
         loaded = load_recorded_data(state, trial, source)
         way_out = "They belong to what is confirmed: confirm it under another --name."
-        numerics = restore_numerics(trial.driver.numerics)
+        numerics = restore_numerics(trial.numerics)
         trainer = load_trained(state, trial, loaded, numerics, way_out)
         row, kept = evaluate_test(state, trial, trainer, source, tracking_uri, console)
         if kept is None:

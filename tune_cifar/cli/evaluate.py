@@ -66,7 +66,7 @@ def evaluate(
     loaded = load_recorded_data(state, trial, options.find_recorded_data(state, data))
     assert loaded.val is not None
     way_out = "Evaluate the best one: --best --search, or keep more: search --keep-weights."
-    numerics = restore_numerics(trial.driver.numerics, device)
+    numerics = restore_numerics(trial.numerics, device)
     trainer = load_trained(state, trial, loaded, numerics, way_out)
     print_synthetic_banner(console, loaded.info.name)
     names = loaded.about.class_names

@@ -140,10 +140,12 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         title += f"{group['val_size']} to validate, "
         title += f"split {group['split_hash']}, fidelity {group['fidelity']}"
         knobs = [knob for knob in searched if rows[knob].nunique() > 1][:6]
-        table = Table("run", "status", "epochs", "val_acc", *knobs, box=None, header_style="bold")
+        nodes = ["node"] if rows["node"].notna().any() else []
+        columns = ("run", "status", *nodes, "epochs", "val_acc", *knobs)
+        table = Table(*columns, box=None, header_style="bold")
         for row in rows.head(min(top, len(rows))).to_dict("records"):
             acc = None if math.isnan(row["val_acc"]) else row["val_acc"]
-            cells = [str(row["epochs_done"]), format_percent(acc)]
+            cells = [str(row[name]) for name in (*nodes, "epochs_done")] + [format_percent(acc)]
             cells += [format_value(row[knob]) for knob in knobs]
             table.add_row(row["run_id"], row["status"], *cells)
         say(title, style="bold")

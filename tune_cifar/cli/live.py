@@ -23,9 +23,17 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tune_cifar.cli.summary import make_trial_table
+from tune_cifar.cli.summary import describe_nodes, make_trial_table
 from tune_cifar.cli.terminal import say, stderr
-from tune_cifar.record.events import EpochReported, Event, TrialEnded, TrialRetried, TrialStarted
+from tune_cifar.record.events import (
+    EpochReported,
+    Event,
+    NodeChanged,
+    TrialEnded,
+    TrialPlaced,
+    TrialRetried,
+    TrialStarted,
+)
 from tune_cifar.record.state import SearchState, describe_counts
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.schema import DataInfo, EpochResult
@@ -157,9 +165,15 @@ class SearchView(_View):
         ).seconds.mean
 
     def _describe(self, state: SearchState, event: Event) -> str:
+        begin = f"[{format_seconds(time.monotonic() - self._start)}]"
+        if isinstance(event, NodeChanged):
+            why = f": {event.text}" if event.text else ""
+            return f"{begin} node {event.node} {event.status}{why}{_describe_waiting(state)}"
+        if isinstance(event, TrialPlaced):
+            return f"{begin} trial {event.trial} trains on {event.node}, attempt {event.attempt}"
         if not isinstance(event, TrialStarted | EpochReported | TrialRetried | TrialEnded):
             return ""
-        line = f"[{format_seconds(time.monotonic() - self._start)}] trial {event.trial}"
+        line = f"{begin} trial {event.trial}"
         if isinstance(event, TrialStarted):
             knobs = [f"{name} {format_value(value)}" for name, value in event.params.items()]
             return f"{line} starts ({event.origin}): {', '.join(knobs)}"
@@ -181,7 +195,8 @@ class SearchView(_View):
             return Text("waiting for the first worker ...", style="dim")
         state = self._state
         rows = sorted(state.trials.values(), key=lambda t: (t.status != "running", -t.number))
-        return Group(make_trial_table(state, rows[:NUM_ROWS]), self._status_line(state))
+        nodes = [Text(line) for line in describe_nodes(state)[:NUM_ROWS]]
+        return Group(make_trial_table(state, rows[:NUM_ROWS]), *nodes, self._status_line(state))
 
     def _status_line(self, state: SearchState) -> Text:
         line = f"{len(state.trials)}/{self._budget.trials} trials: {describe_counts(state.counts)}"
@@ -194,7 +209,14 @@ class SearchView(_View):
         left = "the workers are starting"
         if is_training:
             left = f"about {format_seconds(self.eta_seconds())} to go"
-        return Text(f"{line}\n{format_seconds(time.monotonic() - self._start)} gone, {left}")
+        gone = format_seconds(time.monotonic() - self._start)
+        return Text(f"{line}\n{gone} gone, {left}{_describe_waiting(state)}")
+
+
+def _describe_waiting(state: SearchState) -> str:
+    """Return that the search waits if every node of its cluster is gone; else nothing."""
+    is_alone = bool(state.nodes) and all(n.status != "joined" for n in state.nodes.values())
+    return "; no node is left: waiting for one" if is_alone else ""
 
 
 class TrainingView(_View):

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from tune_cifar.cli import live
 from tune_cifar.cli.live import SearchView, only_shows
+from tune_cifar.cli.options import keep_ray_access
+from tune_cifar.cli.plan import find_tier
 from tune_cifar.cli.terminal import say, stderr
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import Event
@@ -31,6 +33,7 @@ from tune_cifar.search.plan import SearchPlan, SearchRequest, count_trials
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tune_cifar.space.select import SearchSpace
     from tune_cifar.train.metrics import Evaluation
     from tune_cifar.train.recorded import Listener
     from tune_cifar.verify.confirm import Confirmed
@@ -157,7 +160,7 @@ class Run:
         chosen = self._choose(trial)
         source = find_recorded_data(self.state, self.data)
         loaded = load_recorded_data(self.state, chosen, source)
-        numerics = restore_numerics(chosen.driver.numerics)
+        numerics = restore_numerics(chosen.numerics)
         show = _make_notebook_show() if _is_in_notebook() else _show_line
 
         def on_epoch(recorded: Any, fresh: Any, difference: str | None) -> None:
@@ -183,7 +186,7 @@ class Run:
         loaded = load_recorded_data(self.state, chosen, source)
         if loaded.val is None:
             raise RecordError(f"{chosen.run_id} was trained without validation images.")
-        numerics = restore_numerics(chosen.driver.numerics, None)
+        numerics = restore_numerics(chosen.numerics, None)
         trainer = load_trained(self.state, chosen, loaded, numerics, "Keep more: `keep_weights`.")
         names = loaded.about.class_names
         logits_NK = trainer.predict(loaded.val)
@@ -244,14 +247,17 @@ def run_search(
     keep_weights: int = 3,
     tracking_uri: str | None = None,
     storage: str | Path | None = None,
+    address: str | None = None,
+    allow_mixed: bool = False,
+    mirror: str | None = None,
 ) -> Any:
     """Search a space and return the `Run`; the parameters are the options of `tune_cifar search`.
 
     Ctrl-C, or the interrupt of a notebook's kernel, ends it in order: the run has what is done.
 
     Args:
-        space: a name or the path of a space file. A SearchPlan (of `prepare_search`) is run as it
-            is; then the recorded state and the faults of the upload are returned.
+        space: a name or a path. A SearchPlan (of `prepare_search`) is run as it is; then the
+            recorded state and the faults of the upload are returned.
         listener, on_interrupt: of a SearchPlan; see `tune_cifar.search.run.run_search`.
         max_time: such as "8m".
         settings: hyperparameters to fix, by name.
@@ -259,14 +265,13 @@ def run_search(
     Raises:
         ConfigError, SpaceError, DataError, RecordError: as the command does.
     """
-    from tune_cifar.search.run import prepare_search
-    from tune_cifar.search.run import run_search as run_plan
+    keep_ray_access(address)
+    from tune_cifar.search import run
 
     if isinstance(space, SearchPlan):
-        return run_plan(space, listener, on_interrupt)
-    from tune_cifar.data.files import describe_data, find_data
+        return run.run_search(space, listener, on_interrupt)
+    from tune_cifar.data.files import find_data
     from tune_cifar.space.rules import parse_duration
-    from tune_cifar.space.select import load_space
 
     request = SearchRequest(
         source=find_data(data),
@@ -286,13 +291,29 @@ def run_search(
         warm_start=tuple(warm_start),
         warm_trials=warm_trials,
         learn=learn,
+        address=address,
+        allow_mixed=allow_mixed,
+        mirror=mirror,
     )
+    chosen = _choose_space(request, space, tier, settings)
     num_trials = None if trials is None else count_trials(str(trials))
     seconds = None if max_time is None else parse_duration(max_time)
-    about = describe_data(request.source)
-    chosen = load_space(space, tier or request.default_tier, dict(settings or {}), about)
     limited = chosen.limit(num_trials, seconds, target, patience)
-    return _run(prepare_search(limited, request), data)
+    return _run(run.prepare_search(limited, request), data)
+
+
+def _choose_space(
+    request: SearchRequest,
+    space: str | Path,
+    tier: str | None,
+    settings: Mapping[str, Any] | None,
+) -> SearchSpace:
+    """Load the space to search, in the tier that fits the machine unless one is named."""
+    from tune_cifar.data.files import describe_data
+    from tune_cifar.space.select import load_space
+
+    about = describe_data(request.source)
+    return load_space(space, tier or find_tier(request), dict(settings or {}), about)
 
 
 def _run(plan: SearchPlan, data: str | None) -> Run:
@@ -352,11 +373,13 @@ def _list_rows(state: SearchState) -> list[list[str]]:
     """Return a table of the running trials and the best ones, its header first."""
     knobs = list(state.header.distributions or ())
     running = [trial for trial in state.trials.values() if trial.status == "running"]
-    rows = [["trial", "status", "epochs", "val_acc", *knobs]]
+    nodes = ["node"] if state.nodes else []
+    rows = [["trial", "status", *nodes, "epochs", "val_acc", *knobs]]
     for trial in [*running, *state.ranked[:NUM_SHOWN]]:
         values = [format_value(trial.find_value(knob)) for knob in knobs]
         acc = format_percent(trial.val_acc)
-        rows.append([str(trial.number), trial.status, str(trial.epochs_done), acc, *values])
+        node = [trial.node or ""] if nodes else []
+        rows.append([str(trial.number), trial.status, *node, str(trial.epochs_done), acc, *values])
     return rows
 
 

@@ -6,14 +6,16 @@ All are runtime options: none changes a recipe. Those that most people need firs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tune_cifar.cli.terminal import say, stderr
+from tune_cifar.cli.terminal import say, stderr, this_command
 from tune_cifar.errors import ConfigError, SpaceError
+from tune_cifar.record.environment import JOINS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from tune_cifar.data.files import DataSource
     from tune_cifar.record.events import Header
     from tune_cifar.record.state import SearchState, TrialState
+    from tune_cifar.search.plan import SearchRequest
 
 # Panels of `--help`, below the options that most people need first.
 HARDWARE, RECORDS, SEARCHING = "Hardware", "Records and tracking", "Proposals"
@@ -114,6 +117,33 @@ MaxConcurrent = Annotated[
         rich_help_panel=HARDWARE,
     ),
 ]
+
+
+def keep_ray_access(address: str | None) -> str | None:
+    """Let Ray keep its own settings of access: a cluster that is there has them, too."""
+    if address is not None:
+        os.environ[JOINS] = "1"
+    return address
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="HOST:PORT",
+        help="A Ray cluster that is there, or auto: that of this machine.",
+        callback=keep_ray_access,
+        rich_help_panel=HARDWARE,
+    ),
+]
+AllowMixed = Annotated[
+    bool,
+    typer.Option(
+        "--allow-mixed",
+        help="Of a cluster whose nodes give a training unlike bits, use all.",
+        rich_help_panel=HARDWARE,
+    ),
+]
 Deterministic = Annotated[
     bool,
     typer.Option(
@@ -154,6 +184,15 @@ TrackingUri = Annotated[
         rich_help_panel=RECORDS,
     ),
 ]
+Mirror = Annotated[
+    str | None,
+    typer.Option(
+        "--mirror",
+        metavar="URL",
+        help="Copy the search there while it runs: s3://, gs:// or file://.",
+        rich_help_panel=RECORDS,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 RunId = Annotated[str | None, typer.Argument(help="A run id such as NAME:7, from `leaderboard`.")]
@@ -165,6 +204,24 @@ BestSearch = Annotated[str | None, typer.Option("--search", help="With --best: t
 RecordedDevice = Annotated[
     str | None, typer.Option("--device", metavar="cpu|cuda", help="Instead of the recorded device.")
 ]
+
+
+def make_request(context: typer.Context, source: DataSource, **more: Any) -> SearchRequest:
+    """Return the request that a command's options make: those named as its fields.
+
+    Args:
+        more: fields with other values than the options have, or without one.
+    """
+    from dataclasses import fields
+
+    from tune_cifar.record.store import find_storage
+    from tune_cifar.search.plan import SearchRequest
+
+    names = [field.name for field in fields(SearchRequest)]
+    given = {name: context.params[name] for name in names if name in context.params}
+    given |= {"storage": find_storage(given["storage"]), "command": this_command()} | more
+    given["warm_start"] = tuple(given.get("warm_start") or ())
+    return SearchRequest(source=source, **given)
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:

@@ -6,6 +6,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import typer
+
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     space: options.Space,
     tier: options.Tier = None,
     trials: options.Trials = None,
@@ -28,6 +31,8 @@ def plan(
     gpus_per_trial: options.Gpus = None,
     max_concurrent: options.MaxConcurrent = None,
     deterministic: options.Deterministic = False,
+    address: options.Address = None,
+    allow_mixed: options.AllowMixed = False,
     data: options.Data = None,
     storage: options.Storage = None,
     as_json: options.Json = False,
@@ -41,31 +46,28 @@ def plan(
     """
     from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.data.files import find_data
-    from tune_cifar.record.store import find_storage
-    from tune_cifar.search.plan import SearchRequest, settle_search
 
-    request = SearchRequest(
-        source=find_data(data),
-        storage=find_storage(storage),
-        command=_describe_search(),
-        seed=seed,
-        device=device,
-        precision=precision,
-        deterministic=deterministic,
-        execution=execution,
-        cpus_per_trial=cpus_per_trial,
-        gpus_per_trial=gpus_per_trial,
-        max_concurrent=max_concurrent,
-    )
+    request = options.make_request(context, find_data(data), command=_describe_search())
     found = choose_space(request, space, tier, settings or [], Limits(trials, max_time))
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, request.source.name)
     with console.status("measuring 20 training steps ..."):
-        settled = settle_search(found, request)
+        settled = _settle(found, request)
     if as_json:
         print_json(_to_dict(settled))
     else:
         _print_plan(settled)
+
+
+def _settle(space: SearchSpace, request: SearchRequest) -> SearchPlan:
+    """Plan a search; Ray is imported only for a cluster."""
+    from tune_cifar.search.plan import settle_search
+
+    if request.address is None:
+        return settle_search(space, request)
+    from tune_cifar.search.survey import make_survey
+
+    return settle_search(space, request, survey=make_survey(request))
 
 
 class Limits(NamedTuple):
@@ -102,10 +104,19 @@ def choose_space(
     about = describe_data(request.source)
     load_space(space, tier or "cpu", pinned, about).limit(*read)
     if tier is None:
-        tier = request.default_tier
+        tier = find_tier(request)
         if tier == "cpu":
             say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())
     return load_space(space, tier, pinned, about).limit(*read)
+
+
+def find_tier(request: SearchRequest) -> str:
+    """Return `full` where a GPU may be used, on this machine or on the cluster, else `cpu`."""
+    if request.address is None:
+        return request.default_tier
+    from tune_cifar.search.cluster import find_tier as find_tier_of_nodes
+
+    return find_tier_of_nodes(request)
 
 
 def _describe_search() -> str:
@@ -133,6 +144,16 @@ def _to_dict(plan: SearchPlan) -> dict[str, Any]:
         "trials": {"started": expected.started, "complete": expected.complete},
         "trial_epochs": expected.epochs._asdict(),
         "wall_seconds": expected.seconds._asdict(),
+        "nodes": [
+            {
+                "node": offer.node,
+                "address": offer.address,
+                "trials": offer.slots,
+                "device": offer.numerics.device_name,
+                "epoch_seconds": offer.cost.epoch_seconds,
+            }
+            for offer in plan.offers
+        ],
         "disk_bytes": {
             "checkpoints": needs.checkpoints,
             "weights": needs.weights,
@@ -155,6 +176,8 @@ def _print_plan(plan: SearchPlan) -> None:
         say(
             "That was measured alone: trials that share a GPU slow each other down.", style="yellow"
         )
+    if plan.offers:
+        _print_offers(plan)
     table = Table("rung", "trials that reach it", box=None, header_style="bold")
     for rung, count in zip(budget.rungs, expected.reached, strict=True):
         table.add_row(
@@ -171,3 +194,14 @@ def _print_plan(plan: SearchPlan) -> None:
     needs = plan.disk_needs
     say(f"disk: at most {needs.total / 1e6:,.0f} MB ({needs.describe()})")
     say(f"\nstart it with:\n  {plan.request.command}")
+
+
+def _print_offers(plan: SearchPlan) -> None:
+    """Print a row for each node of the cluster."""
+    from rich.table import Table
+
+    table = Table("node", "trials at once", "an epoch takes", "device", box=None)
+    for offer in plan.offers:
+        seconds = f"{offer.cost.epoch_seconds:.2g} s"
+        table.add_row(offer.node, str(offer.slots), seconds, offer.numerics.device_name)
+    stdout().print(table)

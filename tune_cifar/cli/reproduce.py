@@ -79,7 +79,7 @@ def reproduce(
             options.check_tracking_uri(state.storage, tracking_uri, console)
     trainer: Trainer | None = None
     if not (no_retrain and logged):
-        numerics = restore_numerics(trial.driver.numerics, device)
+        numerics = restore_numerics(trial.numerics, device)
         loaded = load_recorded_data(state, trial, source)
         if no_retrain:
             trainer = load_trained(state, trial, loaded, numerics)

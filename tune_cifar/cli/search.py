@@ -9,7 +9,7 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.plan import Limits, choose_space
-from tune_cifar.cli.terminal import repeat_options, say, stdout, this_command
+from tune_cifar.cli.terminal import repeat_options, say, stdout
 
 if TYPE_CHECKING:
     from tune_cifar.record.state import SearchState
@@ -71,6 +71,14 @@ KeepWeights = Annotated[
         rich_help_panel=options.RECORDS,
     ),
 ]
+Continue = Annotated[
+    bool,
+    typer.Option(
+        "--continue",
+        help="Begin the search --name, or go on with it where it is.",
+        rich_help_panel=options.RECORDS,
+    ),
+]
 # Options that only a search has.
 SEARCHS = (
     "trials",
@@ -101,6 +109,8 @@ def search(
     precision: options.Precision = "auto",
     execution: options.Execution = "eager",
     deterministic: options.Deterministic = False,
+    address: options.Address = None,
+    allow_mixed: options.AllowMixed = False,
     seed: options.Seed = None,
     target: Target = None,
     patience: Patience = None,
@@ -108,8 +118,10 @@ def search(
     warm_trials: WarmTrials = 5,
     learn: Learn = False,
     keep_weights: KeepWeights = 3,
+    continue_: Continue = False,
     accept_changes: options.AcceptChanges = False,
     tracking_uri: options.TrackingUri = None,
+    mirror: options.Mirror = None,
     storage: options.Storage = None,
 ) -> None:
     """Search a space: a sampler proposes, parallel trials train, weak ones are stopped early.
@@ -122,41 +134,24 @@ def search(
     from tune_cifar.data.files import find_data
     from tune_cifar.record.journal import check_name
     from tune_cifar.record.store import find_storage
-    from tune_cifar.search.plan import SearchRequest
 
     folder, limits = find_storage(storage), Limits(trials, max_time, target, patience)
     if name is not None:
         check_name(name)
+    if continue_:
+        resume = resume or _is_begun(folder, name)
     if resume:
         state = _find_resumed(context, folder, name)
         if state.header.kind != "search":
-            _resume_other(state, data, tracking_uri, gpus_per_trial, max_concurrent, accept_changes)
+            _resume_other(context, state, data, tracking_uri, accept_changes)
             return
-        _leave_if_over(state, limits, data, storage)
+        _leave_if_over(state, Limits(None, None) if continue_ else limits, data, storage)
         source = options.find_recorded_data(state, data)
         device = state.header.numerics.device
     else:
         _refuse_misplaced(space, accept_changes, learn and not warm_start)
         source = find_data(data)
-    request = SearchRequest(
-        source=source,
-        storage=folder,
-        command=this_command(),
-        name=name,
-        seed=seed,
-        device=device,
-        precision=precision,
-        deterministic=deterministic,
-        execution=execution,
-        cpus_per_trial=cpus_per_trial,
-        gpus_per_trial=gpus_per_trial,
-        max_concurrent=max_concurrent,
-        tracking_uri=tracking_uri,
-        keep_weights=keep_weights,
-        warm_start=tuple(warm_start or ()),
-        warm_trials=warm_trials,
-        learn=learn,
-    )
+    request = options.make_request(context, source, device=device)
     if resume:
         plan = _plan_resume(request, limits, accept_changes)
     else:
@@ -164,6 +159,16 @@ def search(
         found = choose_space(request, space, tier, settings or [], limits)
         plan = _plan_search(found, request)
     _run(plan, repeat_options(data=data), repeat_options(storage=storage))
+
+
+def _is_begun(storage: Path, name: str | None) -> bool:
+    """Return whether a search of the name is recorded."""
+    from tune_cifar.record.journal import is_taken
+    from tune_cifar.record.store import search_folder
+
+    if name is None:
+        raise typer.BadParameter("--continue needs --name.")
+    return is_taken(search_folder(storage, name))
 
 
 def _refuse_misplaced(space: str | None, accepts_changes: bool, learns_nothing: bool) -> None:
@@ -241,11 +246,10 @@ def _leave_if_over(
 
 
 def _resume_other(
+    context: typer.Context,
     state: SearchState,
     data: str | None,
     tracking_uri: str | None,
-    gpus_per_trial: float | None,
-    max_concurrent: int | None,
     accepts_changes: bool,
 ) -> None:
     """Continue a confirmation or a single training."""
@@ -255,9 +259,7 @@ def _resume_other(
     if state.header.kind == "train":
         resume_training(state, data, tracking_uri)
     else:
-        resume_confirmation(
-            state, data, tracking_uri, gpus_per_trial, max_concurrent, accepts_changes
-        )
+        resume_confirmation(context, state, data, accepts_changes)
 
 
 def _run(plan: SearchPlan, data_option: str, storage_option: str) -> None:

@@ -1,4 +1,4 @@
-"""`searches list | delete`, `failures`, `sync`: records, what failed in them, MLflow's copy."""
+"""`searches`, `failures`, `sync`: records and their copies, what failed in them, MLflow's view."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tune_cifar.errors import (
     RenamedError,
     TrackingError,
     did_you_mean,
+    hide_credentials,
 )
 
 if TYPE_CHECKING:
@@ -83,6 +84,59 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
     for left in unfinished[:1]:
         words = f"search --name {left.name} --resume{repeat_options(storage=storage)}"
         paste(f"continue {left.name}: python -m tune_cifar {words}")
+
+
+@app.command()
+def mirror(
+    name: Annotated[str, typer.Argument(help="A search from `searches list`.")],
+    url: Annotated[str, typer.Argument(help="s3://, gs:// or file://, as --mirror.")],
+    storage: options.Storage = None,
+) -> None:
+    """Copy a search to a mirror, or complete it there; `search --mirror` does so while it runs.
+
+    Example: python -m tune_cifar searches mirror s10-cpu-1 s3://bucket/searches
+    """
+    from tune_cifar.record.mirror import check_mirror, copy_search
+    from tune_cifar.record.store import find_storage
+
+    check_mirror(url)
+    folder = _find_folder(find_storage(storage), name)
+    try:
+        with stdout().status(f"copying {name} ..."):
+            files = copy_search(folder, url)
+    except Exception as exc:  # each kind of store raises its own
+        reason = hide_credentials(str(exc) or type(exc).__name__)[:300].rstrip(".")
+        raise RecordError(f"{hide_credentials(url)}: {name} cannot be copied: {reason}.") from exc
+    say(f"{name}: {_count(len(files), 'file')} in {hide_credentials(url)}")
+
+
+@app.command()
+def restore(
+    url: Annotated[str, typer.Argument(help="Of a mirror.")],
+    name: Annotated[
+        str | None, typer.Argument(help="Of a search there. Default: all that are not here.")
+    ] = None,
+    storage: options.Storage = None,
+) -> None:
+    """Bring searches back from a mirror; `search --resume` then goes on with them.
+
+    Example: python -m tune_cifar searches restore s3://bucket/searches s10-cpu-1
+    """
+    from tune_cifar.record.mirror import check_mirror, list_mirrored, restore_search
+    from tune_cifar.record.store import find_storage, search_folder
+
+    check_mirror(url)
+    root = find_storage(storage)
+    names = [name] if name is not None else list_mirrored(url)
+    for each in names:
+        if name is None and search_folder(root, each).exists():
+            say(f"{each} is here already")
+            continue
+        with stdout().status(f"restoring {each} ..."):
+            folder = restore_search(url, each, root)
+        say(f"{each} is restored to {folder}")
+    if not names:
+        say(f"{hide_credentials(url)} has no search")
 
 
 @app.command()

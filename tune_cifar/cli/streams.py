@@ -31,7 +31,7 @@ SHOWING = frozenset(
     (
         *("search", "train", "lr-range", "confirm", "reproduce", "evaluate", "judge", "export"),
         *("report", "preview", "ui", "sync"),
-        *("data fetch", "data import", "searches delete"),
+        *("data fetch", "data import", "searches mirror", "searches restore", "searches delete"),
     )
 )
 # Options that make the output of any command its result.

@@ -39,7 +39,9 @@ def print_synthetic_banner(console: Console, data_name: str) -> None:
 def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
     """Rows of trials: number, status, epoch, val_acc and the first searched hyperparameters."""
     knobs = list(state.header.distributions or (trials[0].params if trials else ()))[:NUM_KNOBS]
-    table = Table("trial", "status", "epoch", "val_acc", *knobs, box=None, header_style="bold")
+    nodes = ["node"] if state.nodes else []
+    columns = ("trial", "status", *nodes, "epoch", "val_acc", *knobs)
+    table = Table(*columns, box=None, header_style="bold")
     for trial in trials:
         number = f"{trial.number} (baseline)" if trial.origin == "baseline" else str(trial.number)
         # A confirmation's trials have a `candidate`, which is no knob.
@@ -48,6 +50,7 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
         table.add_row(
             number,
             Text(trial.status, style=STYLES[trial.status]),
+            *([trial.node or ""] if nodes else []),
             f"{len(trial.epochs)}/{_find_length(state, trial)}",
             format_percent(trial.val_acc),
             *map(format_value, values),
@@ -101,6 +104,8 @@ def print_search_summary(
         say(f"best: trial {best.number}, val_acc {score} after {epochs} epochs", console)
         console.print(_overview(state, best))
         say(describe_gain(state, best), console)
+    for line in describe_nodes(state):
+        say(line, console)
     files = [trial.error_file for trial in state.trials.values() if trial.error_file]
     if files:
         paths = [str(state.folder / file) for file in files]
@@ -108,6 +113,19 @@ def print_search_summary(
     for fault in dict.fromkeys(tracking_faults):
         say(fault, console, "yellow")
     _print_next(console, state, data_option, storage_option)
+
+
+def describe_nodes(state: SearchState) -> list[str]:
+    """Return a line for each node of a cluster: its trials, and whether it still takes part."""
+    lines = []
+    for name, node in state.nodes.items():
+        on_it = [trial for trial in state.trials.values() if trial.node == name]
+        num_running = sum(trial.status == "running" for trial in on_it)
+        line = f"node {name}: {num_running} running, {len(on_it) - num_running} ended"
+        if node.status != "joined":
+            line += f"; {node.status}" + (f": {node.text}" if node.text else "")
+        lines.append(line)
+    return lines
 
 
 def _describe_prediction(state: SearchState) -> str:

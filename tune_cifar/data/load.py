@@ -7,6 +7,7 @@ Training never touches the test file: `load_train_val` works with it removed (of
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +78,45 @@ class TrainVal:
     """What networks, augmentation and evaluation must know of the images."""
 
 
+@dataclass(frozen=True, eq=False)
+class PackedData:
+    """All training and validation images as arrays, to be sent to other machines."""
+
+    images_NCHW: Bytes
+    labels_N: Ints
+    info: DataInfo
+    about: DataDescription
+
+    def select(self, train_size: int, val_size: int) -> TrainVal:
+        """Return what `load_train_val` returns; without a copy, also of arrays that are read-only.
+
+        Raises:
+            DataError: a size is out of range.
+        """
+        import torch
+
+        _check_sizes(self.about, train_size, val_size)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            images_NCHW, labels_N = map(torch.from_numpy, (self.images_NCHW, self.labels_N))
+        return _take(images_NCHW, labels_N, self.info, self.about, (train_size, val_size))
+
+
+def pack_data(source: DataSource) -> PackedData | None:
+    """Return the training and validation images for other machines; None of shapes.
+
+    Shapes are made where they are needed.
+
+    Raises:
+        DataError: as `load_train_val`.
+    """
+    if source.folder is None:
+        return None
+    about = describe_data(source)
+    images_NCHW, labels_N, info = _load_all(source)
+    return PackedData(images_NCHW.numpy(), labels_N.numpy(), info, about)
+
+
 def load_train_val(source: DataSource, train_size: int, val_size: int) -> TrainVal:
     """Load training and validation images: stratified prefixes of a split that never changes.
 
@@ -95,6 +135,18 @@ def load_train_val(source: DataSource, train_size: int, val_size: int) -> TrainV
     import torch
 
     about = describe_data(source)
+    _check_sizes(about, train_size, val_size)
+    if source.folder is None:
+        images_NCHW = torch.from_numpy(make_shapes_train_val(train_size, val_size))
+        labels_N = torch.from_numpy(make_shapes_labels(about.num_all))
+        split_hash = hash_split(make_shapes_order())
+        info = DataInfo(name="shapes", digest=SHAPES_DIGEST, split_hash=split_hash)
+    else:
+        images_NCHW, labels_N, info = _load_all(source)
+    return _take(images_NCHW, labels_N, info, about, (train_size, val_size))
+
+
+def _check_sizes(about: DataDescription, train_size: int, val_size: int) -> None:
     num_train, num_all, num_val = about.num_train, about.num_all, about.num_val
     is_full = train_size == num_all
     if not (is_full or about.num_classes <= train_size <= num_train):
@@ -103,19 +155,28 @@ def load_train_val(source: DataSource, train_size: int, val_size: int) -> TrainV
     if not 0 <= val_size <= (0 if is_full else num_val):
         rule = f"val_size in 0-{num_val:,}, and 0 with train_size {num_all:,}, must hold"
         raise DataError(f"data: {rule}, got {val_size:,} with {train_size:,}.")
-    if source.folder is None:
-        images_NCHW = torch.from_numpy(make_shapes_train_val(train_size, val_size))
-        labels_N = torch.from_numpy(make_shapes_labels(num_all))
-        split_hash = hash_split(make_shapes_order())
-        info = DataInfo(name="shapes", digest=SHAPES_DIGEST, split_hash=split_hash)
-    elif source.layout is not None:
-        images_NCHW, labels_N, info = _load_published(source)
-    else:
-        digest = read_imported(source.folder).digest
-        images_NCHW, labels_N, info = _load_imported(source.folder, digest)
-    rows = slice(num_train, num_train + val_size)
+
+
+def _take(
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    info: DataInfo,
+    about: DataDescription,
+    sizes: tuple[int, int],
+) -> TrainVal:
+    """Take as many training and validation images of all, which are in split order."""
+    train_size, val_size = sizes
+    rows = slice(about.num_train, about.num_train + val_size)
     val = Split(images_NCHW[rows], labels_N[rows]) if val_size else None
     return TrainVal(info, Split(images_NCHW[:train_size], labels_N[:train_size]), val, about)
+
+
+def _load_all(source: DataSource) -> tuple[Tensor, Tensor, DataInfo]:
+    """Load all training and validation images of files."""
+    assert source.folder is not None, "shapes have no files"
+    if source.layout is not None:
+        return _load_published(source)
+    return _load_imported(source.folder, read_imported(source.folder).digest)
 
 
 def load_test(source: DataSource) -> Split:

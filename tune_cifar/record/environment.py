@@ -10,6 +10,9 @@ from pathlib import Path
 
 from tune_cifar.record.machine import count_cores, find_memory
 
+# Set in the environment of a process that joins a Ray cluster: such a process makes no token of its
+# own for Ray. Ray reads its token when it is imported, before any address is known.
+JOINS = "TUNE_CIFAR_JOINS"
 PACKAGE = Path(__file__).resolve().parents[1]
 # The code that decides which trials run and how they are trained, scored and stopped. The other
 # packages only show, store and upload.

@@ -34,7 +34,8 @@ KIND_WORDS: dict[Kind, str] = {
 }
 Origin = Literal["baseline", "point", "sampler", "train", "confirm"]
 EndStatus = Literal["complete", "stopped", "diverged", "failed"]
-Fault = Literal["worker died", "out of memory"]
+Fault = Literal["worker died", "out of memory", "node lost", "failed at its start"]
+NodeStatus = Literal["joined", "lost", "left out"]
 REPAIR_HINT = "Restore the file from a copy, or keep only the lines before this one."
 CANONICAL = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -198,6 +199,30 @@ class TrialRetried(Frozen):
     text: str
 
 
+class NodeChanged(Frozen):
+    """A node of a Ray cluster began to take part in the search, was lost, or gets no more trials.
+
+    Attributes:
+        node: its name: that of the host, with the address where another has the same.
+        numerics: of trainings on it; None when none could begin.
+        text: why it is left out.
+    """
+
+    node: str
+    status: NodeStatus
+    address: str
+    numerics: Numerics | None
+    text: str = ""
+
+
+class TrialPlaced(Frozen):
+    """An attempt of a trial began to train on a node of a Ray cluster; `attempt` counts from 1."""
+
+    trial: int
+    node: str
+    attempt: Annotated[int, Field(ge=1)]
+
+
 class TrialEnded(Frozen):
     """A trial ended.
 
@@ -243,9 +268,17 @@ class SearchResumed(Frozen):
 
 
 Event = (
-    Header | TrialStarted | EpochReported | TrialEnded | SearchEnded | TrialRetried | SearchResumed
+    Header
+    | TrialStarted
+    | EpochReported
+    | TrialEnded
+    | SearchEnded
+    | TrialRetried
+    | SearchResumed
+    | NodeChanged
+    | TrialPlaced
 )
-NAMES = ("header", "trial", "epoch", "end", "finish", "retry", "resume")
+NAMES = ("header", "trial", "epoch", "end", "finish", "retry", "resume", "node", "place")
 KINDS: dict[type[Event], str] = dict(zip(get_args(Event), NAMES, strict=True))
 EVENTS = {kind: event for event, kind in KINDS.items()}
 

@@ -10,6 +10,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+# Names in a trial's folder.
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights.safetensors"
+ERROR = "error.txt"
+
+
+def trial_folder(search_folder: Path, number: int) -> Path:
+    """Return a trial's own folder in its search's."""
+    return search_folder / "trials" / f"{number:04d}"
+
+
+def stop_file(search_folder: Path) -> Path:
+    """Return the file that, while it exists, ends every training of the search after its epoch."""
+    return search_folder / "stopping"
+
 
 def number_names(name: str) -> Iterator[str]:
     """Yield a name that nobody chose, then what to take where it is taken: NAME-2, NAME-3 ..."""

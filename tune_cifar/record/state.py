@@ -15,14 +15,17 @@ from tune_cifar.record.events import (
     EpochReported,
     Event,
     Header,
+    NodeChanged,
     Origin,
     SearchEnded,
     SearchResumed,
     TrialEnded,
+    TrialPlaced,
     TrialRetried,
     TrialStarted,
 )
-from tune_cifar.schema import EpochResult, Status, TrainConfig
+from tune_cifar.record.files import trial_folder
+from tune_cifar.schema import EpochResult, Numerics, Status, TrainConfig
 
 INTERRUPTED = "interrupted"
 """The reason of a SearchEnded that leaves trials running, to be resumed."""
@@ -48,7 +51,7 @@ class TrialState:
     """Of the current stage's config."""
     started: str | None
     driver: Header | SearchResumed
-    """The last driver that it ran under, with its Numerics and environment."""
+    """The last driver that it ran under, with its environment."""
     chance: float
     """Accuracy of guessing on its data."""
     epochs: list[EpochResult] = field(default_factory=list)
@@ -60,6 +63,10 @@ class TrialState:
     scores: dict[int, float] = field(default_factory=dict)
     """val_acc by epoch, where trials can be compared by it: with stages, at the end of each."""
     retries: list[TrialRetried] = field(default_factory=list)
+    nodes: list[NodeChanged] = field(default_factory=list)
+    """On a cluster, of each attempt, in order."""
+    num_nodes_before: int = 0
+    """Of attempts under earlier drivers than the last."""
     status: Status = "running"
     score: float | None = None
     reason: str = ""
@@ -78,6 +85,24 @@ class TrialState:
         """Return a knob's value; None where it is inactive."""
         is_inactive = knob in schema.inactive_knobs(self.full_config)
         return None if is_inactive else self.full_config.get(knob)
+
+    @property
+    def numerics(self) -> Numerics:
+        """Of its last attempt."""
+        is_placed = len(self.nodes) > self.num_nodes_before
+        placed = self.nodes[-1].numerics if is_placed else None
+        return placed or self.driver.numerics
+
+    @property
+    def node(self) -> str | None:
+        """Name of the node of its last attempt; None on one machine."""
+        return self.nodes[-1].node if self.nodes else None
+
+    @property
+    def other_numerics(self) -> list[Numerics]:
+        """Those of earlier attempts that differ from the last one's."""
+        found = [node.numerics for node in self.nodes]
+        return [each for each in found if each not in (None, self.numerics)]
 
     @property
     def trained_epochs(self) -> list[tuple[int, EpochResult]]:
@@ -168,6 +193,8 @@ class SearchState:
     resumes: list[SearchResumed] = field(default_factory=list)
     finished: SearchEnded | None = None
     """The end of the last driver; None while it runs, and when it died."""
+    nodes: dict[str, NodeChanged] = field(default_factory=dict)
+    """The last change of each node of a cluster, by name."""
     repaired: str | None = None
     """What `Record.open` cut off the file; None when nothing."""
     num_events: int = 1
@@ -219,7 +246,7 @@ class SearchState:
 
     def trial_folder(self, number: int) -> Path:
         """Return a trial's own folder for checkpoints, error and weights; it need not exist."""
-        return self.folder / "trials" / f"{number:04d}"
+        return trial_folder(self.folder, number)
 
     def apply(self, event: Event) -> None:
         """Apply the next event.
@@ -236,7 +263,8 @@ class SearchState:
             self.finished = None
             for trial in self.trials.values():
                 if trial.status == "running":
-                    trial.driver = event
+                    trial.driver, trial.num_nodes_before = event, len(trial.nodes)
+            self.nodes = {}
         elif isinstance(event, TrialStarted):
             self.trials[event.trial] = self._start_trial(event)
         elif isinstance(event, EpochReported | TrialRetried | TrialEnded):
@@ -245,11 +273,23 @@ class SearchState:
             self.trials[event.trial].apply(event, self.num_events + 1)
             if isinstance(event, EpochReported) and event.score is not None:
                 self.arrivals.setdefault(event.result.epoch, {})[event.trial] = event.score
+        elif isinstance(event, NodeChanged):
+            self.nodes[event.node] = event
+        elif isinstance(event, TrialPlaced):
+            self._place_trial(event)
         elif isinstance(event, SearchEnded):
             self.finished = event
         else:
             raise RecordError(f"{name}: the record has a header already, got a second one.")
         self.num_events += 1
+
+    def _place_trial(self, event: TrialPlaced) -> None:
+        name = self.header.name
+        require(event.trial in self.trials, name, f"trial {event.trial} must start first.")
+        require(event.node in self.nodes, name, f"node {event.node!r} must have joined.")
+        trial = self.trials[event.trial]
+        require(trial.status == "running", trial.run_id, f"the trial has ended ({trial.status}).")
+        trial.nodes.append(self.nodes[event.node])
 
     def _start_trial(self, event: TrialStarted) -> TrialState:
         run_id = f"{self.header.name}:{event.trial}"

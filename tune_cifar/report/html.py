@@ -15,7 +15,7 @@ from markupsafe import Markup
 from tune_cifar.augment.preview import make_preview
 from tune_cifar.data.files import find_data
 from tune_cifar.errors import ConfigError, TuneCifarError
-from tune_cifar.record.events import KIND_WORDS
+from tune_cifar.record.events import KIND_WORDS, NodeChanged
 from tune_cifar.record.failures import group_failures
 from tune_cifar.record.state import SearchState
 from tune_cifar.report import tables
@@ -126,6 +126,7 @@ def make_report(
         parallel=Markup(make_parallel_html(slices)),
         health=examine_space(state, slices, importances),
         failures=group_failures(state),
+        nodes=_count_trials_of_nodes(state),
         environment=settings | numerics.versions | state.header.environment,
     )
 
@@ -147,6 +148,12 @@ def _list_best(state: SearchState) -> list[dict[str, Any]]:
         {str(name): None if value is pd.NA else value for name, value in row.items()}
         for row in rows.to_dict("records")
     ]
+
+
+def _count_trials_of_nodes(state: SearchState) -> list[tuple[NodeChanged, int]]:
+    """Return the nodes of a cluster, each with the trials whose last attempt trained on it."""
+    trials = state.trials.values()
+    return [(node, sum(t.node == name for t in trials)) for name, node in state.nodes.items()]
 
 
 def _make_title(state: SearchState, name: str) -> str:
@@ -221,7 +228,7 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
     loaded = load_recorded_data(state, trial, find_data(data))
     val = loaded.val
     assert val is not None, "a search has validation images"
-    numerics = restore_numerics(trial.driver.numerics, None)
+    numerics = restore_numerics(trial.numerics, None)
     trainer = load_trained(state, trial, loaded, numerics, NO_WEIGHTS)
     names = loaded.about.class_names
     found = evaluate_logits(trainer.predict(val), val.labels_N, names, "validation")

@@ -60,6 +60,7 @@ TRIAL_COLUMNS = {
     "split_hash": "string",
     "ended_seq": "Int64",
     "reason": "string",
+    "node": "string",
 } | KNOB_COLUMNS
 CURVE_COLUMNS = {"search": "string", "trial": "int64", "run_id": "string", "stage": "int64"} | {
     name: DTYPES[result.annotation] for name, result in EpochResult.model_fields.items()
@@ -189,6 +190,7 @@ def _make_row(state: SearchState, trial: TrialState) -> dict[str, Any]:
         "split_hash": header.data.split_hash,
         "ended_seq": trial.ended_seq,
         "reason": trial.reason,
+        "node": trial.node,
     }
 
 

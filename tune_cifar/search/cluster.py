@@ -1,34 +1,45 @@
-"""The Ray cluster of this process: started for a search, kept for the next, replaced if too small.
+"""The Ray cluster of this process: its own, started for searches, or one that is there, joined.
 
-Nobody else's cluster is used or ended. One search at a time runs in a process.
+Its own is kept for the next search and replaced if too small. Nobody else's cluster is used without
+its address, and none is ended. One search at a time runs in a process.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 # Before ray: it sets what ray reads when it is imported.
-import tune_cifar.search.worker  # noqa: F401
+from tune_cifar.search.worker import OWN_TOKEN, RAY_ENVIRONMENT
 
 # isort: split
 
 import ray
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.search.plan import Resources
+from tune_cifar.search.plan import Resources, SearchRequest, count_fitting
 
 # With these, those who start Ray jobs make Ray upload or fetch a working folder. Workers on this
 # machine need none.
 RUNTIME_ENV_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK")
+# What workers on other machines must have as the driver has it.
+WORKER_VARIABLES = ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+CONNECT_SECONDS = 5.0
+# How long it takes at most until a node that came or went is seen.
+POLL_SECONDS = 2.0
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class _Cluster:
-    """A cluster that this process has started."""
+    """A cluster that this process has started or joined."""
 
     session: str
     """Ray's name of it."""
@@ -36,14 +47,17 @@ class _Cluster:
     num_gpus: int
     thread: threading.Thread
     """Ray's processes end with the thread that started them."""
+    address: str | None = None
+    """Of a joined one."""
 
     def suits(self, num_cpus: int, num_gpus: int) -> bool:
         """Return whether it has the resources and lives as long as this thread."""
         is_lasting = self.thread in (threading.current_thread(), threading.main_thread())
-        return is_lasting and self.num_cpus >= num_cpus and self.num_gpus == num_gpus
+        has_room = self.num_cpus >= num_cpus and self.num_gpus == num_gpus
+        return self.address is None and is_lasting and has_room
 
 
-_started: _Cluster | None = None
+_current: _Cluster | None = None
 _in_use = threading.Lock()
 
 
@@ -53,35 +67,31 @@ def start_ray(resources: Resources) -> None:
     Raises:
         ConfigError: when another search runs in this process, or other code has started Ray.
     """
-    with use_ray(resources):
+    with use_ray(resources, None):
         pass
 
 
 @contextmanager
-def use_ray(resources: Resources) -> Iterator[None]:
-    """Start Ray as `start_ray` does, and keep other searches of this process out."""
+def use_ray(resources: Resources, address: str | None) -> Iterator[None]:
+    """Start Ray as `start_ray` does, or `join`; keep other searches of this process out."""
     if not _in_use.acquire(blocking=False):
         hint = "Wait for its end, or run this one in another process."
         raise ConfigError(f"ray: one search at a time runs in a process, got a second. {hint}")
     try:
-        _start(resources.cpus_per_trial * resources.max_concurrent, resources.num_gpus)
+        if address is not None:
+            join(address)
+        else:
+            _start(resources.cpus_per_trial * resources.max_concurrent, resources.num_gpus)
         yield
     finally:
         _in_use.release()
 
 
 def _start(num_cpus: int, num_gpus: int) -> None:
-    global _started
+    global _current
     if ray.is_initialized():
-        is_ours = (
-            _started is not None
-            and ray.get_runtime_context().get_session_name() == _started.session
-        )
-        if not is_ours:
-            rule = "a search starts Ray itself, got a process in which other code has started it"
-            hint = "Call ray.shutdown() before, or run the search in another process."
-            raise ConfigError(f"ray: {rule}. {hint}")
-        if _started is not None and _started.suits(num_cpus, num_gpus):
+        _check_is_ours()
+        if _current is not None and _current.suits(num_cpus, num_gpus):
             return
         ray.shutdown()
     with _hide_variables():
@@ -93,8 +103,19 @@ def _start(num_cpus: int, num_gpus: int) -> None:
             log_to_driver=False,
             logging_level="CRITICAL",
         )
-    session = ray.get_runtime_context().get_session_name()
-    _started = _Cluster(session, num_cpus, num_gpus, threading.current_thread())
+    _current = _Cluster(_get_session(), num_cpus, num_gpus, threading.current_thread())
+
+
+def _get_session() -> str:
+    return str(ray.get_runtime_context().get_session_name())
+
+
+def _check_is_ours() -> None:
+    """Refuse a Ray that other code has started."""
+    if _current is None or _get_session() != _current.session:
+        rule = "a search starts Ray itself, got a process in which other code has started it"
+        hint = "Call ray.shutdown() before, or run the search in another process."
+        raise ConfigError(f"ray: {rule}. {hint}")
 
 
 @contextmanager
@@ -105,3 +126,198 @@ def _hide_variables() -> Iterator[None]:
         yield
     finally:
         os.environ.update({name: value for name, value in hidden.items() if value is not None})
+
+
+def join(address: str) -> None:
+    """Become a driver of the cluster at HOST:PORT, or of this machine's (auto).
+
+    Its workers get this very code, whatever is installed where they run.
+
+    Raises:
+        ConfigError: it cannot be reached, has another version of Ray or Python, or this process
+            has Ray with a token of its own.
+    """
+    global _current
+    if ray.is_initialized():
+        _check_is_ours()
+        if _current is not None and _current.address == address:
+            return
+        ray.shutdown()
+    _check_address(address)
+    # Else a searcher like ours has one pending trial: workers would start one after another.
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
+    variables = {name: RAY_ENVIRONMENT[name] for name in WORKER_VARIABLES}
+    try:
+        ray.init(
+            address=address,
+            namespace=f"tune_cifar-{secrets.token_hex(8)}",
+            runtime_env={"py_modules": [str(PACKAGE)], "env_vars": variables},
+            log_to_driver=False,
+            logging_level="CRITICAL",
+        )
+    except Exception as exc:  # Ray raises many kinds
+        raise ConfigError(_describe_refusal(address, str(exc))) from exc
+    _current = _Cluster(_get_session(), 0, 0, threading.current_thread(), address)
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address that is none, or where nobody listens: Ray would wait for minutes."""
+    if address.startswith("ray://"):
+        rule = "`address` must be HOST:PORT of the cluster, as `ray start` has it, or auto"
+        hint = "Run the search on a node of the cluster, or as a job (`ray job submit`)."
+        raise ConfigError(f"{rule}, got {address} (Ray Client). {hint}")
+    if OWN_TOKEN is not None and os.environ.get("RAY_AUTH_TOKEN") == OWN_TOKEN:
+        rule = "a process must search on one machine or on a cluster, got both"
+        raise ConfigError(f"ray: {rule}. Run the one with `address` in another process.")
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"`address` must be HOST:PORT or auto, got {address!r}.")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as exc:
+        reason = getattr(exc, "strerror", None) or str(exc)
+        hint = "`ray status` on a node of the cluster shows whether it is there."
+        raise ConfigError(f"`address`: {address} cannot be reached ({reason}). {hint}") from exc
+
+
+def _describe_refusal(address: str, words: str) -> str:
+    """Return why a cluster could not be joined: the first line that says something of Ray's."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    if "Version mismatch" in words:
+        found = "; ".join(line for line in lines if line.startswith(("Ray:", "Python:")))
+        rule = "the cluster must have this Ray and Python"
+        return f"`address`: {rule}, got (cluster, then here) {found or lines[0]}."
+    if "Could not find any running Ray instance" in words:
+        return "`address`: no Ray runs on this machine. Give HOST:PORT, or `ray start` it here."
+    reason = lines[0][:300].rstrip(".") if lines else "no reason given"
+    hint = "A search joins from a machine on which `ray start --address` has been typed."
+    return f"`address`: {address} cannot be joined ({reason}). {hint}"
+
+
+# Nodes
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a joined cluster."""
+
+    id: str
+    """Ray's."""
+    name: str
+    """Of the host; with the address where two have the same."""
+    address: str
+    num_cpus: int
+    num_gpus: int
+
+    def count_slots(self, cpus: int, gpus: float) -> int:
+        """Return the trials that fit at once; none trains on two nodes."""
+        return count_fitting(self.num_cpus, self.num_gpus, cpus, gpus)
+
+
+def list_nodes() -> list[Node]:
+    """Return the nodes that are alive and have a CPU for tasks, the largest first."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    hosts = [node["NodeManagerHostname"] for node in alive]
+    found = []
+    for node, host in zip(alive, hosts, strict=True):
+        address, total = node["NodeManagerAddress"], node["Resources"]
+        name = host if hosts.count(host) == 1 else f"{host}-{address}"
+        sizes = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+        found.append(Node(node["NodeID"], name, address, *sizes))
+    usable = [node for node in found if node.num_cpus]
+    return sorted(usable, key=lambda node: (-node.num_gpus, -node.num_cpus, node.name))
+
+
+def find_tier(request: SearchRequest) -> str:
+    """Return the tier of a search on a cluster: full where a node has a GPU that may be used."""
+    assert request.address is not None
+    join(request.address)
+    has_gpu = request.device != "cpu" and any(node.num_gpus for node in list_nodes())
+    return "full" if has_gpu else "cpu"
+
+
+class LiveNodes:
+    """The nodes that may run trials now: they come and go, and some fail whatever they are given.
+
+    Args:
+        resources: of a trial.
+        limit: of trials at once; None is as many as fit.
+        list_nodes: returns the nodes that are alive.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        limit: int | None,
+        list_nodes: Callable[[], list[Node]] = list_nodes,
+    ) -> None:
+        self._list_nodes = list_nodes
+        self._size = resources.cpus_per_trial, resources.gpus_per_trial
+        self._limit = limit
+        self._next_poll = 0.0
+        self._nodes: dict[str, Node] = {}
+        self._left_out: set[str] = set()
+        # Of each node the trials that failed on it in a row, before their first epoch.
+        self._failures: dict[str, list[int]] = {}
+
+    def poll(self) -> Mapping[str, Node]:
+        """Return the nodes by id, asked for again after POLL_SECONDS."""
+        if time.monotonic() >= self._next_poll:
+            self._nodes = {node.id: node for node in self._list_nodes()}
+            self._next_poll = time.monotonic() + POLL_SECONDS
+        return self._nodes
+
+    @property
+    def _usable(self) -> list[Node]:
+        nodes = self.poll().values()
+        return [node for node in nodes if node.id not in self._left_out]
+
+    def count_slots(self) -> int:
+        """Return how many trials may run at once."""
+        num_slots = sum(node.count_slots(*self._size) for node in self._usable)
+        return num_slots if self._limit is None else min(num_slots, self._limit)
+
+    def list_avoided(self, failed_on: str | None = None) -> list[str]:
+        """Return the ids of the nodes on which a trial must not be placed.
+
+        Args:
+            failed_on: a node on which it failed; not counted if it is the only one left.
+        """
+        avoided = set(self._left_out)
+        if failed_on is not None and any(node.id != failed_on for node in self._usable):
+            avoided.add(failed_on)
+        return sorted(avoided & set(self.poll()))
+
+    def has_another(self, node_id: str) -> bool:
+        """Return whether trials may run on another node than this."""
+        return any(node.id != node_id for node in self._usable)
+
+    def leave_out(self, node_id: str) -> None:
+        """Give a node no more trials."""
+        self._left_out.add(node_id)
+
+    def note_failure(self, node_id: str, trial: int) -> bool:
+        """Note that a trial failed on a node before its first epoch.
+
+        After two such trials in a row the node is left out, if another remains.
+
+        Returns:
+            whether it is left out from now on.
+        """
+        failed = self._failures.setdefault(node_id, [])
+        failed.append(trial)
+        if len(set(failed)) < 2 or node_id in self._left_out or not self.has_another(node_id):
+            return False
+        self._left_out.add(node_id)
+        return True
+
+    def note_success(self, node_id: str) -> None:
+        """Note that a trial trained an epoch on a node."""
+        self._failures.pop(node_id, None)
+
+    def absolve(self, trial: int) -> None:
+        """Take back the failures of a trial that fails everywhere: it was the trial's own."""
+        for failed in self._failures.values():
+            failed[:] = [number for number in failed if number != trial]

@@ -19,12 +19,15 @@ from tune_cifar.record.events import (
     EpochReported,
     Event,
     Fault,
+    NodeChanged,
     SearchEnded,
     TrialEnded,
+    TrialPlaced,
     TrialRetried,
     TrialStarted,
     utc_now,
 )
+from tune_cifar.record.files import CHECKPOINTS, WEIGHTS, stop_file
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState, TrialState
 from tune_cifar.schema import EpochResult
@@ -34,10 +37,14 @@ from tune_cifar.search.sampler import Confirmer, Proposer, Sampler
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.recorded import Listener, relative, write_error
-from tune_cifar.train.trial import CHECKPOINTS, WEIGHTS, stop_file
 
 # Times that a trial is retried after a fault that may not be its own, before it counts as failed.
-RETRIES: dict[Fault, int] = {"worker died": 2, "out of memory": 1}
+RETRIES: dict[Fault, int] = {
+    "worker died": 2,
+    "out of memory": 1,
+    "failed at its start": 1,
+    "node lost": 20,  # preemptible machines come and go
+}
 # After the first Ctrl-C, running trials have this long to finish and checkpoint their epoch.
 GRACE_SECONDS = 30.0
 
@@ -69,6 +76,7 @@ class SearchDriver:
         limit = space.budget.max_time_seconds
         self._deadline = None if limit is None else self._start + limit
         self._running: set[int] = set()
+        self.attempts = {n: len(trial.nodes) for n, trial in record.state.trials.items()}
         self._best: list[tuple[float, int]] = []
         for trial in record.state.trials.values():
             self._keep_weights_if_best(trial)
@@ -85,6 +93,11 @@ class SearchDriver:
     def rungs(self) -> tuple[int, ...]:
         """Epochs after which trials are compared; the last one ends a trial."""
         return self._space.budget.rungs
+
+    @property
+    def num_running(self) -> int:
+        """Number of trials that were asked for and have neither ended nor stopped."""
+        return len(self._running)
 
     @property
     def is_over_time(self) -> bool:
@@ -148,6 +161,7 @@ class SearchDriver:
         else:
             return None
         self._running.add(number)
+        self.attempts[number] = self.attempts.get(number, 0) + 1
         return trials[number]
 
     def _start_trial(self) -> int:
@@ -184,6 +198,21 @@ class SearchDriver:
         cycle = stage if len(self._stages) > 1 else None
         self._append(EpochReported(trial=number, result=result, cycle=cycle))
         return self._decide(trial)
+
+    def change_node(self, node: NodeChanged) -> None:
+        """Record that a node of the cluster takes part, is lost or is left out."""
+        if self.record.state.nodes.get(node.node) != node:
+            self._append(node)
+
+    def place(self, number: int, node: NodeChanged) -> None:
+        """Record that the trial's newest attempt trains on a node."""
+        self.change_node(node)
+        self._append(TrialPlaced(trial=number, node=node.node, attempt=self.attempts[number]))
+
+    def requeue(self, number: int) -> None:
+        """Queue a trial again that has done nothing."""
+        self._running.discard(number)
+        self._waiting.append(number)
 
     def pause(self, number: int) -> None:
         """Note that a trial has stopped with a checkpoint; it stays unfinished."""

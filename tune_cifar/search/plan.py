@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tune_cifar.data.files import DataSource, describe_data
-from tune_cifar.data.load import load_train_val
+from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import Confirmation, Learned, SearchResumed
 from tune_cifar.record.journal import check_is_new
 from tune_cifar.record.machine import count_cores
+from tune_cifar.record.mirror import check_mirror
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import make_name, search_folder
 from tune_cifar.schema import MAX_SEED, DataInfo, Numerics, TrainConfig
@@ -52,6 +53,9 @@ class SearchRequest:
     Attributes:
         warm_start: searches whose best `warm_trials` trials each are tried after the baseline.
         learn: take over all their results instead, and train none of them again.
+        address: HOST:PORT of a Ray cluster that is there, or auto; None starts Ray on this machine.
+        allow_mixed: nodes of the cluster may differ in what changes a training's bits.
+        mirror: URL to which the search is copied while it runs.
     """
 
     source: DataSource
@@ -71,6 +75,9 @@ class SearchRequest:
     warm_start: tuple[str, ...] = ()
     warm_trials: int = 5
     learn: bool = False
+    address: str | None = None
+    allow_mixed: bool = False
+    mirror: str | None = None
 
     @property
     def default_tier(self) -> str:
@@ -86,6 +93,7 @@ class Resources:
     gpus_per_trial: float
     max_concurrent: int
     num_gpus: int
+    """Of this machine."""
 
 
 class Cost(NamedTuple):
@@ -104,11 +112,39 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Offer:
+    """What a node of a Ray cluster has for trials.
+
+    Attributes:
+        node: its name; see NodeChanged.
+        slots: trials that fit at once.
+        cost: measured there, of one trial.
+    """
+
+    node: str
+    address: str
+    slots: int
+    numerics: Numerics
+    cost: Cost
+
+
+class Found(NamedTuple):
+    """What a survey of a cluster found: offers, the largest kind of node first, and sentences."""
+
+    offers: tuple[Offer, ...]
+    notes: tuple[str, ...]
+
+
+Survey = Callable[[SearchSpace], Found]
+
+
+@dataclass(frozen=True)
 class SearchPlan:
     """Everything that is decided before the first trial.
 
     Attributes:
-        cost: measured, of one trial.
+        cost: measured, of one trial; on a cluster the mean over its slots.
+        offers: of the cluster's nodes; none on this machine.
         past: the recorded search, when it is resumed.
         resumed: the event that a resumed search appends to its record; None for a new search.
         notes: what was restored, what has changed and whether MLflow is away, a sentence each.
@@ -123,6 +159,7 @@ class SearchPlan:
     numerics: Numerics
     resources: Resources
     cost: Cost
+    offers: tuple[Offer, ...] = ()
     past: SearchState | None = None
     resumed: SearchResumed | None = None
     notes: tuple[str, ...] = ()
@@ -161,8 +198,9 @@ class SearchPlan:
         numerics = self.numerics
         plural = "s" if numerics.threads > 1 else ""
         epoch_seconds = float(f"{self.cost.epoch_seconds:.2g}")  # two digits, also above a hundred
+        nodes = f"{len(self.offers)} nodes with " if len(self.offers) > 1 else ""
         return (
-            f"{self.resources.max_concurrent} at once on {numerics.device_name}, "
+            f"{self.resources.max_concurrent} at once on {nodes}{numerics.device_name}, "
             f"{numerics.precision}, {numerics.threads} thread{plural} each. "
             f"An epoch of the baseline takes about {epoch_seconds:g} s{self._describe_memory()}"
         )
@@ -174,6 +212,8 @@ class SearchPlan:
         text = (
             f"; a trial holds {cost.memory_mb / 1024:.2g} of {gb:{'.0f' if gb >= 10 else '.2g'}} GB"
         )
+        if self.offers:
+            return text
         if self.numerics.device == "cpu":
             if cost.num_fitting >= resources.max_concurrent:
                 return text
@@ -191,8 +231,12 @@ def settle_search(
     space: SearchSpace,
     request: SearchRequest,
     start_workers: Callable[[Resources], None] | None = None,
+    survey: Survey | None = None,
 ) -> SearchPlan:
     """Plan a new search: name, network, numerics, resources; see `check_and_measure`.
+
+    Args:
+        survey: of the cluster that the search is to run on; None plans for this machine.
 
     Raises:
         RecordError: when the name is taken.
@@ -205,6 +249,8 @@ def settle_search(
         name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
     check_is_new(search_folder(request.storage, name))
     space = resolve_network(space, describe_data(request.source), request.execution)
+    if survey is not None:
+        return check_on_cluster(space, request, name, survey(space))
     how = (request.cpus_per_trial, request.deterministic, request.execution)
     numerics = resolve_numerics(request.device, request.precision, *how)
     return check_and_measure(space, request, name, numerics, start_workers)
@@ -225,22 +271,54 @@ def check_and_measure(
     Raises:
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
-    check_request(request)
-    make_tracking_uri(request.storage, request.tracking_uri)  # refuses a bad one at once
     resources = resolve_resources(request, numerics, count_gpus(request.device))
+    _check_place(space, request, resources)
     config = space.baseline
-    how_many = (resources.max_concurrent, request.keep_weights)
-    needs = estimate_disk_needs(space, *how_many, describe_data(request.source))
-    check_disk(request.storage, needs)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
-        measured = pool.submit(measure_cost, config, request.source, numerics)
+        measured = pool.submit(lambda: measure_cost(config, loaded.result(), numerics))
         if start_workers is not None:
             start_workers(resources)
         data, cost = loaded.result().info, measured.result()
-    away = check_tracking(request.storage, request.tracking_uri)  # last: its imports take memory
-    notes = () if away is None else (away,)
+    notes = _check_tracking(request)  # last: its imports take memory
     return SearchPlan(space, request, name, data, numerics, resources, cost, notes=notes)
+
+
+def check_on_cluster(
+    space: SearchSpace, request: SearchRequest, name: str, found: Found
+) -> SearchPlan:
+    """Plan a search on a cluster from what its nodes offer; check the run store and MLflow.
+
+    Raises:
+        ConfigError, DataError: as `check_and_measure`.
+    """
+    offers = found.offers
+    numerics, at_once = offers[0].numerics, request.max_concurrent
+    gpus = resolve_gpus(request, numerics)
+    num_slots = sum(offer.slots for offer in offers)
+    resources = Resources(request.cpus_per_trial, gpus, min(num_slots, at_once or num_slots), 0)
+    _check_place(space, request, resources)
+    config = space.baseline
+    data = load_train_val(request.source, config.train_size, config.val_size).info
+    seconds = sum(offer.slots * offer.cost.epoch_seconds for offer in offers) / num_slots
+    cost = offers[0].cost._replace(epoch_seconds=seconds)
+    notes = (*found.notes, *_check_tracking(request))
+    return SearchPlan(space, request, name, data, numerics, resources, cost, offers, notes=notes)
+
+
+def _check_place(space: SearchSpace, request: SearchRequest, resources: Resources) -> None:
+    """Check request, MLflow's address and the run store's disk."""
+    check_request(request)
+    make_tracking_uri(request.storage, request.tracking_uri)  # refuses a bad one at once
+    how_many = (resources.max_concurrent, request.keep_weights)
+    needs = estimate_disk_needs(space, *how_many, describe_data(request.source))
+    check_disk(request.storage, needs)
+
+
+def _check_tracking(request: SearchRequest) -> tuple[str, ...]:
+    """Return a note if MLflow is away."""
+    away = check_tracking(request.storage, request.tracking_uri)
+    return () if away is None else (away,)
 
 
 def check_request(request: SearchRequest) -> None:
@@ -256,6 +334,12 @@ def check_request(request: SearchRequest) -> None:
         raise ConfigError(f"`keep_weights` must be 1 to {MAX_TRIALS}, got {keep}.")
     if request.learn and not request.warm_start:
         raise ConfigError("`learn` needs the name of a search as `warm_start`, got none.")
+    if request.max_concurrent is not None and request.max_concurrent < 1:
+        raise ConfigError(f"`max_concurrent` >= 1 must hold, got {request.max_concurrent}.")
+    if request.mirror is not None:
+        check_mirror(request.mirror)
+    if request.allow_mixed and request.address is None:
+        raise ConfigError("`allow_mixed` is for the nodes of a cluster: it needs `address`.")
 
 
 def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int) -> Resources:
@@ -264,8 +348,20 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     Raises:
         ConfigError: when not even one trial fits.
     """
-    cpus, gpus, at_once = request.cpus_per_trial, request.gpus_per_trial, request.max_concurrent
+    cpus, at_once = request.cpus_per_trial, request.max_concurrent
     check_cpus(cpus)  # of a resumed search they come from the record
+    gpus = resolve_gpus(request, numerics)
+    num_fitting = count_fitting(count_cores(), num_gpus, cpus, gpus)
+    return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
+
+
+def resolve_gpus(request: SearchRequest, numerics: Numerics) -> float:
+    """Return the GPUs of a trial: by default one where trainings use CUDA.
+
+    Raises:
+        ConfigError: GPUs on a CPU, or more than one.
+    """
+    gpus = request.gpus_per_trial
     if gpus is None:
         gpus = 1.0 if numerics.device == "cuda" else 0.0
     if gpus and numerics.device == "cpu":
@@ -273,16 +369,17 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     if gpus and not MIN_GPUS <= gpus <= 1:
         rule = f"`gpus_per_trial` must be 0 or {MIN_GPUS:g} to 1, since a trial uses one GPU"
         raise ConfigError(f"{rule}, got {gpus:g}.")
-    if at_once is not None and at_once < 1:
-        raise ConfigError(f"`max_concurrent` >= 1 must hold, got {at_once}.")
-    num_fitting = count_cores() // cpus
-    if gpus:
-        num_fitting = min(num_fitting, num_gpus * int(1 / gpus))
-    return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
+    return gpus
+
+
+def count_fitting(num_cpus: int, num_gpus: int, cpus: int, gpus: float) -> int:
+    """Return how many trials with these cores and GPUs fit on one machine at once."""
+    num_fitting = num_cpus // cpus
+    return min(num_fitting, num_gpus * int(1 / gpus)) if gpus else num_fitting
 
 
 def measure_cost(
-    config: TrainConfig, source: DataSource, numerics: Numerics, num_steps: int = 20
+    config: TrainConfig, data: TrainVal, numerics: Numerics, num_steps: int = 20
 ) -> Cost:
     """Measure one training: seconds of an epoch, evaluation included, and memory.
 
@@ -290,7 +387,6 @@ def measure_cost(
     (forward, backward by inputs, backward by weights). On a CPU the memory is this process's, which
     holds a little more than a worker.
     """
-    data = load_train_val(source, config.train_size, config.val_size)
     trainer = Trainer(config, data, numerics)
     step_seconds = trainer.measure_step_seconds(num_steps)
     num_steps_per_epoch = config.num_steps_per_epoch + config.val_size / config.batch_size / 3

@@ -10,6 +10,7 @@ from typing import Any
 from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.models.custom import add_source
 from tune_cifar.record.events import Header
+from tune_cifar.record.files import CHECKPOINTS
 from tune_cifar.record.state import SearchState
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.search.sampler import MAX_SAMPLER_SEED
@@ -18,7 +19,6 @@ from tune_cifar.space.reader import parse_recorded
 from tune_cifar.space.select import SearchSpace, read_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.numerics import compare_numerics
-from tune_cifar.train.trial import CHECKPOINTS
 
 # Facts of the environment that change proposals or trainings. Numerics has the others.
 DECIDING_FACTS = ("code", "optuna")

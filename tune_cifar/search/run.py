@@ -1,55 +1,55 @@
 """A search on Ray Tune: warm workers train, Optuna proposes, asynchronous successive halving stops.
 
-`SearchDriver` (driver.py) decides and records, without Ray. Three thin adapters pass Tune's calls
-on to it: a Searcher (which trial comes next), a Scheduler (whether a trial goes on) and a Stopper
-(when the search ends). `TrialWorker` (worker.py) trains. The record is written first; everything
-shown later is read from it.
+`SearchDriver` (driver.py) decides and records, without Ray. Three thin adapters (adapters.py) pass
+Tune's calls on to it: a Searcher (which trial comes next), a Scheduler (whether a trial goes on)
+and a Stopper (when the search ends). `TrialWorker` (worker.py) trains. The record is written first;
+everything shown later is read from it.
 """
 
 from __future__ import annotations
 
+import functools
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 # Before ray: it sets what ray reads when it is imported.
-from tune_cifar.search.worker import TrialWorker, unpack_epochs  # isort: split
+from tune_cifar.search.worker import TrialWorker, request_resources  # isort: split
 
+import ray
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
-from ray.tune.stopper import Stopper
 
-from tune_cifar.data.load import load_train_val
-from tune_cifar.errors import DiskFullError, RecordError
+from tune_cifar.data.load import load_train_val, pack_data
 from tune_cifar.record.environment import describe_environment
 from tune_cifar.record.events import (
     Confirmation,
     Event,
-    Fault,
     Kind,
     Learned,
     SearchResumed,
     utc_now,
 )
 from tune_cifar.record.journal import Record
+from tune_cifar.record.mirror import Mirror
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import load_searches, search_folder
+from tune_cifar.search.adapters import TuneScheduler, TuneSearcher, TuneStopper
 from tune_cifar.search.cluster import start_ray, use_ray
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import (
     SearchPlan,
     SearchRequest,
     check_and_measure,
+    check_on_cluster,
     count_trials,
     settle_search,
 )
+from tune_cifar.search.remote import RemoteTrials
 from tune_cifar.search.resume import (
     check_accepted,
     check_resumable,
@@ -58,6 +58,8 @@ from tune_cifar.search.resume import (
     restore_goals,
     restore_space,
 )
+from tune_cifar.search.run_store import NONCE_FILE, start_run_store
+from tune_cifar.search.survey import make_survey
 from tune_cifar.search.warm_start import learn, try_best_first
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
@@ -67,8 +69,6 @@ from tune_cifar.train.recorded import Listener, Shown, make_header
 # Seconds that the end of a search waits for MLflow, and after a second Ctrl-C.
 UPLOAD_SECONDS = 60.0
 URGENT_SECONDS = 2.0
-# Part of Ray's message when it kills a worker because the machine's memory runs out.
-RAY_OUT_OF_MEMORY = "low on memory"
 
 
 def prepare_search(
@@ -84,7 +84,7 @@ def prepare_search(
     states = [load_searches(request.storage, search=name)[0] for name in request.warm_start]
     if not request.learn:
         space, notes = try_best_first(space, states, request.warm_trials)
-    plan = settle_search(space, request, start_ray)
+    plan = settle_search(space, request, start_ray, make_survey(request))
     learned: list[Learned] = []
     for state in states if request.learn else ():
         found, note = learn(space, state, plan.data)
@@ -123,13 +123,19 @@ def prepare_resume(
     space = space.limit(num_trials, max_time_seconds, target, patience)
     check_resumable(state.header, num_trials)
     last = state.resumes[-1] if state.resumes else state.header
-    numerics = restore_numerics(last.numerics)
+    request = replace(request, cpus_per_trial=last.numerics.threads)
+    survey = make_survey(request, last.numerics)
+    found = survey(space) if survey else None
+    numerics = found.offers[0].numerics if found else restore_numerics(last.numerics)
     environment = describe_environment()
     data = load_train_val(request.source, space.baseline.train_size, space.baseline.val_size).info
     changes = find_changes(state, data, numerics, environment)
     check_accepted(changes, accept_changes)
-    request = replace(request, cpus_per_trial=numerics.threads)
-    plan = check_and_measure(space, request, state.header.name, numerics, start_ray)
+    name = state.header.name
+    if found is not None:
+        plan = check_on_cluster(space, request, name, found)
+    else:
+        plan = check_and_measure(space, request, name, numerics, start_ray)
     event = SearchResumed(
         time=utc_now(),
         trials=num_trials,
@@ -145,115 +151,6 @@ def prepare_resume(
     notes += [f"accepted: {change}" for change in changes.deciding]
     plan = replace(plan, past=state, resumed=event, notes=(*plan.notes, *notes))
     return replace(plan, confirmation=state.header.confirmation)
-
-
-def _guard(driver: SearchDriver, action: Callable[[], Any], otherwise: Any) -> Any:
-    """Call the action; an exception ends the search and is raised at its end.
-
-    Tune would wrap the exception or attribute it to a trial. An OSError is the run store's: what
-    only shows the search raises none (`Shown`).
-    """
-    fault: Exception
-    try:
-        return action()
-    except OSError as exc:
-        place = exc.filename or driver.record.state.folder
-        problem = f"{place}: cannot write to the run store: {exc.strerror}"
-        fault = RecordError(f"{problem}. Make room, then give `resume=True`.")
-    except Exception as exc:
-        fault = exc
-    driver.fault = driver.fault or fault
-    return otherwise
-
-
-class _Searcher(Searcher):  # type: ignore[misc]
-    """Passes Tune's requests for a trial on to the driver."""
-
-    def __init__(self, driver: SearchDriver, fixed: dict[str, Any]) -> None:
-        super().__init__()
-        self._driver = driver
-        self._fixed = fixed
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | Literal["FINISHED"] | None:
-        return _guard(self._driver, self._suggest, Searcher.FINISHED)  # type: ignore[no-any-return]
-
-    def _suggest(self) -> dict[str, Any] | Literal["FINISHED"] | None:
-        """Return a trial, None when there is none now, FINISHED when no more will start."""
-        trial = self._driver.ask()
-        if trial is None:
-            return Searcher.FINISHED if self._driver.is_exhausted else None
-        folder = self._driver.record.state.trial_folder(trial.number)
-        folder.mkdir(parents=True, exist_ok=True)
-        return {
-            "trial": trial.number,
-            "config": trial.full_config.model_dump(mode="json"),
-            "stages": self._driver.list_remaining_stages(trial),
-            "rungs": self._driver.rungs,
-            "folder": str(folder),
-            **self._fixed,
-        }
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Do nothing: the scheduler has reported to the driver already."""
-
-
-class _Scheduler(FIFOScheduler):  # type: ignore[misc]
-    """Passes every message of a worker on to the driver, before Tune uses it."""
-
-    def __init__(self, driver: SearchDriver) -> None:
-        super().__init__()
-        self._driver = driver
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = _guard(self._driver, lambda: self._on_result(result), False)
-        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
-
-    def _on_result(self, message: dict[str, Any]) -> bool:
-        """Pass a worker's message on to the driver; return whether the trial goes on."""
-        number, outcome, text = message["trial"], message["outcome"], message["text"]
-        if outcome == "epochs":
-            reports = (self._driver.report(number, *epoch) for epoch in unpack_epochs(text))
-            return all(reports)  # none after the epoch that ends the trial
-        if outcome == "paused":
-            self._driver.pause(number)
-        elif outcome == "diverged":
-            self._driver.end(number, "diverged", text)
-        elif outcome == "out of memory":
-            self._driver.retry(number, "out of memory", text)
-        elif outcome == "disk full":
-            raise DiskFullError(f"{text} Then give `resume=True`.")
-        else:
-            self._driver.fail(number, text)
-        return False
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Retry a trial whose worker died: a crash, or killed, perhaps by Ray as memory ran out."""
-        error = _read_error(trial)
-        fault: Fault = "out of memory" if RAY_OUT_OF_MEMORY in error else "worker died"
-        text = f"the worker process of the trial died\n{error[:2000]}".rstrip()
-        _guard(self._driver, lambda: self._driver.retry(trial.config["trial"], fault, text), None)
-
-
-def _read_error(trial: Any) -> str:
-    """Return Ray's message on a trial's dead worker; Tune's own `get_error` finds none."""
-    with suppress(OSError, TypeError):
-        return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
-    return ""
-
-
-class _Stopper(Stopper):  # type: ignore[misc]
-    """Ends the search, in the middle of an epoch if need be, when the driver requires it."""
-
-    def __init__(self, driver: SearchDriver) -> None:
-        self._driver = driver
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self._driver.is_cut
 
 
 def run_search(
@@ -272,14 +169,15 @@ def run_search(
         on_interrupt: called after the first signal; its faults end nothing.
 
     Returns:
-        the search as recorded, and a sentence for each upload to MLflow that failed.
+        the search as recorded, and a sentence for each upload to MLflow or to the mirror that
+        failed.
 
     Raises:
         RecordError: when the name is taken or the record cannot be locked or written.
         ConfigError: when another search runs in this process, or other code has started Ray.
     """
     request, at_once = plan.request, False
-    with use_ray(plan.resources), _open_record(plan) as record:
+    with use_ray(plan.resources, request.address), _open_record(plan) as record:
         uri = make_tracking_uri(request.storage, request.tracking_uri)
         uploader = BackgroundUploader(uri, request.storage, record.state)
         show = Shown(listener or (lambda state, event: None))
@@ -289,13 +187,16 @@ def run_search(
             show(state, event)
 
         driver = SearchDriver(record, plan.space, on_event, request.keep_weights)
-        try:
-            _run_tune(driver, plan, on_interrupt)
-        except KeyboardInterrupt:
-            at_once = True
-        finally:
-            driver.finish()
-            faults = uploader.close(URGENT_SECONDS if at_once else UPLOAD_SECONDS)
+        mirror = Mirror(record.state.folder, request.mirror) if request.mirror else None
+        with mirror or nullcontext():
+            try:
+                _run_tune(driver, plan, on_interrupt)
+            except KeyboardInterrupt:
+                at_once = True
+            finally:
+                driver.finish()
+                faults = uploader.close(URGENT_SECONDS if at_once else UPLOAD_SECONDS)
+        faults += [mirror.fault] if mirror and mirror.fault else []
         return record.state, faults
 
 
@@ -331,23 +232,31 @@ def _run_tune(
         "source": (source.name, str(source.folder) if source.folder else None),
         "numerics": plan.numerics.model_dump(mode="json"),
         "model_source": plan.space.model_source,
+        "gpus": resources.gpus_per_trial,
     }
-    per_trial = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+    per_trial: Any = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+    if plan.request.address is not None:
+        per_trial = functools.partial(request_resources, *per_trial.values())
     # Tune requires an experiment folder; nothing in it is ever read.
     scratch_folder = tempfile.TemporaryDirectory(prefix="tune_cifar-")
-    with scratch_folder as scratch, _catch_signals(driver, on_interrupt):
+    with (
+        scratch_folder as scratch,
+        _catch_signals(driver, on_interrupt),
+        _open_remote(driver, plan) as remote,
+    ):
         tune.Tuner(
             tune.with_resources(TrialWorker, per_trial),
             tune_config=tune.TuneConfig(
-                search_alg=_Searcher(driver, fixed),
-                scheduler=_Scheduler(driver),
+                search_alg=TuneSearcher(driver, fixed, remote),
+                scheduler=TuneScheduler(driver, remote),
                 num_samples=-1,  # the driver counts: to Tune a retried trial is a new one
-                max_concurrent_trials=resources.max_concurrent,
+                # On a cluster the nodes' slots count, which change.
+                max_concurrent_trials=None if remote else resources.max_concurrent,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 storage_path=scratch,
-                stop=_Stopper(driver),
+                stop=TuneStopper(driver, remote),
                 verbose=0,
                 # Else Tune clears a notebook's cell, and our table with it.
                 progress_reporter=tune.CLIReporter(),
@@ -356,6 +265,23 @@ def _run_tune(
         ).fit()
     if driver.fault is not None:
         raise driver.fault
+
+
+@contextmanager
+def _open_remote(driver: SearchDriver, plan: SearchPlan) -> Iterator[RemoteTrials | None]:
+    """Serve the run store to the workers of a cluster; None on this machine."""
+    if plan.request.address is None:
+        yield None
+        return
+    folder = driver.record.state.folder
+    packed = pack_data(plan.request.source)
+    actor, nonce = start_run_store(folder, None if packed is None else [ray.put(packed)])
+    try:
+        yield RemoteTrials(driver, plan, nonce)
+    finally:
+        (folder / NONCE_FILE).unlink(missing_ok=True)
+        with suppress(Exception):  # the cluster may be gone
+            ray.kill(actor)
 
 
 @contextmanager

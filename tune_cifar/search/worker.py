@@ -5,14 +5,18 @@ Every worker imports this module before its first trial, so it imports nothing o
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tune_cifar.record.environment import JOINS
 
 # Ray reads these when it is imported: no output of its own, workers stay in the folder and at the
 # priority of the process that started them (at Ray's nice 15 they would starve beside other work,
@@ -30,26 +34,34 @@ RAY_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
 }
-if "ray" not in sys.modules:
+OWN_TOKEN: str | None = None
+"""Of the Ray that this process starts; None where it joins one, or has Ray from elsewhere."""
+if "ray" not in sys.modules and JOINS not in os.environ:
     # Ray's processes listen on all addresses of the machine and run what they are sent. A token,
     # a new one for each command, keeps everybody else out; Ray's own would be a file in the user's
-    # home. Where Ray is imported already, its own it is: it reads these then no more.
-    RAY_ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # home. Where Ray is imported already, its own it is: it reads these then no more. A cluster
+    # that is there has its own, too.
+    OWN_TOKEN = secrets.token_hex(32)
+    RAY_ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": OWN_TOKEN}
 for name, value in RAY_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 # Not to be changed: under `uv run` Ray would upload the working folder and start workers with uv.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
+import ray
 import torch
 from ray import tune
 
-from tune_cifar.data.files import DataSource
-from tune_cifar.data.load import load_train_val
-from tune_cifar.errors import DiskFullError, Diverged
+from tune_cifar.data.files import DataSource, find_data
+from tune_cifar.data.load import PackedData, TrainVal, load_train_val
+from tune_cifar.errors import DataError, DiskFullError, Diverged
 from tune_cifar.models.custom import add_source
+from tune_cifar.record.files import stop_file
 from tune_cifar.record.priority import make_session_nice
-from tune_cifar.schema import EpochResult, Numerics, TrainConfig
-from tune_cifar.train.trial import stop_file, train_trial
+from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
+from tune_cifar.search.run_store import ACTOR, SupersededError, TrialFiles, open_trial_files
+from tune_cifar.train.numerics import compare_numerics, restore_numerics
+from tune_cifar.train.trial import train_trial
 
 # A worker reports the epochs of this time in one message, which costs the driver 10 ms.
 REPORT_SECONDS = 1.0
@@ -62,14 +74,20 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         """Take the first trial; Ray calls this when the worker starts."""
         make_session_nice()
         self._results: Iterator[tuple[int, EpochResult]] | None = None
+        self._files: TrialFiles | None = None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take a further trial; nothing is built here, so that `step` can report every fault."""
+        self._close()
         self._trial = new_config
-        self._results = None
         self._end: tuple[str, str] | None = None
+        self._here: Numerics | None = None
         return True
+
+    def cleanup(self) -> None:
+        """Delete what only this worker needs."""
+        self._close()
 
     def step(self) -> dict[str, Any]:
         """Train for REPORT_SECONDS, at most up to a rung.
@@ -77,8 +95,9 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         Divergence and exceptions are results too: Ray would run the trial again on an exception.
 
         Returns:
-            a message: trial, outcome (epochs, paused, diverged, failed, out of memory, disk full)
-            and text, which is a description or, of epochs, what `pack_epochs` returns.
+            a message: trial, outcome (epochs, paused, diverged, failed, out of memory, disk full,
+            unlike, superseded) and text, which is a description or, of epochs, what `pack_epochs`
+            returns. On a cluster also attempt, and place: what `describe_place` returns.
         """
         epochs: list[tuple[int, EpochResult]] = []
         deadline = time.monotonic() + REPORT_SECONDS
@@ -94,28 +113,119 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
                 if result.epoch in self._trial["rungs"] or time.monotonic() >= deadline:
                     break
         if self._end is not None:
-            self._results = None  # and with it model, optimizer and batches
+            self._close()
             torch.cuda.empty_cache()
         if epochs:
             outcome, text = "epochs", pack_epochs(epochs)
         else:
             assert self._end is not None
             outcome, text = self._end
-        return {"trial": self._trial["trial"], "outcome": outcome, "text": text}
+        message = {"trial": self._trial["trial"], "outcome": outcome, "text": text}
+        if (cluster := self._trial.get("cluster")) is not None:
+            message |= {"attempt": cluster["attempt"], "place": describe_place(self._here)}
+        return message
+
+    def _close(self) -> None:
+        """Let go of model, optimizer and batches, and of the trial's files on this machine."""
+        self._results = None
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
     def _make_results(self) -> Iterator[tuple[int, EpochResult]]:
-        if source_text := self._trial.get("model_source"):
+        trial, numerics = self._trial, Numerics(**self._trial["numerics"])
+        if source_text := trial.get("model_source"):
             add_source(source_text)
-        config = TrainConfig(**self._trial["config"])
-        numerics, folder = Numerics(**self._trial["numerics"]), Path(self._trial["folder"])
-        name, data_folder = self._trial["source"]
-        source = DataSource(name, Path(data_folder) if data_folder else None)
-        data = load_train_val(source, config.train_size, config.val_size)
-        for stage in self._trial["stages"]:
+        config, folder = TrainConfig(**trial["config"]), Path(trial["folder"])
+        if (cluster := trial.get("cluster")) is None:
+            data = load_train_val(make_source(trial), config.train_size, config.val_size)
+        else:
+            recorded, numerics = numerics, restore_numerics(numerics)
+            self._here = numerics
+            check_likeness(recorded, numerics, cluster["allow_mixed"])
+            data = self._load_data(config)
+            ids = (trial["trial"], cluster["attempt"], cluster["nonce"])
+            self._files = open_trial_files(folder.parents[1], *ids)
+            folder = self._files.folder
+        if numerics.device == "cuda" and 0 < trial["gpus"] < 1:
+            # A neighbour on the same GPU then runs out of its own memory, not of this trial's.
+            torch.cuda.set_per_process_memory_fraction(trial["gpus"])
+        for stage in trial["stages"]:
             for result in train_trial(config.shorten(stage), data, numerics, folder):
+                self._bring()
                 yield stage, result
+            self._bring()
             if stop_file(folder.parents[1]).exists():
                 return
+
+    def _bring(self) -> None:
+        if self._files is not None:
+            self._files.bring()
+
+    def _load_data(self, config: TrainConfig) -> TrainVal:
+        """Load this node's own copy of the images if it is the driver's data, else the driver's."""
+        sizes = config.train_size, config.val_size
+        wanted = DataInfo(**self._trial["cluster"]["data"])
+        for source in list_own_data(make_source(self._trial)):
+            with suppress(DataError):
+                if (data := load_train_val(source, *sizes)).info == wanted:
+                    return data
+        if self._brought is None:
+            reference = ray.get(ray.get_actor(ACTOR).get_data.remote())
+            if reference is None:
+                digest = f"digest {wanted.digest}"
+                raise DataError(f"data: the driver must have {wanted.name} with {digest}.")
+            (self._brought,) = ray.get(reference)
+        return self._brought.select(*sizes)
+
+    _brought: PackedData | None = None
+    """The driver's images; they stay for all trials of this worker."""
+
+
+def request_resources(cpus: int, gpus: float, config: dict[str, Any]) -> Any:
+    """Return what Ray reserves for a trial: cores and GPUs of one node, none of the avoided."""
+    bundle = {"CPU": cpus, "GPU": gpus}
+    if not (avoided := config["avoided"]):
+        return tune.PlacementGroupFactory([bundle])
+    selector = {"ray.io/node-id": f"!in({','.join(avoided)})"}
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[selector])
+
+
+def make_source(trial: dict[str, Any]) -> DataSource:
+    """Return the driver's data source."""
+    name, folder = trial["source"]
+    return DataSource(name, Path(folder) if folder else None)
+
+
+def list_own_data(source: DataSource) -> Iterator[DataSource]:
+    """Yield where a node may have the same data: at the driver's path, then where it looks."""
+    yield source
+    if source.folder is not None:
+        with suppress(DataError):
+            found = find_data(None if source.name == "cifar10" else source.name)
+            if found.name == source.name:
+                yield found
+
+
+def check_likeness(recorded: Numerics, here: Numerics, allow_mixed: bool) -> None:
+    """Refuse to train where bits would differ.
+
+    Raises:
+        UnlikeError: with what differs.
+    """
+    changes = compare_numerics(recorded, here)
+    if changes and not allow_mixed:
+        raise UnlikeError("; ".join(changes))
+
+
+class UnlikeError(Exception):
+    """This node differs from the search's in what changes a training's bits."""
+
+
+def describe_place(numerics: Numerics | None) -> str:
+    """Return this node's id in Ray and its Numerics, as JSON; null where they are not known."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return json.dumps({"id": node_id, "numerics": numerics and numerics.model_dump()})
 
 
 def pack_epochs(epochs: Iterable[tuple[int, EpochResult]]) -> str:
@@ -136,6 +246,10 @@ def explain_end(exc: Exception) -> tuple[str, str]:
     """Return the outcome and text of the message for what ended a trial's results."""
     if isinstance(exc, StopIteration):
         return "paused", ""
+    if isinstance(exc, SupersededError):
+        return "superseded", str(exc)
+    if isinstance(exc, UnlikeError):
+        return "unlike", str(exc)
     if isinstance(exc, Diverged):
         return "diverged", str(exc)
     if isinstance(exc, DiskFullError):  # when its weights were written

@@ -170,6 +170,8 @@ class SearchRuns:
         }
         if ended:
             tags["reason"] = trial.reason
+        if trial.nodes:
+            tags["node"] = ", ".join(dict.fromkeys(node.node for node in reversed(trial.nodes)))
         if trial.retries:
             tags["retries"] = str(len(trial.retries))
             tags["faults"] = ", ".join(retry.fault for retry in trial.retries)
@@ -317,7 +319,7 @@ class SearchRuns:
         environment = trial.driver.environment | {"split_hash": self._header.data.split_hash}
         files: dict[str, str | Path] = {
             "config.json": trial.config.model_dump_json(indent=2),
-            "numerics.json": trial.driver.numerics.model_dump_json(indent=2),
+            "numerics.json": trial.numerics.model_dump_json(indent=2),
             "environment.json": json.dumps(environment, indent=2),
         }
         if trial.error_file is not None and (error := self._folder / trial.error_file).exists():

@@ -71,6 +71,7 @@ def _read_trial(run: Any, header: Header) -> dict[str, Any]:
         "data_digest": header.data.digest,
         "split_hash": header.data.split_hash,
         "reason": tags.get("reason", ""),
+        "node": tags["node"].split(", ")[0] if "node" in tags else None,
     }
 
 

@@ -27,6 +27,7 @@ from tune_cifar.record.events import (
     TrialStarted,
     utc_now,
 )
+from tune_cifar.record.files import ERROR, WEIGHTS
 from tune_cifar.record.journal import Record
 from tune_cifar.record.state import INTERRUPTED, SearchState, TrialState
 from tune_cifar.record.store import make_name, search_folder
@@ -35,7 +36,7 @@ from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import load_weights
 from tune_cifar.train.numerics import compare_numerics
 from tune_cifar.train.trainer import Trainer
-from tune_cifar.train.trial import ERROR, WEIGHTS, train_trial
+from tune_cifar.train.trial import train_trial
 
 logger = logging.getLogger(__name__)
 # Called with the state after each recorded event.

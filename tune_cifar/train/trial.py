@@ -13,21 +13,12 @@ from typing import Any
 
 from tune_cifar.data.load import TrainVal
 from tune_cifar.errors import CheckpointError
+from tune_cifar.record.files import CHECKPOINTS, WEIGHTS, stop_file
 from tune_cifar.schema import MAX_EPOCHS, EpochResult, Numerics, TrainConfig
 from tune_cifar.train.checkpoint import CHECKPOINT_SECONDS, CheckpointFolder, save_weights
 from tune_cifar.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-# Names in a trial's folder.
-CHECKPOINTS = "checkpoints"
-WEIGHTS = "weights.safetensors"
-ERROR = "error.txt"
-
-
-def stop_file(search_folder: Path) -> Path:
-    """Return the file that, while it exists, ends every training of the search after its epoch."""
-    return search_folder / "stopping"
 
 
 def train_trial(

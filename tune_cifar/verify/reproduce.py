@@ -122,7 +122,7 @@ def reproduce_run(
 
     Args:
         numerics: of this training, from `restore_numerics`; the rule depends on whether they are
-            equal to the recorded ones.
+            equal to the recorded ones of all attempts.
         on_epoch: called with the recorded result, the fresh one and their difference.
         on_trainer: called with the Trainer before the first epoch.
 
@@ -138,7 +138,7 @@ def reproduce_run(
     """
     if not trial.epochs and trial.status not in ("diverged", "failed"):
         raise RecordError(f"{trial.run_id}: the run has no recorded epoch to compare.")
-    changed = tuple(compare_numerics(trial.driver.numerics, numerics))
+    changed = _compare_attempts(trial, numerics)
     tolerance = _find_tolerance(state, trial, changed) if changed and trial.epochs else None
     expected: type[Exception] = Exception if trial.status == "failed" else Diverged
     trainer: Trainer | None = None
@@ -158,8 +158,8 @@ def reproduce_run(
             verdict = "different"
         epochs = first_different or len(trial.epochs)
         text = _format_error(error) if error is not None and trial.status == "failed" else ""
-        notes = describe_unrecorded(trial.driver.numerics, numerics, verdict == "identical")
-        found = (verdict, epochs, first_different, detail, changed, text, tuple(notes))
+        notes = describe_unrecorded(trial.numerics, numerics, verdict == "identical")
+        found = verdict, epochs, first_different, detail, changed, text, tuple(notes)
         return Reproduction(*found), trainer
 
     fresh_epochs = train()
@@ -186,6 +186,13 @@ def reproduce_run(
         is_failure = trial.status == "failed"
         return conclude(None, f"It fails again: {_describe_error(exc)}" if is_failure else "", exc)
     return conclude(epoch, _describe_missing_error(state, trial))
+
+
+def _compare_attempts(trial: TrialState, numerics: Numerics) -> tuple[str, ...]:
+    """Return how these Numerics differ from those of any attempt of a trial."""
+    before = (trial.numerics, *trial.other_numerics)
+    changes = (change for each in before for change in compare_numerics(each, numerics))
+    return tuple(dict.fromkeys(changes))
 
 
 def _find_tolerance(state: SearchState, trial: TrialState, changed: tuple[str, ...]) -> float:

@@ -1,0 +1,163 @@
+"""A search's copy elsewhere: complete, up to date, brought back."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.builders import find_free_port, make_events, write_search
+from tune_cifar.errors import RecordError
+from tune_cifar.record import mirror
+from tune_cifar.record.files import write_atomically
+from tune_cifar.record.journal import RECORD_FILE, read_state
+from tune_cifar.record.mirror import Mirror, copy_search, list_mirrored, restore_search
+
+OLD, NEW = (f"trials/0003/checkpoints/checkpoint-000{number}.pt" for number in (1, 2))
+KEPT = "trials/0001/weights.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = write_search(tmp_path / "runs", "s7-1", 1, make_events()).folder
+    for name in (OLD, KEPT, "trials/0003/error.txt"):
+        write_atomically(folder / name, name.encode())
+    (folder / "owner.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "file":
+        yield (tmp_path / "mirror").as_uri()
+        return
+    if importlib.util.find_spec("s3fs") is None:
+        pytest.skip("s3fs is not installed (make services)")
+    yield from serve_bucket()
+
+
+def serve_bucket() -> Iterator[str]:
+    """An S3 server on loopback with an empty bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    port = find_free_port()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    variables = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in variables.items():
+            patch.setenv(name, text)
+        boto3.client("s3").create_bucket(Bucket="searches")
+        yield "s3://searches/mine"
+    server.stop()
+
+
+def list_files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_search_comes_back_as_it_was(folder: Path, url: str, tmp_path: Path) -> None:
+    copied = copy_search(folder, url)
+    assert set(copied) == {RECORD_FILE, OLD, KEPT, "trials/0003/error.txt"}
+    assert list(copied)[-1] == RECORD_FILE, "what it names is there before the record is"
+    assert list_mirrored(url) == ["s7-1"]
+    restored = restore_search(url, "s7-1", tmp_path / "elsewhere")
+    wanted = list_files(folder)
+    del wanted["owner.json"]
+    assert list_files(restored) == wanted
+    assert read_state(restored).counts == read_state(folder).counts
+
+
+def test_only_what_changed_is_copied_and_what_is_gone_here_goes_there(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    before = copy_search(folder, url)
+    (folder / OLD).unlink()
+    write_atomically(folder / NEW, b"newer")
+    after = copy_search(folder, url, before)
+    assert {name: look for name, look in after.items() if before.get(name) != look}.keys() == {NEW}
+    files = list_files(restore_search(url, "s7-1", tmp_path / "elsewhere"))
+    assert OLD not in files and files[NEW] == b"newer"
+    # Without knowing what is there, as after a restart.
+    write_atomically(folder / OLD, b"again")
+    (folder / NEW).unlink()
+    copy_search(folder, url)
+    files = list_files(restore_search(url, "s7-1", tmp_path / "further"))
+    assert NEW not in files and files[OLD] == b"again"
+
+
+def test_what_is_not_there_is_said_with_what_is(folder: Path, url: str, tmp_path: Path) -> None:
+    copy_search(folder, url)
+    with pytest.raises(RecordError, match=r"no search named 'other' is there\. Known: s7-1"):
+        restore_search(url, "other", tmp_path / "elsewhere")
+    with pytest.raises(RecordError, match="a search of this name is here already"):
+        restore_search(url, "s7-1", tmp_path / "runs")
+    assert not list((tmp_path / "elsewhere").rglob("*.part"))
+
+
+def test_a_mirror_follows_while_it_is_open_and_is_complete_at_its_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "EVERY_SECONDS", 0.05)
+    copy = tmp_path / "mirror" / "s7-1"
+    with Mirror(folder, (tmp_path / "mirror").as_uri()) as running:
+        wait_for(copy / RECORD_FILE)
+        write_atomically(folder / NEW, b"newer")
+        wait_for(copy / NEW)
+        write_atomically(folder / KEPT, b"the last word")
+    assert running.fault is None
+    assert (copy / KEPT).read_bytes() == b"the last word"
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def test_a_mirror_that_is_away_is_completed_when_it_is_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "EVERY_SECONDS", 0.05)
+    place = tmp_path / "mirror"
+    place.write_text("in the way: no folder can be made")
+    with Mirror(folder, place.as_uri()) as running:
+        time.sleep(0.5)
+        place.unlink()
+        wait_for(place / "s7-1" / RECORD_FILE)
+    assert running.fault is None
+
+
+def test_a_mirror_that_stays_away_is_a_sentence_with_the_command_that_completes_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "mirror"
+    place.write_text("in the way")
+    with Mirror(folder, place.as_uri(), end_seconds=1.0) as running:
+        pass
+    assert running.fault is not None
+    assert f"Complete it: python -m tune_cifar searches mirror s7-1 {place.as_uri()}" in (
+        running.fault
+    )
+
+
+def test_a_password_in_an_address_is_in_no_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RecordError) as caught:
+        list_mirrored("ftp://user:secret@127.0.0.1:9/x")
+    assert "secret" not in str(caught.value) and "***@" in str(caught.value)
+
+
+def test_no_credentials_are_written_into_the_environment() -> None:
+    assert "AWS_SECRET_ACCESS_KEY" not in os.environ

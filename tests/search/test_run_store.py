@@ -1,0 +1,118 @@
+"""The files of trials on a cluster: what the actor writes, refuses and hands out."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.builders import ROOT
+from tests.faults.disks import limit_file_size
+from tune_cifar.record.files import WEIGHTS, stop_file, trial_folder, write_atomically
+from tune_cifar.search import run_store
+from tune_cifar.search.run_store import (
+    ATTEMPT_FILE,
+    NONCE_FILE,
+    REFUSED_FILE,
+    RunStore,
+    SharedFiles,
+    SupersededError,
+    open_trial_files,
+)
+
+CHECKPOINT = "checkpoints/checkpoint-0003.pt"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(str(tmp_path), None)
+
+
+def test_what_one_attempt_put_the_next_one_fetches(store: RunStore, tmp_path: Path) -> None:
+    assert store.fetch(7, 1) == {}
+    assert store.put(7, 1, CHECKPOINT, b"three") == store.put(7, 1, WEIGHTS, b"w") == ""
+    assert (trial_folder(tmp_path, 7) / CHECKPOINT).read_bytes() == b"three"
+    assert store.fetch(7, 2) == {CHECKPOINT: b"three"}
+
+
+def test_an_older_attempt_can_change_nothing_and_is_noted(store: RunStore, tmp_path: Path) -> None:
+    store.put(7, 1, CHECKPOINT, b"first")
+    store.fetch(7, 2)
+    assert store.put(7, 1, CHECKPOINT, b"late") == "superseded"
+    assert store.keep(7, 1, []) is None and store.fetch(7, 1) is None
+    assert (trial_folder(tmp_path, 7) / CHECKPOINT).read_bytes() == b"first"
+    noted = (tmp_path / REFUSED_FILE).read_text().splitlines()
+    assert noted == 3 * ["trial 7: attempt 1 came after attempt 2"]
+    assert store.put(8, 1, CHECKPOINT, b"another trial's") == ""
+
+
+def test_checkpoints_that_the_worker_has_no_more_are_deleted_and_a_stop_is_told(
+    store: RunStore, tmp_path: Path
+) -> None:
+    later = "checkpoints/checkpoint-0004.pt"
+    store.put(0, 1, CHECKPOINT, b"3")
+    store.put(0, 1, later, b"4")
+    assert store.keep(0, 1, [later]) is False
+    assert store.fetch(0, 1) == {later: b"4"}
+    stop_file(tmp_path).touch()
+    assert store.keep(0, 1, [later]) is True
+
+
+@pytest.mark.parametrize(
+    "name", ["../record.jsonl", "record.jsonl", "checkpoints/../../x", "/etc/x", "checkpoints/x.pt"]
+)
+def test_a_worker_writes_checkpoints_and_weights_and_nothing_else(
+    store: RunStore, name: str
+) -> None:
+    with pytest.raises(ValueError, match="a trial has no file"):
+        store.put(0, 1, name, b"x")
+
+
+def test_a_full_disk_is_told_in_the_systems_words(store: RunStore) -> None:
+    with limit_file_size(1000):
+        assert store.put(0, 1, WEIGHTS, bytes(2000)) == "File too large"
+
+
+def test_the_actors_module_needs_no_torch() -> None:
+    script = "import sys, tune_cifar.search.run_store; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_who_sees_the_run_store_trains_in_it(tmp_path: Path) -> None:
+    (tmp_path / NONCE_FILE).write_text("n0nce")
+    files = open_trial_files(tmp_path, 3, 1, "n0nce")
+    assert isinstance(files, SharedFiles) and files.folder == trial_folder(tmp_path, 3)
+    files.bring()
+    newer = open_trial_files(tmp_path, 3, 2, "n0nce")
+    with pytest.raises(SupersededError):
+        files.bring()
+    newer.bring()
+    with pytest.raises(SupersededError):
+        open_trial_files(tmp_path, 3, 1, "n0nce")
+    assert (trial_folder(tmp_path, 3) / ATTEMPT_FILE).read_text() == "2"
+
+
+@pytest.mark.parametrize("found", [None, "another"])
+def test_another_folder_of_the_same_path_is_not_taken_for_the_run_store(
+    tmp_path: Path, found: str | None
+) -> None:
+    if found is not None:
+        (tmp_path / NONCE_FILE).write_text(found)
+    assert not run_store._is_seen(tmp_path, "n0nce")
+
+
+def test_folders_of_killed_workers_are_deleted_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    living, lock = run_store._make_scratch_folder()
+    dead, gone = run_store._make_scratch_folder()
+    gone.close()
+    write_atomically(dead / "trials" / "x", b"left")
+    run_store._remove_leftovers()
+    assert living.exists() and not dead.exists()
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    lock.close()

@@ -1,0 +1,141 @@
+"""Trials on a cluster as the driver sees them: where attempts run, which nodes may run more."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tune_cifar.record.events import Fault, NodeChanged, NodeStatus
+from tune_cifar.record.state import TrialState
+from tune_cifar.schema import Numerics
+from tune_cifar.search.cluster import LiveNodes, Node
+from tune_cifar.search.driver import SearchDriver
+from tune_cifar.search.plan import SearchPlan
+
+# Parts of Ray's messages about a lost worker.
+RAY_OUT_OF_MEMORY = "low on memory"
+NODE_LOST = ("its node has died", "temporarily unavailable", "node was terminated")
+
+
+def classify_death(error: str) -> Fault:
+    """Return the fault that Ray's message about a lost worker means."""
+    if RAY_OUT_OF_MEMORY in error:
+        return "out of memory"
+    return "node lost" if any(words in error for words in NODE_LOST) else "worker died"
+
+
+class RemoteTrials:
+    """Follows the attempts of the trials of one search on the nodes of a cluster.
+
+    Args:
+        nonce: of the run store; see `start_run_store`.
+    """
+
+    def __init__(self, driver: SearchDriver, plan: SearchPlan, nonce: str) -> None:
+        self._driver = driver
+        self._plan = plan
+        self._nonce = nonce
+        self._live = LiveNodes(plan.resources, plan.request.max_concurrent)
+        self._known: dict[str, NodeChanged] = {}  # by Ray's id, also of lost ones
+        self._newest: dict[str, str] = {}  # Ray's id of each name: a node may come back
+        self._places: dict[int, str] = {}  # of each trial's newest attempt, once it has reported
+        self._trained: set[int] = set()  # trials whose newest attempt has reported an epoch
+        self._failed_on: dict[int, str] = {}
+        offers = {offer.node: offer for offer in plan.offers}
+        for node_id, node in self._live.poll().items():
+            if (offer := offers.get(node.name)) is not None:
+                self._change(node_id, node, "joined", offer.numerics)
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether a node has room for one more trial."""
+        return self._driver.num_running < self._live.count_slots()
+
+    def make_config(self, trial: TrialState) -> dict[str, Any]:
+        """Return what a worker must know beside the trial, for the attempt that begins."""
+        self._places.pop(trial.number, None)
+        self._trained.discard(trial.number)
+        failed_on = self._failed_on.get(trial.number)
+        cluster = {
+            "attempt": self._driver.attempts[trial.number],
+            "nonce": self._nonce,
+            "data": self._plan.data.model_dump(),
+            "allow_mixed": self._plan.request.allow_mixed,
+        }
+        return {"cluster": cluster, "avoided": self._live.list_avoided(failed_on)}
+
+    def take(self, message: dict[str, Any]) -> bool:
+        """Note where a message comes from; return whether it is of the trial's newest attempt."""
+        number, place = message["trial"], json.loads(message["place"])
+        if message["attempt"] != self._driver.attempts[number]:
+            return False
+        node_id, numerics = place["id"], place["numerics"]
+        if number not in self._places and message["outcome"] != "unlike":
+            self._places[number] = node_id
+            node = self._live.poll().get(node_id)
+            if numerics is not None and node is not None:
+                joined = self._change(node_id, node, "joined", Numerics(**numerics))
+                self._driver.place(number, joined)
+        if message["outcome"] == "epochs":
+            self._trained.add(number)
+            self._live.note_success(node_id)
+        return True
+
+    def leave_out(self, message: dict[str, Any]) -> None:
+        """Give a node no more trials, since its Numerics differ from the search's."""
+        place = json.loads(message["place"])
+        self._live.leave_out(place["id"])
+        if (node := self._live.poll().get(place["id"])) is not None:
+            numerics = Numerics(**place["numerics"])
+            self._change(node.id, node, "left out", numerics, f"unlike: {message['text']}")
+        self._driver.requeue(message["trial"])
+
+    def retry_elsewhere(self, number: int, text: str) -> bool:
+        """Queue a trial for another node if it failed on its node before its first epoch.
+
+        A node on which two trials in a row do so is left out. A trial that does so on two nodes
+        has failed by its own fault.
+
+        Returns:
+            whether it is tried again.
+        """
+        node_id = self._places.get(number)
+        if node_id is None or number in self._trained or not self._live.has_another(node_id):
+            return False
+        if number in self._failed_on:
+            self._live.absolve(number)
+            return False
+        self._failed_on[number] = node_id
+        node, known = self._live.poll().get(node_id), self._known.get(node_id)
+        if self._live.note_failure(node_id, number) and node is not None:
+            why = "two trials in a row failed on it before their first epoch"
+            self._change(node_id, node, "left out", known.numerics if known else None, why)
+        self._driver.retry(number, "failed at its start", text)
+        return True
+
+    def watch(self) -> None:
+        """Record the nodes that are gone."""
+        live = self._live.poll()
+        for node_id, known in self._known.items():
+            if node_id not in live and self._takes_part(node_id, known.node):
+                self._driver.change_node(known.model_copy(update={"status": "lost"}))
+
+    def _takes_part(self, node_id: str, name: str) -> bool:
+        """Return whether the record has the node as one that is there, and it did not come back."""
+        found = self._driver.record.state.nodes.get(name)
+        return self._newest[name] == node_id and found is not None and found.status != "lost"
+
+    def _change(
+        self,
+        node_id: str,
+        node: Node,
+        status: NodeStatus,
+        numerics: Numerics | None,
+        text: str = "",
+    ) -> NodeChanged:
+        event = NodeChanged(
+            node=node.name, status=status, address=node.address, numerics=numerics, text=text
+        )
+        self._known[node_id], self._newest[node.name] = event, node_id
+        self._driver.change_node(event)
+        return event

@@ -1,0 +1,265 @@
+"""A search's files on a cluster: written by an actor on the driver's node, or by the workers.
+
+A worker that sees the run store writes into it, as on one machine. Any other keeps its trial's
+folder on a disk of its own; before it reports an epoch, it brings what is new to the actor. Either
+way an attempt that has been superseded by a newer one can change nothing.
+
+The actor imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from tune_cifar.errors import DiskFullError
+from tune_cifar.record.files import (
+    CHECKPOINTS,
+    WEIGHTS,
+    stop_file,
+    trial_folder,
+    write_atomically,
+)
+
+# In the search's folder while it runs on a cluster: who can read it there sees the run store.
+NONCE_FILE = ".seen"
+# In the search's folder: what older attempts wanted to change.
+REFUSED_FILE = "refused.txt"
+# In a trial's folder: the number of its newest attempt.
+ATTEMPT_FILE = "attempt"
+ACTOR = "run store"
+# A checkpoint's name in a trial's folder.
+CHECKPOINT = re.compile(rf"{CHECKPOINTS}/checkpoint-\d{{4}}\.pt")
+SCRATCH_PREFIX, LOCK_FILE = "tune_cifar-trial-", ".lock"
+
+
+class SupersededError(Exception):
+    """A newer attempt of the trial has begun."""
+
+
+class RunStore:
+    """Writes the files of one search for workers that do not see its folder. A Ray actor.
+
+    Args:
+        folder: the search's.
+        data: what `get_data` returns: an object reference in a list, or None.
+    """
+
+    def __init__(self, folder: str, data: list[Any] | None) -> None:
+        self._folder = Path(folder)
+        self._data = data
+        self._attempts: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def get_data(self) -> list[Any] | None:
+        """Return the reference to the images, for a node that has none of its own."""
+        return self._data
+
+    def fetch(self, trial: int, attempt: int) -> dict[str, bytes] | None:
+        """Begin an attempt; return the trial's checkpoints by name, None if a newer one has begun.
+
+        From now on older attempts are refused.
+        """
+        with self._lock:
+            if self._is_superseded(trial, attempt):
+                return None
+            self._attempts[trial] = attempt
+            folder = trial_folder(self._folder, trial)
+            paths = _list_checkpoints(folder)
+            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+    def put(self, trial: int, attempt: int, name: str, content: bytes) -> str:
+        """Write a file of a trial; return what prevented it: `superseded`, the system's words, or
+        nothing.
+        """
+        if not (name == WEIGHTS or CHECKPOINT.fullmatch(name)):
+            raise ValueError(f"a trial has no file {name!r}")
+        with self._lock:
+            if self._is_superseded(trial, attempt):
+                return "superseded"
+            try:
+                write_atomically(trial_folder(self._folder, trial) / name, content)
+            except OSError as exc:
+                return str(exc.strerror)
+            return ""
+
+    def keep(self, trial: int, attempt: int, names: list[str]) -> bool | None:
+        """Delete the checkpoints that an attempt no longer has; return whether the search stops.
+
+        None when a newer attempt has begun.
+        """
+        with self._lock:
+            if self._is_superseded(trial, attempt):
+                return None
+            folder = trial_folder(self._folder, trial)
+            for path in _list_checkpoints(folder):
+                if path.relative_to(folder).as_posix() not in names:
+                    path.unlink(missing_ok=True)
+        return stop_file(self._folder).exists()
+
+    def _is_superseded(self, trial: int, attempt: int) -> bool:
+        """Return whether a newer attempt has begun; note in REFUSED_FILE that this one came."""
+        newest = self._attempts.get(trial, attempt)
+        if attempt >= newest:
+            return False
+        with (self._folder / REFUSED_FILE).open("a", encoding="utf-8") as file:
+            file.write(f"trial {trial}: attempt {attempt} came after attempt {newest}\n")
+        return True
+
+
+def _list_checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{CHECKPOINTS}/checkpoint-*.pt"))
+
+
+def start_run_store(folder: Path, data: list[Any] | None) -> tuple[Any, str]:
+    """Start the actor on this node; return it and the nonce in the search's folder."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nonce = secrets.token_hex(16)
+    write_atomically(folder / NONCE_FILE, nonce.encode())
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": ACTOR, "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 4}
+    actor = ray.remote(RunStore).options(**options).remote(str(folder), data)
+    return actor, nonce
+
+
+class TrialFiles(Protocol):
+    """The folder of a trial's attempt, as its worker has it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where `train_trial` trains."""
+
+    def bring(self) -> None:
+        """Bring what is new to the run store.
+
+        Raises:
+            SupersededError: a newer attempt of the trial has begun.
+            DiskFullError: the weights cannot be written.
+        """
+
+    def close(self) -> None:
+        """Delete what is on this machine alone."""
+
+
+def open_trial_files(search_folder: Path, trial: int, attempt: int, nonce: str) -> TrialFiles:
+    """Begin an attempt in the run store itself if it is seen from here, else in a copy.
+
+    Raises:
+        SupersededError: a newer attempt of the trial has begun.
+    """
+    if _is_seen(search_folder, nonce):
+        return SharedFiles(trial_folder(search_folder, trial), attempt)
+    return CopiedFiles(trial, attempt)
+
+
+def _is_seen(folder: Path, nonce: str) -> bool:
+    try:
+        return (folder / NONCE_FILE).read_text() == nonce and os.access(folder, os.W_OK)
+    except OSError:
+        return False
+
+
+class SharedFiles:
+    """A trial's folder in the run store, which this machine sees."""
+
+    def __init__(self, folder: Path, attempt: int) -> None:
+        self.folder = folder
+        self._attempt = attempt
+        self.bring()
+        write_atomically(folder / ATTEMPT_FILE, str(attempt).encode())
+
+    def bring(self) -> None:
+        """Check that no newer attempt has begun."""
+        with suppress(FileNotFoundError):
+            newest = int((self.folder / ATTEMPT_FILE).read_text())
+            if newest > self._attempt:
+                raise SupersededError(f"attempt {newest} has begun")
+
+    def close(self) -> None:
+        """Delete nothing: all of it is the run store's."""
+
+
+class CopiedFiles:
+    """A trial's folder on a disk of this machine, with the way of its files to the run store."""
+
+    def __init__(self, trial: int, attempt: int) -> None:
+        import ray
+
+        self._ray: Any = ray
+        self._store = ray.get_actor(ACTOR)
+        self._ids = (trial, attempt)
+        _remove_leftovers()
+        self._search, self._lock = _make_scratch_folder()
+        self.folder = trial_folder(self._search, trial)
+        self.folder.mkdir(parents=True)
+        self._brought: dict[str, tuple[int, int]] = {}
+        found = ray.get(self._store.fetch.remote(*self._ids))
+        if found is None:
+            raise SupersededError("a newer attempt has begun")
+        for name, content in found.items():
+            path = self.folder / name
+            write_atomically(path, content)
+            self._brought[name] = _look_at(path)
+
+    def bring(self) -> None:
+        """Send new files; delete what is no longer here; take over the sign to stop."""
+        # Weights first: the last checkpoint says that they are there.
+        weights = self.folder / WEIGHTS
+        paths = [weights] if weights.exists() else []
+        paths += _list_checkpoints(self.folder)
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
+        for name, path in zip(names, paths, strict=True):
+            look = _look_at(path)
+            if self._brought.get(name) != look:
+                put = self._store.put.remote(*self._ids, name, path.read_bytes())
+                self._check(self._ray.get(put), name)
+                self._brought[name] = look
+        is_stopping = self._ray.get(self._store.keep.remote(*self._ids, names))
+        self._check("superseded" if is_stopping is None else "", "")
+        if is_stopping:
+            stop_file(self._search).touch()
+
+    def _check(self, problem: str, name: str) -> None:
+        if problem == "superseded":
+            raise SupersededError("a newer attempt has begun")
+        if problem and name == WEIGHTS:  # a checkpoint is left out, as on a full disk here
+            raise DiskFullError(f"{name}: cannot write the file: {problem}. Make room.")
+
+    def close(self) -> None:
+        """Delete the folder on this machine."""
+        shutil.rmtree(self._search, ignore_errors=True)
+        self._lock.close()
+
+
+def _look_at(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _make_scratch_folder() -> tuple[Path, IO[str]]:
+    """Make a folder for a trial's files, and lock it as long as the file is open.
+
+    It gets the name that `_remove_leftovers` looks for once it is locked.
+    """
+    made = Path(tempfile.mkdtemp(prefix="tune_cifar-new-"))
+    lock = (made / LOCK_FILE).open("w", encoding="utf-8")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return made.rename(made.with_name(SCRATCH_PREFIX + made.name.rpartition("-")[2])), lock
+
+
+def _remove_leftovers() -> None:
+    """Delete the folders of workers that were killed: nobody has them locked."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        with suppress(OSError), (path / LOCK_FILE).open("w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
