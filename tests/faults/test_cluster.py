@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.lab import Lab, check_complete, check_equal, count_epochs, kill
+from tests.faults.lab import Lab, check_complete, check_equal, count_epochs, interrupt, kill
 from tests.faults.netcluster import ADDRESS, FAST_CHECKS, TEMPORARY, NetCluster, find_problem
+from tune_cifar.data.files import DataSource
 from tune_cifar.record.events import TrialPlaced, TrialRetried
 from tune_cifar.record.state import SearchState
 from tune_cifar.search.run_store import ATTEMPT_FILE, REFUSED_FILE
@@ -128,3 +129,133 @@ def test_a_node_that_sees_the_run_store_writes_into_it(
     check_complete(lab)
     check_equal(lab.state, undisturbed)
     assert len(list(lab.record.parent.glob(f"trials/*/{ATTEMPT_FILE}"))) == 64
+
+
+def test_each_complete_trial_of_a_sampler_that_learns_equals_its_own_reproduction(
+    tmp_path: Path,
+) -> None:
+    """What TPE proposes depends on the order in which trials end, what a trial trains does not."""
+    lab = Lab(tmp_path / "lab", options=(*SIZES, "24", *ON_CLUSTER))
+    space = lab.folder / "search_spaces" / "faulty.yaml"
+    tpe = "sampler: {kind: tpe, startup: 6}"
+    space.write_text(space.read_text().replace("sampler: {kind: random}", tpe))
+    with NetCluster(tmp_path / "net", [lab.folder], FAST_CHECKS) as net:
+        first, _ = net.add(), net.add()
+        process = lab.search()
+        lab.wait_for(process, lambda state: _is_busy(state, first))
+        net.kill(first)
+        net.add()
+        text, _ = process.communicate(timeout=1200)
+        assert process.returncode == 0, text
+    check_complete(lab)
+    complete = [trial for trial in lab.state.trials.values() if trial.status == "complete"]
+    assert len(complete) >= 2
+    for trial in complete:
+        assert "identical over 4 epochs" in lab.run("reproduce", trial.run_id)
+
+
+def test_unlike_nodes_are_refused_or_recorded(tmp_path: Path) -> None:
+    """One node's torch does without vector instructions, as on an older processor."""
+    lab = Lab(tmp_path / "lab", options=(*SIZES, "6", *ON_CLUSTER))
+    with NetCluster(tmp_path / "net", [lab.folder]) as net:
+        net.add()
+        other = net.add(variables={"ATEN_CPU_CAPABILITY": "default"})
+        words = ("search", "--space", "faulty", "--name", "y", "--data", "shapes", *lab.options)
+        text = lab.run(*words, status=1)
+        assert "the nodes of a search must be alike, got tc" in text
+        assert "ATEN_CPU_CAPABILITY: " in text and "--allow-mixed" in text
+        lab.options += ("--allow-mixed",)
+        lab.finish()
+    state = lab.state
+    check_complete(lab)
+    settings = {trial.node: trial.numerics.settings for trial in state.trials.values()}
+    assert settings[other] == {"ATEN_CPU_CAPABILITY": "default"} and len(settings) == 2
+    on_other = next(trial for trial in state.trials.values() if trial.node == other)
+    lab.run("confirm", "--search", "x", "--top", "1", "--seeds", "2", "--data", "shapes")
+    text = lab.run("reproduce", on_other.run_id)
+    assert "numerics differ: ATEN_CPU_CAPABILITY: default -> not set" in text
+
+
+def test_a_node_that_fails_every_trial_is_left_out_and_named(tmp_path: Path) -> None:
+    """Its temporary folder cannot be written: no trial's files find a place."""
+    lab = Lab(tmp_path / "lab", options=(*SIZES, "8", *ON_CLUSTER))
+    with NetCluster(tmp_path / "net", [lab.folder]) as net:
+        net.add()
+        broken = net.add(variables=plant_in_workers(tmp_path))
+        text = lab.finish()
+    check_complete(lab)
+    assert lab.state.counts["failed"] == 0
+    assert lab.state.nodes[broken].status == "left out"
+    assert f"node {broken}: 0 running, " in text
+    assert "left out: two trials in a row failed on it before their first epoch" in text
+
+
+def plant_in_workers(folder: Path) -> dict[str, str]:
+    """Let every worker of a node fail when a trial asks for a folder of its own."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys, tempfile\n"
+        "if any('default_worker' in word for word in sys.orig_argv):\n"
+        "    def mkdtemp(*args, **options):\n"
+        "        raise OSError(30, 'Read-only file system')\n"
+        "    tempfile.mkdtemp = mkdtemp\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_without_a_node_the_search_waits_and_goes_on_with_the_next_one(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "lab", options=(*SIZES, "6", *ON_CLUSTER))
+    with NetCluster(tmp_path / "net", [lab.folder], FAST_CHECKS) as net:
+        only = net.add()
+        process = lab.search()
+        lab.wait_for(process, lambda state: _is_busy(state, only))
+        net.kill(only)
+        lab.wait_for(process, lambda state: state.nodes[only].status == "lost")
+        net.add()
+        text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text
+    assert "no node is left: waiting for one" in text
+    check_complete(lab)
+
+
+def test_a_confirmation_and_a_plan_run_on_a_cluster_too(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "lab", options=(*SIZES, "4", *ON_CLUSTER))
+    with NetCluster(tmp_path / "net", [lab.folder]) as net:
+        name = net.add()
+        plan = ("plan", "--space", "faulty", "--data", "shapes", *lab.options)
+        assert f" {name} " in lab.run(*plan)
+        begin = ("search", "--space", "faulty", "--name", "x", "--data", "shapes", *lab.options)
+        lab.run(*begin, "--continue")
+        assert "all trials" in lab.run(*begin, "--continue"), "it has ended: nothing is done"
+        words = ("--search", "x", "--top", "1", "--seeds", "2", "--data", "shapes")
+        text = lab.run("confirm", *words, *ON_CLUSTER)
+        assert "gain over the baseline" in text
+        assert lab.run("search", "--space", "faulty", "--data", "shapes", *lab.options[:-2],
+                       *("--address", "10.77.0.1:9"), status=1)  # fmt: skip
+
+
+@pytest.mark.real_data
+def test_large_checkpoints_of_cifar10_survive_an_interrupt(
+    tmp_path: Path, cifar10: DataSource
+) -> None:
+    """s10 on nodes that see neither run store nor data; a checkpoint with Adam has 79 MB."""
+    lab = Lab(tmp_path / "lab")
+    sizes = ("--set", "train_size=1500", "--set", "val_size=500", "--trials", "4")
+    options = (*sizes, "--tier", "cpu", *ON_CLUSTER)
+    assert cifar10.folder is not None
+    with NetCluster(tmp_path / "net", [lab.folder, cifar10.folder]) as net:
+        net.add()
+        net.add()
+        begin = ("search", "--space", "s10", "--name", "x", "--data", str(cifar10.folder))
+        process = lab.start(*begin, *options)
+        lab.wait_for(process, lambda state: count_epochs(state) >= 3)
+        interrupt(process)
+        text, _ = process.communicate(timeout=900)
+        assert process.returncode == 130, text
+        before = {number: t.epochs_done for number, t in lab.state.trials.items()}
+        saved = list(lab.record.parent.glob("trials/*/checkpoints/*.pt"))
+        assert saved and max(path.stat().st_size for path in saved) > 20e6
+        resume = ("search", "--name", "x", "--resume", "--data", str(cifar10.folder))
+        text = lab.run(*resume, *ON_CLUSTER)
+        assert "0 lost" in text and "resumed from epoch" in text
+    check_complete(lab)
+    assert all(lab.state.trials[number].epochs_done >= done for number, done in before.items())

@@ -1,0 +1,122 @@
+"""What a cluster costs: seconds per empty trial, the run store's actor, and its files.
+
+    python benchmarks/cluster.py overhead --nodes 1 2 4 --trials 100 1000 --rounds 3
+    python benchmarks/cluster.py files --megabytes 1 79 --rounds 3
+
+All nodes are network namespaces of this machine (tests/faults/netcluster.py): root is needed, and
+nothing else should run. A trial is empty: one step of a tiny training; so its seconds are those of
+the driver, of Ray and of the files. `overhead` prints the actor's way and the direct one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.faults.netcluster import ADDRESS, NetCluster, find_problem  # noqa: E402
+from tune_cifar.record.journal import read_state  # noqa: E402
+from tune_cifar.record.store import search_folder  # noqa: E402
+from tune_cifar.search.run_store import RunStore  # noqa: E402
+
+TINY = ("train_size=100", "val_size=50", "batch_size=50", "epochs=1")
+
+
+def run_search(folder: Path, num_trials: int) -> float:
+    """Run a search of empty trials on the cluster; return its seconds a trial, start left out."""
+    words = [sys.executable, "-m", "tune_cifar", "search", "--space", "smoke", "--tier", "cpu"]
+    words += ["--data", "shapes", "--name", "x", "--trials", str(num_trials)]
+    words += [word for setting in TINY for word in ("--set", setting)]
+    environment = os.environ | {"TUNE_CIFAR_RUNS": str(folder), "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [*words, "--address", ADDRESS], check=True, env=environment, stdout=subprocess.DEVNULL
+    )
+    state = read_state(search_folder(folder, "x"))
+    assert state.finished is not None and len(state.trials) == num_trials
+    ended = sorted(trial.ended or "" for trial in state.trials.values())
+    return _seconds_between(ended[0], ended[-1]) / (num_trials - 1)
+
+
+def _seconds_between(first: str, last: str) -> float:
+    from datetime import datetime
+
+    return (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+
+
+def measure_overhead(nodes: list[int], trials: list[int], rounds: int) -> None:
+    """Print the seconds of an empty trial, with files through the actor and written directly."""
+    for num_nodes in nodes:
+        for num_trials in trials:
+            for way in ("actor", "direct"):
+                seconds = []
+                for _ in range(rounds):
+                    with tempfile.TemporaryDirectory(prefix="tc-bench-") as name:
+                        folder = Path(name)
+                        hidden = [folder / "runs"] if way == "actor" else []
+                        (folder / "runs").mkdir()
+                        with NetCluster(folder / "net", hidden) as net:
+                            for _ in range(num_nodes):
+                                net.add()
+                            seconds.append(run_search(folder / "runs", num_trials))
+                spread = ", ".join(f"{value:.3f}" for value in seconds)
+                median = statistics.median(seconds)
+                print(f"{num_nodes} nodes, {num_trials} trials, {way}: {median:.3f} s ({spread})")
+
+
+def measure_files(sizes: list[int], rounds: int) -> None:
+    """Print the seconds of a file's way to the run store and back, through Ray."""
+    import tune_cifar.search.worker  # noqa: F401  (a token of its own, not one in the home folder)
+
+    # isort: split
+
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory(prefix="tc-bench-") as name:
+        actor = ray.remote(RunStore).options(num_cpus=0).remote(name, None)
+        for size in sizes:
+            content, times = (
+                os.urandom(size * 10**6),
+                {"put": list[float](), "fetch": list[float]()},
+            )
+            for _ in range(rounds):
+                begin = time.perf_counter()
+                path = "checkpoints/checkpoint-0001.pt"
+                assert ray.get(actor.put.remote(size, 1, path, content)) == ""
+                middle = time.perf_counter()
+                assert ray.get(actor.fetch.remote(size, 1))[path] == content
+                times["put"].append(middle - begin)
+                times["fetch"].append(time.perf_counter() - middle)
+            for what, seconds in times.items():
+                spread = ", ".join(f"{value:.3f}" for value in seconds)
+                print(f"{what} {size} MB: {statistics.median(seconds):.3f} s ({spread})")
+    ray.shutdown()
+
+
+def main() -> None:
+    """Measure what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=("overhead", "files"))
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 79])
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    if given.what == "files":
+        measure_files(given.megabytes, given.rounds)
+        return
+    if problem := find_problem():
+        raise SystemExit(f"no network namespaces here: {problem}")
+    measure_overhead(given.nodes, given.trials, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
