@@ -21,7 +21,7 @@ from tune_cifar.data import importing, sources
 from tune_cifar.data.files import CIFAR100_FILES, DataSource, describe_data, fetch_data, find_data
 from tune_cifar.data.imported import DESCRIPTION_FILE, PART_FILES, read_imported
 from tune_cifar.data.importing import import_data
-from tune_cifar.data.load import interleave, load_test, load_train_val, order_split
+from tune_cifar.data.load import interleave, load_test, load_train_val, order_split, pack_data
 from tune_cifar.errors import DataError
 
 CLASSES = ("cat", "dog", "owl")
@@ -147,6 +147,24 @@ def test_training_needs_no_test_file_and_a_changed_file_is_refused(tmp_path: Pat
     _load_imported.cache_clear()
     with pytest.raises(DataError, match=r"must have SHA-256 .*Import the data again"):
         load_train_val(source, 27, 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_that_were_packed_for_another_machine_are_those_of_this_one(tmp_path: Path) -> None:
+    """Also read-only, as they lie in a node's object store; shapes are made where they train."""
+    folder = import_data(write_folder(tmp_path / "pets"), "pets", size=8).folder
+    source = DataSource("pets", folder)
+    packed = pack_data(source)
+    assert packed is not None
+    packed.images_NCHW.flags.writeable = False
+    here, there = load_train_val(source, 20, 3), packed.select(20, 3)
+    assert (there.info, there.about) == (here.info, here.about)
+    assert torch.equal(there.train.images_NCHW, here.train.images_NCHW)
+    assert there.val is not None and here.val is not None
+    assert torch.equal(there.val.labels_N, here.val.labels_N)
+    with pytest.raises(DataError, match="train_size"):
+        packed.select(10**6, 3)
+    assert pack_data(DataSource("shapes", None)) is None
 
 
 def test_a_data_set_is_found_by_its_name_its_folder_and_the_environment(

@@ -137,7 +137,7 @@ def test_each_complete_trial_of_a_sampler_that_learns_equals_its_own_reproductio
     """What TPE proposes depends on the order in which trials end, what a trial trains does not."""
     lab = Lab(tmp_path / "lab", options=(*SIZES, "24", *ON_CLUSTER))
     space = lab.folder / "search_spaces" / "faulty.yaml"
-    tpe = "sampler: {kind: tpe, startup: 6}"
+    tpe = "sampler: {kind: tpe, startup: 2}"
     space.write_text(space.read_text().replace("sampler: {kind: random}", tpe))
     with NetCluster(tmp_path / "net", [lab.folder], FAST_CHECKS) as net:
         first, _ = net.add(), net.add()
@@ -239,8 +239,8 @@ def test_large_checkpoints_of_cifar10_survive_an_interrupt(
 ) -> None:
     """s10 on nodes that see neither run store nor data; a checkpoint with Adam has 79 MB."""
     lab = Lab(tmp_path / "lab")
-    sizes = ("--set", "train_size=1500", "--set", "val_size=500", "--trials", "4")
-    options = (*sizes, "--tier", "cpu", *ON_CLUSTER)
+    sizes = ("--set", "train_size=1500", "--set", "val_size=500", "--set", "batch_size=64")
+    options = (*sizes, "--trials", "4", "--tier", "cpu", *ON_CLUSTER)
     assert cifar10.folder is not None
     with NetCluster(tmp_path / "net", [lab.folder, cifar10.folder]) as net:
         net.add()
