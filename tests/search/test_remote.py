@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def remote(
     monkeypatch.setattr(
         remote_module,
         "LiveNodes",
-        lambda resources, limit: LiveNodes(resources, limit, machines),
+        lambda: LiveNodes(machines),
     )
     space, cost = make_space(), Cost(1.0, 1.0, 1.0)
     request = SearchRequest(SHAPES, tmp_path, "x", address="auto")
@@ -132,7 +133,7 @@ def test_a_trial_that_fails_at_its_start_is_tried_once_more_on_another_node(
     config = ask(remote)
     send(remote, config, ONE, fp32, "failed", "OSError: no room")
     again = ask(remote)
-    assert again["trial"] == 0 and again["avoided"] == [ONE.id]
+    assert again["trial"] == 0 and again["node"] == TWO.id
     send(remote, again, TWO, fp32, "failed", "OSError: no room")
     trial = remote._driver.record.state.trials[0]
     assert trial.status == "failed" and [r.fault for r in trial.retries] == ["failed at its start"]
@@ -152,7 +153,7 @@ def test_a_node_on_which_two_trials_in_a_row_fail_gets_no_more(
     assert left_out.status == "left out" and "two trials in a row" in left_out.text
     assert ask(remote) is None, "the slots of the other node are taken"
     remote._driver.end(0, "stopped", "x")
-    assert ask(remote)["avoided"] == [ONE.id]
+    assert ask(remote)["node"] == TWO.id
 
 
 def test_the_last_node_is_never_left_out(
@@ -180,7 +181,7 @@ def test_a_node_with_other_numerics_is_left_out_and_the_trial_goes_elsewhere(
     node = remote._driver.record.state.nodes["one"]
     assert (node.status, node.text) == ("left out", "unlike: capability: AVX2 -> AVX512")
     again = ask(remote)
-    assert again["trial"] == 0 and again["avoided"] == [ONE.id]
+    assert again["trial"] == 0 and again["node"] == TWO.id
     assert remote._driver.record.state.trials[0].retries == []
 
 
@@ -234,11 +235,52 @@ def test_slots_are_counted_on_each_node_for_itself(cpus: int, gpus: float, slots
     assert Node("x", "x", "x", 8, 2).count_slots(cpus, gpus) == slots
 
 
-def test_avoided_nodes_are_named_to_ray() -> None:
-    free = request_resources(1, 0.0, {"avoided": []})
-    bound = request_resources(1, 0.0, {"avoided": ["a", "b"]})
-    assert free == request_resources(1, 0.0, {"avoided": []}) != bound
-    assert bound._kwargs == {"bundle_label_selector": [{"ray.io/node-id": "!in(a,b)"}]}
+def test_a_trial_is_bound_to_a_node_so_that_no_other_nodes_worker_takes_it() -> None:
+    first, second = (request_resources(1, 0.0, {"node": name}) for name in ("a", "b"))
+    assert first == request_resources(1, 0.0, {"node": "a"}) != second
+    assert first._kwargs == {"bundle_label_selector": [{"ray.io/node-id": "a"}]}
+
+
+def test_trials_are_spread_over_the_nodes_by_their_free_slots(remote: RemoteTrials) -> None:
+    nodes = [ask(remote)["node"] for _ in range(4)]
+    assert sorted(nodes) == [ONE.id, ONE.id, TWO.id, TWO.id] and nodes[0] != nodes[1]
+
+
+@pytest.mark.parametrize(("status", "is_queued"), [("PENDING", True), ("RUNNING", False)])
+def test_a_trial_that_waits_for_a_worker_of_a_lost_node_is_queued_again(
+    remote: RemoteTrials, machines: Machines, status: str, is_queued: bool
+) -> None:
+    """One whose worker had started is left to Ray, which tells its end."""
+    config = ask(remote)
+    remote.add(SimpleNamespace(config=config, status=status))
+    lost = ONE if config["node"] == ONE.id else TWO
+    machines.nodes.remove(lost)
+    remote.watch()
+    again = ask(remote)
+    assert (again["trial"] == 0) == is_queued and again["node"] != lost.id
+    if is_queued:
+        assert again["cluster"]["attempt"] == 2
+
+
+def test_a_fault_that_is_seen_twice_queues_a_trial_once(
+    remote: RemoteTrials, fp32: Numerics
+) -> None:
+    ask(remote)
+    remote._driver.requeue(0)
+    remote._driver.retry(0, "node lost", "gone")
+    assert [ask(remote)["trial"] for _ in range(2)] == [0, 1]
+
+
+def test_an_attempt_on_a_node_that_is_left_out_does_not_take_it_in_again(
+    remote: RemoteTrials, fp32: Numerics
+) -> None:
+    configs = [ask(remote) for _ in range(4)]
+    for config in configs[:2]:
+        send(remote, config, ONE, fp32, "failed", "OSError: no room")
+    assert remote._driver.record.state.nodes["one"].status == "left out"
+    send(remote, configs[2], ONE, fp32, "epochs", epochs())
+    assert remote._driver.record.state.nodes["one"].status == "left out"
+    assert remote._driver.record.state.trials[2].node == "one"
 
 
 def test_unlike_nodes_are_refused_with_what_differs_unless_they_may(fp32: Numerics) -> None:

@@ -126,18 +126,17 @@ def resume_confirmation(
     """Continue a recorded confirmation; tell a finished one again."""
     header, settled = state.header, state.header.confirmation
     assert settled is not None
-    source = options.find_recorded_data(state, data)
+    if state.is_finished:
+        _finish(state, data, context.params["tracking_uri"], as_json)
+        return
     request = options.make_request(
         context,
-        source,
+        options.find_recorded_data(state, data),
         storage=state.storage,
         name=header.name,
         device=header.numerics.device,
         keep_weights=count_weights(settled),
     )
-    if state.is_finished:
-        _finish(state, data, request.tracking_uri, as_json)
-        return
     console = stderr() if as_json else stdout()
     with console.status("reading the record and starting the workers ..."):
         from tune_cifar.search.run import prepare_resume

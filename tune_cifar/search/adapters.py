@@ -55,6 +55,7 @@ class TuneSearcher(Searcher):  # type: ignore[misc]
     def _suggest(self) -> dict[str, Any] | Literal["FINISHED"] | None:
         """Return a trial, None when there is none now, FINISHED when no more will start."""
         has_slot = self._remote is None or self._remote.has_slot
+        # Without a slot a waiting trial waits on, and the end of all is still seen.
         trial = self._driver.ask() if has_slot else None
         if trial is None:
             return Searcher.FINISHED if self._driver.is_exhausted else None
@@ -83,6 +84,11 @@ class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
         super().__init__()
         self._driver = driver
         self._remote = remote
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Let attempts be told apart that wait for a worker of a node that is gone."""
+        if self._remote is not None:
+            self._remote.add(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         goes_on = guard(self._driver, lambda: self._on_result(result), False)
@@ -146,4 +152,6 @@ class TuneStopper(Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         if self._remote is not None:
             guard(self._driver, self._remote.watch, None)
+            # Attempts that wait for a node that is gone would keep Tune waiting.
+            return self._driver.is_cut or self._driver.is_exhausted
         return self._driver.is_cut

@@ -242,20 +242,11 @@ class LiveNodes:
     """The nodes that may run trials now: they come and go, and some fail whatever they are given.
 
     Args:
-        resources: of a trial.
-        limit: of trials at once; None is as many as fit.
         list_nodes: returns the nodes that are alive.
     """
 
-    def __init__(
-        self,
-        resources: Resources,
-        limit: int | None,
-        list_nodes: Callable[[], list[Node]] = list_nodes,
-    ) -> None:
+    def __init__(self, list_nodes: Callable[[], list[Node]] = list_nodes) -> None:
         self._list_nodes = list_nodes
-        self._size = resources.cpus_per_trial, resources.gpus_per_trial
-        self._limit = limit
         self._next_poll = 0.0
         self._nodes: dict[str, Node] = {}
         self._left_out: set[str] = set()
@@ -270,29 +261,17 @@ class LiveNodes:
         return self._nodes
 
     @property
-    def _usable(self) -> list[Node]:
-        nodes = self.poll().values()
-        return [node for node in nodes if node.id not in self._left_out]
-
-    def count_slots(self) -> int:
-        """Return how many trials may run at once."""
-        num_slots = sum(node.count_slots(*self._size) for node in self._usable)
-        return num_slots if self._limit is None else min(num_slots, self._limit)
-
-    def list_avoided(self, failed_on: str | None = None) -> list[str]:
-        """Return the ids of the nodes on which a trial must not be placed.
-
-        Args:
-            failed_on: a node on which it failed; not counted if it is the only one left.
-        """
-        avoided = set(self._left_out)
-        if failed_on is not None and any(node.id != failed_on for node in self._usable):
-            avoided.add(failed_on)
-        return sorted(avoided & set(self.poll()))
+    def usable(self) -> list[Node]:
+        """The nodes that are not left out."""
+        return [node for node in self.poll().values() if node.id not in self._left_out]
 
     def has_another(self, node_id: str) -> bool:
         """Return whether trials may run on another node than this."""
-        return any(node.id != node_id for node in self._usable)
+        return any(node.id != node_id for node in self.usable)
+
+    def is_left_out(self, node_id: str) -> bool:
+        """Return whether a node gets no more trials."""
+        return node_id in self._left_out
 
     def leave_out(self, node_id: str) -> None:
         """Give a node no more trials."""

@@ -95,9 +95,9 @@ class SearchDriver:
         return self._space.budget.rungs
 
     @property
-    def num_running(self) -> int:
-        """Number of trials that were asked for and have neither ended nor stopped."""
-        return len(self._running)
+    def running(self) -> frozenset[int]:
+        """The trials that were asked for and have neither ended nor stopped."""
+        return frozenset(self._running)
 
     @property
     def is_over_time(self) -> bool:
@@ -212,7 +212,8 @@ class SearchDriver:
     def requeue(self, number: int) -> None:
         """Queue a trial again that has done nothing."""
         self._running.discard(number)
-        self._waiting.append(number)
+        if number not in self._waiting:
+            self._waiting.append(number)
 
     def pause(self, number: int) -> None:
         """Note that a trial has stopped with a checkpoint; it stays unfinished."""
@@ -287,6 +288,8 @@ class SearchDriver:
         """
         trial = self.record.state.trials[number]
         self._running.discard(number)
+        if number in self._waiting:  # its fault was seen already
+            return
         if sum(retry.fault == fault for retry in trial.retries) >= RETRIES[fault]:
             self.fail(number, f"{text}\n{fault}, {RETRIES[fault] + 1} times")
         else:

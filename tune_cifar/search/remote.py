@@ -12,6 +12,7 @@ from tune_cifar.search.cluster import LiveNodes, Node
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import SearchPlan
 
+NO_NODE = "none"
 # Parts of Ray's messages about a lost worker.
 RAY_OUT_OF_MEMORY = "low on memory"
 NODE_LOST = ("its node has died", "temporarily unavailable", "node was terminated")
@@ -35,7 +36,9 @@ class RemoteTrials:
         self._driver = driver
         self._plan = plan
         self._nonce = nonce
-        self._live = LiveNodes(plan.resources, plan.request.max_concurrent)
+        self._live = LiveNodes()
+        self._bound: dict[int, str] = {}  # the node of each trial's newest attempt
+        self._tune_trials: dict[int, Any] = {}  # Tune's object for it
         self._known: dict[str, NodeChanged] = {}  # by Ray's id, also of lost ones
         self._newest: dict[str, str] = {}  # Ray's id of each name: a node may come back
         self._places: dict[int, str] = {}  # of each trial's newest attempt, once it has reported
@@ -49,20 +52,47 @@ class RemoteTrials:
     @property
     def has_slot(self) -> bool:
         """Whether a node has room for one more trial."""
-        return self._driver.num_running < self._live.count_slots()
+        limit, num_running = self._plan.request.max_concurrent, len(self._driver.running)
+        return (limit is None or num_running < limit) and any(
+            self._count_free(node) > 0 for node in self._live.usable
+        )
+
+    def _count_free(self, node: Node) -> int:
+        """Return how many more trials fit on a node."""
+        size = self._plan.resources.cpus_per_trial, self._plan.resources.gpus_per_trial
+        running = self._driver.running
+        return node.count_slots(*size) - sum(self._bound.get(n) == node.id for n in running)
+
+    def _choose_node(self, number: int) -> str:
+        """Return the id of the node with most room, not of that on which the trial failed.
+
+        Without room the trial waits for a worker of the node. If the last node has gone in this
+        moment, `watch` queues the trial again.
+        """
+        usable = self._live.usable
+        others = [node for node in usable if node.id != self._failed_on.get(number)]
+        chosen = max(others or usable, key=self._count_free, default=None)
+        return NO_NODE if chosen is None else chosen.id
+
+    def add(self, tune_trial: Any) -> None:
+        """Take Tune's object for an attempt."""
+        self._tune_trials[tune_trial.config["trial"]] = tune_trial
 
     def make_config(self, trial: TrialState) -> dict[str, Any]:
         """Return what a worker must know beside the trial, for the attempt that begins."""
-        self._places.pop(trial.number, None)
-        self._trained.discard(trial.number)
-        failed_on = self._failed_on.get(trial.number)
+        number = trial.number
+        self._places.pop(number, None)
+        self._tune_trials.pop(number, None)
+        self._trained.discard(number)
+        self._bound.pop(number, None)
+        self._bound[number] = self._choose_node(number)
         cluster = {
-            "attempt": self._driver.attempts[trial.number],
+            "attempt": self._driver.attempts[number],
             "nonce": self._nonce,
             "data": self._plan.data.model_dump(),
             "allow_mixed": self._plan.request.allow_mixed,
         }
-        return {"cluster": cluster, "avoided": self._live.list_avoided(failed_on)}
+        return {"cluster": cluster, "node": self._bound[number]}
 
     def take(self, message: dict[str, Any]) -> bool:
         """Note where a message comes from; return whether it is of the trial's newest attempt."""
@@ -74,12 +104,18 @@ class RemoteTrials:
             self._places[number] = node_id
             node = self._live.poll().get(node_id)
             if numerics is not None and node is not None:
-                joined = self._change(node_id, node, "joined", Numerics(**numerics))
-                self._driver.place(number, joined)
+                self._place(number, node, Numerics(**numerics))
         if message["outcome"] == "epochs":
             self._trained.add(number)
             self._live.note_success(node_id)
         return True
+
+    def _place(self, number: int, node: Node, numerics: Numerics) -> None:
+        """Record where an attempt trains; on a node that is left out an older one may still run."""
+        if self._live.is_left_out(node.id) and (known := self._known.get(node.id)) is not None:
+            self._driver.place(number, known)
+        else:
+            self._driver.place(number, self._change(node.id, node, "joined", numerics))
 
     def leave_out(self, message: dict[str, Any]) -> None:
         """Give a node no more trials, since its Numerics differ from the search's."""
@@ -114,8 +150,16 @@ class RemoteTrials:
         return True
 
     def watch(self) -> None:
-        """Record the nodes that are gone."""
+        """Record the nodes that are gone; queue trials again that wait for a worker of one.
+
+        Of those whose worker had started Ray tells the end.
+        """
         live = self._live.poll()
+        for number in self._driver.running:
+            tune_trial = self._tune_trials.get(number)
+            is_waiting = tune_trial is not None and tune_trial.status == "PENDING"
+            if is_waiting and self._bound[number] not in live:
+                self._driver.requeue(number)
         for node_id, known in self._known.items():
             if node_id not in live and self._takes_part(node_id, known.node):
                 self._driver.change_node(known.model_copy(update={"status": "lost"}))

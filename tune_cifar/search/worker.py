@@ -183,11 +183,13 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
 
 
 def request_resources(cpus: int, gpus: float, config: dict[str, Any]) -> Any:
-    """Return what Ray reserves for a trial: cores and GPUs of one node, none of the avoided."""
+    """Return what Ray reserves for a trial of a cluster: cores and GPUs of the node chosen for it.
+
+    A request without a node would be any free worker's: Tune would end the starting worker of a new
+    node whenever another node's worker becomes free.
+    """
+    selector = {"ray.io/node-id": config["node"]}
     bundle = {"CPU": cpus, "GPU": gpus}
-    if not (avoided := config["avoided"]):
-        return tune.PlacementGroupFactory([bundle])
-    selector = {"ray.io/node-id": f"!in({','.join(avoided)})"}
     return tune.PlacementGroupFactory([bundle], bundle_label_selector=[selector])
 
 
