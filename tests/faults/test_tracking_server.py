@@ -237,7 +237,7 @@ def test_a_wrong_password_is_refused_before_anything_is_spent(
     lab = make_lab(tmp_path, server, f"wrong-{SECRET}")
     words = ("search", "--space", "faulty", "--data", "shapes", *lab.options)
     text = lab.run(*words, status=1)
-    assert f"{server.uri}: MLflow must know the user and the password, got others or none." in text
+    assert f"and have a user and a password that it knows, got '{server.uri}'." in text
     assert not lab.record.exists() and not list_runs(server)
     # The other way to give it: in the address. It goes into no record.
     lab.variables = {}

@@ -115,10 +115,8 @@ def check_tracking(storage: Path, option: str | None) -> str | None:
         fault = str(exc) if isinstance(exc, TrackingError) else describe_error(exc)
         if " 401 " in fault:
             hint = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
-            rule = "MLflow must know the user and the password"
-            raise ConfigError(
-                f"{hide_credentials(uri)}: {rule}, got others or none. {hint}"
-            ) from exc
+            rule = "`tracking_uri` must be MLflow's and have a user and a password that it knows"
+            raise ConfigError(f"{rule}, got {hide_credentials(uri)!r}. {hint}") from exc
         if option and not _is_away(exc):
             refused = f"`tracking_uri` must be MLflow's, got {hide_credentials(uri)!r}"
             raise ConfigError(f"{refused}: {fault.rstrip('.')}.") from exc
