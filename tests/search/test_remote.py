@@ -265,10 +265,13 @@ def test_a_trial_that_waits_for_a_worker_of_a_lost_node_is_queued_again(
 def test_a_fault_that_is_seen_twice_queues_a_trial_once(
     remote: RemoteTrials, fp32: Numerics
 ) -> None:
-    ask(remote)
+    tune_trial = SimpleNamespace(config=ask(remote), error_file=None)
+    scheduler = TuneScheduler(remote._driver, remote)
     remote._driver.requeue(0)
-    remote._driver.retry(0, "node lost", "gone")
+    scheduler.on_trial_error(None, tune_trial)
     assert [ask(remote)["trial"] for _ in range(2)] == [0, 1]
+    scheduler.on_trial_error(None, tune_trial)  # of the older attempt
+    assert remote._driver.record.state.trials[0].retries == []
 
 
 def test_an_attempt_on_a_node_that_is_left_out_does_not_take_it_in_again(

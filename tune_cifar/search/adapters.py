@@ -120,11 +120,10 @@ class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
         """Retry a trial whose worker died: a crash, or killed, perhaps by Ray as memory ran out."""
         error, number = _read_error(trial), trial.config["trial"]
         text = f"the worker process of the trial died\n{error[:2000]}".rstrip()
-        is_newest = trial.config.get("cluster", {}).get("attempt") in (
-            None,
-            self._driver.attempts[number],
-        )
-        if is_newest:
+        # Of an older attempt, or of a trial that `watch` has queued already, it is no news.
+        newest = self._driver.attempts[number]
+        attempt = trial.config.get("cluster", {}).get("attempt", newest)
+        if attempt == newest and number in self._driver.running:
             fault = classify_death(error)
             guard(self._driver, lambda: self._driver.retry(number, fault, text), None)
 

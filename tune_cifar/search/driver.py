@@ -288,8 +288,6 @@ class SearchDriver:
         """
         trial = self.record.state.trials[number]
         self._running.discard(number)
-        if number in self._waiting:  # its fault was seen already
-            return
         if sum(retry.fault == fault for retry in trial.retries) >= RETRIES[fault]:
             self.fail(number, f"{text}\n{fault}, {RETRIES[fault] + 1} times")
         else:
