@@ -92,7 +92,29 @@ def test_who_sees_the_run_store_trains_in_it(tmp_path: Path) -> None:
     newer.bring()
     with pytest.raises(SupersededError):
         open_trial_files(tmp_path, 3, 1, "n0nce")
-    assert (trial_folder(tmp_path, 3) / ATTEMPT_FILE).read_text() == "2"
+    assert (trial_folder(tmp_path, 3) / ATTEMPT_FILE).read_text() == "n0nce 2"
+
+
+def test_a_resumed_search_begins_anew_whatever_attempt_the_last_launch_had(tmp_path: Path) -> None:
+    """The record does not have attempts that reported nothing: their numbers come again."""
+    (tmp_path / NONCE_FILE).write_text("first")
+    old = open_trial_files(tmp_path, 3, 5, "first")
+    (tmp_path / NONCE_FILE).write_text("second")
+    new = open_trial_files(tmp_path, 3, 1, "second")
+    new.bring()
+    with pytest.raises(SupersededError):
+        old.bring()
+
+
+def test_the_actor_refuses_an_attempt_that_one_in_the_run_store_has_followed(
+    tmp_path: Path,
+) -> None:
+    """Some nodes see the run store and some do not."""
+    (tmp_path / NONCE_FILE).write_text("n0nce")
+    store = RunStore(str(tmp_path), None, "n0nce")
+    store.fetch(3, 1)
+    open_trial_files(tmp_path, 3, 2, "n0nce")
+    assert store.put(3, 1, CHECKPOINT, b"late") == "superseded"
 
 
 @pytest.mark.parametrize("found", [None, "another"])

@@ -112,7 +112,7 @@ class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
             raise DiskFullError(f"{text} Then give `resume=True`.")
         elif outcome == "unlike" and self._remote is not None:
             self._remote.leave_out(message)
-        elif outcome != "superseded" and not self._retry_elsewhere(number, text):
+        elif not self._retry_elsewhere(number, text):
             self._driver.fail(number, text)
         return False
 

@@ -1,8 +1,9 @@
 """A search's files on a cluster: written by an actor on the driver's node, or by the workers.
 
 A worker that sees the run store writes into it, as on one machine. Any other keeps its trial's
-folder on a disk of its own; before it reports an epoch, it brings what is new to the actor. Either
-way an attempt that has been superseded by a newer one can change nothing.
+folder on a disk of its own; before it reports an epoch, it brings what is new to the actor. There
+an attempt that has been superseded by a newer one can change nothing; in the run store itself it
+ends after its epoch.
 
 The actor imports no torch.
 """
@@ -33,7 +34,7 @@ from tune_cifar.record.files import (
 NONCE_FILE = ".seen"
 # In the search's folder: what older attempts wanted to change.
 REFUSED_FILE = "refused.txt"
-# In a trial's folder: the number of its newest attempt.
+# In a trial's folder: the nonce of the launch, and the number of its newest attempt that sees it.
 ATTEMPT_FILE = "attempt"
 ACTOR = "run store"
 # A checkpoint's name in a trial's folder.
@@ -51,10 +52,12 @@ class RunStore:
     Args:
         folder: the search's.
         data: what `get_data` returns: an object reference in a list, or None.
+        nonce: of this launch of the search.
     """
 
-    def __init__(self, folder: str, data: list[Any] | None) -> None:
+    def __init__(self, folder: str, data: list[Any] | None, nonce: str = "") -> None:
         self._folder = Path(folder)
+        self._nonce = nonce
         self._data = data
         self._attempts: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -107,12 +110,22 @@ class RunStore:
 
     def _is_superseded(self, trial: int, attempt: int) -> bool:
         """Return whether a newer attempt has begun; note in REFUSED_FILE that this one came."""
-        newest = self._attempts.get(trial, attempt)
+        seen = _read_attempt(trial_folder(self._folder, trial), self._nonce)
+        newest = max(self._attempts.get(trial, attempt), seen or 0)
         if attempt >= newest:
             return False
         with (self._folder / REFUSED_FILE).open("a", encoding="utf-8") as file:
             file.write(f"trial {trial}: attempt {attempt} came after attempt {newest}\n")
         return True
+
+
+def _read_attempt(folder: Path, nonce: str) -> int | None:
+    """Return the newest attempt of this launch that trains in the run store; None without one."""
+    try:
+        found, number = (folder / ATTEMPT_FILE).read_text().split()
+    except (OSError, ValueError):
+        return None
+    return int(number) if found == nonce else None
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
@@ -128,7 +141,7 @@ def start_run_store(folder: Path, data: list[Any] | None) -> tuple[Any, str]:
     write_atomically(folder / NONCE_FILE, nonce.encode())
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": ACTOR, "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 4}
-    actor = ray.remote(RunStore).options(**options).remote(str(folder), data)
+    actor = ray.remote(RunStore).options(**options).remote(str(folder), data, nonce)
     return actor, nonce
 
 
@@ -158,7 +171,7 @@ def open_trial_files(search_folder: Path, trial: int, attempt: int, nonce: str) 
         SupersededError: a newer attempt of the trial has begun.
     """
     if _is_seen(search_folder, nonce):
-        return SharedFiles(trial_folder(search_folder, trial), attempt)
+        return SharedFiles(trial_folder(search_folder, trial), attempt, nonce)
     return CopiedFiles(trial, attempt)
 
 
@@ -172,18 +185,19 @@ def _is_seen(folder: Path, nonce: str) -> bool:
 class SharedFiles:
     """A trial's folder in the run store, which this machine sees."""
 
-    def __init__(self, folder: Path, attempt: int) -> None:
+    def __init__(self, folder: Path, attempt: int, nonce: str) -> None:
         self.folder = folder
-        self._attempt = attempt
-        self.bring()
-        write_atomically(folder / ATTEMPT_FILE, str(attempt).encode())
+        self._ids = attempt, nonce
+        # What an earlier launch has left does not count.
+        if (_read_attempt(folder, nonce) or 0) > attempt:
+            raise SupersededError("a newer attempt has begun")
+        write_atomically(folder / ATTEMPT_FILE, f"{nonce} {attempt}".encode())
 
     def bring(self) -> None:
-        """Check that no newer attempt has begun."""
-        with suppress(FileNotFoundError):
-            newest = int((self.folder / ATTEMPT_FILE).read_text())
-            if newest > self._attempt:
-                raise SupersededError(f"attempt {newest} has begun")
+        """Check that no newer attempt, of this launch or of a later one, has begun."""
+        attempt, nonce = self._ids
+        if _read_attempt(self.folder, nonce) != attempt:
+            raise SupersededError("a newer attempt has begun")
 
     def close(self) -> None:
         """Delete nothing: all of it is the run store's."""
