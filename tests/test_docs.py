@@ -27,9 +27,9 @@ from tests.builders import (
     make_data_files,
     make_header,
     make_trial,
-    run_in_a_process,
     write_record,
 )
+from tests.shell import Answer, Shell, open_shell
 from tune_cifar.cli.terminal import name_options
 from tune_cifar.data.files import TRAIN_FILES
 from tune_cifar.errors import TuneCifarError
@@ -310,7 +310,6 @@ MORE = {
 # Commands with tests of their own: one waits for Ctrl-C (cli/test_app.py), one trains on 50,000
 # images (verify/test_confirm.py), one downloads (data/test_load.py).
 LEFT_OUT = ("ui", "confirm --final", "data fetch", "data import", "spaces new")
-WITH_RAY = ("search", "confirm")
 
 
 def has(words: Words, command: str) -> bool:
@@ -338,26 +337,27 @@ def make_small(words: Words, best: str) -> Words:
     return small + [word for command, more in MORE.items() if has(words, command) for word in more]
 
 
+def run_whole(shell: Shell, *words: str) -> Answer:
+    """Run a command that must end well."""
+    answer = shell.run(*words)
+    assert answer.status == 0, f"{shlex.join(words)}\n{answer}"
+    return answer
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
     """Plan, search, and reproduce, evaluate, export, confirm, delete what was found."""
     best, done = "", []
-    for words, _ in list_lines(README):
-        if any(has(words, command) for command in LEFT_OUT):
-            continue
-        small = make_small(words, best)
-        if find_command(words) in WITH_RAY:  # its cluster ends with its process
-            process = run_in_a_process(*small)
-            status, output = process.returncode, process.stdout + process.stderr
-        else:
-            answer = invoke(*small)
-            status, output = answer.exit_code, f"{answer.output}\n{answer.exception!r}"
-        assert status == 0, f"{shlex.join(small)}\n{output}"
-        done.append(find_command(words))
-        if not best:
-            folder = search_folder(workplace / "runs", NAME)
-            state = read_state(folder) if folder.exists() else None
-            best = state.best.run_id if state is not None and state.best is not None else ""
+    with open_shell() as shell:
+        for words, _ in list_lines(README):
+            if any(has(words, command) for command in LEFT_OUT):
+                continue
+            run_whole(shell, *make_small(words, best))
+            done.append(find_command(words))
+            if not best:
+                folder = search_folder(workplace / "runs", NAME)
+                state = read_state(folder) if folder.exists() else None
+                best = state.best.run_id if state is not None and state.best is not None else ""
     assert set(done) == set(COMMANDS) - {"ui", "data fetch", "data import", "spaces new"}
     assert best and not search_folder(workplace / "runs", NAME).exists()
     files = {path.name for path in workplace.iterdir()}
@@ -372,27 +372,41 @@ def test_the_commands_for_own_images_run_in_their_order(
     monkeypatch.setenv("XDG_DATA_HOME", str(workplace / "home"))
     write_digits(workplace / "photos", num_images=30)
     done, outputs = [], []
-    for words, _ in list_lines(OWN_IMAGES):
-        name = find_command(words)
-        if name == "data fetch":
-            continue
-        small = [{"NAME": NAME}.get(word, word) for word in words]
-        if name == "search":
-            sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
-            small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
-        if name == "confirm" and "--final" not in words:
-            small += ["--top=1", "--seeds=2"]
-        elif name == "confirm":
-            small += ["--seeds=1"]
-        run = run_in_a_process(*small)
-        assert run.returncode == 0, f"{shlex.join(small)}\n{run.stdout}{run.stderr}"
-        done.append(name)
-        outputs.append(run.stdout)
+    with open_shell() as shell:
+        for words, _ in list_lines(OWN_IMAGES):
+            name = find_command(words)
+            if name == "data fetch":
+                continue
+            small = [{"NAME": NAME}.get(word, word) for word in words]
+            if name == "search":
+                sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
+                small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
+            if name == "confirm":
+                small += ["--seeds=1"] if "--final" in words else ["--top=1", "--seeds=2"]
+            done.append(name)
+            outputs.append(run_whole(shell, *small).stdout)
     assert done[:3] == ["data import", "data list", "search"] and done[-1] == "export"
     assert "10 classes, 32x32 pixels" in outputs[0] and "folder photos" in outputs[1]
     assert "identical" in outputs[done.index("reproduce")]
     (tested,) = {found.data for found in load_test_log(find_test_log(workplace / "runs"))}
     assert tested == "flowers"
+
+
+def make_small_for_own_network(words: Words) -> Words:
+    """Make a command of the page short, on synthetic data."""
+    name = find_command(words)
+    small = [{"NAME": NAME}.get(word, word) for word in words]
+    if name == "search":
+        sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
+        small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=3", *sizes]
+        small += ["--tier=cpu", "--set=model_args.width=16"]
+    if name == "confirm":
+        small += ["--top=1", "--seeds=2"]
+    if "--data" in list_options(name):
+        small += ["--data", "shapes"]
+    if "--best" in small and "--space" in small:
+        small[small.index("--space") : small.index("--space") + 2] = ["--search", NAME]
+    return small
 
 
 @pytest.mark.slow
@@ -401,31 +415,21 @@ def test_the_commands_for_an_own_network_run_in_their_order(workplace: Path) -> 
     (network,) = list_blocks(read(OWN_NETWORK), "python")
     Path("vit.py").write_text(network)
     done, outputs = [], []
-    for words, _ in list_lines(OWN_NETWORK):
-        name = find_command(words)
-        small = [{"NAME": NAME}.get(word, word) for word in words]
-        if name == "search":
-            sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
-            small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=3", *sizes]
-            small += ["--tier=cpu", "--set=model_args.width=16"]
-        if name == "confirm":
-            small += ["--seeds=1"] if "--final" in words else ["--top=1", "--seeds=2"]
+    with open_shell() as shell:
+        for words, _ in list_lines(OWN_NETWORK):
+            name = find_command(words)
             if "--final" in words:
                 continue  # 50,000 images: see tests/verify/test_confirm.py
-        if "--data" in list_options(name):
-            small += ["--data", "shapes"]
-        if "--best" in small and "--space" in small:
-            small[small.index("--space") : small.index("--space") + 2] = ["--search", NAME]
-        run = run_in_a_process(*small)
-        assert run.returncode == 0, f"{shlex.join(small)}\n{run.stdout}{run.stderr}"
-        done.append(name)
-        outputs.append(run.stdout)
-        if name == "spaces new":
-            Path("vit.yaml").write_text(run.stdout)
-        if name == "search":
-            Path("vit.py").write_text("changed since")
-        if name in ("reproduce", "confirm", "export"):
-            assert "vit.py has changed since walked: the recorded text is used." in run.stderr
+            answer = run_whole(shell, *make_small_for_own_network(words))
+            done.append(name)
+            outputs.append(answer.stdout)
+            if name == "spaces new":
+                Path("vit.yaml").write_text(answer.stdout)
+            if name == "search":
+                Path("vit.py").write_text("changed since")
+            if name in ("reproduce", "confirm", "export"):
+                changed = "vit.py has changed since walked: the recorded text is used."
+                assert changed in answer.stderr
     assert done == [
         *("models", "spaces new", "spaces check", "search", "reproduce", "confirm", "export")
     ]

@@ -125,9 +125,12 @@ class Lab:
         return found
 
     def list_workers(self) -> list[psutil.Process]:
-        """Return the processes that train; Ray names those that wait for work `ray::IDLE`."""
-        titles = [(process, " ".join(process.cmdline())) for process in self.list_processes()]
-        return [process for process, text in titles if "ray::" in text and "ray::IDLE" not in text]
+        """Return the processes that train, by Ray's name for them."""
+        return self.list_titled("ray::ResourceTrainable")
+
+    def list_titled(self, title: str) -> list[psutil.Process]:
+        """Return the processes whose command line has this in it."""
+        return [found for found in self.list_processes() if title in " ".join(found.cmdline())]
 
     def list_runs(self) -> list[Any]:
         """Return all MLflow runs of the run store's database."""

@@ -81,6 +81,24 @@ def test_a_trial_whose_worker_is_killed_is_resumed_to_the_same_curve(
     assert "1 x" in lab.run("failures", "--search", "x")
 
 
+@pytest.mark.faults
+def test_a_search_whose_ray_has_ended_says_so_and_is_resumed_to_the_same_curves(
+    tmp_path: Path, reference: SearchState
+) -> None:
+    """Tune alone would wait forever."""
+    lab = Lab(tmp_path)
+    process = lab.search()
+    lab.wait_for(process, lambda state: count_epochs(state) >= 3)
+    lab.list_titled("/raylet/raylet ")[0].kill()
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, text
+    assert "error ray: its processes on this machine have ended." in text
+    assert "Traceback" not in text
+    lab.finish()
+    check_complete(lab)
+    check_equal(lab.state, reference)
+
+
 @pytest.mark.parametrize(
     ("number", "is_urgent"),
     [

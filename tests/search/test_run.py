@@ -747,16 +747,11 @@ def test_a_search_says_what_it_does_and_what_comes_next(
 def test_a_search_prints_the_error_of_its_prediction(
     searched: tuple[Path, SearchState, str],
 ) -> None:
-    """Six trials with stages of 1 and 3 epochs; the n-th is promoted with ceil(n / 2) chances in n.
-
-    Two standard deviations of this luck are 6.6 epochs of about 17.
-    """
+    """How good predictions are is tested in test_forecast.py: so few trials end by luck."""
     _, state, text = searched
     predicted = state.header.predicted_epochs
     trained = sum(trial.epochs_done for trial in state.trials.values())
-    chances = [-(-n // 2) / n for n in range(1, 7)]
-    luck = 3 * sum(chance * (1 - chance) for chance in chances) ** 0.5
-    assert predicted is not None and abs(predicted - trained) <= 2 * luck
+    assert predicted is not None and 6 * 1 + 3 < predicted < 6 * (1 + 3)
     assert f"trial-epochs: {trained} trained, {predicted:.0f} predicted (error " in text
 
 

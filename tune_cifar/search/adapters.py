@@ -14,7 +14,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from tune_cifar.errors import DiskFullError, RecordError
+from tune_cifar.errors import DiskFullError, RecordError, TuneCifarError
+from tune_cifar.search.cluster import LiveNodes
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.remote import RemoteTrials, classify_death
 
@@ -144,6 +145,7 @@ class TuneStopper(Stopper):  # type: ignore[misc]
     def __init__(self, driver: SearchDriver, remote: RemoteTrials | None) -> None:
         self._driver = driver
         self._remote = remote
+        self._nodes = LiveNodes()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -153,4 +155,11 @@ class TuneStopper(Stopper):  # type: ignore[misc]
             guard(self._driver, self._remote.watch, None)
             # Attempts that wait for a node that is gone would keep Tune waiting.
             return self._driver.is_cut or self._driver.is_exhausted
+        guard(self._driver, self._check_ray, None)
         return self._driver.is_cut
+
+    def _check_ray(self) -> None:
+        """End a search whose own Ray has ended: Tune would wait for its workers forever."""
+        if not self._nodes.poll():
+            hint = "Make sure that memory does not run out, then give `resume=True`."
+            raise TuneCifarError(f"ray: its processes on this machine have ended. {hint}")
