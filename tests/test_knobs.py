@@ -78,12 +78,9 @@ def train_and_observe(config: TrainConfig, numerics: Numerics) -> dict[str, Any]
     groups = []
     losses = []
     trainer._step.model.train()
-    trainer._draw_batches()  # an epoch begins
-    order = torch.arange(config.train_size)
-    for step, settings in zip(range(6), schedule_steps(config), strict=False):
-        start = step * config.batch_size % max(1, config.train_size - config.batch_size)
-        batch = order[start : start + config.batch_size]
-        losses.append(trainer._train_step(batch, settings)[0].item())
+    batches = trainer._repeat_batches()
+    for _, batch, settings in zip(range(6), batches, schedule_steps(config), strict=False):
+        losses.append(trainer._train_step(*batch, settings)[0].item())
         group = {k: v for k, v in trainer._step.optimizer.param_groups[0].items() if k != "params"}
         groups.append(repr(sorted(group.items())))
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])

@@ -135,7 +135,7 @@ class TrainConfig(Frozen):
     weights and the optimizer's state stay (Loshchilov & Hutter 2017). Increasing, before the last
     epoch."""
 
-    batch_size: int = knob(..., "batch size", "train/trainer", unit="images", log=True, ge=2)
+    batch_size: int = knob(..., "batch size", "train/batches", unit="images", log=True, ge=2)
     epochs: int = knob(..., "epochs", "train/trainer", ge=1, le=MAX_EPOCHS)
     label_smoothing: float = knob(0.0, "label smoothing", "train/step", ge=0.0, le=0.9)
     ema_decay: float = knob(0.0, "EMA decay", "train/trainer", ge=0.0, lt=1.0)
@@ -150,13 +150,13 @@ class TrainConfig(Frozen):
     """Seeds every random stream of the training: initial weights, order, augmentation, dropout."""
 
     augment_backend: Literal["batched", "albumentations"] = knob(
-        "batched", "augmentation backend", "train/step"
+        "batched", "augmentation backend", "augment/interpreter"
     )
     """What applies the policy: our own code on whole batches, or albumentations image by image."""
     crop_pad: int = knob(0, "crop padding", "augment/policies", unit="px", ge=0, le=16)
     """Pad by reflection (101) on each side, then crop 32x32 at random; 0 is off."""
     hflip_p: float = knob(0.0, "flip probability", "augment/policies", ge=0.0, le=1.0)
-    hflip_mode: Literal["random", "alternating"] = knob("random", "flip mode", "train/trainer")
+    hflip_mode: Literal["random", "alternating"] = knob("random", "flip mode", "train/batches")
     """random: every epoch draws anew. alternating: an image is flipped in a fraction hflip_p of the
     epochs, evenly spaced: at 0.5 in every second one."""
     shift_scale_rotate_p: float = knob(0.0, "warp probability", "augment/policies", ge=0.0, le=1.0)
@@ -405,7 +405,7 @@ class Numerics(Frozen):
     """Threads of one training on the CPU."""
     deterministic: bool
     """Only deterministic kernels (always true in effect on a CPU)."""
-    execution: Literal["eager", "captured"]
+    execution: Literal["eager", "captured", "compiled"]
     """How a training step runs: kernel by kernel, or captured once and replayed."""
     versions: dict[str, str]
     """Versions of python, torch, numpy and albumentations."""

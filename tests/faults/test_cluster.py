@@ -56,11 +56,12 @@ def list_placed(lab: Lab, node: str) -> list[int]:
 
 def list_remote_processes() -> list[str]:
     """Return the titles of the workers and actors of searches on the cluster's nodes."""
+    not_ours = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
     found = []
     for process in psutil.process_iter():
         try:
             title = " ".join(process.cmdline())
-            is_ours = title.startswith("ray::") and not title.startswith("ray::IDLE")
+            is_ours = title.startswith("ray::") and not title.startswith(not_ours)
             parent = process.parent() if is_ours else None
             if parent is not None and str(TEMPORARY) in " ".join(parent.cmdline()):
                 found.append(title.strip())
@@ -144,6 +145,7 @@ def test_each_complete_trial_of_a_sampler_that_learns_equals_its_own_reproductio
         process = lab.search()
         lab.wait_for(process, lambda state: _is_busy(state, first))
         net.kill(first)
+        lab.wait_for(process, lambda state: state.nodes[first].status == "lost")
         net.add()
         text, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, text

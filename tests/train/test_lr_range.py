@@ -341,15 +341,15 @@ def test_sgds_first_step_is_as_long_as_its_learning_rate_says(
 def test_every_image_is_seen_once_before_any_is_seen_again(few: TrainVal, fp32: Numerics) -> None:
     trainer = Trainer(make_small(schedule="constant"), few, fp32)
     seen: list[torch.Tensor] = []
-    train_step = trainer._train_step
+    draw_order = trainer._batches.draw_order
 
-    def spy(indices: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append(indices)
-        return train_step(indices, settings)
+    def spy() -> torch.Tensor:
+        seen.append(draw_order())
+        return seen[-1]
 
-    trainer._train_step = spy  # type: ignore[method-assign]
+    trainer._batches.draw_order = spy  # type: ignore[method-assign]
     list(trainer.sweep([1e-4] * 8))
-    one, other = torch.cat(seen[:4]), torch.cat(seen[4:])
+    one, other = seen
     assert one.sort().values.tolist() == other.sort().values.tolist() == list(range(30))
     assert one.tolist() != other.tolist()
 

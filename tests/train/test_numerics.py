@@ -98,7 +98,7 @@ def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: st
             "`precision='tf32'` needs a CUDA device, but the training runs on the CPU. "
             "Use `precision='fp32'`.",
         ),
-        ({"execution": "graph"}, "`execution` must be eager or captured, got 'graph'."),
+        ({"execution": "graph"}, "`execution` must be eager, captured or compiled, got 'graph'."),
         (
             {"device": "cpu", "execution": "captured"},
             "`execution='captured'` needs a CUDA device, but the training runs on the CPU. "

@@ -1,46 +1,59 @@
-"""The two executions of a step: kernel by kernel, and one program with its knobs on the device."""
+"""The executions of a step: they differ in how kernels are launched alone.
+
+On the CPU the captured program runs uncaptured; where there is a GPU the same is asserted on it.
+"""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 from tests import builders
 from tests.builders import FEW_IMAGES
-from tune_cifar.augment.batched import apply_pixel_ops, draw_policy
-from tune_cifar.augment.policies import make_policy
 from tune_cifar.data.load import TrainVal
+from tune_cifar.dataset import CIFAR10
 from tune_cifar.models.dropout import Dropout
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics, TrainConfig
 from tune_cifar.train import step as step_module
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
 from tune_cifar.train.numerics import resolve_numerics
-from tune_cifar.train.optim import (
-    DeviceOptimizer,
-    Settings,
-    apply_settings,
-    make_optimizer,
-    schedule_steps,
-)
+from tune_cifar.train.optim import Settings
 from tune_cifar.train.step import (
-    DEVICE_KNOBS,
     CapturedStep,
     EagerStep,
     acquire_step,
     make_graph_key,
+    make_smoothing,
+    smoothed_cross_entropy,
 )
 from tune_cifar.train.trainer import Trainer
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+RECIPES: list[tuple[str, str, dict[str, Any]]] = [
+    ("s7", "fp32", {}),
+    ("s8", "bf16", {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1}),
+    ("s10", "bf16", {"optimizer": "adam", "weight_decay": 0.01, "label_smoothing": 0.2}),
+    ("s6", "fp32", {"optimizer": "adamw", "decoupled_weight_decay": 0.05, "crop_pad": 4}),
+]
 
-@pytest.fixture
-def captured(fp32: Numerics, monkeypatch: pytest.MonkeyPatch) -> Numerics:
-    """The captured program on the CPU, where nothing is captured, without idle steps."""
+
+@pytest.fixture(autouse=True)
+def no_idle_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_module, "_idle", {})
-    return fp32.model_copy(update={"execution": "captured"})
+
+
+def make_numerics(device: str, precision: str = "fp32", execution: str = "captured") -> Numerics:
+    found = resolve_numerics(device, precision, deterministic=device == "cuda")
+    return found.model_copy(update={"execution": execution})
+
+
+@pytest.fixture(params=DEVICES)
+def captured(request: pytest.FixtureRequest) -> Numerics:
+    return make_numerics(request.param)
 
 
 def make_config(**changes: Any) -> TrainConfig:
@@ -51,57 +64,62 @@ def curve(results: list[EpochResult]) -> list[list[Any]]:
     return [[getattr(result, name) for name in REPRODUCIBLE_FIELDS] for result in results]
 
 
-PLAIN = {"dropout": 0.0}
-RECIPES: list[dict[str, Any]] = [
-    {},
-    {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1},
-    {"optimizer": "adam", "weight_decay": 0.01},
-    {"optimizer": "adamw", "decoupled_weight_decay": 0.05, "label_smoothing": 0.2, "crop_pad": 4},
-]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "max_lr"),
-    [
-        (RECIPES[0], 0.001),
-        (RECIPES[0], 0.01),
-        (RECIPES[0], 0.03),
-        *((recipe, 0.002) for recipe in RECIPES[1:]),
-    ],
-)
-def test_a_captured_training_is_the_eager_one_to_rounding(
-    recipe: dict[str, Any], max_lr: float, few: TrainVal, fp32: Numerics, captured: Numerics
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("model", "precision", "recipe"), RECIPES)
+def test_without_dropout_a_captured_training_is_the_eager_one_bit_for_bit(
+    device: str, model: str, precision: str, recipe: dict[str, Any], few: TrainVal
 ) -> None:
-    """Without dropout, whose random numbers differ: order, augmentation and every update agree."""
-    config = make_config(**PLAIN, **recipe, max_lr=max_lr, epochs=1)
-    start, eager, program = (Trainer(config, few, numerics) for numerics in (fp32, fp32, captured))
-    (result,), (other,) = list(eager), list(program)
-    assert result.lr == other.lr and result.step == other.step
-    assert result.train_loss == pytest.approx(other.train_loss, rel=1e-4)
-    before, one, two = (flatten(trainer.model) for trainer in (start, eager, program))
-    # Adam takes a step of lr for any gradient, however small: single weights may go either way.
-    tolerance = 1e-3 if config.optimizer == "sgd" else 0.02
-    assert float((one - two).norm() / (one - before).norm()) < tolerance
+    """Three steps an epoch, and a smaller batch that no graph runs."""
+    config = make_config(model=model, dropout=0.0, **recipe, epochs=2)
+    assert config.train_size % config.batch_size
+    eager, captured = (
+        curve(list(Trainer(config, few, make_numerics(device, precision, execution))))
+        for execution in ("eager", "captured")
+    )
+    assert eager == captured
 
 
-def flatten(model: nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.137, 0.9])
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_the_loss_is_torchs_with_label_smoothing_bit_for_bit(
+    share: float, num_classes: int
+) -> None:
+    """Of factors that are numbers, and in device memory."""
+    names = tuple(f"class{number}" for number in range(num_classes))
+    data = CIFAR10.model_copy(update={"class_names": names})
+    factors = make_smoothing(make_config(label_smoothing=share), data)
+    assert factors is not None
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = 3 * torch.randn(127, num_classes, generator=generator)
+    labels = torch.randint(num_classes, (127,), generator=generator)
+    found = []
+    for smoothing in (share, factors, torch.tensor(factors).unbind()):
+        inputs = logits.clone().requires_grad_()
+        if isinstance(smoothing, float):
+            loss = F.cross_entropy(inputs, labels, label_smoothing=smoothing)
+        else:
+            loss = smoothed_cross_entropy(inputs, labels, smoothing)
+        loss.backward()
+        found.append((loss.detach(), inputs.grad))
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0]) and torch.equal(gradient, found[0][1])
 
 
 def test_dropout_of_a_captured_step_has_the_configs_drop_probability(captured: Numerics) -> None:
     step = CapturedStep(make_config(model="s8", dropout=0.3), captured)
     step.reset(make_config(model="s8", dropout=0.1))
     dropout = next(layer for layer in step.model.modules() if isinstance(layer, Dropout))
-    output = dropout(torch.ones(64, 32, 16, 16))
+    output = dropout(torch.ones(64, 32, 16, 16, device=captured.device))
     kept = output != 0
     assert abs(float(kept.float().mean()) - 0.9) < 0.003
     assert output[kept].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-4)
 
 
 def test_a_reused_step_trains_as_a_new_one(few: TrainVal, captured: Numerics) -> None:
+    """Two recipes with another optimizer, schedule and augmentation share a graph."""
     first = make_config(max_lr=0.01, rotate_limit=30.0, weight_decay=0.01)
-    knobs = {"max_lr": 0.05, "rotate_limit": 5.0, "weight_decay": 0.1, "dropout": 0.2}
-    second = make_config(**knobs, seed=3, epochs=3)
+    other = {"optimizer": "adam", "gray_p": 0.0, "rotate_limit": 5.0, "dropout": 0.2}
+    second = make_config(**other, seed=3, epochs=3)
     assert make_graph_key(first, captured) == make_graph_key(second, captured)
     alone = curve(list(Trainer(second, few, captured)))
     step_module._idle.clear()
@@ -130,36 +148,39 @@ def test_two_trainings_at_once_have_a_step_each(few: TrainVal, captured: Numeric
     [
         {"model": "s8"},
         {"batch_size": 16},
-        {"optimizer": "adam"},
-        {"nesterov": True},
-        {"gray_p": 0.0},
         {"dropout": 0.0},
         {"dropout": 1e-9},
         {"label_smoothing": 0.1},
     ],
 )
-def test_what_changes_the_program_changes_its_graph_key(
-    changes: dict[str, Any], captured: Numerics
+def test_what_changes_the_graph_changes_its_key(changes: dict[str, Any], fp32: Numerics) -> None:
+    other = make_graph_key(make_config(**changes), fp32)
+    assert make_graph_key(make_config(), fp32) != other
+
+
+def test_idle_steps_are_kept_as_long_as_they_leave_room(
+    fp32: Numerics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = make_graph_key(make_config(**changes), captured)
-    assert make_graph_key(make_config(), captured) != other
+    captured = fp32.model_copy(update={"execution": "captured"})
+    monkeypatch.setattr(step_module, "get_memory_mb", lambda numerics: 80.0)
+    steps = [CapturedStep(make_config(batch_size=size), captured) for size in (2, 4, 8, 16)]
+    for step, num_mb in zip(steps, (4, 3, 5, 11), strict=True):
+        step.num_bytes = num_mb * 2**20
+    for step in steps[:3]:
+        step_module.release_step(step, captured)
+    assert list(step_module._idle.values()) == steps[1:3]
+    step_module.release_step(steps[3], captured)
+    assert step_module._idle == {}
 
 
-def test_only_the_last_idle_steps_are_kept(captured: Numerics) -> None:
-    steps = [CapturedStep(make_config(batch_size=size), captured) for size in (2, 4, 8)]
-    for step in steps:
-        step_module.release_step(step)
-    assert list(step_module._idle.values()) == steps[-step_module.NUM_IDLE :]
-
-
-def test_the_reference_augmentation_is_never_captured(captured: Numerics) -> None:
+def test_what_albumentations_augments_is_never_captured(captured: Numerics) -> None:
     config = make_config(augment_backend="albumentations")
-    assert isinstance(acquire_step(config, captured), EagerStep)
+    assert type(acquire_step(config, captured)) is EagerStep
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_resumed_captured_training_is_bitwise_the_uninterrupted_one(
-    optimizer: str, few: TrainVal, captured: Numerics, tmp_path: Any
+    optimizer: str, few: TrainVal, captured: Numerics, tmp_path: Path
 ) -> None:
     config = make_config(optimizer=optimizer, epochs=3)
     uninterrupted = curve(list(Trainer(config, few, captured)))
@@ -173,87 +194,46 @@ def test_a_resumed_captured_training_is_bitwise_the_uninterrupted_one(
     assert curve(list(resumed)) == uninterrupted[1:]
 
 
-def test_a_sweep_runs_captured_too(few: TrainVal, fp32: Numerics, captured: Numerics) -> None:
-    config = make_config(**PLAIN)
+def test_a_sweep_runs_captured_too(few: TrainVal, captured: Numerics) -> None:
+    config = make_config(dropout=0.0)
     lrs = [10 ** (i / 2 - 4) for i in range(6)]
-    losses = [list(Trainer(config, few, numerics).sweep(lrs)) for numerics in (fp32, captured)]
+    eager = captured.model_copy(update={"execution": "eager"})
+    losses = [list(Trainer(config, few, numerics).sweep(lrs)) for numerics in (eager, captured)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own reads
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_compiled_training_is_the_captured_one_to_rounding(dropout: float, few: TrainVal) -> None:
+    """By inductor on the CPU: not only faults, but too slow for `make test`."""
+    config = make_config(model="s8", dropout=dropout, epochs=2)
+    losses = [
+        [result.train_loss for result in Trainer(config, few, make_numerics("cpu", "fp32", how))]
+        for how in ("captured", "compiled")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.get("optimizer", "sgd"))
-def test_the_device_optimizer_makes_torchs_updates(recipe: dict[str, Any]) -> None:
-    config = make_config(**recipe, epochs=3)
-    weights = [torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.ones(3)]
-    mine, theirs = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
-    names = ("lr", "momentum", "weight_decay", "decoupled_weight_decay")
-    knobs = {name: torch.tensor(float(getattr(config, name, 0.0))) for name in names}
-    ours, torchs = DeviceOptimizer(mine, config, knobs), make_optimizer(theirs, config)
-    generator = torch.Generator().manual_seed(1)
-    for settings in schedule_steps(config):
-        for name, value in settings._asdict().items():
-            knobs[name].fill_(value)
-        apply_settings(torchs, settings)
-        for one, two in zip(mine, theirs, strict=True):
-            one.grad = torch.randn(one.shape, generator=generator)
-            two.grad = one.grad.clone()
-        ours.step()
-        torchs.step()
-    for one, two in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
-
-
-def test_knobs_in_device_memory_give_the_same_images(few: TrainVal) -> None:
-    config = make_config(crop_pad=4)
-    tensors = {name: torch.tensor(float(getattr(config, name))) for name in DEVICE_KNOBS}
-    with_tensors: Any = SimpleNamespace(**(config.model_dump() | tensors))
-    on_device = make_policy(with_tensors)
-    augmented = []
-    for policy in (make_policy(config), on_device):
-        draws = draw_policy(policy, len(few.train), torch.Generator().manual_seed(0))
-        augmented.append(apply_pixel_ops(policy, few.train.images_NCHW, draws))
-    assert torch.equal(*augmented)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("max_lr", [0.001, 0.01, 0.03])
 @pytest.mark.parametrize("model", ["s7", "s8", "s10"])
-def test_a_cuda_graph_trains_as_its_program_does(model: str, max_lr: float, few: TrainVal) -> None:
-    """With deterministic kernels the graph and the same program kernel by kernel agree in bits."""
-    eager = resolve_numerics("cuda", "bf16", deterministic=True)
-    numerics = eager.model_copy(update={"execution": "captured"})
-    config = make_config(model=model, max_lr=max_lr)
-    graph = Trainer(config, few, numerics)
-    program = Trainer(config, few, numerics)
-    assert isinstance(program._step, CapturedStep)
-    program._step._replay = program._step._run_captured
+def test_a_cuda_graph_trains_as_its_program_does(model: str, few: TrainVal) -> None:
+    """With dropout, and deterministic kernels."""
+    config = make_config(model=model, dropout=0.1)
+    graph, program = (Trainer(config, few, make_numerics("cuda", "bf16")) for _ in range(2))
+    step = program._step
+    assert isinstance(step, CapturedStep)
+    step._replay, step._gradients = step._run_captured, []
     assert curve(list(graph)) == curve(list(program))
 
 
 @pytest.mark.gpu
-def test_a_captured_gpu_training_follows_the_eager_one(few: TrainVal) -> None:
-    config = make_config(**PLAIN)
-    eager = resolve_numerics("cuda", "fp32", deterministic=True)
-    results = [
-        list(Trainer(config, few, eager.model_copy(update={"execution": execution})))[-1]
-        for execution in ("eager", "captured")
-    ]
-    assert results[0].train_loss == pytest.approx(results[1].train_loss, rel=0.01)
-
-
-@pytest.mark.gpu
 def test_a_captured_step_never_waits_for_the_device(few: TrainVal) -> None:
-    numerics = resolve_numerics("cuda", "bf16").model_copy(update={"execution": "captured"})
-    config = make_config()
-    step = CapturedStep(config, numerics)
+    step = CapturedStep(make_config(), make_numerics("cuda", "bf16"))
     images, labels = few.train.images_NCHW[:8].cuda(), few.train.labels_N[:8].cuda()
-    schedule = step.to_device([Settings(0.01, 0.9)] * 3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for settings in schedule:
-            step.train(images, labels, settings)
+        for _ in range(3):
+            step.train(images, labels, Settings(0.01, 0.9))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_every_device_knob_is_a_knob() -> None:
-    assert set(DEVICE_KNOBS) <= set(TrainConfig.model_fields)

@@ -107,10 +107,7 @@ def test_with_ema_decay_the_average_is_evaluated_and_the_training_stays_the_same
 def test_alternating_flips_are_settled_by_epoch_and_image(few: TrainVal, fp32: Numerics) -> None:
     changes = {"hflip_p": 0.5, "hflip_mode": "alternating", "epochs": 3}
     trainer = Trainer(make_config(**FEW_IMAGES | changes), few, fp32)
-    flipped = []
-    for _ in trainer:
-        assert trainer._flipped_N is not None
-        flipped.append(trainer._flipped_N)
+    flipped = [trainer._batches.choose_flips(epoch) for epoch in range(3)]
     assert torch.equal(flipped[0], ~flipped[1]) and torch.equal(flipped[0], flipped[2])
     assert 0 < flipped[0].sum() < len(few.train)
 
@@ -178,17 +175,22 @@ def test_every_image_is_trained_once_an_epoch_and_the_last_batch_is_kept(
     shapes: TrainVal, fp32: Numerics
 ) -> None:
     trainer = Trainer(make_config(), shapes, fp32)
-    seen: list[torch.Tensor] = []
-    train_step = trainer._train_step
+    sizes: list[int] = []
+    orders: list[torch.Tensor] = []
+    train_step, draw_order = trainer._train_step, trainer._batches.draw_order
 
-    def spy(indices: torch.Tensor, settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append(indices)
-        return train_step(indices, settings)
+    def spy(images: torch.Tensor, labels: torch.Tensor, settings: Any) -> Any:
+        sizes.append(len(images))
+        return train_step(images, labels, settings)
 
-    trainer._train_step = spy  # type: ignore[method-assign]
+    def draw() -> torch.Tensor:
+        orders.append(draw_order())
+        return orders[-1]
+
+    trainer._train_step, trainer._batches.draw_order = spy, draw  # type: ignore[method-assign]
     next(iter(trainer))
-    assert [len(indices) for indices in seen] == [16, 16, 16, 12]
-    assert torch.cat(seen).sort().values.tolist() == list(range(60))
+    assert sizes == [16, 16, 16, 12]
+    assert orders[0].sort().values.tolist() == list(range(60))
 
 
 def test_seeds_of_different_purposes_are_unrelated() -> None:
@@ -208,9 +210,9 @@ def test_the_first_three_losses_are_the_golden_ones(fp32: Numerics) -> None:
     data = load_train_val(SHAPES, 120, 100)
     trainer = Trainer(make_config(batch_size=32, train_size=120, val_size=100), data, fp32)
     trainer._step.model.train()
-    order = torch.arange(120)
-    batches = zip(torch.split(order, 32)[:3], schedule_steps(trainer.config), strict=False)
-    losses = [trainer._train_step(*batch)[0].item() for batch in batches]
+    batches = trainer._batches.make_batches(torch.arange(120))
+    steps = zip(range(3), batches, schedule_steps(trainer.config), strict=False)
+    losses = [trainer._train_step(*batch, settings)[0].item() for _, batch, settings in steps]
     assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-4)
 
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tune_cifar.augment.policies import (
-    MAX_CROP_PAD,
     Crop,
     Cutout,
     Gray,
@@ -32,7 +31,6 @@ from tune_cifar.augment.policies import (
     PixelOp,
     Policy,
     ShiftScaleRotate,
-    Strength,
     split_policy,
 )
 
@@ -228,23 +226,20 @@ def apply_crop(op: Crop, images: Tensor, draws: CropDraws) -> Tensor:
 
     Rows are padded on the left and right only; a row above or below the image is read at its
     mirrored place. The windows of a padded row overlap in memory, so a cropped row is one copy of
-    32 contiguous bytes. The margin is at least op.pad, which the host does not know if it is in
-    device memory.
+    32 contiguous bytes.
     """
     num_images, channels, height, width = images.shape
-    pad, margin = (op.pad.long(), MAX_CROP_PAD) if isinstance(op.pad, Tensor) else (op.pad, op.pad)
-    mirrored = images.flip(-1)
-    left_margin, right_margin = mirrored[..., -1 - margin : -1], mirrored[..., 1 : 1 + margin]
+    pad, mirrored = op.pad, images.flip(-1)
+    left_margin, right_margin = mirrored[..., -1 - pad : -1], mirrored[..., 1 : 1 + pad]
     padded = torch.cat((left_margin, images, right_margin), dim=-1)
-    padded_width = width + 2 * margin
+    padded_width = width + 2 * pad
     windows = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
 
     device = images.device
     row = draws.top[:, None] - pad + torch.arange(height, device=device)
     row = (height - 1) - ((height - 1) - row.abs()).abs()
-    left = draws.left + (margin - pad)
     plane = torch.arange(num_images * channels, device=device).view(num_images, channels, 1)
-    starts = (plane * height + row[:, None, :]) * padded_width + left[:, None, None]
+    starts = (plane * height + row[:, None, :]) * padded_width + draws.left[:, None, None]
     return windows.index_select(0, starts.flatten()).view(images.shape)
 
 
@@ -320,11 +315,11 @@ def drop_color(images: Tensor, draws: GrayDraws) -> Tensor:
 def _draw_op(op: PixelOp, uniform: tuple[Tensor, ...]) -> OpDraws:
     """Turn the columns of uniform numbers in [0, 1) into an operation's draws."""
 
-    def below(stream: Stream, num_values: int | Tensor) -> Tensor:
+    def below(stream: Stream, num_values: int) -> Tensor:
         # A float32 uniform is at most 1 - 2^-24: its product with a count never rounds up to it.
         return (uniform[stream] * num_values).long()
 
-    def within(stream: Stream, limit: Strength) -> Tensor:
+    def within(stream: Stream, limit: float) -> Tensor:
         return uniform[stream] * (2 * limit) - limit
 
     match op:

@@ -9,18 +9,9 @@ mirrored without repeating the edge pixel (reflect-101: d c b | a b c d | c b a)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, Union
 
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.schema import TrainConfig
-
-if TYPE_CHECKING:  # a policy is data: reading it needs no torch
-    from torch import Tensor
-
-MAX_CROP_PAD = 16
-
-Strength: TypeAlias = Union[float, "Tensor"]
-"""A number, or a tensor () in device memory that a captured step reads in each replay."""
 
 
 def mean_color(data: DataDescription) -> tuple[int, int, int]:
@@ -40,8 +31,8 @@ class Crop:
     by 2.
     """
 
-    pad: int | Tensor
-    """Pixels on each side, 1 to MAX_CROP_PAD."""
+    pad: int
+    """Pixels on each side, at least 1."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class HFlip:
     Origin: all five; s6 swapped top and bottom by mistake, because its arrays were CHW.
     """
 
-    p: Strength
+    p: float
     """Probability that an image is flipped."""
 
 
@@ -64,13 +55,13 @@ class ShiftScaleRotate:
     albumentations 2.0.8, which truncates the shift to whole pixels (0 twice as likely).
     """
 
-    shift_limit: Strength
+    shift_limit: float
     """The shift of an axis is uniform in +- this fraction of the side."""
-    scale_limit: Strength
+    scale_limit: float
     """The scale is uniform in 1 +- this."""
-    rotate_limit: Strength
+    rotate_limit: float
     """The angle is uniform in +- this many degrees; positive is counter-clockwise."""
-    p: Strength
+    p: float
     """Probability that an image is warped."""
 
 
@@ -83,9 +74,9 @@ class Cutout:
     after Normalize (to 0.01).
     """
 
-    size: int | Tensor
+    size: int
     """Side of the hole in pixels, at least 1."""
-    p: Strength
+    p: float
     """Probability that an image gets a hole."""
     fill: tuple[int, int, int] = mean_color(CIFAR10)
     """Red, green and blue of the hole, uint8."""
@@ -97,7 +88,7 @@ class Cutout:
 class Gray:
     """Set all channels to 0.299 R + 0.587 G + 0.114 B, rounded to uint8. Origin: `s7` (ToGray)."""
 
-    p: Strength
+    p: float
     """Probability that an image becomes gray."""
 
 

@@ -25,14 +25,13 @@ def make_preview(
         data: what the images belong to.
 
     Returns:
-        (N, 1 + num_variants, H, W, 3) uint8, with Normalize undone.
+        (N, 1 + num_variants, H, W, 3) uint8, before Normalize.
     """
     policy = make_policy(config, data)
     generator = torch.Generator().manual_seed(config.seed)
-    interpret = select_interpreter(config.augment_backend)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
+    apply_pixel_ops = select_interpreter(config.augment_backend).apply_pixel_ops
     columns = [images_NCHW]
     for _ in range(num_variants):
-        batch = interpret(policy, images_NCHW, draw_policy(policy, len(images_NCHW), generator))
-        columns.append(((batch * std + mean) * 255).round().clamp(0, 255).to(torch.uint8))
+        draws = draw_policy(policy, len(images_NCHW), generator)
+        columns.append(apply_pixel_ops(policy, images_NCHW, draws))
     return torch.stack(columns, dim=1).permute(0, 1, 3, 4, 2).contiguous()

@@ -29,6 +29,7 @@ from tune_cifar.augment.policies import (
     Cutout,
     Gray,
     HFlip,
+    Normalize,
     PixelOp,
     Policy,
     ShiftScaleRotate,
@@ -53,15 +54,25 @@ def apply_policy_reference(
     the warp, within 1e-6 for normalize. Computes on the CPU; the result is on the images' device.
     """
     _, normalize = split_policy(policy)
-    images_NHWC = apply_pixel_ops_reference(policy, images_NCHW, draws).permute(0, 2, 3, 1).numpy()
-    transform = A.Normalize(mean=normalize.mean, std=normalize.std, max_pixel_value=255.0)
+    images = apply_pixel_ops_reference(policy, images_NCHW, draws)
+    return apply_normalize_reference(images, normalize, memory_format)
+
+
+def apply_normalize_reference(
+    images_NCHW: Tensor,
+    op: Normalize,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """Apply `batched.apply_normalize` through albumentations."""
+    images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
+    transform = A.Normalize(mean=op.mean, std=op.std, max_pixel_value=255.0)
     normalized_NHWC = torch.from_numpy(np.stack([transform.apply(image) for image in images_NHWC]))
     result = normalized_NHWC.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
     return result.to(images_NCHW.device)
 
 
 def apply_pixel_ops_reference(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor:
-    """Apply the operations before Normalize: uint8 (N, 3, 32, 32) to the same, on the CPU."""
+    """Apply the operations before Normalize: uint8 to uint8, on the images' device."""
     pixel_ops, _ = split_policy(policy)
     images: list[Image] = list(images_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy())
     for op, op_draws in zip(pixel_ops, draws, strict=True):
@@ -69,7 +80,8 @@ def apply_pixel_ops_reference(policy: Policy, images_NCHW: Tensor, draws: Draws)
         for number, row in enumerate(rows):
             drawn = dict(zip(op_draws._fields, row, strict=True))
             images[number] = apply_op_reference(op, images[number], drawn)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    changed = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return changed.to(images_NCHW.device)
 
 
 def apply_op_reference(op: PixelOp, image: Image, drawn: dict[str, Any]) -> Image:

@@ -62,7 +62,10 @@ class Dropout(nn.Module):
             return x
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.whole_channels else tuple(x.shape)
         mask = MaskSampler(self.generator, x.device, self.drop_p).draw_mask(shape, x.dtype)
-        return (x * mask).mul_(compute_scale(self.drop_p))
+        scale = compute_scale(self.drop_p)
+        if isinstance(scale, Tensor):  # in bf16 a factor from device memory would be rounded, too
+            return (x * mask).float().mul_(scale).to(x.dtype)
+        return (x * mask).mul_(scale)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, whole_channels={self.whole_channels}"
@@ -165,7 +168,7 @@ def compute_scale(drop_p: DropProbability) -> DropProbability:
 class MaskSampler:
     """Draws the dropout masks of one layer in one forward pass, on the device.
 
-    On a GPU, and for a drop probability in device memory, every activation has a uniform number.
+    On a GPU, and for a drop probability in device memory, torch draws the mask in one kernel.
     Otherwise one number from `generator` is the key with which AES in counter mode gives a 16-bit
     lane to each activation: a stream that never changes, at 10 GB/s.
 
@@ -192,8 +195,8 @@ class MaskSampler:
         """Draw 0 with the drop probability (> 0), else 1: channels last, in order N, H, W, C."""
         channels_last = (shape[0], *shape[2:], shape[1])
         if not self._has_lanes:
-            uniform = torch.rand(channels_last, generator=self._generator, device=self._device)
-            return (uniform >= self._drop_p).to(dtype).movedim(-1, 1)
+            mask = torch.empty(channels_last, dtype=dtype, device=self._device)
+            return mask.bernoulli_(1 - self._drop_p, generator=self._generator).movedim(-1, 1)
         # Clamped to two neighbouring values: the last lane value that drops, and the next one.
         last_dropped = round(float(self._drop_p) * LANE_VALUES) - 1 - LANE_VALUES // 2
         lanes = self._draw_lanes(math.prod(shape))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -24,6 +25,9 @@ from tune_cifar.schema import Numerics
 COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headless")
 # cuBLAS reads it when CUDA starts: with a fixed workspace its kernels keep the order of their sums.
 DETERMINISTIC_CUBLAS = ":4096:8"
+# Kernels that cuDNN tries for a convolution which it meets for the first time, in each worker and
+# for each shape. One takes 10 to 100 ms; torch's limit of 10 makes that a minute for a network.
+MAX_KERNELS_TRIED = 4
 # Environment variables that change bits. Libraries read them once, at their first operation at the
 # latest, so that a process can tell them but not restore them. Not here: what `apply_numerics` sets
 # (OMP_NUM_THREADS, MKL_NUM_THREADS, MKL_DYNAMIC) and what `check_openmp` refuses. The experiment is
@@ -73,7 +77,8 @@ def resolve_numerics(
             the factors of fp32 convolutions to 10 bits; fp32 rounds nothing.
         threads: CPU cores of one training, `cpus_per_trial` in messages.
         deterministic: use deterministic kernels; matters on CUDA only.
-        execution: eager, or captured: a training step as one CUDA graph.
+        execution: eager, captured (a step's gradients come from one CUDA graph) or compiled (the
+            same, of kernels that torch.compile makes).
 
     Raises:
         ConfigError: an unknown value, or one that this machine cannot provide.
@@ -92,10 +97,10 @@ def resolve_numerics(
     if precision == "tf32" and not on_cuda:
         rule = "`precision='tf32'` needs a CUDA device"
         raise ConfigError(f"{rule}, but the training runs on the CPU. Use `precision='fp32'`.")
-    if execution not in ("eager", "captured"):
-        raise ConfigError(f"`execution` must be eager or captured, got {execution!r}.")
-    if execution == "captured" and not on_cuda:
-        rule = "`execution='captured'` needs a CUDA device"
+    if execution not in get_args(Numerics.model_fields["execution"].annotation):
+        raise ConfigError(f"`execution` must be eager, captured or compiled, got {execution!r}.")
+    if execution != "eager" and not on_cuda:
+        rule = f"`execution='{execution}'` needs a CUDA device"
         raise ConfigError(f"{rule}, but the training runs on the CPU. Leave it out.")
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(on_cuda) else "fp32"
@@ -110,7 +115,7 @@ def resolve_numerics(
         memory_format="channels_last" if precision == "bf16" or on_cuda else "contiguous",
         threads=threads,
         deterministic=deterministic,
-        execution=cast(Literal["eager", "captured"], execution),
+        execution=cast(Literal["eager", "captured", "compiled"], execution),
         versions={"python": platform.python_version(), **versions},
         settings=find_settings(on_cuda, _read_environment()),
     )
@@ -249,7 +254,19 @@ def apply_numerics(numerics: Numerics) -> None:
         torch.use_deterministic_algorithms(numerics.deterministic)
     torch.backends.cudnn.deterministic = numerics.deterministic
     torch.backends.cudnn.benchmark = numerics.device == "cuda" and not numerics.deterministic
+    torch.backends.cudnn.benchmark_limit = MAX_KERNELS_TRIED
     _set_precision(numerics.precision)
+
+
+@contextmanager
+def without_benchmark() -> Iterator[None]:
+    """Let cuDNN choose its kernels by rule for a while: for shapes that come once an epoch."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _set_precision(precision: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -132,92 +132,3 @@ def apply_settings(optimizer: Optimizer, settings: Settings) -> None:
             group["betas"] = (settings.momentum, group["betas"][1])
         else:
             group["momentum"] = settings.momentum
-
-
-Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
-
-
-class DeviceOptimizer:
-    """SGD, Adam and AdamW that read their settings from device memory, for captured steps.
-
-    torch's optimizers accept a tensor as learning rate, but not as momentum or weight decay. The
-    updates agree with torch's to rounding.
-
-    Args:
-        knobs: lr, momentum, weight_decay and decoupled_weight_decay as tensors (). A decay that is
-            0 in the config is left out of the program.
-    """
-
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        config: TrainConfig,
-        knobs: Mapping[str, torch.Tensor],
-    ) -> None:
-        self._parameters: list[torch.Tensor] = list(parameters)
-        self._lr, self._momentum = knobs["lr"], knobs["momentum"]
-        is_adamw = config.optimizer == "adamw"
-        has_coupled = config.weight_decay and not is_adamw
-        has_decoupled = config.decoupled_weight_decay and is_adamw
-        self._coupled = knobs["weight_decay"] if has_coupled else None
-        self._decoupled = knobs["decoupled_weight_decay"] if has_decoupled else None
-        self._is_adam = config.optimizer != "sgd"
-        self._nesterov = config.nesterov
-        self._means = [torch.zeros_like(parameter) for parameter in self._parameters]
-        squared = self._means if self._is_adam else []
-        self._squares = [torch.zeros_like(mean) for mean in squared]
-        self._num_steps = torch.zeros((), device=self._lr.device)
-
-    def zero_grad(self) -> None:
-        """Remove the gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update the parameters in place."""
-        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        assert len(grads) == len(self._parameters), "backward must have reached every parameter"
-        if self._coupled is not None:
-            torch._foreach_add_(grads, torch._foreach_mul(self._parameters, self._coupled))
-        if self._decoupled is not None:
-            torch._foreach_mul_(self._parameters, 1 - self._lr * self._decoupled)
-        updates = self._adam_updates(grads) if self._is_adam else self._sgd_updates(grads)
-        torch._foreach_sub_(self._parameters, torch._foreach_mul(updates, self._lr))
-
-    def _sgd_updates(self, grads: list[torch.Tensor]) -> Tensors:
-        torch._foreach_mul_(self._means, self._momentum)
-        torch._foreach_add_(self._means, grads)
-        if not self._nesterov:
-            return self._means
-        return torch._foreach_add(grads, torch._foreach_mul(self._means, self._momentum))
-
-    def _adam_updates(self, grads: list[torch.Tensor]) -> Tensors:
-        self._num_steps += 1
-        torch._foreach_mul_(self._means, self._momentum)
-        torch._foreach_add_(self._means, torch._foreach_mul(grads, 1 - self._momentum))
-        torch._foreach_mul_(self._squares, BETA2)
-        torch._foreach_addcmul_(self._squares, grads, grads, 1 - BETA2)
-        sizes = torch._foreach_sqrt(self._squares)
-        torch._foreach_div_(sizes, (1 - BETA2**self._num_steps).sqrt())
-        torch._foreach_add_(sizes, ADAM_EPS)
-        updates = torch._foreach_div(self._means, sizes)
-        torch._foreach_div_(updates, 1 - self._momentum**self._num_steps)
-        return updates
-
-    def reset(self) -> None:
-        """Restore the state before the first step, in place."""
-        for tensor in self._list_state():
-            tensor.zero_()
-
-    def state_dict(self) -> dict[str, list[torch.Tensor]]:
-        """Return the state for a checkpoint."""
-        return {"state": self._list_state()}
-
-    def load_state_dict(self, state: dict[str, list[torch.Tensor]]) -> None:
-        """Copy a checkpoint's state in place."""
-        for tensor, saved in zip(self._list_state(), state["state"], strict=True):
-            tensor.copy_(saved)
-
-    def _list_state(self) -> list[torch.Tensor]:
-        return [*self._means, *self._squares, self._num_steps]

@@ -1,41 +1,40 @@
-"""One training step of a config on a device: augment, forward, backward, optimizer.
+"""One training step of a config on a device: normalize, forward, backward, optimizer.
 
-The same recipe has two executions. `EagerStep` lets torch launch one kernel after another, with
-the knobs as numbers. `CapturedStep` keeps every knob in device memory, so that one CUDA graph
-serves all configs with the same graph key: a warm worker reuses it for its next trial. Off CUDA
-it runs the same program uncaptured, so its logic is tested on any machine.
+The same recipe has two executions, which differ in how kernels are launched alone. `EagerStep` lets
+torch launch one after another. `CapturedStep` replays normalize, forward, loss and backward as one
+CUDA graph; the optimizer follows it. What a search moves of them, the drop probability and label
+smoothing, a graph reads from device memory, so that it serves all configs with the same graph key:
+a warm worker reuses it for its next trial. Off CUDA it runs the same program uncaptured, so its
+logic is tested on any machine. Images come augmented (`batches.py`).
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from types import SimpleNamespace
-from typing import Any
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_cifar.augment.batched import apply_policy, draw_policy
 from tune_cifar.augment.interpreter import select_interpreter
-from tune_cifar.augment.policies import make_policy
+from tune_cifar.augment.policies import Normalize
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.models.build import build_model
 from tune_cifar.models.dropout import round_probability, set_drop_probability, set_dropout_generator
 from tune_cifar.schema import Numerics, TrainConfig
-from tune_cifar.train.numerics import autocast, memory_format
-from tune_cifar.train.optim import DeviceOptimizer, Settings, apply_settings, make_optimizer
+from tune_cifar.train.numerics import autocast, get_memory_mb, memory_format, without_benchmark
+from tune_cifar.train.optim import Settings, apply_settings, make_optimizer
 
-# Knobs of TrainConfig that a captured step reads from device memory. Whether a knob is 0 is part of
-# the graph key.
-DEVICE_KNOBS = (
-    *("dropout", "label_smoothing", "weight_decay", "decoupled_weight_decay"),
-    *("crop_pad", "hflip_p", "shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"),
-    *("cutout_p", "cutout_size", "gray_p"),
-)
 # Before a capture, libraries choose their kernels and allocate their workspaces.
 WARM_UP_RUNS = 3
+# Of a GPU's memory for the captured steps of finished trainings.
+IDLE_SHARE = 1 / 8
+# Factors of the two terms of a smoothed loss.
+Smoothing = tuple[float, float] | tuple[Tensor, Tensor]
 
 
 def derive_seed(seed: int, purpose: str) -> int:
@@ -47,15 +46,15 @@ def derive_seed(seed: int, purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def make_generators(device: torch.device) -> dict[str, torch.Generator]:
-    """Return the random generators on the device, by purpose."""
-    return {purpose: torch.Generator(device) for purpose in ("augment", "dropout")}
+def make_generator(seed: int, purpose: str, device: torch.device) -> torch.Generator:
+    """Return the random generator of a training for one purpose, on the device."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose))
 
 
 def place_model(model: nn.Module, device: torch.device, numerics: Numerics) -> nn.Module:
     """Move a model to the device, its convolution weights in the memory format of Numerics."""
-    untyped: Any = model  # torch's types of `to` lack a device beside a memory format
-    moved: nn.Module = untyped.to(device, memory_format=memory_format(numerics))
+    layout = memory_format(numerics)
+    moved: nn.Module = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     return moved
 
 
@@ -66,187 +65,179 @@ def build_initial_model(config: TrainConfig, data: DataDescription = CIFAR10) ->
         return build_model(config, data)
 
 
+def smoothed_cross_entropy(
+    logits_NC: Tensor, labels_N: Tensor, smoothing: Smoothing | None
+) -> Tensor:
+    """Return the mean cross-entropy, bit for bit that of F.cross_entropy with label_smoothing.
+
+    Args:
+        smoothing: what `make_smoothing` returns, as numbers or tensors (); None for none.
+    """
+    log_probs = F.log_softmax(logits_NC, 1)
+    loss = F.nll_loss(log_probs, labels_N)
+    if smoothing is None:
+        return loss
+    of_label, of_all = smoothing
+    return loss * of_label + (-log_probs.sum(1)).mean() * of_all
+
+
+def make_smoothing(config: TrainConfig, data: DataDescription) -> tuple[float, float] | None:
+    """Return the factors of the label's loss and of all classes' sum; None without smoothing."""
+    share = config.label_smoothing
+    return (1 - share, share / data.num_classes) if share else None
+
+
 class EagerStep:
-    """A step whose knobs are numbers, with torch's fused optimizers.
+    """A step whose kernels torch launches one by one.
 
     Attributes:
         model: the network on the device.
-        optimizer: has a state_dict for checkpoints.
-        generators: the random generators on the device, by purpose.
+        optimizer: torch's fused one; has a state_dict for checkpoints.
+        generator: of the dropout masks, on the device.
     """
 
     def __init__(
         self, config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
     ) -> None:
-        device = torch.device(numerics.device)
-        self._numerics = numerics
-        self._label_smoothing = config.label_smoothing
-        self._policy = make_policy(config, data)
-        self._apply_policy = select_interpreter(config.augment_backend)
-        self.generators = make_generators(device)
-        for purpose, generator in self.generators.items():
-            generator.manual_seed(derive_seed(config.seed, purpose))
+        self._numerics, self._data = numerics, data
+        self._batch_size = config.batch_size
+        self._device = torch.device(numerics.device)
+        self._interpreter = select_interpreter(config.augment_backend)
+        self._smoothing: Smoothing | None = make_smoothing(config, data)
+        self.generator = make_generator(config.seed, "dropout", self._device)
         model = build_initial_model(config, data)
-        set_dropout_generator(model, self.generators["dropout"])
-        self.model = place_model(model, device, numerics)
+        set_dropout_generator(model, self.generator)
+        self.model = place_model(model, self._device, numerics)
         self.optimizer = make_optimizer(self.model.parameters(), config)
 
-    def augment(self, images_NCHW: Tensor, flipped_N: Tensor | None = None) -> Tensor:
-        """Augment and normalize uint8 images (N, 3, H, W) to float32; advances the generator."""
-        draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"], flipped_N)
-        layout = memory_format(self._numerics)
-        batch: Tensor = self._apply_policy(self._policy, images_NCHW, draws, layout)
-        return batch
-
-    def to_device(self, settings: Sequence[Settings]) -> Sequence[Settings]:
-        """Move the settings of coming steps to where `train` reads them."""
-        return settings
-
     def train(
-        self,
-        images_NCHW: Tensor,
-        labels_N: Tensor,
-        settings: Settings,
-        flipped_N: Tensor | None = None,
+        self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
         """Train on one batch; return its mean loss and number of correct predictions.
 
         Both stay on the device and are valid until the next step.
 
         Args:
-            flipped_N: as in `draw_policy`.
+            images_NCHW: uint8 (N, 3, H, W), augmented.
         """
-        images = self.augment(images_NCHW, flipped_N)
-        with autocast(self._numerics):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self._label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        found = self._make_gradients(images_NCHW, labels_N)
         apply_settings(self.optimizer, settings)
         self.optimizer.step()
+        return found
+
+    def _make_gradients(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        # A smaller batch comes once an epoch: choosing kernels for it would not pay.
+        is_whole = len(labels_N) == self._batch_size
+        with nullcontext() if is_whole else without_benchmark():
+            return self._run(self.model, images_NCHW, labels_N)
+
+    def _run(
+        self, network: Callable[[Tensor], Tensor], images_NCHW: Tensor, labels_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run forward and backward, so that the parameters have new gradients."""
+        normalize = Normalize(self._data.mean, self._data.std)
+        layout = memory_format(self._numerics)
+        images = self._interpreter.apply_normalize(images_NCHW, normalize, layout)
+        with autocast(self._numerics):
+            logits = network(images)
+        loss = smoothed_cross_entropy(logits.float(), labels_N, self._smoothing)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), (logits.detach().argmax(1) == labels_N).sum()
 
 
-class CapturedStep:
-    """A step as one CUDA graph that reads its knobs from device memory.
+class CapturedStep(EagerStep):
+    """A step whose gradients come from one CUDA graph; a last, smaller batch runs eager.
 
-    See EagerStep for attributes and methods. Three things differ from it: the optimizer is
-    `DeviceOptimizer`, label smoothing is written out, and a dropout mask is one uniform number per
-    activation. A last, smaller batch runs uncaptured.
+    With execution `compiled` torch.compile makes the graph's kernels, whose bits are their own.
+
+    Attributes:
+        graph_key: what `make_graph_key` returns.
+        num_bytes: of the GPU's memory that the capture took.
     """
 
     def __init__(
         self, config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
     ) -> None:
+        super().__init__(config, numerics, data)
         self.graph_key = make_graph_key(config, numerics, data)
-        self._numerics, self._data = numerics, data
-        self._batch_size = config.batch_size
-        self._device = torch.device(numerics.device)
-        self.generators = make_generators(self._device)
-        self._memory = torch.zeros(len(DEVICE_KNOBS) + len(Settings._fields), device=self._device)
-        knobs = dict(zip((*DEVICE_KNOBS, *Settings._fields), self._memory.unbind(), strict=True))
-        self._write_knobs(config)
-        self._label_smoothing = knobs["label_smoothing"] if config.label_smoothing else None
-        active = {name: knobs[name] for name, value in _read_knobs(config).items() if value}
-        with_tensors: Any = SimpleNamespace(**(config.model_dump() | active))
-        self._policy = make_policy(with_tensors, data)
-        model = build_initial_model(config, data)
-        set_dropout_generator(model, self.generators["dropout"])
-        if "dropout" in active:
-            set_drop_probability(model, knobs["dropout"])
-        self.model = place_model(model, self._device, numerics).train()
-        self.optimizer = DeviceOptimizer(self.model.parameters(), config, knobs)
+        self._drop_p = torch.zeros((), device=self._device)
+        if round_probability(config.dropout):
+            set_drop_probability(self.model, self._drop_p)
+        self._factors = torch.zeros(2, device=self._device)
+        if self._smoothing is not None:
+            of_label, of_all = self._factors.unbind()
+            self._smoothing = of_label, of_all
+        self.model.train()
+        is_compiled = numerics.execution == "compiled"
+        self._network = torch.compile(self.model, dynamic=False) if is_compiled else self.model
         image_shape = (config.batch_size, 3, data.side, data.side)
         self._images = torch.zeros(image_shape, dtype=torch.uint8, device=self._device)
         self._labels = torch.zeros(config.batch_size, dtype=torch.int64, device=self._device)
         self._loss = torch.zeros((), device=self._device)
         self._num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._replay = capture(self._run_captured, self._device, self.generators.values())
+        self._write(config)
+        before = _count_reserved(self._device)
+        self._replay = capture(self._run_captured, self._device, self.generator)
+        self.num_bytes = max(0, _count_reserved(self._device) - before)
+        # A replay writes into these; off CUDA each run makes its own.
+        parameters = self.model.parameters() if self._device.type == "cuda" else ()
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
         self.reset(config)
 
     def reset(self, config: TrainConfig) -> None:
         """Prepare the training of another config with the same graph key, in place.
 
-        Weights, optimizer, random generators and knobs are set anew.
+        Weights, optimizer, random generator and what the graph reads are set anew.
         """
         assert make_graph_key(config, self._numerics, self._data) == self.graph_key
-        self._write_knobs(config)
+        self._write(config)
         initial = build_initial_model(config, self._data)
         self.model.load_state_dict(initial.state_dict())
-        self.optimizer.reset()
-        for purpose, generator in self.generators.items():
-            generator.manual_seed(derive_seed(config.seed, purpose))
+        self.optimizer = make_optimizer(self.model.parameters(), config)
+        self.generator.manual_seed(derive_seed(config.seed, "dropout"))
 
-    def augment(self, images_NCHW: Tensor) -> Tensor:
-        draws = draw_policy(self._policy, len(images_NCHW), self.generators["augment"])
-        return apply_policy(self._policy, images_NCHW, draws, memory_format(self._numerics))
+    def _write(self, config: TrainConfig) -> None:
+        self._drop_p.fill_(round_probability(config.dropout))
+        factors = make_smoothing(config, self._data) or (1.0, 0.0)
+        self._factors.copy_(torch.tensor(factors))
 
-    def to_device(self, settings: Sequence[Settings]) -> Sequence[Tensor]:
-        return torch.tensor(settings, device=self._device).unbind()
-
-    def train(
-        self,
-        images_NCHW: Tensor,
-        labels_N: Tensor,
-        settings: Tensor,
-        flipped_N: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        assert flipped_N is None, "only an EagerStep takes the flips"
-        self._memory[len(DEVICE_KNOBS) :] = settings
-        if len(images_NCHW) < self._batch_size:
-            return self._run(images_NCHW, labels_N)
+    def _make_gradients(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        if len(labels_N) < self._batch_size:
+            return super()._make_gradients(images_NCHW, labels_N)
         self._images.copy_(images_NCHW)
         self._labels.copy_(labels_N)
         self._replay()
+        for parameter, gradient in self._gradients:  # a smaller batch has put others in their place
+            parameter.grad = gradient
         return self._loss, self._num_correct
 
     def _run_captured(self) -> None:
-        loss, num_correct = self._run(self._images, self._labels)
+        loss, num_correct = self._run(self._network, self._images, self._labels)
         self._loss.copy_(loss)
         self._num_correct.copy_(num_correct)
-
-    def _run(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        images = self.augment(images_NCHW)
-        with autocast(self._numerics):
-            logits = self.model(images)
-        log_probs = F.log_softmax(logits.float(), 1)
-        loss = F.nll_loss(log_probs, labels_N)
-        if self._label_smoothing is not None:
-            loss = loss + self._label_smoothing * (-log_probs.mean() - loss)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(1) == labels_N).sum()
-
-    def _write_knobs(self, config: TrainConfig) -> None:
-        values = [*_read_knobs(config).values()]
-        self._memory[: len(DEVICE_KNOBS)] = torch.tensor(values, device=self._device)
-
-
-def _read_knobs(config: TrainConfig) -> dict[str, float]:
-    knobs: dict[str, float] = {name: getattr(config, name) for name in DEVICE_KNOBS}
-    return knobs | {"dropout": round_probability(config.dropout)}
 
 
 def make_graph_key(
     config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
 ) -> Hashable:
     """Return what two configs must have in common to be trained by one captured step."""
-    active = tuple(value != 0 for value in _read_knobs(config).values())
-    network = (config.model, config.batch_size, config.optimizer, config.nesterov)
-    return (*network, active, numerics.model_dump_json(), data)
+    active = bool(round_probability(config.dropout)), bool(config.label_smoothing)
+    return (config.model, config.batch_size, *active, numerics.model_dump_json(), data)
 
 
 def capture(
-    function: Callable[[], None], device: torch.device, generators: Iterable[torch.Generator]
+    function: Callable[[], None], device: torch.device, generator: torch.Generator
 ) -> Callable[[], None]:
     """Capture a function as one CUDA graph and return its replay; off CUDA return the function.
 
     The function must read and write fixed tensors only. It runs a few times first, so the caller
-    must reset whatever it changes.
+    must reset whatever it changes. Warm-up and capture have one stream, since what libraries and
+    autograd prepare belongs to the stream where it was made.
 
     Args:
-        generators: the random generators that the function uses.
+        generator: the random generator that the function uses.
     """
     if device.type != "cuda":
         for _ in range(WARM_UP_RUNS):
@@ -257,30 +248,35 @@ def capture(
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_RUNS):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
+    with warnings.catch_warnings():
+        # Newer versions of torch find the generators themselves, and say so.
+        warnings.filterwarnings("ignore", ".*register_generator_state")
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    gc.collect()  # a dead graph's memory must not be freed during the capture
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         function()
+    torch.cuda.current_stream().wait_stream(stream)
     replay: Callable[[], None] = graph.replay
     return replay
 
 
+def _count_reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved() if device.type == "cuda" else 0
+
+
 # Captured steps of finished trainings, the last used at the end. Each holds the activations.
 _idle: dict[Hashable, CapturedStep] = {}
-NUM_IDLE = 2
 
 
 def acquire_step(
     config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
-) -> EagerStep | CapturedStep:
+) -> EagerStep:
     """Return a step ready for the first batch; an idle captured one with the same key is reused.
 
-    A captured step has neither albumentations nor flips that the trainer settles.
+    Images that albumentations normalizes are trained eager.
     """
-    is_plain = config.augment_backend == "batched" and config.hflip_mode == "random"
-    if numerics.execution == "eager" or not is_plain:
+    if numerics.execution == "eager" or config.augment_backend != "batched":
         return EagerStep(config, numerics, data)
     step = _idle.pop(make_graph_key(config, numerics, data), None)
     if step is None:
@@ -289,9 +285,10 @@ def acquire_step(
     return step
 
 
-def release_step(step: EagerStep | CapturedStep) -> None:
+def release_step(step: EagerStep, numerics: Numerics) -> None:
     """Keep a captured step of a finished training for the next config with its graph key."""
     if isinstance(step, CapturedStep):
         _idle[step.graph_key] = step
-        while len(_idle) > NUM_IDLE:
+        limit = IDLE_SHARE * get_memory_mb(numerics) * 2**20
+        while sum(other.num_bytes for other in _idle.values()) > limit:
             del _idle[next(iter(_idle))]

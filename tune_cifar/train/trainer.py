@@ -1,8 +1,9 @@
 """The one training loop, used by search, train, reproduce and confirm alike.
 
 Iterating a `Trainer` trains and yields an `EpochResult` per epoch; the consumer decides when to
-stop. The data stay on the device as uint8 for the whole training; a batch is gathered, augmented
-and normalized there. On CUDA nothing waits for the device inside an epoch.
+stop. The data stay on the device as uint8; batches are gathered, augmented (`batches.py`) and
+trained (`step.py`) there. On CUDA nothing waits for the device inside an epoch, and the next one's
+order and schedule are made while the device works.
 """
 
 from __future__ import annotations
@@ -15,25 +16,30 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tune_cifar.augment.batched import alternate_flips, apply_normalize
+from tune_cifar.augment.batched import apply_normalize
 from tune_cifar.augment.policies import Normalize
 from tune_cifar.data.load import Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.average import WeightAverage
+from tune_cifar.train.batches import Batches
 from tune_cifar.train.generators import GlobalGenerators
 from tune_cifar.train.metrics import measure_logits
-from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
+from tune_cifar.train.numerics import (
+    apply_numerics,
+    autocast,
+    memory_format,
+    without_benchmark,
+)
 from tune_cifar.train.optim import Settings, schedule_steps
 from tune_cifar.train.step import (
     acquire_step,
     build_initial_model,
-    derive_seed,
     place_model,
     release_step,
 )
@@ -41,8 +47,19 @@ from tune_cifar.train.step import (
 # Images in one forward pass of an evaluation. Fixed, since the bits of a validation loss may depend
 # on it. s7 takes 0.19 s for 1,000 images in batches of 100 to 200, 0.33 s in batches of 250 to 500
 # (bf16, one thread of an EPYC Zen 5, 2026-11-21); s10 evaluates 300 images/s in batches of 100, 275
-# in batches of 200, with equal bits (Zen 4, the same day).
-EVAL_BATCH_SIZE = 100
+# in batches of 200, with equal bits (Zen 4, the same day). A GPU would launch kernels for longer
+# than it computes.
+EVAL_BATCH_SIZE, EVAL_BATCH_SIZE_CUDA = 100, 1000
+
+
+class _Epoch(NamedTuple):
+    """What is drawn for an epoch before it begins."""
+
+    order_N: Tensor
+    """On the device."""
+    schedule: list[Settings]
+    generator_state: Tensor
+    """Of the order's generator before."""
 
 
 class Trainer:
@@ -73,16 +90,16 @@ class Trainer:
         self.config = config
         self.numerics = numerics
         self._device = torch.device(numerics.device)
-        self._train = _move_to(data.train, self._device)
-        self._val = _move_to(data.val, self._device) if data.val else None
+        self._train = _bring(data.train, self._device)
+        self._val = _bring(data.val, self._device) if data.val else None
         self._data = data.about
         if problem := data.about.find_problem(config):
             raise ConfigError(f"configuration: {problem}")
-        if config.is_own and numerics.execution == "captured":
-            raise ConfigError("`execution` must be eager for a network of your own, got captured.")
+        if config.is_own and (got := numerics.execution) != "eager":
+            raise ConfigError(f"`execution` must be eager for a network of your own, got {got}.")
         self._schedule = schedule_steps(config)
         self._step = acquire_step(config, numerics, data.about)
-        weakref.finalize(self, release_step, self._step)
+        weakref.finalize(self, release_step, self._step, numerics)
         self.model = self._step.model
         self._average: WeightAverage | None = None
         if config.ema_decay:
@@ -91,11 +108,9 @@ class Trainer:
             self._average = WeightAverage(average, self._step.model, config.ema_decay)
             self.model = average
         self._globals = GlobalGenerators(config.seed) if config.is_own else None
-        self._flip_phases_N = self._draw_flip_phases()
-        self._flipped_N: Tensor | None = None
-        # The order is drawn on the CPU, so that a GPU training sees the same batches.
-        order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
-        self._generators = {"order": order, **self._step.generators}
+        self._batches = Batches(config, self._train, data.about)
+        self._generators = {**self._batches.generators, "dropout": self._step.generator}
+        self._next: _Epoch | None = None
         self.epoch = 0
         self.step = 0
         self.results: list[EpochResult] = []
@@ -141,18 +156,26 @@ class Trainer:
         num_images = len(self._train)
         losses: list[Tensor] = []
         num_correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        schedule = list(itertools.islice(self._schedule, self.config.num_steps_per_epoch))
-        batches = zip(self._draw_batches(), self._step.to_device(schedule), strict=True)
-        for indices, settings in batches:
-            loss, correct = self._train_step(indices, settings)
-            losses.append(loss * len(indices))
+        now = self._next or self._draw_epoch()
+        self._next = None
+        batches = self._batches.make_batches(now.order_N, self.epoch)
+        for batch, settings in zip(batches, now.schedule, strict=True):
+            loss, correct = self._train_step(*batch, settings)
+            losses.append(loss * len(batch[1]))
             num_correct += correct
             # Reading a GPU's loss would wait for the device: there the epoch's end must do.
             if self._device.type == "cpu":
                 self._check_finite(losses[-1:], self.step)
+        if self.epoch + 1 < self.config.epochs:
+            self._next = self._draw_epoch()
         self._check_finite(losses, self.step - len(losses) + 1)
         train_loss = torch.stack(losses).sum().item() / num_images
-        return train_loss, num_correct.item() / num_images, schedule[-1].lr
+        return train_loss, num_correct.item() / num_images, now.schedule[-1].lr
+
+    def _draw_epoch(self) -> _Epoch:
+        state = self._generators["order"].get_state()
+        schedule = list(itertools.islice(self._schedule, self.config.num_steps_per_epoch))
+        return _Epoch(self._batches.draw_order(), schedule, state)
 
     def sweep(self, lrs: Sequence[float]) -> Iterator[float]:
         """Train one step at each of these learning rates and yield its loss.
@@ -161,39 +184,21 @@ class Trainer:
         Each pass over the images has a new order. Use a separate Trainer for it.
         """
         self._step.model.train()
-        batches = (indices for _ in itertools.count() for indices in self._draw_batches())
-        schedule = self._step.to_device([Settings(lr, self.config.momentum) for lr in lrs])
-        for indices, settings in zip(batches, schedule, strict=False):
-            yield self._train_step(indices, settings)[0].item()
+        for lr, batch in zip(lrs, self._repeat_batches(), strict=False):
+            settings = Settings(lr, self.config.momentum)
+            yield self._train_step(*batch, settings)[0].item()
 
-    def _draw_flip_phases(self) -> Tensor | None:
-        """Return what `alternate_flips` needs of the training images; None for random flips."""
-        if self.config.hflip_mode == "random" or not self.config.hflip_p:
-            return None
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "flip"))
-        return torch.rand(len(self._train), generator=generator, dtype=torch.float64)
+    def _repeat_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield augmented batches without end, each pass over the images in a new order."""
+        while True:
+            yield from self._batches.make_batches(self._batches.draw_order(), self.epoch)
 
-    def _draw_batches(self) -> tuple[Tensor, ...]:
-        """Return the indices of all images in a new order, by batches; advances the generator.
-
-        Also settles which images are flipped in this epoch, where that is not drawn by batches.
-        """
-        if self._flip_phases_N is not None:
-            flipped_N = alternate_flips(self._flip_phases_N, self.config.hflip_p, self.epoch)
-            self._flipped_N = flipped_N.to(self._device)
-        order = torch.randperm(len(self._train), generator=self._generators["order"])
-        return torch.split(order.to(self._device), self.config.batch_size)
-
-    def _train_step(self, indices: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
-        """Train on the images of these indices; return what the step's `train` returns.
-
-        Args:
-            settings: an item of what the step's `to_device` returned.
-        """
-        images_NCHW = self._train.images_NCHW.index_select(0, indices)
-        flipped_N = None if self._flipped_N is None else self._flipped_N[indices]
+    def _train_step(
+        self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        """Train on a batch of augmented images; return what the step's `train` returns."""
         self.step += 1
-        found = self._step.train(images_NCHW, self._train.labels_N[indices], settings, flipped_N)
+        found = self._step.train(images_NCHW, labels_N, settings)
         if self._average is not None:
             self._average.update(self.step)
         return found
@@ -221,9 +226,10 @@ class Trainer:
         self.model.eval()
         logits = []
         normalize, layout = Normalize(self._data.mean, self._data.std), memory_format(self.numerics)
-        for images_NCHW in torch.split(split.images_NCHW.to(self._device), EVAL_BATCH_SIZE):
+        size = EVAL_BATCH_SIZE_CUDA if self._device.type == "cuda" else EVAL_BATCH_SIZE
+        for images_NCHW in torch.split(split.images_NCHW.to(self._device), size):
             images = apply_normalize(images_NCHW, normalize, layout)
-            with autocast(self.numerics):
+            with autocast(self.numerics), without_benchmark():
                 logits.append(self.model(images).float())
         return torch.cat(logits)
 
@@ -236,16 +242,22 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
     def measure_step_seconds(self, num_steps: int = 20) -> float:
-        """Return the median seconds of a step. It trains: use a separate Trainer for it."""
+        """Return the median seconds of a step. It trains: use a separate Trainer for it.
+
+        On a GPU it does not hold the augmentation, and `peak_memory_mb` is that of the steps
+        afterwards: without what libraries take while they choose their kernels in the first ones.
+        """
         self._step.model.train()
-        order = torch.arange(len(self._train), device=self._device)
-        (settings,) = self._step.to_device([next(schedule_steps(self.config))])
+        is_cuda, batches = self._device.type == "cuda", self._repeat_batches()
+        settings = next(schedule_steps(self.config))
         seconds = []
         for i in range(num_steps):
+            if is_cuda and i == num_steps // 4:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-            indices = order.roll(-i * self.config.batch_size)[: self.config.batch_size]
-            self._train_step(indices, settings)
-            if self._device.type == "cuda":
+            self._train_step(*next(batches), settings)
+            if is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return sorted(seconds)[num_steps // 2]
@@ -256,6 +268,8 @@ class Trainer:
         It consists of tensors and plain containers.
         """
         generators = {name: generator.get_state() for name, generator in self._generators.items()}
+        if self._next is not None:
+            generators["order"] = self._next.generator_state
         return {
             "fingerprint": self.config.fingerprint,
             "epoch": self.epoch,
@@ -284,7 +298,7 @@ class Trainer:
         self._step.model.load_state_dict(state["model"])
         if self._average is not None:
             self.model.load_state_dict(state["average"])
-        self._schedule = schedule_steps(self.config, self.step)
+        self._schedule, self._next = schedule_steps(self.config, self.step), None
         self._step.optimizer.load_state_dict(state["optimizer"])
         for name, generator in self._generators.items():
             generator.set_state(state["generators"][name])
@@ -293,5 +307,20 @@ class Trainer:
         self.results = [EpochResult(**result) for result in state["results"]]
 
 
-def _move_to(split: Split, device: torch.device) -> Split:
-    return Split(split.images_NCHW.to(device), split.labels_N.to(device))
+# Of each data set and GPU the images that were copied there last: every stage of every trial of a
+# process has the same.
+_copies: dict[tuple[int, int, str], tuple[Split, Split]] = {}
+MAX_COPIES = 4
+
+
+def _bring(split: Split, device: torch.device) -> Split:
+    """Return the split on the device; it is copied there once per process."""
+    if split.images_NCHW.device == device:
+        return split
+    key = split.images_NCHW.data_ptr(), len(split), str(device)
+    if key not in _copies:
+        copy = Split(split.images_NCHW.to(device), split.labels_N.to(device))
+        _copies[key] = split, copy  # the original too: its memory must not become another's
+        while len(_copies) > MAX_COPIES:
+            del _copies[next(iter(_copies))]
+    return _copies[key][1]
