@@ -563,7 +563,8 @@ def run_trials(
         num_steps: number of epochs after which driver and worker die.
         is_last_recorded: whether the driver still records the last of them.
     """
-    fixed = {"source": ("shapes", None), "numerics": numerics.model_dump(mode="json")}
+    how = numerics.model_dump(mode="json")
+    fixed = {"source": ("shapes", None), "numerics": how, "gpus": 0.0}
     searcher, scheduler = TuneSearcher(driver, fixed), TuneScheduler(driver)
     while isinstance(task := searcher.suggest("t"), dict):
         worker, is_running = object.__new__(TrialWorker), True

@@ -41,7 +41,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "train_size": (60, {}),
     "val_size": (50, {}),
     "seed": (1, {}),
-    "augment_backend": ("albumentations", {}),
+    "augment_backend": ("albumentations", {"shift_scale_rotate_p": 1.0}),
     "crop_pad": (4, {}),
     "hflip_p": (1.0, {}),
     "hflip_mode": ("alternating", {}),

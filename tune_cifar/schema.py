@@ -150,7 +150,7 @@ class TrainConfig(Frozen):
     """Seeds every random stream of the training: initial weights, order, augmentation, dropout."""
 
     augment_backend: Literal["batched", "albumentations"] = knob(
-        "batched", "augmentation backend", "augment/interpreter"
+        "batched", "augmentation backend", "train/batches"
     )
     """What applies the policy: our own code on whole batches, or albumentations image by image."""
     crop_pad: int = knob(0, "crop padding", "augment/policies", unit="px", ge=0, le=16)

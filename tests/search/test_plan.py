@@ -26,16 +26,16 @@ from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, NameTakenError
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.search.cost import CONTEXT_MB, Cost, measure_cost
 from tune_cifar.search.disk import DiskNeeds, check_disk
 from tune_cifar.search.forecast import START_SECONDS
 from tune_cifar.search.plan import (
-    CONTEXT_MB,
-    Cost,
     Resources,
     SearchPlan,
     SearchRequest,
+    Workers,
+    check_and_measure,
     check_request,
-    measure_cost,
     settle_search,
 )
 from tune_cifar.search.run import _open_record
@@ -147,6 +147,47 @@ def test_on_a_gpu_what_the_process_holds_there_is_measured(fp32: Numerics) -> No
     on_cuda = fp32.model_copy(update={"device": "cuda"})
     cost = measure_cost(config, load_few(config), on_cuda, num_steps=2)
     assert CONTEXT_MB < cost.memory_mb < CONTEXT_MB + 1000 and cost.device_mb > 1000
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "options", "gpus", "at_once"),
+    [
+        (8.0, {}, 0.33, 6),  # never more than three on a GPU
+        (70.0, {}, 0.5, 4),
+        (100.0, {}, 1.0, 2),
+        (8.0, {"cpus_per_trial": 4}, 0.5, 4),
+        (8.0, {"max_concurrent": 3}, 0.5, 3),
+        (8.0, {"max_concurrent": 1}, 1.0, 1),
+        (8.0, {"gpus_per_trial": 1.0}, 1.0, 2),
+        (8.0, {"gpus_per_trial": 0.1}, 0.1, 16),
+    ],
+)
+def test_as_many_trials_share_a_gpu_as_memory_and_cores_allow(
+    memory_gb: float,
+    options: dict[str, Any],
+    gpus: float,
+    at_once: int,
+    fp32: Numerics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two GPUs and 16 cores; a worker measures, after all have been started."""
+    monkeypatch.setattr("psutil.Process.cpu_affinity", lambda self: list(range(16)))
+    monkeypatch.setattr("tune_cifar.search.plan.count_gpus", lambda device: 2)
+    calls: list[Resources] = []
+
+    def measure(*words: Any) -> Cost:
+        calls.append(words[-1])
+        return Cost(1.0, memory_gb * GB, 160 * GB)
+
+    on_gpu = fp32.model_copy(update={"device": "cuda"})
+    request = SearchRequest(SHAPES, tmp_path / "runs", "search", **options)
+    space = load_space("smoke", "cpu", SIZES)
+    plan = check_and_measure(space, request, "n", on_gpu, Workers(calls.append, measure))
+    assert (plan.resources.gpus_per_trial, plan.resources.max_concurrent) == (gpus, at_once)
+    assert plan.cost.memory_mb == memory_gb * GB
+    assert [found.gpus_per_trial for found in calls] == [options.get("gpus_per_trial", 1.0)] * 2
+    assert calls[0].max_concurrent == 16 // options.get("cpus_per_trial", 1)
 
 
 def test_two_nameless_searches_planned_in_one_second_get_two_records(tmp_path: Path) -> None:

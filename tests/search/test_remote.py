@@ -82,7 +82,7 @@ def send(
 
 
 def ask(remote: RemoteTrials) -> Any:
-    fixed = {"source": ("shapes", None), "numerics": {}}
+    fixed = {"source": ("shapes", None), "numerics": {}, "gpus": 0.0}
     return TuneSearcher(remote._driver, fixed, remote).suggest("t")
 
 

@@ -41,7 +41,7 @@ from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import INTERRUPTED, SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, Numerics, TrainConfig
-from tune_cifar.search.adapters import TuneScheduler, guard
+from tune_cifar.search.adapters import TuneScheduler, TuneSearcher, guard
 from tune_cifar.search.disk import estimate_disk_needs
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import SearchRequest, resolve_resources
@@ -315,7 +315,7 @@ def make_task(
     """What Tune hands to the worker of trial 0."""
     dumps = {"config": config.model_dump(mode="json"), "numerics": numerics.model_dump(mode="json")}
     task = {"trial": 0, "stages": stages, "rungs": rungs, "source": ("shapes", None)}
-    return task | dumps | {"folder": str(folder)}
+    return task | dumps | {"folder": str(folder), "gpus": 0.0}
 
 
 def test_packed_epochs_come_back_as_they_were() -> None:
@@ -585,12 +585,14 @@ def test_a_trial_that_ran_out_of_memory_is_retried_once_and_alone(driver: Search
     first = driver.ask()
     assert first is not None and first.number == 2  # trials that need not run alone come first
     driver.fail(2, "ValueError: no")
-    alone = driver.ask()
-    assert alone is not None and alone.number == 1
+    alone = TuneSearcher(driver, {"gpus": 0.33}).suggest("t")
+    assert isinstance(alone, dict) and alone["trial"] == 1
+    assert alone["gpus"] == 1.0  # all the memory of its GPU
     assert driver.ask() is None and not driver.is_exhausted  # nothing beside it
     driver.retry(1, "out of memory", "CUDA out of memory")
     assert driver.record.state.trials[1].reason == "out of memory, 2 times"
-    assert driver.ask().number == 3  # type: ignore[union-attr]
+    after = TuneSearcher(driver, {"gpus": 0.33}).suggest("t")
+    assert isinstance(after, dict) and (after["trial"], after["gpus"]) == (3, 0.33)
 
 
 def test_weights_on_a_full_disk_end_the_search_and_leave_their_trial_unfinished(

@@ -24,8 +24,6 @@ from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.optim import Settings
 from tune_cifar.train.step import (
     CapturedStep,
-    EagerStep,
-    acquire_step,
     make_graph_key,
     make_smoothing,
     smoothed_cross_entropy,
@@ -171,11 +169,6 @@ def test_idle_steps_are_kept_as_long_as_they_leave_room(
     assert list(step_module._idle.values()) == steps[1:3]
     step_module.release_step(steps[3], captured)
     assert step_module._idle == {}
-
-
-def test_what_albumentations_augments_is_never_captured(captured: Numerics) -> None:
-    config = make_config(augment_backend="albumentations")
-    assert type(acquire_step(config, captured)) is EagerStep
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

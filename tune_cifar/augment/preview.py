@@ -29,7 +29,7 @@ def make_preview(
     """
     policy = make_policy(config, data)
     generator = torch.Generator().manual_seed(config.seed)
-    apply_pixel_ops = select_interpreter(config.augment_backend).apply_pixel_ops
+    apply_pixel_ops = select_interpreter(config.augment_backend)
     columns = [images_NCHW]
     for _ in range(num_variants):
         draws = draw_policy(policy, len(images_NCHW), generator)

@@ -29,7 +29,6 @@ from tune_cifar.augment.policies import (
     Cutout,
     Gray,
     HFlip,
-    Normalize,
     PixelOp,
     Policy,
     ShiftScaleRotate,
@@ -55,17 +54,8 @@ def apply_policy_reference(
     """
     _, normalize = split_policy(policy)
     images = apply_pixel_ops_reference(policy, images_NCHW, draws)
-    return apply_normalize_reference(images, normalize, memory_format)
-
-
-def apply_normalize_reference(
-    images_NCHW: Tensor,
-    op: Normalize,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Tensor:
-    """Apply `batched.apply_normalize` through albumentations."""
-    images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
-    transform = A.Normalize(mean=op.mean, std=op.std, max_pixel_value=255.0)
+    images_NHWC = images.permute(0, 2, 3, 1).cpu().numpy()
+    transform = A.Normalize(mean=normalize.mean, std=normalize.std, max_pixel_value=255.0)
     normalized_NHWC = torch.from_numpy(np.stack([transform.apply(image) for image in images_NHWC]))
     result = normalized_NHWC.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
     return result.to(images_NCHW.device)

@@ -16,7 +16,7 @@ from ray.tune.stopper import Stopper
 
 from tune_cifar.errors import DiskFullError, RecordError, TuneCifarError
 from tune_cifar.search.cluster import LiveNodes
-from tune_cifar.search.driver import SearchDriver
+from tune_cifar.search.driver import SearchDriver, must_run_alone
 from tune_cifar.search.remote import RemoteTrials, classify_death
 
 
@@ -62,6 +62,8 @@ class TuneSearcher(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED if self._driver.is_exhausted else None
         folder = self._driver.record.state.trial_folder(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
+        # Of a GPU that has no other trial all the memory.
+        more = {"gpus": 1.0} if self._fixed["gpus"] and must_run_alone(trial) else {}
         return {
             "trial": trial.number,
             "config": trial.full_config.model_dump(mode="json"),
@@ -69,6 +71,7 @@ class TuneSearcher(Searcher):  # type: ignore[misc]
             "rungs": self._driver.rungs,
             "folder": str(folder),
             **self._fixed,
+            **more,
             **(self._remote.make_config(trial) if self._remote else {}),
         }
 

@@ -148,10 +148,10 @@ class SearchDriver:
         None when there is none now; `is_exhausted` says whether to ask again.
         """
         trials = self.record.state.trials
-        if self._is_ending or any(_must_run_alone(trials[number]) for number in self._running):
+        if self._is_ending or any(must_run_alone(trials[number]) for number in self._running):
             return None
         if self._waiting:
-            shared = [number for number in self._waiting if not _must_run_alone(trials[number])]
+            shared = [number for number in self._waiting if not must_run_alone(trials[number])]
             if not shared and self._running:
                 return None
             number = shared[0] if shared else self._waiting[0]
@@ -344,6 +344,6 @@ def _make_proposer(space: SearchSpace, state: SearchState) -> Proposer:
     return Sampler(space, header.seed, *how)
 
 
-def _must_run_alone(trial: TrialState) -> bool:
+def must_run_alone(trial: TrialState) -> bool:
     """Return whether the trial's last attempt ran out of memory."""
     return bool(trial.retries) and trial.retries[-1].fault == "out of memory"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from tune_cifar.data.files import DataSource, describe_data
-from tune_cifar.data.load import TrainVal, load_train_val
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import Confirmation, Learned, SearchResumed
 from tune_cifar.record.journal import check_is_new
@@ -20,7 +20,8 @@ from tune_cifar.record.machine import count_cores
 from tune_cifar.record.mirror import check_mirror
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import make_name, search_folder
-from tune_cifar.schema import MAX_SEED, DataInfo, Numerics, TrainConfig
+from tune_cifar.schema import MAX_SEED, DataInfo, Numerics
+from tune_cifar.search.cost import Cost, measure_cost
 from tune_cifar.search.disk import DiskNeeds, check_disk, estimate_disk_needs
 from tune_cifar.search.forecast import Forecast, forecast_search
 from tune_cifar.space.layout import MAX_TRIALS
@@ -28,20 +29,10 @@ from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.address import make_tracking_uri
 from tune_cifar.tracking.store import check_tracking
 from tune_cifar.train.network import resolve_network
-from tune_cifar.train.numerics import (
-    check_cpus,
-    count_gpus,
-    get_memory_mb,
-    resolve_numerics,
-)
-from tune_cifar.train.trainer import Trainer
+from tune_cifar.train.numerics import check_cpus, count_gpus, resolve_numerics
 
-# MiB of a GPU that a process holds beside torch's allocator (CUDA's context, kernels): an estimate.
-CONTEXT_MB = 600.0
 # The smallest fraction of a GPU that Ray counts.
 MIN_GPUS = 0.0001
-# Fraction of a device's memory that is given to trials.
-USABLE_MEMORY = 0.9
 
 
 @dataclass(frozen=True)
@@ -96,21 +87,6 @@ class Resources:
     """Of this machine."""
 
 
-class Cost(NamedTuple):
-    """Time and memory of a trial of the baseline, measured by training a few steps."""
-
-    epoch_seconds: float
-    memory_mb: float
-    """MiB that the trial's process holds, of the GPU or of the machine."""
-    device_mb: float
-    """MiB of the GPU or of the machine."""
-
-    @property
-    def num_fitting(self) -> int:
-        """Trials that fit into the memory of one device."""
-        return int(USABLE_MEMORY * self.device_mb / self.memory_mb)
-
-
 @dataclass(frozen=True)
 class Offer:
     """What a node of a Ray cluster has for trials.
@@ -133,9 +109,17 @@ class Found(NamedTuple):
 
     offers: tuple[Offer, ...]
     notes: tuple[str, ...]
+    gpus_per_trial: float
 
 
 Survey = Callable[[SearchSpace], Found]
+
+
+class Workers(NamedTuple):
+    """How the processes of this machine's trials are started, and a trial measured in one."""
+
+    start: Callable[[Resources], None]
+    measure: Callable[[SearchSpace, DataSource, Numerics, Resources], Cost]
 
 
 @dataclass(frozen=True)
@@ -230,7 +214,7 @@ class SearchPlan:
 def settle_search(
     space: SearchSpace,
     request: SearchRequest,
-    start_workers: Callable[[Resources], None] | None = None,
+    workers: Workers | None = None,
     survey: Survey | None = None,
 ) -> SearchPlan:
     """Plan a new search: name, network, numerics, resources; see `check_and_measure`.
@@ -253,7 +237,7 @@ def settle_search(
         return check_on_cluster(space, request, name, survey(space))
     how = (request.cpus_per_trial, request.deterministic, request.execution)
     numerics = resolve_numerics(request.device, request.precision, *how)
-    return check_and_measure(space, request, name, numerics, start_workers)
+    return check_and_measure(space, request, name, numerics, workers)
 
 
 def check_and_measure(
@@ -261,12 +245,15 @@ def check_and_measure(
     request: SearchRequest,
     name: str,
     numerics: Numerics,
-    start_workers: Callable[[Resources], None] | None = None,
+    workers: Workers | None = None,
 ) -> SearchPlan:
     """Check that the machine can run a search and that MLflow can; measure 20 training steps.
 
+    On a CPU this process measures while the workers start. Of a GPU it must not hold anything as
+    long as the search runs, so that a worker measures.
+
     Args:
-        start_workers: called in this thread while others read the data and measure.
+        workers: None starts none and measures here.
 
     Raises:
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
@@ -276,10 +263,18 @@ def check_and_measure(
     config = space.baseline
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
-        measured = pool.submit(lambda: measure_cost(config, loaded.result(), numerics))
-        if start_workers is not None:
-            start_workers(resources)
-        data, cost = loaded.result().info, measured.result()
+        if workers is not None and numerics.device == "cuda":
+            # As many as the cores allow: how many share a GPU is decided by what is measured.
+            num_most = count_cores() // resources.cpus_per_trial
+            workers.start(replace(resources, max_concurrent=num_most))
+            cost = workers.measure(space, request.source, numerics, resources)
+        else:
+            measured = pool.submit(lambda: measure_cost(config, loaded.result(), numerics))
+            if workers is not None:
+                workers.start(resources)
+            cost = measured.result()
+        data = loaded.result().info
+    resources = _share_gpus(resources, request, cost)
     notes = _check_tracking(request)  # last: its imports take memory
     return SearchPlan(space, request, name, data, numerics, resources, cost, notes=notes)
 
@@ -294,9 +289,9 @@ def check_on_cluster(
     """
     offers = found.offers
     numerics, at_once = offers[0].numerics, request.max_concurrent
-    gpus = resolve_gpus(request, numerics)
     num_slots = sum(offer.slots for offer in offers)
-    resources = Resources(request.cpus_per_trial, gpus, min(num_slots, at_once or num_slots), 0)
+    how_many = found.gpus_per_trial, min(num_slots, at_once or num_slots), 0
+    resources = Resources(request.cpus_per_trial, *how_many)
     _check_place(space, request, resources)
     config = space.baseline
     data = load_train_val(request.source, config.train_size, config.val_size).info
@@ -355,6 +350,18 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
 
 
+def _share_gpus(resources: Resources, request: SearchRequest, cost: Cost) -> Resources:
+    """Let several trials share a GPU, unless the request says how much of one a trial gets."""
+    num_gpus = resources.num_gpus
+    if request.gpus_per_trial is not None or not resources.gpus_per_trial:
+        return resources
+    num_cpus = count_cores() // resources.cpus_per_trial
+    at_once = min(num_cpus, request.max_concurrent or num_cpus)
+    gpus = cost.share_gpu(-(-at_once // num_gpus))
+    num_fitting = count_fitting(count_cores(), num_gpus, resources.cpus_per_trial, gpus)
+    return replace(resources, gpus_per_trial=gpus, max_concurrent=min(num_fitting, at_once))
+
+
 def resolve_gpus(request: SearchRequest, numerics: Numerics) -> float:
     """Return the GPUs of a trial: by default one where trainings use CUDA.
 
@@ -376,22 +383,6 @@ def count_fitting(num_cpus: int, num_gpus: int, cpus: int, gpus: float) -> int:
     """Return how many trials with these cores and GPUs fit on one machine at once."""
     num_fitting = num_cpus // cpus
     return min(num_fitting, num_gpus * int(1 / gpus)) if gpus else num_fitting
-
-
-def measure_cost(
-    config: TrainConfig, data: TrainVal, numerics: Numerics, num_steps: int = 20
-) -> Cost:
-    """Measure one training: seconds of an epoch, evaluation included, and memory.
-
-    The time is the median step's. A forward pass of an image counts as a third of its training step
-    (forward, backward by inputs, backward by weights). On a CPU the memory is this process's, which
-    holds a little more than a worker.
-    """
-    trainer = Trainer(config, data, numerics)
-    step_seconds = trainer.measure_step_seconds(num_steps)
-    num_steps_per_epoch = config.num_steps_per_epoch + config.val_size / config.batch_size / 3
-    memory_mb = trainer.peak_memory_mb + (CONTEXT_MB if numerics.device == "cuda" else 0.0)
-    return Cost(step_seconds * num_steps_per_epoch, memory_mb, get_memory_mb(numerics))
 
 
 def count_trials(text: str, num_started: int | None = None) -> int:

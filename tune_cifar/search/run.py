@@ -39,7 +39,7 @@ from tune_cifar.record.mirror import Mirror
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import load_searches, search_folder
 from tune_cifar.search.adapters import TuneScheduler, TuneSearcher, TuneStopper
-from tune_cifar.search.cluster import start_ray, use_ray
+from tune_cifar.search.cluster import use_ray
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.plan import (
     SearchPlan,
@@ -59,7 +59,7 @@ from tune_cifar.search.resume import (
     restore_space,
 )
 from tune_cifar.search.run_store import NONCE_FILE, start_run_store
-from tune_cifar.search.survey import make_survey
+from tune_cifar.search.survey import THIS_MACHINE, make_survey
 from tune_cifar.search.warm_start import learn, try_best_first
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
@@ -84,7 +84,7 @@ def prepare_search(
     states = [load_searches(request.storage, search=name)[0] for name in request.warm_start]
     if not request.learn:
         space, notes = try_best_first(space, states, request.warm_trials)
-    plan = settle_search(space, request, start_ray, make_survey(request))
+    plan = settle_search(space, request, THIS_MACHINE, make_survey(request))
     learned: list[Learned] = []
     for state in states if request.learn else ():
         found, note = learn(space, state, plan.data)
@@ -135,7 +135,7 @@ def prepare_resume(
     if found is not None:
         plan = check_on_cluster(space, request, name, found)
     else:
-        plan = check_and_measure(space, request, name, numerics, start_ray)
+        plan = check_and_measure(space, request, name, numerics, THIS_MACHINE)
     event = SearchResumed(
         time=utc_now(),
         trials=num_trials,

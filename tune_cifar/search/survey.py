@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tune_cifar.search.cluster import Node, join, list_nodes  # before ray
+from tune_cifar.search.cluster import Node, join, list_nodes, start_ray  # before ray
 
 # isort: split
 
@@ -18,7 +18,9 @@ from tune_cifar.errors import ConfigError, TuneCifarError
 from tune_cifar.models.custom import add_source
 from tune_cifar.record.environment import digest_code
 from tune_cifar.schema import Numerics, TrainConfig
-from tune_cifar.search.plan import Cost, Found, Offer, SearchRequest, Survey, measure_cost
+from tune_cifar.search.cost import Cost, measure_cost
+from tune_cifar.search.plan import Found, Offer, Resources, SearchRequest, Survey, Workers
+from tune_cifar.search.worker import is_out_of_memory
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.numerics import compare_numerics, resolve_numerics, restore_numerics
 
@@ -56,17 +58,23 @@ def survey_nodes(
     if not fitting:
         raise ConfigError(_describe_no_room(nodes, request.cpus_per_trial, gpus))
     answers, problems = _ask(fitting, space, request, gpus, recorded)
+    costs = [Cost(*answer["cost"]) for _, answer in answers]
+    if gpus and request.gpus_per_trial is None:
+        gpus = max(
+            cost.share_gpu(node.num_cpus // request.cpus_per_trial // node.num_gpus)
+            for (node, _), cost in zip(answers, costs, strict=True)
+        )
     offers = [
         Offer(
             node=node.name,
             address=node.address,
             slots=node.count_slots(request.cpus_per_trial, gpus),
             numerics=Numerics(**answer["numerics"]),
-            cost=Cost(*answer["cost"]),
+            cost=cost,
         )
-        for node, answer in answers
+        for (node, answer), cost in zip(answers, costs, strict=True)
     ]
-    return Found(_check_alike(offers, request.allow_mixed), tuple(problems))
+    return Found(_check_alike(offers, request.allow_mixed), tuple(problems), gpus)
 
 
 def _describe_no_room(nodes: list[Node], cpus: int, gpus: float) -> str:
@@ -104,8 +112,7 @@ def _ask(
     pending = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        options = {"num_cpus": request.cpus_per_trial, "num_gpus": gpus, "max_retries": 0}
-        task: Any = ray.remote(measure_node).options(scheduling_strategy=there, **options)
+        task = _make_task(request.cpus_per_trial, gpus).options(scheduling_strategy=there)
         pending[task.remote(how, data)] = node
     ready, silent = ray.wait(list(pending), num_returns=len(pending), timeout=ANSWER_SECONDS)
     answers = []
@@ -131,6 +138,36 @@ def _ask(
     return sorted(answers, key=lambda answer: nodes.index(answer[0])), problems
 
 
+def _make_task(num_cpus: int, num_gpus: float) -> Any:
+    """Return `measure_node` as a task, whose process ends with it: it would hold GPU memory."""
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": 0, "max_calls": 1}
+    return ray.remote(**options)(measure_node)
+
+
+def measure_in_worker(
+    space: SearchSpace, source: DataSource, numerics: Numerics, resources: Resources
+) -> Cost:
+    """Measure the baseline in a worker of this machine's Ray, as a trial is trained.
+
+    Raises:
+        ConfigError, DataError: what the training meets.
+    """
+    how = {
+        "config": space.baseline.model_dump(mode="json"),
+        "model_source": space.model_source,
+        "recorded": numerics.model_dump(),
+        "source": source,
+    }
+    task = _make_task(resources.cpus_per_trial, resources.gpus_per_trial)
+    answer = ray.get(task.remote(how, None))
+    if "problem" in answer:
+        raise ConfigError(answer["problem"])
+    return Cost(*answer["cost"])
+
+
+THIS_MACHINE = Workers(start_ray, measure_in_worker)
+
+
 def _shorten(exc: Exception) -> str:
     """Return the last line of an exception, which says what went wrong on a node."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
@@ -150,11 +187,18 @@ def measure_node(how: dict[str, Any], data: list[Any] | None) -> dict[str, Any]:
         )
         config = TrainConfig(**how["config"])
         sizes = config.train_size, config.val_size
-        shapes = DataSource("shapes", None)
-        images = load_train_val(shapes, *sizes) if data is None else ray.get(data[0]).select(*sizes)
+        if data is None:
+            images = load_train_val(how.get("source") or DataSource("shapes", None), *sizes)
+        else:
+            images = ray.get(data[0]).select(*sizes)
         cost = measure_cost(config, images, numerics)
     except TuneCifarError as exc:
         return {"problem": str(exc)}
+    except Exception as exc:
+        if not is_out_of_memory(exc):
+            raise
+        reason = str(exc).splitlines()[0]
+        return {"problem": f"memory: the baseline must fit, got {reason} Lower batch_size."}
     return {"numerics": numerics.model_dump(), "code": digest_code(), "cost": tuple(cost)}
 
 

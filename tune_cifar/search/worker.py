@@ -6,6 +6,7 @@ Every worker imports this module before its first trial, so it imports nothing o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import sys
@@ -107,6 +108,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
                     self._results = self._make_results()
                 stage, result = next(self._results)
             except Exception as exc:
+                end_with_broken_cuda()
                 self._end = explain_end(exc)
             else:
                 epochs.append((stage, result))
@@ -114,7 +116,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
                     break
         if self._end is not None:
             self._close()
-            torch.cuda.empty_cache()
+            if 0 < self._trial["gpus"] < 1:  # a neighbour may need the memory
+                torch.cuda.empty_cache()
         if epochs:
             outcome, text = "epochs", pack_epochs(epochs)
         else:
@@ -147,7 +150,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             ids = (trial["trial"], cluster["attempt"], cluster["nonce"])
             self._files = open_trial_files(folder.parents[1], *ids)
             folder = self._files.folder
-        if numerics.device == "cuda" and 0 < trial["gpus"] < 1:
+        if numerics.device == "cuda" and trial["gpus"]:
             # A neighbour on the same GPU then runs out of its own memory, not of this trial's.
             torch.cuda.set_per_process_memory_fraction(trial["gpus"])
         for stage in trial["stages"]:
@@ -260,8 +263,31 @@ def explain_end(exc: Exception) -> tuple[str, str]:
     return "out of memory" if is_out_of_memory(exc) else "failed", text
 
 
+# What torch says of the CPU's memory, then of a GPU's: CUDA itself (its context, a graph), cuDNN
+# and cuBLAS (their workspaces, without which cuDNN finds no kernel).
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "nable to find an engine to execute this computation",
+)
+
+
 def is_out_of_memory(exc: BaseException) -> bool:
     """Return whether a GPU's or the host's memory was too small."""
-    # On the CPU torch raises a plain RuntimeError with this text.
-    is_cpu_error = "can't allocate memory" in str(exc)
-    return is_cpu_error or isinstance(exc, MemoryError | torch.OutOfMemoryError)
+    says_so = any(words in str(exc) for words in OUT_OF_MEMORY)
+    return says_so or isinstance(exc, MemoryError | torch.OutOfMemoryError)
+
+
+def end_with_broken_cuda() -> None:
+    """End this process if CUDA failed in a way that fails all that follows in the process.
+
+    Ray then starts another worker, and the trial is taken up again from its checkpoint.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as exc:
+            logging.getLogger(__name__).error("CUDA is broken in this process: %s", exc)
+            os._exit(1)

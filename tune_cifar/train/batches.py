@@ -35,7 +35,7 @@ class Batches:
         self._config = config
         self._split = split
         self._policy = make_policy(config, data)
-        self._apply_pixel_ops = select_interpreter(config.augment_backend).apply_pixel_ops
+        self._apply_pixel_ops = select_interpreter(config.augment_backend)
         self._device = split.images_NCHW.device
         batch_size = config.batch_size
         num_batches = max(1, BLOCK_SIZE // batch_size) if self._device.type == "cuda" else 1

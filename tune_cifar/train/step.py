@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_cifar.augment.interpreter import select_interpreter
+from tune_cifar.augment.batched import apply_normalize
 from tune_cifar.augment.policies import Normalize
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.models.build import build_model
@@ -102,7 +102,6 @@ class EagerStep:
         self._numerics, self._data = numerics, data
         self._batch_size = config.batch_size
         self._device = torch.device(numerics.device)
-        self._interpreter = select_interpreter(config.augment_backend)
         self._smoothing: Smoothing | None = make_smoothing(config, data)
         self.generator = make_generator(config.seed, "dropout", self._device)
         model = build_initial_model(config, data)
@@ -137,7 +136,7 @@ class EagerStep:
         """Run forward and backward, so that the parameters have new gradients."""
         normalize = Normalize(self._data.mean, self._data.std)
         layout = memory_format(self._numerics)
-        images = self._interpreter.apply_normalize(images_NCHW, normalize, layout)
+        images = apply_normalize(images_NCHW, normalize, layout)
         with autocast(self._numerics):
             logits = network(images)
         loss = smoothed_cross_entropy(logits.float(), labels_N, self._smoothing)
@@ -272,11 +271,8 @@ _idle: dict[Hashable, CapturedStep] = {}
 def acquire_step(
     config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
 ) -> EagerStep:
-    """Return a step ready for the first batch; an idle captured one with the same key is reused.
-
-    Images that albumentations normalizes are trained eager.
-    """
-    if numerics.execution == "eager" or config.augment_backend != "batched":
+    """Return a step ready for the first batch; an idle captured one with the same key is reused."""
+    if numerics.execution == "eager":
         return EagerStep(config, numerics, data)
     step = _idle.pop(make_graph_key(config, numerics, data), None)
     if step is None:
