@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -22,7 +24,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders import SHAPES, curve, make_checkpoint, make_config, make_hostile, write_payload
+from tests.builders import (
+    ROOT,
+    SHAPES,
+    curve,
+    make_checkpoint,
+    make_config,
+    make_hostile,
+    write_payload,
+)
 from tests.faults.disks import limit_file_size, mount_small_disk
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import CheckpointError
@@ -208,12 +218,12 @@ def test_on_a_small_disk_the_last_checkpoints_that_fitted_stay_intact(tmp_path: 
 def test_a_training_has_the_same_curve_when_no_checkpoint_can_be_written(
     tmp_path: Path, fp32: Numerics, uninterrupted: list[dict[str, Any]]
 ) -> None:
-    """The weights (355 kB) still fit, a checkpoint (743 kB) does not."""
+    """The weights (355 kB) still fit and so do the results, a checkpoint (743 kB) does not."""
     with limit_file_size(500_000):
         results, _, folder = train(tmp_path / "s", fp32)
     assert results == uninterrupted
-    assert CheckpointFolder(folder / CHECKPOINTS).find_newest() == (None, [])
-    assert load_weights(folder / WEIGHTS) and list((folder / CHECKPOINTS).iterdir()) == []
+    assert [path.name for path in (folder / CHECKPOINTS).iterdir()] == ["checkpoint-0003.pt"]
+    assert load_weights(folder / WEIGHTS)
 
 
 # A stop
@@ -235,6 +245,85 @@ def test_a_stopped_training_ends_after_its_epoch_with_a_checkpoint_even_if_stopp
 
 
 # kill -9
+
+
+def train_stages(
+    folder: Path, numerics: Numerics, stages: tuple[int, ...] = (1, 3)
+) -> list[dict[str, Any]]:
+    """Train a trial of two stages as a worker does; returns the curve of both."""
+    data = load_train_val(SHAPES, CONFIG.train_size, CONFIG.val_size)
+    results = []
+    for stage in stages:
+        config = CONFIG.model_copy(update={"pct_start": 0.5})  # the short stage has three steps
+        short, is_final = config.shorten(stage), stage == stages[-1]
+        results += train_trial(short, data, numerics, folder, every_seconds=0.0, is_final=is_final)
+    return curve(results)
+
+
+# Dies as soon as a call has ended whose place and number of epochs are given.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.faults.test_checkpoint_faults import train_stages
+from tune_cifar.train import trial
+from tune_cifar.train.checkpoint import CheckpointFolder
+from tune_cifar.train.numerics import resolve_numerics
+
+folder, place, epochs = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def die_after(owner, name, is_now):
+    call = getattr(owner, name)
+    def stand_in(*args):
+        found = call(*args)
+        if is_now(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    setattr(owner, name, stand_in)
+
+if place == "weights":
+    die_after(trial, "save_weights", lambda *args: True)
+elif place == "results":
+    is_over = lambda trainer: trainer.epoch == trainer.config.epochs == epochs
+    die_after(trial, "_save", lambda checkpoints, trainer: is_over(trainer))
+elif place == "deleted":
+    die_after(CheckpointFolder, "delete", lambda *args: True)
+train_stages(folder, resolve_numerics("cpu", "fp32", 1))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("place", "epochs", "remaining", "starts"),
+    [
+        ("results", 1, (1, 3), 0),  # the stage's results were on disk, not in the record
+        ("results", 1, (3,), 0),
+        ("deleted", 3, (3,), 0),  # the second stage had begun
+        ("weights", 3, (3,), 2),
+        ("results", 3, (3,), 3),
+    ],
+)
+def test_kill_9_at_the_end_of_a_stage_loses_nothing(
+    place: str, epochs: int, remaining: tuple[int, ...], starts: int, tmp_path: Path, fp32: Numerics
+) -> None:
+    folder, whole = tmp_path / "trials" / "0000", tmp_path / "whole" / "trials" / "0000"
+    wanted = train_stages(whole, fp32)
+    words = [sys.executable, "-c", KILLED, str(folder), place, str(epochs)]
+    killed = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    trained: list[int] = []
+    run_epoch = Trainer._run_epoch
+
+    def count(trainer: Trainer) -> Any:
+        trained.append(trainer.config.epochs)
+        return run_epoch(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_run_epoch", count)
+        results = train_stages(folder, fp32, remaining)
+    assert results == wanted[-len(results) :] and len(results) == sum(remaining)
+    assert trained == [3] * (3 - starts)
+    weights, others = load_weights(folder / WEIGHTS), load_weights(whole / WEIGHTS)
+    assert all(torch.equal(weights[name], others[name]) for name in others)
 
 
 def save_until_killed(folder: CheckpointFolder, pipe: int, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import ConfigError
 from tune_cifar.models.build import MODELS, build_model
-from tune_cifar.models.dropout import Dropout, set_dropout_generator
+from tune_cifar.models.dropout import Dropout, round_probability, set_dropout_generator
 from tune_cifar.models.fast_conv import Depthwise5x5, StridedDepthwiseConv2d, SubsamplingConv2d
 from tune_cifar.models.layers import Residual
 from tune_cifar.models.summary import describe_model
@@ -288,7 +288,7 @@ def test_describe_model_names_the_nearest_model_for_an_unknown_one(name: str, hi
 def test_dropout_occurs_as_often_as_in_the_source_and_drops_channels_only_in_s6(name: str) -> None:
     drops = [module for module in make_model(name, 0.1).modules() if isinstance(module, Dropout)]
     assert len(drops) == FACTS[name][4]
-    assert {drop.p for drop in drops} == {0.1}
+    assert {drop.drop_p for drop in drops} == {round_probability(0.1)}
     assert {drop.whole_channels for drop in drops} == {name == "s6"}
 
 

@@ -364,8 +364,8 @@ def run_and_collect(
         messages.append(message)
         return on_result(self, message)
 
-    def train_some(*args: Any) -> Any:
-        for result in train_trial(*args):
+    def train_some(*args: Any, **options: Any) -> Any:
+        for result in train_trial(*args, **options):
             yield result
             if result.epoch == breaks_after:
                 raise ValueError("no more")

@@ -66,6 +66,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         "_constant",
         lambda values, device: torch.empty(1, len(values), 1, 1, device=device),
     )
+    monkeypatch.setattr(step, "_drawn", {})
+    monkeypatch.setattr(step.copy, "deepcopy", lambda model: model)
     monkeypatch.setattr(step, "place_model", lambda model, device, numerics: model)
     monkeypatch.setattr(step, "capture", lambda function, device, generator: function)
     monkeypatch.setattr(step, "_count_reserved", lambda device: 0)

@@ -28,7 +28,7 @@ from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space.select import load_space
-from tune_cifar.train.checkpoint import load_weights
+from tune_cifar.train.checkpoint import load_checkpoint, load_weights
 from tune_cifar.train.recorded import make_header, run_training
 from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import train_trial
@@ -154,6 +154,24 @@ def test_checkpoints_of_another_stage_are_deleted_and_the_training_starts_from_s
     assert list((folder / CHECKPOINTS).iterdir()) == []
     assert starts == [0]
     assert curve([first, *results]) == curve(list(Trainer(after, data, fp32)))
+
+
+def test_a_stage_leaves_its_results_and_only_the_last_one_weights(
+    tmp_path: Path, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken up again it yields the results and trains nothing."""
+    config = load_space("smoke", "full", {**SMALL_KNOBS, "schedule": "constant"}).baseline
+    data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
+    for stage, is_final in ((1, False), (2, True)):
+        short = config.shorten(stage)
+        results = list(train_trial(short, data, fp32, folder, is_final=is_final))
+        assert (folder / WEIGHTS).exists() == is_final
+        (path,) = (folder / CHECKPOINTS).iterdir()
+        state = load_checkpoint(path)
+        assert set(state) == {"fingerprint", "epoch", "step", "results"}
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_run_epoch", lambda trainer: pytest.fail("it trains"))
+            assert list(train_trial(short, data, fp32, folder, is_final=is_final)) == results
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_and_stays(

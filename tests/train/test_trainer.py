@@ -14,7 +14,8 @@ import torch
 from tests.builders import FEW_IMAGES, SHAPES, curve, make_config, train_here
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, Diverged
-from tune_cifar.schema import Numerics
+from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.train import step as step_module
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.optim import schedule_steps
@@ -191,6 +192,29 @@ def test_every_image_is_trained_once_an_epoch_and_the_last_batch_is_kept(
     next(iter(trainer))
     assert sizes == [16, 16, 16, 12]
     assert orders[0].sort().values.tolist() == list(range(60))
+
+
+def test_initial_weights_are_drawn_once_and_no_training_changes_them(
+    shapes: TrainVal, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all trials with a network and a seed, whatever their dropout."""
+    drawn: list[TrainConfig] = []
+    build = step_module.build_model
+
+    def count(config: TrainConfig, data: Any) -> Any:
+        drawn.append(config)
+        return build(config, data)
+
+    monkeypatch.setattr(step_module, "_drawn", {})
+    monkeypatch.setattr(step_module, "build_model", count)
+    configs = [make_config(dropout=dropout, epochs=1) for dropout in (0.0, 0.2, 0.0)]
+    curves = [train_here(config, shapes, fp32) for config in configs]
+    assert len(drawn) == 1 and curves[0] == curves[2] != curves[1]
+    monkeypatch.setattr(step_module, "_drawn", {})
+    assert train_here(configs[1], shapes, fp32) == curves[1]
+    train_here(make_config(seed=1, epochs=1), shapes, fp32)
+    train_here(make_config(model="s8", epochs=1), shapes, fp32)
+    assert len(drawn) == 4 and len(step_module._drawn) == step_module.MAX_DRAWN
 
 
 def test_seeds_of_different_purposes_are_unrelated() -> None:

@@ -52,7 +52,6 @@ class Dropout(nn.Module):
         super().__init__()
         if not 0.0 <= p < 1.0:
             raise ConfigError(f"dropout: 0 <= p < 1 must hold, got {p}. Use 0 for none.")
-        self.p = p
         self.whole_channels = whole_channels
         self.generator: torch.Generator | None = None
         self.drop_p: DropProbability = round_probability(p)
@@ -68,7 +67,7 @@ class Dropout(nn.Module):
         return (x * mask).mul_(scale)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, whole_channels={self.whole_channels}"
+        return f"drop_p={self.drop_p}, whole_channels={self.whole_channels}"
 
 
 class ReluDropout(Dropout):
@@ -143,8 +142,12 @@ def set_dropout_generator(model: nn.Module, generator: torch.Generator | None) -
             module.generator = generator
 
 
-def set_drop_probability(model: nn.Module, drop_p: Tensor) -> None:
-    """Let every Dropout of the model read its drop probability, > 0, from device memory."""
+def set_drop_probability(model: nn.Module, drop_p: DropProbability) -> None:
+    """Set the drop probability of every Dropout of the model, rounded as `round_probability` does.
+
+    Args:
+        drop_p: as a tensor it must be > 0.
+    """
     for module in model.modules():
         if isinstance(module, Dropout | ScaledBatchNorm2d):
             module.drop_p = drop_p

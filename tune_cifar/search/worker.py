@@ -154,7 +154,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             # A neighbour on the same GPU then runs out of its own memory, not of this trial's.
             torch.cuda.set_per_process_memory_fraction(trial["gpus"])
         for stage in trial["stages"]:
-            for result in train_trial(config.shorten(stage), data, numerics, folder):
+            is_final, short = stage == trial["stages"][-1], config.shorten(stage)
+            for result in train_trial(short, data, numerics, folder, is_final=is_final):
                 self._bring()
                 yield stage, result
             self._bring()

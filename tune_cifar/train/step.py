@@ -10,6 +10,7 @@ logic is tested on any machine. Images come augmented (`batches.py`).
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import warnings
@@ -58,11 +59,28 @@ def place_model(model: nn.Module, device: torch.device, numerics: Numerics) -> n
     return moved
 
 
+# The networks that were drawn last: all stages of a trial, and often all trials, begin with one.
+_drawn: dict[Hashable, nn.Module] = {}
+MAX_DRAWN = 2
+
+
 def build_initial_model(config: TrainConfig, data: DataDescription = CIFAR10) -> nn.Module:
-    """Return the config's network on the CPU; its initial weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "init"))
-        return build_model(config, data)
+    """Return the config's network on the CPU; its initial weights depend on the seed alone.
+
+    They are drawn once per process for a network, its arguments and source, and a seed.
+    """
+    network = config.model, config.model_args, config.model_digest
+    key = (*network, config.dropout if config.is_own else None, config.seed, data)
+    if key not in _drawn:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "init"))
+            _drawn[key] = build_model(config, data)
+        while len(_drawn) > MAX_DRAWN:
+            del _drawn[next(iter(_drawn))]
+    model = copy.deepcopy(_drawn[key])
+    if not config.is_own:
+        set_drop_probability(model, round_probability(config.dropout))
+    return model
 
 
 def smoothed_cross_entropy(

@@ -262,6 +262,15 @@ class Trainer:
             seconds.append(time.perf_counter() - start)
         return sorted(seconds)[num_steps // 2]
 
+    def progress_dict(self) -> dict[str, Any]:
+        """Return what is left of a training after its last epoch: a part of `state_dict`."""
+        return {
+            "fingerprint": self.config.fingerprint,
+            "epoch": self.epoch,
+            "step": self.step,
+            "results": [result.model_dump() for result in self.results],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed training needs to agree bit for bit (on a CPU).
 
@@ -271,19 +280,16 @@ class Trainer:
         if self._next is not None:
             generators["order"] = self._next.generator_state
         return {
-            "fingerprint": self.config.fingerprint,
-            "epoch": self.epoch,
-            "step": self.step,
+            **self.progress_dict(),
             "model": self._step.model.state_dict(),
             "average": self.model.state_dict() if self._average else {},
             "optimizer": self._step.optimizer.state_dict(),
             "generators": generators,
             "globals": self._globals.state if self._globals else {},
-            "results": [result.model_dump() for result in self.results],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a checkpoint's state.
+        """Resume from a checkpoint's state; what `progress_dict` gave leaves nothing to train.
 
         Raises:
             CheckpointError: the state belongs to another config.
@@ -295,6 +301,9 @@ class Trainer:
                 "It belongs to another configuration."
             )
         self.epoch, self.step = state["epoch"], state["step"]
+        self.results = [EpochResult(**result) for result in state["results"]]
+        if "model" not in state:
+            return
         self._step.model.load_state_dict(state["model"])
         if self._average is not None:
             self.model.load_state_dict(state["average"])
@@ -304,7 +313,6 @@ class Trainer:
             generator.set_state(state["generators"][name])
         if self._globals is not None:
             self._globals.state = state["globals"]
-        self.results = [EpochResult(**result) for result in state["results"]]
 
 
 # Of each data set and GPU the images that were copied there last: every stage of every trial of a

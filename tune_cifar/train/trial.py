@@ -1,7 +1,7 @@
 """One training with checkpoints, as search, train and confirm run it.
 
 `train_trial` is the generator behind every trial: it resumes from the newest checkpoint in the
-trial's folder, saves at most once a minute, and writes the weights after the last epoch.
+trial's folder, saves at most once a minute, and writes weights after the last stage's last epoch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ def train_trial(
     folder: Path,
     on_trainer: Callable[[Trainer], None] | None = None,
     every_seconds: float = CHECKPOINT_SECONDS,
+    is_final: bool = True,
 ) -> Iterator[EpochResult]:
     """Train with checkpoints in `folder/checkpoints`; write `folder/weights.safetensors` last.
+
+    The checkpoint after the last epoch holds the results alone: nobody trains on from it. When the
+    last result is yielded, weights and results are on disk.
 
     When the search is stopping (`stop_file`), the training ends after an epoch, with a checkpoint.
 
@@ -43,6 +47,7 @@ def train_trial(
         on_trainer: called once with the Trainer before the first epoch; a display may read its
             `step`.
         every_seconds: shortest time between two checkpoints.
+        is_final: False for a stage that another follows: its weights serve nobody.
 
     Yields:
         the EpochResults of all epochs, those before a resumption included.
@@ -59,7 +64,7 @@ def train_trial(
     yield from trainer.results
     for result in trainer:
         is_last = result.epoch == config.epochs
-        if is_last:
+        if is_last and is_final:  # before the checkpoint, which says that they are there
             save_weights(folder / WEIGHTS, trainer.model.state_dict())
         is_saved = is_last or checkpoints.is_due()
         if is_saved:
@@ -82,7 +87,8 @@ def _is_of_another_stage(state: dict[str, Any], config: TrainConfig) -> bool:
 
 def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:
     """Save a checkpoint; a full disk does not end the training, the previous one stays."""
+    is_over = trainer.epoch == trainer.config.epochs
     try:
-        checkpoints.save(trainer.state_dict())
+        checkpoints.save(trainer.progress_dict() if is_over else trainer.state_dict())
     except CheckpointError as exc:
         logger.warning("%s", exc)
