@@ -8,7 +8,8 @@ READY := .venv/.ready
 
 KILLS ?= 20
 
-.PHONY: search test test-default test-faults browser services lint bench bench-gpu rows docs clean
+.PHONY: search test test-default test-faults browser services lint bench bench-gpu session-dry rows \
+  docs clean
 
 # On CIFAR-10, or on synthetic data if it cannot be fetched; the command prints a banner then.
 search: $(READY)
@@ -72,6 +73,11 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/packing.py --space s7
 	$(BIN)/python benchmarks/augment.py
 	$(TUNE) search --space s10 --tier full --trials 100 --execution captured
+
+# What a session on a GPU runs, at a tiny size on a CPU: no typo is met there for the first time.
+session-dry: $(READY)
+	@for part in 1 2 3; do $(BIN)/python benchmarks/session.py $$part --dry >.session.log || \
+	  { cat .session.log; exit 1; }; tail -15 .session.log; done; rm .session.log
 
 # Days of trainings for the table of docs/method.md; stop it with Ctrl-C, start it to resume.
 rows: $(READY)

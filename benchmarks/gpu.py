@@ -4,15 +4,18 @@
         [--json FILE]
     python benchmarks/gpu.py --space s7 --epochs 1 --train-size 1024 --rounds 1      # on a CPU
 
-A side trains the space's baseline twice in one process, with two learning rates, like a warm
-worker. Figures: seconds from the loaded images to the end of the first step, for the first and the
-second training (`start`, `warm_start`), seconds of the second training (`train`), epochs/s, and the
-device's peak memory in MiB (0 off CUDA).
+A side begins a training of the space's baseline and throws it away, then trains it whole, with
+another learning rate first, like a warm worker. Figures: seconds from the loaded images to the end
+of the first step of what is thrown away (`start`), seconds until the second training is ready
+(`warm_start`) and until it has ended (`train`), epochs/s, the last validation accuracy (0 without
+validation images) and the device's peak memory in MiB (0 off CUDA). Accuracies of all epochs go to
+stderr.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
@@ -31,7 +34,7 @@ SIDES = ("eager", "captured")
 
 
 def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
-    """Run two trainings, one after the other."""
+    """Begin a training, then run one whole."""
     import torch
 
     from tune_cifar.data.files import find_data
@@ -47,16 +50,18 @@ def run(execution: str, space: str, epochs: int, train_size: int) -> Figures:
     data = load_train_val(find_data(None), train_size, val_size)
     on_cuda = numerics.device == "cuda"
     figures: Figures = {}
-    for name, max_lr in (("start", config.max_lr), ("warm_start", config.max_lr / 2)):
-        start = time.perf_counter()
-        trainer = Trainer(config.model_copy(update={"max_lr": max_lr}), data, numerics)
-        trainer.measure_step_seconds(1)
-        figures[name] = time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in trainer:
-            pass
-        figures["train"] = time.perf_counter() - start
-        del trainer
+    start = time.perf_counter()
+    warm_up = Trainer(config.model_copy(update={"max_lr": config.max_lr / 2}), data, numerics)
+    warm_up.measure_step_seconds(1)
+    figures["start"] = time.perf_counter() - start
+    del warm_up
+    start = time.perf_counter()
+    trainer = Trainer(config, data, numerics)
+    figures["warm_start"] = time.perf_counter() - start
+    accs = [result.val_acc or 0.0 for result in trainer]
+    figures["train"] = time.perf_counter() - start - figures["warm_start"]
+    figures["val_acc"] = accs[-1]
+    print(f"{execution}: {[round(100 * acc, 2) for acc in accs]}", file=sys.stderr)
     memory = torch.cuda.max_memory_reserved() / 2**20 if on_cuda else 0.0
     return {**figures, "epochs_per_second": epochs / figures["train"], "memory": memory}
 
@@ -74,7 +79,7 @@ def main() -> None:
     options = ("--space", arguments.space, "--epochs", arguments.epochs)
     options += ("--train-size", arguments.train_size)
     rounds = take_turns(SIDES, arguments.rounds, lambda side: run_side(__file__, side, options))
-    names = ("start", "warm_start", "train", "epochs_per_second", "memory")
+    names = ("start", "warm_start", "train", "epochs_per_second", "val_acc", "memory")
     rows = [(side, *(median_figure(rounds, side, name) for name in names)) for side in SIDES]
     print_table(f"{shape}", ("", *names), rows)
     ratio = compare(rounds, "captured", "eager", "epochs_per_second")

@@ -23,7 +23,6 @@ import pytest
 import torch
 import typer
 import typer.testing
-from ray.tune.schedulers import TrialScheduler
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -52,9 +51,7 @@ from tune_cifar.schema import (
     Status,
     TrainConfig,
 )
-from tune_cifar.search.adapters import TuneScheduler, TuneSearcher
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.search.worker import TrialWorker
 from tune_cifar.space.layout import Budget, Fidelity, SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
 from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
@@ -565,6 +562,11 @@ def run_trials(
     """
     how = numerics.model_dump(mode="json")
     fixed = {"source": ("shapes", None), "numerics": how, "gpus": 0.0}
+    # Tests that need no Ray run where there is none.
+    from tune_cifar.search.adapters import TuneScheduler, TuneSearcher
+    from tune_cifar.search.worker import TrialWorker  # isort: split
+    from ray.tune.schedulers import TrialScheduler
+
     searcher, scheduler = TuneSearcher(driver, fixed), TuneScheduler(driver)
     while isinstance(task := searcher.suggest("t"), dict):
         worker, is_running = object.__new__(TrialWorker), True
