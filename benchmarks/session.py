@@ -555,7 +555,8 @@ def choose(choice: Facts, name: str, facts: Facts | None) -> Facts:
         ratios = {size: captured[size] / min(1e9, eager[size]) for size in captured}
         is_faster = ratios[512] < 0.95 and ratios[128] < 0.6 and choice.get("may_capture", True)
         execution = "captured" if is_faster else "eager"
-        return {**choice, "benchmark": benchmark, "execution": execution, "ratios": list(map(str, ratios.values()))}
+        named = [f"captured / eager at {size}: {ratio:.3f}" for size, ratio in ratios.items()]
+        return {**choice, "benchmark": benchmark, "execution": execution, "ratios": named}
     if name == "packing":
         found = facts["s10"]
         gains = {num: found.get(f"processes-{num}", 0.0) / found["processes-1"] for num in (2, 3)}
