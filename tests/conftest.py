@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Otherwise typer builds all commands again each time a test runs one.
 testing: Any = typer.testing
 testing._get_command = functools.cache(testing._get_command)
+
+# Before search/worker, which would give this process a token of its own for Ray. Tests that need no
+# Ray run where there is none.
+with suppress(ImportError):
+    import ray  # noqa: F401
 
 from tests.builders import FEW_IMAGES, SHAPES, train_small
 from tune_cifar.data.files import DataSource, find_data

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tune_cifar.augment.batched import apply_normalize
 from tune_cifar.augment.policies import Normalize
 from tune_cifar.dataset import CIFAR10, DataDescription
-from tune_cifar.models.build import build_model
+from tune_cifar.models.build import MODELS, build_model
 from tune_cifar.models.dropout import round_probability, set_drop_probability, set_dropout_generator
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train.numerics import autocast, get_memory_mb, memory_format, without_benchmark
@@ -69,7 +69,7 @@ def build_initial_model(config: TrainConfig, data: DataDescription = CIFAR10) ->
 
     They are drawn once per process for a network, its arguments and source, and a seed.
     """
-    network = config.model, config.model_args, config.model_digest
+    network = MODELS.get(config.model, config.model), config.model_args, config.model_digest
     key = (*network, config.dropout if config.is_own else None, config.seed, data)
     if key not in _drawn:
         with torch.random.fork_rng(devices=[]):
