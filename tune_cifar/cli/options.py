@@ -81,7 +81,11 @@ Device = Annotated[
 ]
 Gpus = Annotated[
     float | None,
-    typer.Option("--gpus-per-trial", metavar="X", help="A fraction packs trials on a GPU."),
+    typer.Option(
+        "--gpus-per-trial",
+        metavar="X",
+        help="Of one GPU. By default as many trials share it as fit, at most three.",
+    ),
 ]
 
 Precision = Annotated[
@@ -97,8 +101,9 @@ Execution = Annotated[
     str,
     typer.Option(
         "--execution",
-        metavar="eager|captured",
-        help="captured runs a training step as one CUDA graph; not yet measured on a GPU.",
+        metavar="eager|captured|compiled",
+        help="captured replays a step as one CUDA graph, compiled one of torch.compile's kernels; "
+        "not yet measured on a GPU.",
         rich_help_panel=HARDWARE,
     ),
 ]
