@@ -718,6 +718,49 @@ def test_a_search_records_every_trial_to_its_end(searched: tuple[Path, SearchSta
     assert {trial.config.seed for trial in state.trials.values()} == {0}
 
 
+POISONED = """
+import os
+from pathlib import Path
+import torch
+from torch import nn
+
+class Poisoned(nn.Module):
+    "Breaks CUDA in the second process that trains it there: the first measures."
+    def __init__(self, num_classes):
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, num_classes)
+
+    def forward(self, images):
+        mark = Path(os.environ["MARK"])
+        if images.is_cuda and self.training:
+            found = mark.read_text().split() if mark.exists() else []
+            if str(os.getpid()) not in found:
+                mark.write_text(" ".join([*found, str(os.getpid())]))
+                if len(found) == 1:
+                    torch._assert_async(torch.zeros((), device=images.device))
+        return self.linear(images.flatten(1))
+"""
+
+
+@pytest.mark.gpu
+def test_a_poisoned_worker_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trial goes on in another one; no trial fails."""
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    new = ("spaces", "new", str(tmp_path / "poisoned.py:Poisoned"), "--data", "shapes")
+    made = run_in_a_process(*new, folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "poisoned.yaml").write_text(made.stdout)
+    words = ("search", "--space", str(tmp_path / "poisoned.yaml"), "--data", "shapes", "--name=p")
+    sizes = ("--tier=cpu", "--set=train_size=120", "--set=val_size=50", "--set=batch_size=10")
+    answer = run_in_a_process(*words, *sizes, "--trials=3", folder=tmp_path)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    state = read_state(search_folder(tmp_path / "runs", "p"))
+    assert state.counts["failed"] == 0 and len((tmp_path / "mark").read_text().split()) >= 3
+    faults = [retry.fault for trial in state.trials.values() for retry in trial.retries]
+    assert "worker died" in faults
+
+
 @pytest.mark.gpu
 def test_two_trials_at_once_share_a_gpu(tmp_path: Path) -> None:
     words = ("--set=epochs=3", "--trials=2", "--name=shared")

@@ -280,6 +280,7 @@ def load_trained(
     if trial.weights_file is None or not path.exists():
         problem = "its weights were not kept (only a search's best trials keep them)"
         raise RecordError(f"{trial.run_id}: {problem}. {hint}")
-    trainer = Trainer(trial.config, data, numerics)
+    # No graph is captured: nothing will be trained.
+    trainer = Trainer(trial.config, data, numerics.model_copy(update={"execution": "eager"}))
     trainer.model.load_state_dict(load_weights(path))
     return trainer
