@@ -85,11 +85,14 @@ def test_a_trial_whose_worker_is_killed_is_resumed_to_the_same_curve(
 def test_a_search_whose_ray_has_ended_says_so_and_is_resumed_to_the_same_curves(
     tmp_path: Path, reference: SearchState
 ) -> None:
-    """Tune alone would wait forever."""
+    """Ray's node ends with its agent. Tune alone would wait forever."""
     lab = Lab(tmp_path)
     process = lab.search()
     lab.wait_for(process, lambda state: count_epochs(state) >= 3)
-    lab.list_titled("/raylet/raylet ")[0].kill()
+    (node,) = lab.list_titled("/raylet/raylet ")
+    titles = {child: " ".join(child.cmdline()) for child in node.children()}
+    (agent,) = (child for child, title in titles.items() if "ray::DashboardAgent" in title)
+    agent.kill()
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 1, text
     assert "error ray: its processes on this machine have ended." in text
