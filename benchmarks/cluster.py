@@ -4,7 +4,7 @@
     python benchmarks/cluster.py files --megabytes 1 79 --rounds 3
 
 All nodes are network namespaces of this machine (tests/faults/netcluster.py): root is needed, and
-nothing else should run. A trial is almost empty, twelve small steps; so its seconds are those of the
+nothing else should run. A trial is almost empty, twelve small steps: its seconds are those of the
 driver, of Ray and of the files. `overhead` prints the actor's way and the direct one.
 """
 
