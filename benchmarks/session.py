@@ -70,8 +70,8 @@ def make_trainer(
     from tune_cifar.data.load import load_train_val
     from tune_cifar.schema import TrainConfig
     from tune_cifar.space.select import load_space
-    from tune_cifar.train.numerics import resolve_numerics
-    from tune_cifar.train.trainer import Trainer
+    from tune_cifar.train import trainer as module
+    from tune_cifar.train.numerics import apply_numerics, resolve_numerics
 
     if session.is_dry:
         changes |= {"train_size": 48, "val_size": 20, "batch_size": 16, "pct_start": 0.5}
@@ -80,12 +80,16 @@ def make_trainer(
     data = load_train_val(find_source(), config.train_size, config.val_size)
     numerics = resolve_numerics(session.device, deterministic=deterministic)
     numerics = numerics.model_copy(update={"execution": execution})
-    trainer = Trainer(config, data, numerics)
-    import torch
 
-    if not deterministic:
-        torch.backends.cudnn.benchmark = session.choice["benchmark"] and not session.is_dry
-    return trainer
+    def apply(numerics: Any) -> None:
+        """Set the mode before a graph is captured, whose kernels are chosen by then."""
+        import torch
+
+        apply_numerics(numerics)
+        torch.backends.cudnn.benchmark &= session.choice["benchmark"]
+
+    module.apply_numerics = apply
+    return module.Trainer(config, data, numerics)
 
 
 def synchronize(session: Session) -> None:
@@ -377,7 +381,8 @@ def pack(session: Session, space: str, numbers: tuple[int, ...]) -> Facts:
         str(found),
     ]
     words += ["--tiny"] if session.is_dry else []
-    done = subprocess.run(words, capture_output=True, text=True)
+    more = {"TUNE_CIFAR_DATA": "shapes"} if find_source().name == "shapes" else {}
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | more)
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
     (sides,) = json.loads(found.read_text())["rounds"]
