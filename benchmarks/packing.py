@@ -36,6 +36,8 @@ START_SECONDS = 300.0
 # Epochs of a training that is stopped when its time is over.
 MANY_EPOCHS = 1000
 CUDA_SIZE, WHOLE_SIZE, TINY_SIZE, VAL_SIZE = 8192, 45_000, 64, 10
+# No thread may wait for the device while another one captures.
+CAPTURING = threading.Lock()
 
 
 def train(
@@ -62,8 +64,9 @@ def train(
     config = config.model_copy(update=sizes)
     data = load_train_val(find_data(None), train_size, VAL_SIZE)
     with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else nullcontext():
-        epochs = iter(Trainer(config, data, numerics))
-        next(epochs)
+        with CAPTURING:
+            epochs = iter(Trainer(config, data, numerics))
+            next(epochs)
         ready.wait(START_SECONDS)
         start, num_epochs = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:

@@ -2,12 +2,13 @@
 
     python benchmarks/session.py PART [--seconds S] [--skip STEP ...] [--dry]
 
-Each step is a process of its own under the smaller of its limit and what is left of S; its result
-is a line of $OUT/steps.jsonl as soon as it comes, and the table is printed last. A step that fails
-is recorded with its last lines, and the next one begins. What later parts need (execution, cuDNN's
-benchmark mode, trials at once) lies in CHOICE. Images are the real ones where all five files are in
-TUNE_CIFAR_DATA, else `shapes` of the same sizes; every result says which. `--dry` runs every step
-at a tiny size on a CPU, keeps its choices under $OUT, and exits 1 if a step failed.
+Each step is a process of its own under the smaller of its limit and what is left of S; the chosen
+search takes what is left. A step's result is a line of $OUT/steps.jsonl as soon as it comes, and
+the table is printed last. A step that fails is recorded with its last lines, and the next one
+begins. What later parts need (execution, cuDNN's benchmark mode, trials at once) lies in CHOICE.
+Images are the real ones where all five files are in TUNE_CIFAR_DATA, else `shapes` of the same
+sizes; every result says which. `--dry` runs every step at a tiny size on a CPU, keeps its choices
+under $OUT, and exits 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +36,13 @@ Facts = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 CHOICE = Path("/tmp/kit/choice.json")
 DEFAULT_CHOICE: Facts = {"execution": "eager", "benchmark": True, "at_once": 1}
-# GPU tests that need neither Ray nor MLflow nor albumentations.
+# GPU tests that need neither Ray nor MLflow nor albumentations, and those that do.
 TEST_FILES = ("train/test_step", "train/test_trainer", "train/test_numerics", "models/test_dropout")
+SEARCH_TEST_FILES = ("search/test_plan", "search/test_run", "augment/test_parity")
 TEST_OPTIONS = "-q -m gpu -o filterwarnings= -p no:benchmark -p no:xdist -p no:cacheprovider"
 LIMIT_EXIT, DRY_LIMIT = 124, 600
+# Seconds that a search takes beside its --max-time: it starts, ends its trials and reports.
+SEARCH_MARGIN = 30
 # Enough for what measures steps.
 FEW = {"train_size": 10_240, "val_size": 1000}
 
@@ -47,6 +53,8 @@ class Session(NamedTuple):
     out: Path
     is_dry: bool
     choice: Facts
+    seconds: float
+    """That this step may take."""
 
     @property
     def device(self) -> str:
@@ -186,15 +194,29 @@ def equal(session: Session) -> Facts:
 
 
 def tests(session: Session) -> Facts:
-    """Run the GPU tests; without a GPU collect them."""
-    files = [f"tests/{name}.py" for name in TEST_FILES]
-    more = ["--collect-only"] if session.is_dry else ["--timeout=40"]
+    """Run the GPU tests that training's packages suffice for; without a GPU collect them."""
+    return run_tests(session, TEST_FILES)
+
+
+def search_tests(session: Session) -> Facts:
+    """Run the other GPU tests."""
+    return run_tests(session, SEARCH_TEST_FILES)
+
+
+def run_tests(session: Session, names: tuple[str, ...]) -> Facts:
+    """Run the GPU tests of these files.
+
+    Raises:
+        RuntimeError: with pytest's last lines, if one failed.
+    """
+    files = [f"tests/{name}.py" for name in names]
+    more = ["--collect-only"] if session.is_dry else ["--timeout=60", "--durations=8"]
     words = [sys.executable, "-m", "pytest", *TEST_OPTIONS.split(), *more, *files]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode:
         raise RuntimeError("\n".join(lines[-40:]) + done.stderr[-2000:])
-    return {"summary": lines[-1]}
+    return {"summary": lines[-1], "slowest": [line for line in lines if " call " in line]}
 
 
 # Space, batch size, execution, cuDNN's benchmark mode; the most telling first.
@@ -343,11 +365,19 @@ def resume(session: Session) -> Facts:
     return {"is_equal": found == wanted[1:], "losses": [wanted, found]}
 
 
+# Space, kind, numbers of trainings at once; the most telling first.
+PACKINGS = [
+    ("s10", "processes", (1, 2, 3)),
+    ("s7", "processes", (1, 3)),
+    ("s7", "streams", (3,)),
+]
+
+
 def packing(session: Session) -> Facts:
-    """Count the epochs of 1, 2, 3 processes at once; then of 3 under MPS."""
+    """Count the epochs of trainings at once; of three processes under MPS, too."""
     facts: Facts = {}
-    for space in ("s10", "s7"):
-        facts[space] = pack(session, space, (1,) if session.is_dry else (1, 2, 3))
+    for space, kind, numbers in PACKINGS[:1] if session.is_dry else PACKINGS:
+        pack(session, facts, space, kind, (1,) if session.is_dry else numbers)
     control = shutil.which("nvidia-cuda-mps-control")
     if session.is_dry or control is None:
         return facts
@@ -357,56 +387,60 @@ def packing(session: Session) -> Facts:
     try:
         subprocess.run([control, "-d"], env=environment, timeout=5, check=True)
         os.environ.update(environment)
-        for space in ("s10", "s7"):
-            facts[f"{space} under MPS"] = pack(session, space, (3,))
-    except (subprocess.SubprocessError, RuntimeError) as exc:
-        facts["MPS"] = str(exc)[-300:]
+        for space in ("s7", "s10"):
+            pack(session, facts, space, "processes", (3,), " under MPS")
+    except subprocess.SubprocessError as exc:
+        facts["MPS"] = str(exc)
     finally:
-        subprocess.run([control], input="quit\n", text=True, env=environment, timeout=10)
+        with suppress(subprocess.SubprocessError):
+            subprocess.run([control], input="quit\n", text=True, env=environment, timeout=10)
     return facts
 
 
-def pack(session: Session, space: str, numbers: tuple[int, ...]) -> Facts:
-    """Return what `packing.py` finds for numbers of processes."""
+def pack(
+    session: Session, facts: Facts, space: str, kind: str, numbers: tuple[int, ...], note: str = ""
+) -> None:
+    """Add what `packing.py` finds for numbers of trainings, each by itself, to the facts."""
     found = session.out / "packing.json"
-    seconds = "0.5" if session.is_dry else "6"
-    words = [sys.executable, str(ROOT / "benchmarks" / "packing.py"), "--space", space]
-    words += ["--kinds", "processes", "--at-once", *map(str, numbers), "--rounds", "1"]
-    words += [
-        "--seconds",
-        seconds,
-        "--execution",
-        session.choice["execution"],
-        "--json",
-        str(found),
-    ]
-    words += ["--tiny"] if session.is_dry else []
+    script = str(ROOT / "benchmarks" / "packing.py")
+    words = [sys.executable, script, "--space", space, "--kinds", kind, "--rounds", "1"]
+    words += ["--execution", session.choice["execution"], "--json", str(found)]
+    words += ["--seconds", "0.5", "--tiny"] if session.is_dry else ["--seconds", "4"]
     more = {"TUNE_CIFAR_DATA": "shapes"} if find_source().name == "shapes" else {}
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | more)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-1500:])
-    (sides,) = json.loads(found.read_text())["rounds"]
-    return {side: figures["epochs_per_second"] for side, figures in sides.items()}
+    for number in numbers:
+        name = f"{space}{note} {kind}-{number}"
+        command = [*words, "--at-once", str(number)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | more)
+        if done.returncode:
+            facts[name] = {"error": done.stderr[-1500:]}
+            if session.is_dry:
+                raise RuntimeError(done.stderr)
+        else:
+            ((figures,),) = (each.values() for each in json.loads(found.read_text())["rounds"])
+            facts[name] = figures["epochs_per_second"]
+        print(f"  {name}: {facts[name]}", file=sys.stderr, flush=True)
+    found.unlink(missing_ok=True)
 
 
 # Part 3
 
 
 def plain_search(session: Session) -> Facts:
-    """Search s10 as a user does who gives no option."""
-    return search(session, "plain")
+    """Search s10 for 80 s as a user does who gives no option."""
+    return search(session, "plain", 80)
 
 
 def chosen_search(session: Session) -> Facts:
-    """Search with what the parts before have chosen."""
+    """Search 100 trials with what the parts before have chosen, as long as there is time."""
     at_once = session.choice["at_once"]
     words = ["--execution", session.choice["execution"]]
     words += ["--gpus-per-trial", f"{int(100 / at_once) / 100:g}"]
-    return search(session, "chosen", *([] if session.is_dry else words))
+    seconds = int(session.seconds) - SEARCH_MARGIN
+    return search(session, "chosen", seconds, *([] if session.is_dry else words))
 
 
-def search(session: Session, name: str, *words: str) -> Facts:
-    """Run a search of 80 s with nvidia-smi beside it; return its trials."""
+def search(session: Session, name: str, max_seconds: int, *words: str) -> Facts:
+    """Run a search with nvidia-smi beside it; return its trials and the GPU's use."""
     from tune_cifar.record.journal import read_state
     from tune_cifar.record.store import search_folder
 
@@ -418,21 +452,22 @@ def search(session: Session, name: str, *words: str) -> Facts:
         command += ["--set=train_size=60", "--set=val_size=20", "--set=batch_size=5"]
     else:
         source = find_source().name
-        command += ["--space", "s10", "--tier", "full", "--max-time", "80s"]
+        command += ["--space", "s10", "--tier", "full", "--max-time", f"{max_seconds}s"]
         command += ["--data", "shapes"] if source == "shapes" else []
-    watcher = None
-    if not session.is_dry:
-        log = (session.out / f"dmon-{name}.txt").open("w")
-        watcher = subprocess.Popen(["nvidia-smi", "dmon", "-s", "u"], stdout=log)
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if watcher is not None:
-        watcher.terminate()
-    (session.out / f"search-{name}.txt").write_text(done.stdout + done.stderr)
-    if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr)[-2000:])
-    state = read_state(search_folder(storage, name))
+    with (session.out / f"search-{name}.txt").open("w+") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=log)
+        uses = [] if session.is_dry else watch_gpu(running)
+        status = running.wait()
+        seconds = time.perf_counter() - start
+        log.seek(0)
+        if status:
+            raise RuntimeError(log.read()[-2000:])
+    folder = search_folder(storage, name)
+    with tarfile.open(session.out / f"record-{name}.tar.xz", "w:xz") as packed:
+        for file in folder.glob("*.json*"):
+            packed.add(file, file.name)
+    state = read_state(folder)
     num_epochs = sum(trial.epochs_done for trial in state.trials.values())
     return {
         "seconds": seconds,
@@ -441,24 +476,77 @@ def search(session: Session, name: str, *words: str) -> Facts:
         "epochs": num_epochs,
         "trials_per_hour": 3600 * state.counts["complete"] / seconds,
         "best": state.best and state.best.score,
+        "driver": running.pid,
+        **describe_use(uses),
     }
 
 
+def watch_gpu(running: Any) -> list[tuple[float, float, str]]:
+    """Ask nvidia-smi every second: percent of time with a kernel, MiB in use, and whose."""
+    words = ["nvidia-smi", "--format=csv,noheader,nounits"]
+    uses = []
+    while running.poll() is None:
+        gpu = subprocess.run(
+            [*words, "--query-gpu=utilization.gpu,memory.used"], capture_output=True, text=True
+        )
+        whose = subprocess.run(
+            [*words, "--query-compute-apps=pid,used_memory"], capture_output=True, text=True
+        )
+        with suppress(ValueError):
+            percent, memory = map(float, gpu.stdout.split(","))
+            uses.append((percent, memory, whose.stdout.strip()))
+        time.sleep(1)
+    return uses
+
+
+def describe_use(uses: list[tuple[float, float, str]]) -> Facts:
+    """Return the GPU's use from the first kernel to the last, and its processes at the fullest."""
+    busy = [index for index, (percent, _, _) in enumerate(uses) if percent]
+    if not busy:
+        return {}
+    used = uses[busy[0] : busy[-1] + 1]
+    _, memory, whose = max(used, key=lambda use: use[1])
+    percents = [percent for percent, _, _ in used]
+    mean = statistics.mean(percents)
+    return {"busy_percent": mean, "percents": percents, "memory_mb": memory, "processes": whose}
+
+
+def reproduce(session: Session) -> Facts:
+    """Reproduce the best trial of the last search."""
+    storage = session.out / "runs" if session.is_dry else Path("/tmp/runs")
+    command = [sys.executable, "-m", "tune_cifar", "reproduce", "--best", "--search", "chosen"]
+    command += ["--storage", str(storage)]
+    if session.is_dry or find_source().name == "shapes":
+        command += ["--data", "shapes"]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    text = (done.stdout + done.stderr)[-2500:]
+    if done.returncode:
+        raise RuntimeError(text)
+    return {"seconds": time.perf_counter() - start, "text": text}
+
+
+# A space at its baseline's batch size, and how its step is changed.
+VARIANTS = (("s10", "captured"), ("s10", "padded"), ("s10", "compiled"), ("s7", "compiled"))
+
+
 def variants(session: Session) -> Facts:
-    """Time s10 at batch size 512 with a padded first convolution, and compiled."""
+    """Time steps with a padded first convolution, and compiled."""
     facts: Facts = {}
-    for variant in ("captured", "padded", "compiled"):
+    for space, name in VARIANTS:
+        title = f"{space} {name}"
         try:
-            facts[variant] = run_process(session, "variant", 60, variant)
+            facts[title] = run_process(session, "variant", 60, space, name)
         except RuntimeError as exc:
-            facts[variant] = {"error": str(exc)[-600:]}
+            facts[title] = {"error": str(exc)[-600:]}
+        print(f"  {title}: {facts[title]}", file=sys.stderr, flush=True)
     if session.is_dry and any("error" in found for found in facts.values()):
         raise RuntimeError(str(facts))
     return facts
 
 
-def variant(session: Session, name: str) -> Facts:
-    """Time one variant: seconds of the first step, which compiles, and ms of a step."""
+def variant(session: Session, space: str, name: str) -> Facts:
+    """Time one variant: seconds of the first steps, which compile, and ms of a step."""
     import torch
 
     from tune_cifar.train import step
@@ -474,7 +562,7 @@ def variant(session: Session, name: str) -> Facts:
         step.build_initial_model = build_padded
     how = "compiled" if name == "compiled" else "captured"
     start = time.perf_counter()
-    trainer = make_trainer(session, "s10", how, train_size=45_000, batch_size=512)
+    trainer = make_trainer(session, space, how, train_size=45_000)
     batches = trainer._repeat_batches()
     run_steps(trainer, batches, 5)
     synchronize(session)
@@ -517,8 +605,14 @@ PARTS: dict[int, list[Step]] = {
         Step(steps, 100),
         Step(profile, 25),
     ],
-    2: [Step(data, 40), Step(s10, 90), Step(s7, 25), Step(resume, 20), Step(packing, 80)],
-    3: [Step(plain_search, 110), Step(chosen_search, 110), Step(variants, 60)],
+    2: [Step(data, 40), Step(s10, 90), Step(s7, 25), Step(resume, 20), Step(packing, 120)],
+    3: [
+        Step(plain_search, 120),
+        Step(variants, 110),
+        Step(search_tests, 120),
+        Step(chosen_search, 400),
+        Step(reproduce, 60),
+    ],
 }
 
 
@@ -532,7 +626,7 @@ def run_process(session: Session, step: str, limit: float, *words: str) -> Facts
         limit = DRY_LIMIT
     command = ["timeout", "-k", "5", f"{limit:.0f}", sys.executable, __file__, "--step", step]
     command += ["--dry"] if session.is_dry else []
-    command += ["--choice", json.dumps(session.choice), *words]
+    command += ["--choice", json.dumps(session.choice), "--seconds", f"{limit:.0f}", *words]
     environment = os.environ | {"OUT": str(session.out)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == LIMIT_EXIT:
@@ -565,8 +659,12 @@ def choose(choice: Facts, name: str, facts: Facts | None) -> Facts:
         named = [f"captured / eager at {size}: {ratio:.3f}" for size, ratio in ratios.items()]
         return {**choice, "benchmark": benchmark, "execution": execution, "ratios": named}
     if name == "packing":
-        found = facts["s10"]
-        gains = {num: found.get(f"processes-{num}", 0.0) / found["processes-1"] for num in (2, 3)}
+
+        def count(num: int) -> float:
+            found = facts.get(f"s10 processes-{num}", 0.0)
+            return found if isinstance(found, float) else 0.0
+
+        gains = {num: count(num) / count(1) if count(1) else 0.0 for num in (2, 3)}
         best = max(gains, key=lambda num: gains[num])
         return {**choice, "at_once": best if gains[best] > 1.15 else 1}
     return choice
@@ -587,9 +685,10 @@ def run_part(number: int, out: Path, seconds: float, skip: list[str], is_dry: bo
         if left < 3:
             error = "no time was left"
         else:
-            session = Session(out, is_dry, choice)
+            limit = min(step.limit, left)
+            session = Session(out, is_dry, choice, limit)
             try:
-                facts = run_process(session, step.run.__name__, min(step.limit, left))
+                facts = run_process(session, step.run.__name__, limit)
             except RuntimeError as exc:
                 error = str(exc)
         took = time.monotonic() - start
@@ -619,7 +718,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="session-"))
     if arguments.step:
-        session = Session(out, arguments.dry, arguments.choice)
+        session = Session(out, arguments.dry, arguments.choice, arguments.seconds)
         try:
             print(json.dumps(globals()[arguments.step](session, *arguments.part)))
         except Exception:
