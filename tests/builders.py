@@ -685,7 +685,8 @@ def refuse(kind: type[TuneCifarError], *words: str) -> str:
 def run_in_a_process(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does, in a folder with a run store of its own (default: here)."""
     command = [sys.executable, "-m", "tune_cifar", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     if folder is not None:
         environment["TUNE_CIFAR_RUNS"] = str(folder / "runs")
     return subprocess.run(

@@ -29,7 +29,7 @@ from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import SearchSpace, select_tier
 from tune_cifar.space.template import make_space_text
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from tune_cifar.train.network import resolve_network
+from tune_cifar.train.network import choose_execution, resolve_network
 from tune_cifar.train.trainer import Trainer
 from tune_cifar.verify.export import load_network
 
@@ -241,8 +241,9 @@ def test_an_argument_is_searched_like_any_other_hyperparameter(tmp_path: Path) -
     assert resolved.model_source == HEAD
     assert resolved.baseline.model_digest == digest_source(HEAD)
     assert resolve_network(resolved, CIFAR10) is resolved
+    assert choose_execution(space.baseline, "auto") == "eager"
     with pytest.raises(ConfigError, match="`execution` must be eager for a network of your own"):
-        resolve_network(space, CIFAR10, "captured")
+        choose_execution(space.baseline, "captured")
 
 
 @pytest.mark.slow

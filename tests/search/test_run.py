@@ -752,7 +752,7 @@ def test_a_poisoned_worker_is_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     assert made.returncode == 0, made.stderr
     (tmp_path / "poisoned.yaml").write_text(made.stdout)
     words = ("search", "--space", str(tmp_path / "poisoned.yaml"), "--data", "shapes", "--name=p")
-    sizes = ("--tier=cpu", "--set=train_size=120", "--set=val_size=50", "--set=batch_size=10")
+    sizes = ("--tier=cpu", "--set=train_size=240", "--set=val_size=50", "--set=batch_size=10")
     answer = run_in_a_process(*words, *sizes, "--trials=3", folder=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     state = read_state(search_folder(tmp_path / "runs", "p"))

@@ -30,6 +30,7 @@ from tune_cifar.train.numerics import (
     describe_unrecorded,
     find_settings,
     memory_format,
+    repeats_bits,
     resolve_numerics,
     restore_numerics,
 )
@@ -67,14 +68,16 @@ def test_auto_takes_bf16_exactly_where_the_processor_multiplies_it() -> None:
 
 @needs_no_gpu
 def test_auto_takes_the_cpu_where_no_gpu_is() -> None:
-    assert resolve_numerics("auto", "fp32") == resolve_numerics("cpu", "fp32")
-    assert count_gpus("auto") == 0
+    found = resolve_numerics("auto", "fp32")
+    assert found == resolve_numerics("cpu", "fp32") and count_gpus("auto") == 0
+    assert found.execution == "eager" and repeats_bits(found)
 
 
 @pytest.mark.gpu
 def test_auto_takes_the_gpu_where_one_is() -> None:
     found = resolve_numerics()
     assert (found.device, found.memory_format) == ("cuda", "channels_last")
+    assert found.execution == "captured" and not repeats_bits(found)
     assert found.capability.startswith("sm_") and count_gpus("auto") >= 1
 
 
@@ -98,7 +101,10 @@ def test_memory_format_on_a_cpu_follows_the_precision(precision: str, layout: st
             "`precision='tf32'` needs a CUDA device, but the training runs on the CPU. "
             "Use `precision='fp32'`.",
         ),
-        ({"execution": "graph"}, "`execution` must be eager, captured or compiled, got 'graph'."),
+        (
+            {"execution": "graph"},
+            "`execution` must be auto, eager, captured or compiled, got 'graph'.",
+        ),
         (
             {"device": "cpu", "execution": "captured"},
             "`execution='captured'` needs a CUDA device, but the training runs on the CPU. "

@@ -252,6 +252,29 @@ def test_under_other_numerics_more_than_three_sds_are_different(
     assert detail in answer.stdout and "different over 1 epochs" in answer.stdout
 
 
+@pytest.mark.usefixtures("noise")
+def test_where_bits_do_not_repeat_they_are_compared_first_and_then_the_accuracies(
+    tmp_path: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU without --deterministic, which this machine need not have."""
+    monkeypatch.setattr("tune_cifar.verify.reproduce.repeats_bits", lambda numerics: False)
+    rewrite(tmp_path / "equal", trained)
+    found = json.loads(reproduce(tmp_path / "equal", "--json").stdout)
+    assert (found["verdict"], found["detail"], found["numerics"]) == ("identical", "", [])
+    shift = change_epoch(2, train_loss=add_ulp, val_acc=lambda acc: acc + 0.0299)
+    state = rewrite(tmp_path / "near", trained, shift)
+    answer = reproduce(tmp_path / "near", "--json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    before, now = (each.trials[0].epochs[1].train_loss for each in (state, trained))
+    why = "on a GPU bits repeat with `deterministic` alone"
+    detail = f"epoch 2: train_loss recorded {before!r}, now {now!r}: {why}."
+    assert (found["verdict"], found["detail"]) == ("within tolerance", detail)
+    rewrite(tmp_path / "far", trained, change_epoch(2, val_acc=lambda acc: acc + 0.0301))
+    found = json.loads(reproduce(tmp_path / "far", "--json").stdout)
+    assert (found["verdict"], found["first_different"]) == ("different", 2)
+
+
 def test_under_other_numerics_an_unmeasured_space_is_refused_with_the_way_to_measure_it(
     tmp_path: Path, trained: SearchState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ def lr_range(
     yes: Yes = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
-    execution: options.Execution = "eager",
+    execution: options.Execution = "auto",
     cpus_per_trial: options.Cpus = 1,
     deterministic: options.Deterministic = False,
     data: options.Data = None,
@@ -97,6 +97,7 @@ def lr_range(
     from tune_cifar.report.lr_range import make_report, make_report_folder, save_report
     from tune_cifar.search.disk import check_folder
     from tune_cifar.train.lr_range import make_lrs
+    from tune_cifar.train.network import choose_execution
     from tune_cifar.train.numerics import resolve_numerics
 
     if yes and not write:
@@ -105,7 +106,8 @@ def lr_range(
         raise ConfigError(f"--seeds: a number >= 1 must be given, got {seeds}.")
     lrs = make_lrs(low, high, steps)
     source = find_data(data)
-    recipe = _load_recipe(space, tier, settings or [], describe_data(source), execution)
+    recipe = _load_recipe(space, tier, settings or [], describe_data(source))
+    execution = choose_execution(recipe.baseline, execution)
     if write:
         _check_proposable(space, settings or [])
     store = find_storage(storage)
@@ -137,9 +139,7 @@ def lr_range(
         raise ConfigError(f"--write: the estimators must agree, got {report['verdict']}.")
 
 
-def _load_recipe(
-    space: str, tier: str, settings: list[str], data: DataDescription, execution: str
-) -> SearchSpace:
+def _load_recipe(space: str, tier: str, settings: list[str], data: DataDescription) -> SearchSpace:
     """Load the baseline without its schedule; settings that only a schedule reads are refused."""
     from tune_cifar.space.select import load_space, parse_setting
     from tune_cifar.train.network import resolve_network
@@ -150,7 +150,7 @@ def _load_recipe(
             way_out = "--low and --high bound it."
             raise ConfigError(f"--set: the sweep sets {knob}, got {pins[knob]}. {way_out}")
     chosen = load_space(space, tier, {**pins, "schedule": "constant"}, data)
-    return resolve_network(chosen, data, execution)
+    return resolve_network(chosen, data)
 
 
 def measure_lr(config: TrainConfig, source: DataSource, console: Console) -> float | None:

@@ -236,7 +236,7 @@ def run_search(
     max_concurrent: int | None = None,
     cpus_per_trial: int = 1,
     precision: str = "auto",
-    execution: str = "eager",
+    execution: str = "auto",
     deterministic: bool = False,
     seed: int | None = None,
     target: float | None = None,

@@ -26,7 +26,7 @@ def plan(
     seed: options.Seed = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
-    execution: options.Execution = "eager",
+    execution: options.Execution = "auto",
     cpus_per_trial: options.Cpus = 1,
     gpus_per_trial: options.Gpus = None,
     max_concurrent: options.MaxConcurrent = None,

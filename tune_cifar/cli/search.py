@@ -107,7 +107,7 @@ def search(
     max_concurrent: options.MaxConcurrent = None,
     cpus_per_trial: options.Cpus = 1,
     precision: options.Precision = "auto",
-    execution: options.Execution = "eager",
+    execution: options.Execution = "auto",
     deterministic: options.Deterministic = False,
     address: options.Address = None,
     allow_mixed: options.AllowMixed = False,

@@ -32,7 +32,7 @@ def train(
     device: options.Device = "auto",
     cpus_per_trial: options.Cpus = 1,
     precision: options.Precision = "auto",
-    execution: options.Execution = "eager",
+    execution: options.Execution = "auto",
     deterministic: options.Deterministic = False,
     tracking_uri: options.TrackingUri = None,
     storage: options.Storage = None,
@@ -47,7 +47,7 @@ def train(
     from tune_cifar.record.journal import check_name
     from tune_cifar.record.store import find_storage
     from tune_cifar.space.select import load_space, parse_setting
-    from tune_cifar.train.network import resolve_network
+    from tune_cifar.train.network import choose_execution, resolve_network
     from tune_cifar.train.numerics import resolve_numerics
 
     folder = find_storage(storage)
@@ -59,7 +59,8 @@ def train(
     source = find_data(data)
     pins = dict(parse_setting(setting) for setting in settings or [])
     about = describe_data(source)
-    found = resolve_network(load_space(space, tier, pins, about), about, execution)
+    found = resolve_network(load_space(space, tier, pins, about), about)
+    execution = choose_execution(found.baseline, execution)
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
     given = repeat_options(data=data, storage=storage)
     _train(found, source, numerics, folder, name, resume, tracking_uri, given)

@@ -13,8 +13,6 @@ from tune_cifar.train.trainer import Trainer
 CONTEXT_MB = 600.0
 # Fraction of a device's memory that is given to trials.
 USABLE_MEMORY = 0.9
-# Trials that share a GPU by default, at most: they fill the gaps between each other's epochs.
-MAX_SHARING = 3
 
 
 class Cost(NamedTuple):
@@ -30,15 +28,6 @@ class Cost(NamedTuple):
     def num_fitting(self) -> int:
         """Trials that fit into the memory of one device."""
         return int(USABLE_MEMORY * self.device_mb / self.memory_mb)
-
-    def share_gpu(self, num_cpus: int) -> float:
-        """Return the part of a GPU that a trial gets by default.
-
-        Args:
-            num_cpus: trials that the cores for each GPU allow.
-        """
-        num_sharing = max(1, min(MAX_SHARING, self.num_fitting, num_cpus))
-        return int(100 / num_sharing) / 100
 
 
 def measure_cost(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from tune_cifar.space.layout import MAX_TRIALS
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.tracking.address import make_tracking_uri
 from tune_cifar.tracking.store import check_tracking
-from tune_cifar.train.network import resolve_network
+from tune_cifar.train.network import choose_execution, resolve_network
 from tune_cifar.train.numerics import check_cpus, count_gpus, resolve_numerics
 
 # The smallest fraction of a GPU that Ray counts.
@@ -57,7 +57,7 @@ class SearchRequest:
     device: str = "auto"
     precision: str = "auto"
     deterministic: bool = False
-    execution: str = "eager"
+    execution: str = "auto"
     cpus_per_trial: int = 1
     gpus_per_trial: float | None = None
     max_concurrent: int | None = None
@@ -203,10 +203,8 @@ class SearchPlan:
                 return text
             return f"{text} (`max_concurrent={max(1, cost.num_fitting)}` would fit)"
         at_once = int(1 / resources.gpus_per_trial) if resources.gpus_per_trial < 1 else 1
-        num_fitting = min(cost.num_fitting, 100)  # GPU fractions are advised in hundredths
-        num_useful = min(num_fitting, count_cores() // resources.cpus_per_trial)
-        if num_fitting < at_once or num_useful > at_once:
-            better = max(1, num_useful)
+        if cost.num_fitting < at_once:
+            better = min(max(1, cost.num_fitting), 100)  # fractions are advised in hundredths
             text += f" (`gpus_per_trial={int(100 / better) / 100:g}` would fit {better} at once)"
         return text
 
@@ -232,10 +230,11 @@ def settle_search(
     if name is None:
         name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
     check_is_new(search_folder(request.storage, name))
-    space = resolve_network(space, describe_data(request.source), request.execution)
+    space = resolve_network(space, describe_data(request.source))
+    execution = choose_execution(space.baseline, request.execution)
     if survey is not None:
         return check_on_cluster(space, request, name, survey(space))
-    how = (request.cpus_per_trial, request.deterministic, request.execution)
+    how = (request.cpus_per_trial, request.deterministic, execution)
     numerics = resolve_numerics(request.device, request.precision, *how)
     return check_and_measure(space, request, name, numerics, workers)
 
@@ -264,9 +263,7 @@ def check_and_measure(
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
         if workers is not None and numerics.device == "cuda":
-            # As many as the cores allow: how many share a GPU is decided by what is measured.
-            num_most = count_cores() // resources.cpus_per_trial
-            workers.start(replace(resources, max_concurrent=num_most))
+            workers.start(resources)
             cost = workers.measure(space, request.source, numerics, resources)
         else:
             measured = pool.submit(lambda: measure_cost(config, loaded.result(), numerics))
@@ -274,7 +271,6 @@ def check_and_measure(
                 workers.start(resources)
             cost = measured.result()
         data = loaded.result().info
-    resources = _share_gpus(resources, request, cost)
     notes = _check_tracking(request)  # last: its imports take memory
     return SearchPlan(space, request, name, data, numerics, resources, cost, notes=notes)
 
@@ -348,18 +344,6 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     gpus = resolve_gpus(request, numerics)
     num_fitting = count_fitting(count_cores(), num_gpus, cpus, gpus)
     return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
-
-
-def _share_gpus(resources: Resources, request: SearchRequest, cost: Cost) -> Resources:
-    """Let several trials share a GPU, unless the request says how much of one a trial gets."""
-    num_gpus = resources.num_gpus
-    if request.gpus_per_trial is not None or not resources.gpus_per_trial:
-        return resources
-    num_cpus = count_cores() // resources.cpus_per_trial
-    at_once = min(num_cpus, request.max_concurrent or num_cpus)
-    gpus = cost.share_gpu(-(-at_once // num_gpus))
-    num_fitting = count_fitting(count_cores(), num_gpus, resources.cpus_per_trial, gpus)
-    return replace(resources, gpus_per_trial=gpus, max_concurrent=min(num_fitting, at_once))
 
 
 def resolve_gpus(request: SearchRequest, numerics: Numerics) -> float:

@@ -22,6 +22,7 @@ from tune_cifar.search.cost import Cost, measure_cost
 from tune_cifar.search.plan import Found, Offer, Resources, SearchRequest, Survey, Workers
 from tune_cifar.search.worker import is_out_of_memory
 from tune_cifar.space.select import SearchSpace
+from tune_cifar.train.network import choose_execution
 from tune_cifar.train.numerics import compare_numerics, resolve_numerics, restore_numerics
 
 # How long nodes may take to answer: workers start there, and others' work may be in the way.
@@ -58,21 +59,15 @@ def survey_nodes(
     if not fitting:
         raise ConfigError(_describe_no_room(nodes, request.cpus_per_trial, gpus))
     answers, problems = _ask(fitting, space, request, gpus, recorded)
-    costs = [Cost(*answer["cost"]) for _, answer in answers]
-    if gpus and request.gpus_per_trial is None:
-        gpus = max(
-            cost.share_gpu(node.num_cpus // request.cpus_per_trial // node.num_gpus)
-            for (node, _), cost in zip(answers, costs, strict=True)
-        )
     offers = [
         Offer(
             node=node.name,
             address=node.address,
             slots=node.count_slots(request.cpus_per_trial, gpus),
             numerics=Numerics(**answer["numerics"]),
-            cost=cost,
+            cost=Cost(*answer["cost"]),
         )
-        for (node, answer), cost in zip(answers, costs, strict=True)
+        for node, answer in answers
     ]
     return Found(_check_alike(offers, request.allow_mixed), tuple(problems), gpus)
 
@@ -106,7 +101,7 @@ def _ask(
             request.precision,
             request.cpus_per_trial,
             request.deterministic,
-            request.execution,
+            choose_execution(space.baseline, request.execution),
         ),
     }
     pending = {}

@@ -7,26 +7,34 @@ from dataclasses import replace
 from tune_cifar.dataset import DataDescription
 from tune_cifar.errors import ConfigError, did_you_mean
 from tune_cifar.models.custom import Argument, Network, add_source, check_network
-from tune_cifar.schema import ARGUMENT
+from tune_cifar.schema import ARGUMENT, TrainConfig
 from tune_cifar.space.layout import Choices, Range
 from tune_cifar.space.select import SearchSpace, read_distribution
 
 
-def resolve_network(
-    space: SearchSpace, data: DataDescription, execution: str = "eager"
-) -> SearchSpace:
+def choose_execution(config: TrainConfig, asked: str) -> str:
+    """Return the execution that `resolve_numerics` takes: a network of one's own runs eager.
+
+    Raises:
+        ConfigError: another was asked for: a graph would freeze what the network's code decides.
+    """
+    if not config.is_own:
+        return asked
+    if asked not in ("auto", "eager"):
+        rule = "`execution` must be eager for a network of your own"
+        raise ConfigError(f"{rule}, got {asked}: a graph would freeze what its code decides.")
+    return "eager"
+
+
+def resolve_network(space: SearchSpace, data: DataDescription) -> SearchSpace:
     """Return the space with the digest and the source of its network; the five need neither.
 
     Raises:
-        ConfigError: the network breaks a rule, the space does not fit its signature, or the
-            execution is captured: a CUDA graph would freeze what the network's code decides.
+        ConfigError: the network breaks a rule, or the space does not fit its signature.
     """
     config = space.baseline
     if not config.is_own or space.model_source:
         return space
-    if execution != "eager":
-        rule = "`execution` must be eager for a network of your own"
-        raise ConfigError(f"{rule}, got {execution}: a graph would freeze what its code decides.")
     network = check_network(config, data, space.path.parent)
     _check_space(space, network)
     add_source(network.source)

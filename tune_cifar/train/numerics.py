@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -25,9 +24,6 @@ from tune_cifar.schema import Numerics
 COMPUTING_LIBRARIES = ("torch", "numpy", "albumentations", "opencv-python-headless")
 # cuBLAS reads it when CUDA starts: with a fixed workspace its kernels keep the order of their sums.
 DETERMINISTIC_CUBLAS = ":4096:8"
-# Kernels that cuDNN tries for a convolution which it meets for the first time, in each worker and
-# for each shape. One takes 10 to 100 ms; torch's limit of 10 makes that a minute for a network.
-MAX_KERNELS_TRIED = 4
 # Environment variables that change bits. Libraries read them once, at their first operation at the
 # latest, so that a process can tell them but not restore them. Not here: what `apply_numerics` sets
 # (OMP_NUM_THREADS, MKL_NUM_THREADS, MKL_DYNAMIC) and what `check_openmp` refuses. The experiment is
@@ -66,7 +62,7 @@ def resolve_numerics(
     precision: str = "auto",
     threads: int = 1,
     deterministic: bool = False,
-    execution: str = "eager",
+    execution: str = "auto",
 ) -> Numerics:
     """Choose device, precision and memory format on this machine.
 
@@ -77,8 +73,8 @@ def resolve_numerics(
             the factors of fp32 convolutions to 10 bits; fp32 rounds nothing.
         threads: CPU cores of one training, `cpus_per_trial` in messages.
         deterministic: use deterministic kernels; matters on CUDA only.
-        execution: eager, captured (a step's gradients come from one CUDA graph) or compiled (the
-            same, of kernels that torch.compile makes).
+        execution: auto, eager, captured (a step's gradients come from one CUDA graph) or compiled
+            (the same, of kernels that torch.compile makes); auto captures on CUDA.
 
     Raises:
         ConfigError: an unknown value, or one that this machine cannot provide.
@@ -97,8 +93,11 @@ def resolve_numerics(
     if precision == "tf32" and not on_cuda:
         rule = "`precision='tf32'` needs a CUDA device"
         raise ConfigError(f"{rule}, but the training runs on the CPU. Use `precision='fp32'`.")
+    if execution == "auto":
+        execution = "captured" if on_cuda else "eager"
     if execution not in get_args(Numerics.model_fields["execution"].annotation):
-        raise ConfigError(f"`execution` must be eager, captured or compiled, got {execution!r}.")
+        rule = "`execution` must be auto, eager, captured or compiled"
+        raise ConfigError(f"{rule}, got {execution!r}.")
     if execution != "eager" and not on_cuda:
         rule = f"`execution='{execution}'` needs a CUDA device"
         raise ConfigError(f"{rule}, but the training runs on the CPU. Leave it out.")
@@ -155,9 +154,10 @@ def restore_numerics(recorded: Numerics, device: str | None = None) -> Numerics:
     is_tf32 = recorded.precision == "tf32"
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     precision = "fp32" if is_tf32 and on_cpu else recorded.precision
-    here = resolve_numerics(device, precision, recorded.threads, recorded.deterministic)
-    execution = recorded.execution if here.device == "cuda" else "eager"
-    return here.model_copy(update={"memory_format": recorded.memory_format, "execution": execution})
+    execution = "eager" if on_cpu else recorded.execution
+    how = recorded.threads, recorded.deterministic, execution
+    here = resolve_numerics(device, precision, *how)
+    return here.model_copy(update={"memory_format": recorded.memory_format})
 
 
 def check_cpus(num: int) -> None:
@@ -253,20 +253,9 @@ def apply_numerics(numerics: Numerics) -> None:
     if torch.are_deterministic_algorithms_enabled() != numerics.deterministic:
         torch.use_deterministic_algorithms(numerics.deterministic)
     torch.backends.cudnn.deterministic = numerics.deterministic
-    torch.backends.cudnn.benchmark = numerics.device == "cuda" and not numerics.deterministic
-    torch.backends.cudnn.benchmark_limit = MAX_KERNELS_TRIED
-    _set_precision(numerics.precision)
-
-
-@contextmanager
-def without_benchmark() -> Iterator[None]:
-    """Let cuDNN choose its kernels by rule for a while: for shapes that come once an epoch."""
-    before = torch.backends.cudnn.benchmark
+    # cuDNN would time several kernels for each shape: 4 % faster on an H200, other bits each time.
     torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    _set_precision(numerics.precision)
 
 
 def _set_precision(precision: str) -> None:
@@ -292,6 +281,11 @@ def memory_format(numerics: Numerics) -> torch.memory_format:
     """Return torch's constant for the memory format of images and convolution weights."""
     is_channels_last = numerics.memory_format == "channels_last"
     return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def repeats_bits(numerics: Numerics) -> bool:
+    """Return whether a training under these Numerics has equal bits each time."""
+    return numerics.device == "cpu" or numerics.deterministic
 
 
 def compare_numerics(recorded: Numerics, current: Numerics) -> list[str]:

@@ -15,7 +15,6 @@ import gc
 import hashlib
 import warnings
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.models.build import MODELS, build_model
 from tune_cifar.models.dropout import round_probability, set_drop_probability, set_dropout_generator
 from tune_cifar.schema import Numerics, TrainConfig
-from tune_cifar.train.numerics import autocast, get_memory_mb, memory_format, without_benchmark
+from tune_cifar.train.numerics import autocast, get_memory_mb, memory_format
 from tune_cifar.train.optim import Settings, apply_settings, make_optimizer
 
 # Before a capture, libraries choose their kernels and allocate their workspaces.
@@ -118,7 +117,6 @@ class EagerStep:
         self, config: TrainConfig, numerics: Numerics, data: DataDescription = CIFAR10
     ) -> None:
         self._numerics, self._data = numerics, data
-        self._batch_size = config.batch_size
         self._device = torch.device(numerics.device)
         self._smoothing: Smoothing | None = make_smoothing(config, data)
         self.generator = make_generator(config.seed, "dropout", self._device)
@@ -143,10 +141,7 @@ class EagerStep:
         return found
 
     def _make_gradients(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        # A smaller batch comes once an epoch: choosing kernels for it would not pay.
-        is_whole = len(labels_N) == self._batch_size
-        with nullcontext() if is_whole else without_benchmark():
-            return self._run(self.model, images_NCHW, labels_N)
+        return self._run(self.model, images_NCHW, labels_N)
 
     def _run(
         self, network: Callable[[Tensor], Tensor], images_NCHW: Tensor, labels_N: Tensor
@@ -179,6 +174,7 @@ class CapturedStep(EagerStep):
     ) -> None:
         super().__init__(config, numerics, data)
         self.graph_key = make_graph_key(config, numerics, data)
+        self._batch_size = config.batch_size
         self._drop_p = torch.zeros((), device=self._device)
         if round_probability(config.dropout):
             set_drop_probability(self.model, self._drop_p)

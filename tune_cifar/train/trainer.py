@@ -30,12 +30,7 @@ from tune_cifar.train.average import WeightAverage
 from tune_cifar.train.batches import Batches
 from tune_cifar.train.generators import GlobalGenerators
 from tune_cifar.train.metrics import measure_logits
-from tune_cifar.train.numerics import (
-    apply_numerics,
-    autocast,
-    memory_format,
-    without_benchmark,
-)
+from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
 from tune_cifar.train.optim import Settings, schedule_steps
 from tune_cifar.train.step import (
     acquire_step,
@@ -229,7 +224,7 @@ class Trainer:
         size = EVAL_BATCH_SIZE_CUDA if self._device.type == "cuda" else EVAL_BATCH_SIZE
         for images_NCHW in torch.split(split.images_NCHW.to(self._device), size):
             images = apply_normalize(images_NCHW, normalize, layout)
-            with autocast(self.numerics), without_benchmark():
+            with autocast(self.numerics):
                 logits.append(self.model(images).float())
         return torch.cat(logits)
 
@@ -244,17 +239,13 @@ class Trainer:
     def measure_step_seconds(self, num_steps: int = 20) -> float:
         """Return the median seconds of a step. It trains: use a separate Trainer for it.
 
-        On a GPU it does not hold the augmentation, and `peak_memory_mb` is that of the steps
-        afterwards: without what libraries take while they choose their kernels in the first ones.
+        On a GPU it does not hold the augmentation.
         """
         self._step.model.train()
         is_cuda, batches = self._device.type == "cuda", self._repeat_batches()
         settings = next(schedule_steps(self.config))
         seconds = []
-        for i in range(num_steps):
-            if is_cuda and i == num_steps // 4:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+        for _ in range(num_steps):
             start = time.perf_counter()
             self._train_step(*next(batches), settings)
             if is_cuda:

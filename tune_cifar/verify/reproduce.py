@@ -1,8 +1,9 @@
 """A recorded run trained again and compared: identical, within tolerance or different.
 
 Under equal Numerics every recorded result must be equal bit for bit. Under other Numerics (another
-processor, another version of torch) the accuracies must lie within three standard deviations of the
-seed noise. A diverged run must diverge again, a failed run must fail again.
+processor, another version of torch), and on a GPU whose kernels were free to add up in any order,
+the accuracies must lie within three standard deviations of the seed noise. A diverged run must
+diverge again, a failed run must fail again.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from tune_cifar.record.failures import parse_failure, read_error
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.record.store import load_searches
 from tune_cifar.schema import REPRODUCIBLE_FIELDS, EpochResult, Numerics
-from tune_cifar.train.numerics import compare_numerics, describe_unrecorded
+from tune_cifar.train.numerics import compare_numerics, describe_unrecorded, repeats_bits
 from tune_cifar.train.trainer import Trainer
 from tune_cifar.verify.confirm import summarise
 
 Verdict = Literal["identical", "within tolerance", "different"]
 
-# Accuracies under other Numerics may differ by this many standard deviations of the seed noise.
+# Accuracies may differ by this many standard deviations of the seed noise where bits may differ.
 TOLERANCE_SDS = 3
+FREE_ORDER = "on a GPU bits repeat with `deterministic` alone"
 SEED_NOISE_FILE = Path(__file__).with_name("seed_noise.json")
 # Data on which the file's spaces have that noise; shapes are for tests.
 MEASURED_DATA = ("cifar10", "shapes")
@@ -40,7 +42,8 @@ class Reproduction:
     Attributes:
         epochs: number of compared epochs.
         first_different: the first epoch that differs, from 1, or None.
-        detail: which figure differs, recorded and now; how a failed run ended.
+        detail: which figure differs, recorded and now (within the tolerance, only where Numerics
+            are equal); how a failed run ended.
         numerics: differences of the Numerics, as `name: recorded -> current`.
         traceback: of the exception that ended the training of a failed run; empty without one.
         unrecorded: what matters of the Numerics and was not recorded, a sentence each.
@@ -117,29 +120,27 @@ def reproduce_run(
 ) -> tuple[Reproduction, Trainer | None]:
     """Train a recorded run again, epoch by epoch, until all its epochs are compared or one differs.
 
-    A diverged run must diverge again, under equal Numerics at the same step. A failed run must fail
+    A diverged run must diverge again, where bits repeat at the same step. A failed run must fail
     again in the same epoch, with the same type of exception.
 
     Args:
-        numerics: of this training, from `restore_numerics`; the rule depends on whether they are
-            equal to the recorded ones of all attempts.
+        numerics: of this training; the rule depends on whether they are equal to the recorded ones
+            of all attempts, and repeat their bits.
         on_epoch: called with the recorded result, the fresh one and their difference.
         on_trainer: called with the Trainer before the first epoch.
 
     Returns:
-        The comparison, and the Trainer as it is at the end; None when it could not be made again,
-        as in a run that failed so.
+        The comparison, and the Trainer at its end; None when it could not be made again.
 
     Raises:
-        RecordError: when nothing is recorded to compare: no epoch and neither divergence nor
-            failure.
-        ConfigError: when epochs must be compared under other Numerics and the seed noise has not
-            been measured.
+        RecordError, ConfigError: nothing is recorded; bits may differ and no seed noise is known.
     """
     if not trial.epochs and trial.status not in ("diverged", "failed"):
         raise RecordError(f"{trial.run_id}: the run has no recorded epoch to compare.")
     changed = _compare_attempts(trial, numerics)
-    tolerance = _find_tolerance(state, trial, changed) if changed and trial.epochs else None
+    is_exact = not changed and repeats_bits(numerics)
+    tolerance = None if is_exact or not trial.epochs else _find_tolerance(state, trial, changed)
+    other_bits: str | None = None
     expected: type[Exception] = Exception if trial.status == "failed" else Diverged
     trainer: Trainer | None = None
 
@@ -153,9 +154,10 @@ def reproduce_run(
     def conclude(
         first_different: int | None, detail: str, error: Exception | None = None
     ) -> tuple[Reproduction, Trainer | None]:
-        verdict: Verdict = "within tolerance" if changed else "identical"
-        if first_different is not None:
-            verdict = "different"
+        verdict: Verdict = "within tolerance" if changed or other_bits else "identical"
+        verdict = verdict if first_different is None else "different"
+        if verdict == "within tolerance" and not changed:
+            detail = f"{other_bits}: {FREE_ORDER}. {detail}".rstrip()
         epochs = first_different or len(trial.epochs)
         text = _format_error(error) if error is not None and trial.status == "failed" else ""
         notes = describe_unrecorded(trial.numerics, numerics, verdict == "identical")
@@ -164,23 +166,25 @@ def reproduce_run(
 
     fresh_epochs = train()
     for recorded in trial.epochs:
-        epoch = recorded.epoch
         try:
             fresh = next(fresh_epochs)
         except expected as exc:
-            detail = f"epoch {epoch}: recorded as finished, now {_describe_error(exc)}"
-            return conclude(epoch, detail, exc)
-        difference = compare_epoch(recorded, fresh, tolerance)
+            detail = f"epoch {recorded.epoch}: recorded as finished, now {_describe_error(exc)}"
+            return conclude(recorded.epoch, detail, exc)
+        difference = compare_epoch(recorded, fresh, None)
+        other_bits = other_bits or difference
+        if difference is not None and tolerance is not None:
+            difference = compare_epoch(recorded, fresh, tolerance)
         on_epoch(recorded, fresh, difference)
         if difference is not None:
-            return conclude(epoch, difference)
+            return conclude(recorded.epoch, difference)
     if trial.status not in ("diverged", "failed"):
         return conclude(None, "")
     epoch = len(trial.epochs) + 1
     try:
         next(fresh_epochs, None)
     except expected as exc:
-        difference = _compare_errors(state, trial, exc, is_exact=not changed)
+        difference = _compare_errors(state, trial, exc, is_exact=is_exact)
         if difference is not None:
             return conclude(epoch, difference, exc)
         is_failure = trial.status == "failed"
@@ -196,7 +200,7 @@ def _compare_attempts(trial: TrialState, numerics: Numerics) -> tuple[str, ...]:
 
 
 def _find_tolerance(state: SearchState, trial: TrialState, changed: tuple[str, ...]) -> float:
-    """Return what `compare_epoch` allows under other Numerics."""
+    """Return what `compare_epoch` allows where bits may differ."""
     sd = find_seed_noise(state)
     if sd is None:
         header = state.header
@@ -204,10 +208,8 @@ def _find_tolerance(state: SearchState, trial: TrialState, changed: tuple[str, .
         way = f"python -m tune_cifar confirm --search {header.name}"
         if header.kind != "search":
             way = "python benchmarks/seed_noise.py"
-        raise ConfigError(
-            f"{trial.run_id}: the Numerics differ ({'; '.join(changed)}) and {missing}. "
-            f"Measure it: {way}."
-        )
+        why = f"the Numerics differ ({'; '.join(changed)})" if changed else FREE_ORDER
+        raise ConfigError(f"{trial.run_id}: {why} and {missing}. Measure it: {way}.")
     return TOLERANCE_SDS * sd
 
 
