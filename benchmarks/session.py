@@ -5,7 +5,7 @@
 Each step is a process of its own under the smaller of its limit and what is left of S; the chosen
 search takes what is left. A step's result is a line of $OUT/steps.jsonl as soon as it comes, and
 the table is printed last. A step that fails is recorded with its last lines, and the next one
-begins. What later parts need (execution, cuDNN's benchmark mode, trials at once) lies in CHOICE.
+begins. The execution that later parts take lies in CHOICE.
 Images are the real ones where all five files are in TUNE_CIFAR_DATA, else `shapes` of the same
 sizes; every result says which. `--dry` runs every step at a tiny size on a CPU, keeps its choices
 under $OUT, and exits 1 if a step failed.
@@ -27,15 +27,15 @@ import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Facts = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 CHOICE = Path("/tmp/kit/choice.json")
-DEFAULT_CHOICE: Facts = {"execution": "eager", "benchmark": True, "at_once": 1}
+DEFAULT_CHOICE: Facts = {"execution": "captured"}
 # GPU tests that need neither Ray nor MLflow nor albumentations, and those that do.
 TEST_FILES = ("train/test_step", "train/test_trainer", "train/test_numerics", "models/test_dropout")
 SEARCH_TEST_FILES = ("search/test_plan", "search/test_run", "augment/test_parity")
@@ -78,8 +78,8 @@ def make_trainer(
     from tune_cifar.data.load import load_train_val
     from tune_cifar.schema import TrainConfig
     from tune_cifar.space.select import load_space
-    from tune_cifar.train import trainer as module
-    from tune_cifar.train.numerics import apply_numerics, resolve_numerics
+    from tune_cifar.train.numerics import resolve_numerics
+    from tune_cifar.train.trainer import Trainer
 
     if session.is_dry:
         changes |= {"train_size": 48, "val_size": 20, "batch_size": 16, "pct_start": 0.5}
@@ -88,16 +88,7 @@ def make_trainer(
     data = load_train_val(find_source(), config.train_size, config.val_size)
     numerics = resolve_numerics(session.device, deterministic=deterministic)
     numerics = numerics.model_copy(update={"execution": execution})
-
-    def apply(numerics: Any) -> None:
-        """Set the mode before a graph is captured, whose kernels are chosen by then."""
-        import torch
-
-        apply_numerics(numerics)
-        torch.backends.cudnn.benchmark &= session.choice["benchmark"]
-
-    module.apply_numerics = apply
-    return module.Trainer(config, data, numerics)
+    return Trainer(config, data, numerics)
 
 
 def synchronize(session: Session) -> None:
@@ -219,12 +210,11 @@ def run_tests(session: Session, names: tuple[str, ...]) -> Facts:
     return {"summary": lines[-1], "slowest": [line for line in lines if " call " in line]}
 
 
-# Space, batch size, execution, cuDNN's benchmark mode; the most telling first.
+# Space, batch size, execution, deterministic kernels alone; the most telling first.
 CELLS = [
-    (space, batch_size, execution, benchmark)
+    (space, batch_size, execution, deterministic)
     for space, batch_size in (("s10", 512), ("s10", 128), ("s7", 128))
-    for benchmark in (True, False)
-    for execution in ("eager", "captured")
+    for execution, deterministic in (("eager", False), ("captured", False), ("captured", True))
 ]
 
 
@@ -232,9 +222,9 @@ def steps(session: Session) -> Facts:
     """Time the steps of CELLS, each in a process of its own."""
     cells = CELLS[:2] if session.is_dry else CELLS
     facts: Facts = {}
-    for space, batch_size, execution, benchmark in cells:
-        name = f"{space} {batch_size} {execution} benchmark {'on' if benchmark else 'off'}"
-        how = (space, str(batch_size), execution, str(int(benchmark)))
+    for space, batch_size, execution, deterministic in cells:
+        name = f"{space} {batch_size} {execution}{' deterministic' if deterministic else ''}"
+        how = (space, str(batch_size), execution, str(int(deterministic)))
         try:
             facts[name] = run_process(session, "cell", 60, *how)
         except RuntimeError as exc:
@@ -243,12 +233,13 @@ def steps(session: Session) -> Facts:
     return facts
 
 
-def cell(session: Session, space: str, batch_size: str, execution: str, benchmark: str) -> Facts:
+def cell(
+    session: Session, space: str, batch_size: str, execution: str, deterministic: str
+) -> Facts:
     """Time the first step and the median of 50 of one cell."""
-    chosen = session._replace(choice={**session.choice, "benchmark": benchmark == "1"})
     sizes = {"train_size": 45_000, "batch_size": int(batch_size)}
     start = time.perf_counter()
-    trainer = make_trainer(chosen, space, execution, **sizes)
+    trainer = make_trainer(session, space, execution, deterministic == "1", **sizes)
     batches = trainer._repeat_batches()
     run_steps(trainer, batches, 1)
     first = time.perf_counter() - start
@@ -365,40 +356,58 @@ def resume(session: Session) -> Facts:
     return {"is_equal": found == wanted[1:], "losses": [wanted, found]}
 
 
-# Space, kind, numbers of trainings at once; the most telling first.
+# Space, kind, numbers of trainings at once, under MPS or not; the most telling first. On an H200
+# processes without MPS take turns: 2 and 3 of s10 and 3 of s7 train no faster than one.
 PACKINGS = [
-    ("s10", "processes", (1, 2, 3)),
-    ("s7", "processes", (1, 3)),
-    ("s7", "streams", (3,)),
+    ("s7", "processes", (1,), False),
+    ("s7", "processes", (3, 6), True),
+    ("s10", "processes", (1,), False),
+    ("s10", "processes", (2,), True),
+    ("s7", "streams", (3, 6), False),
 ]
 
 
 def packing(session: Session) -> Facts:
-    """Count the epochs of trainings at once; of three processes under MPS, too."""
+    """Count the epochs of trainings at once, as processes, under MPS and as threads."""
     facts: Facts = {}
-    for space, kind, numbers in PACKINGS[:1] if session.is_dry else PACKINGS:
-        pack(session, facts, space, kind, (1,) if session.is_dry else numbers)
-    control = shutil.which("nvidia-cuda-mps-control")
-    if session.is_dry or control is None:
+    if session.is_dry:
+        pack(session, facts, "s10", "processes", (1,))
         return facts
-    names = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
-    environment = os.environ | dict.fromkeys(names, "/tmp/mps")
-    Path("/tmp/mps").mkdir(exist_ok=True)
-    try:
-        subprocess.run([control, "-d"], env=environment, timeout=5, check=True)
-        os.environ.update(environment)
-        for space in ("s7", "s10"):
-            pack(session, facts, space, "processes", (3,), " under MPS")
-    except subprocess.SubprocessError as exc:
-        facts["MPS"] = str(exc)
-    finally:
-        with suppress(subprocess.SubprocessError):
-            subprocess.run([control], input="quit\n", text=True, env=environment, timeout=10)
+    control = shutil.which("nvidia-cuda-mps-control")
+    for space, kind, numbers, under_mps in PACKINGS:
+        if not under_mps:
+            pack(session, facts, space, kind, numbers)
+        elif control is not None:
+            with start_mps(control, facts) as environment:
+                pack(session, facts, space, kind, numbers, " under MPS", environment)
     return facts
 
 
+@contextmanager
+def start_mps(control: str, facts: Facts) -> Iterator[dict[str, str]]:
+    """Run NVIDIA's server that lets processes share a GPU; yield its clients' variables."""
+    names = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
+    more = dict.fromkeys(names, "/tmp/mps")
+    Path("/tmp/mps").mkdir(exist_ok=True)
+    try:
+        subprocess.run([control, "-d"], env=os.environ | more, timeout=5, check=True)
+        yield more
+    except subprocess.SubprocessError as exc:
+        facts["MPS"] = str(exc)
+        yield {}
+    finally:
+        with suppress(subprocess.SubprocessError):
+            subprocess.run([control], input="quit\n", text=True, env=os.environ | more, timeout=10)
+
+
 def pack(
-    session: Session, facts: Facts, space: str, kind: str, numbers: tuple[int, ...], note: str = ""
+    session: Session,
+    facts: Facts,
+    space: str,
+    kind: str,
+    numbers: tuple[int, ...],
+    note: str = "",
+    environment: dict[str, str] | None = None,
 ) -> None:
     """Add what `packing.py` finds for numbers of trainings, each by itself, to the facts."""
     found = session.out / "packing.json"
@@ -406,7 +415,9 @@ def pack(
     words = [sys.executable, script, "--space", space, "--kinds", kind, "--rounds", "1"]
     words += ["--execution", session.choice["execution"], "--json", str(found)]
     words += ["--seconds", "0.5", "--tiny"] if session.is_dry else ["--seconds", "4"]
-    more = {"TUNE_CIFAR_DATA": "shapes"} if find_source().name == "shapes" else {}
+    more = dict(environment or {})
+    if find_source().name == "shapes":
+        more["TUNE_CIFAR_DATA"] = "shapes"
     for number in numbers:
         name = f"{space}{note} {kind}-{number}"
         command = [*words, "--at-once", str(number)]
@@ -432,9 +443,7 @@ def plain_search(session: Session) -> Facts:
 
 def chosen_search(session: Session) -> Facts:
     """Search 100 trials with what the parts before have chosen, as long as there is time."""
-    at_once = session.choice["at_once"]
     words = ["--execution", session.choice["execution"]]
-    words += ["--gpus-per-trial", f"{int(100 / at_once) / 100:g}"]
     seconds = int(session.seconds) - SEARCH_MARGIN
     return search(session, "chosen", seconds, *([] if session.is_dry else words))
 
@@ -526,17 +535,17 @@ def reproduce(session: Session) -> Facts:
     return {"seconds": time.perf_counter() - start, "text": text}
 
 
-# A space at its baseline's batch size, and how its step is changed.
-VARIANTS = (("s10", "captured"), ("s10", "padded"), ("s10", "compiled"), ("s7", "compiled"))
+# A space at its baseline's batch size, and an execution.
+VARIANTS = (("s10", "captured"), ("s10", "compiled"), ("s7", "captured"), ("s7", "compiled"))
 
 
 def variants(session: Session) -> Facts:
-    """Time steps with a padded first convolution, and compiled."""
+    """Time captured and compiled steps."""
     facts: Facts = {}
-    for space, name in VARIANTS:
-        title = f"{space} {name}"
+    for space, execution in VARIANTS:
+        title = f"{space} {execution}"
         try:
-            facts[title] = run_process(session, "variant", 60, space, name)
+            facts[title] = run_process(session, "variant", 60, space, execution)
         except RuntimeError as exc:
             facts[title] = {"error": str(exc)[-600:]}
         print(f"  {title}: {facts[title]}", file=sys.stderr, flush=True)
@@ -545,45 +554,15 @@ def variants(session: Session) -> Facts:
     return facts
 
 
-def variant(session: Session, space: str, name: str) -> Facts:
+def variant(session: Session, space: str, execution: str) -> Facts:
     """Time one variant: seconds of the first steps, which compile, and ms of a step."""
-    import torch
-
-    from tune_cifar.train import step
-
-    if name == "padded":
-        build = step.build_initial_model
-
-        def build_padded(*words: Any) -> torch.nn.Module:
-            model = build(*words)
-            pad_first_convolution(model)
-            return model
-
-        step.build_initial_model = build_padded
-    how = "compiled" if name == "compiled" else "captured"
     start = time.perf_counter()
-    trainer = make_trainer(session, space, how, train_size=45_000)
+    trainer = make_trainer(session, space, execution, train_size=45_000)
     batches = trainer._repeat_batches()
     run_steps(trainer, batches, 5)
     synchronize(session)
     first = time.perf_counter() - start
     return {"first_s": first, "step_ms": 1000 * time_steps(session, trainer, batches)}
-
-
-def pad_first_convolution(model: Any, num_channels: int = 8) -> None:
-    """Give the first convolution further channels of zeros: tensor cores take them by eights."""
-    import torch
-    import torch.nn.functional as F
-
-    conv = next(layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d))
-    missing = num_channels - conv.in_channels
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        more = (0, 0, 0, 0, 0, missing)
-        padded, weight = F.pad(images, more), F.pad(conv.weight, more)
-        return conv._conv_forward(padded, weight, conv.bias)
-
-    conv.forward = forward
 
 
 # What runs the steps
@@ -602,10 +581,10 @@ PARTS: dict[int, list[Step]] = {
         Step(capture, 60),
         Step(equal, 40),
         Step(tests, 60),
-        Step(steps, 100),
+        Step(steps, 110),
         Step(profile, 25),
     ],
-    2: [Step(data, 40), Step(s10, 90), Step(s7, 25), Step(resume, 20), Step(packing, 120)],
+    2: [Step(data, 40), Step(s10, 90), Step(s7, 25), Step(resume, 20), Step(packing, 140)],
     3: [
         Step(plain_search, 120),
         Step(variants, 110),
@@ -640,33 +619,12 @@ def choose(choice: Facts, name: str, facts: Facts | None) -> Facts:
     """Return what later steps take, after this one; facts are None if it failed."""
     if facts is None or (name == "equal" and not facts["is_equal"]):
         wrong = name in ("capture", "equal", "tests")
-        return {**choice, "execution": "eager", "may_capture": False} if wrong else choice
-    if name == "steps":
-
-        def read(cell: str) -> float:
-            return float(facts.get(cell, {}).get("step_ms", math.inf))
-
-        on, off = (read(f"s10 512 eager benchmark {which}") for which in ("on", "off"))
-        benchmark = off > 1.05 * on
-        how = f"benchmark {'on' if benchmark else 'off'}"
-        captured, eager = (
-            {size: read(f"s10 {size} {execution} {how}") for size in (512, 128)}
-            for execution in ("captured", "eager")
-        )
-        ratios = {size: captured[size] / min(1e9, eager[size]) for size in captured}
-        is_faster = ratios[512] < 0.95 and ratios[128] < 0.6 and choice.get("may_capture", True)
-        execution = "captured" if is_faster else "eager"
-        named = [f"captured / eager at {size}: {ratio:.3f}" for size, ratio in ratios.items()]
-        return {**choice, "benchmark": benchmark, "execution": execution, "ratios": named}
-    if name == "packing":
-
-        def count(num: int) -> float:
-            found = facts.get(f"s10 processes-{num}", 0.0)
-            return found if isinstance(found, float) else 0.0
-
-        gains = {num: count(num) / count(1) if count(1) else 0.0 for num in (2, 3)}
-        best = max(gains, key=lambda num: gains[num])
-        return {**choice, "at_once": best if gains[best] > 1.15 else 1}
+        return {**choice, "execution": "eager"} if wrong else choice
+    if name == "variants" and "step_ms" in facts["s10 compiled"]:
+        captured, compiled = facts["s10 captured"], facts["s10 compiled"]
+        gain = captured.get("step_ms", 0.0) / compiled["step_ms"]
+        if gain > 1.2 and compiled["first_s"] < 40:
+            return {**choice, "execution": "compiled"}
     return choice
 
 
