@@ -4,8 +4,10 @@
     python benchmarks/cluster.py files --megabytes 1 79 --rounds 3
 
 All nodes are network namespaces of this machine (tests/faults/netcluster.py): root is needed, and
-nothing else should run. A trial is almost empty, twelve small steps: its seconds are those of the
-driver, of Ray and of the files. `overhead` prints the actor's way and the direct one.
+nothing else should run. A trial is almost empty, twelve small steps. `overhead` prints the seconds
+for each trial in which a node with one core does not train: those of the driver, of Ray and of the
+files. Beside the actor's way and the direct one it prints those of the same search without a
+cluster, with as many trials at once (left out where there are fewer cores).
 """
 
 from __future__ import annotations
@@ -31,19 +33,22 @@ from tune_cifar.search.run_store import RunStore  # noqa: E402
 TINY = ("train_size=96", "val_size=10", "batch_size=8", "epochs=1")
 
 
-def run_search(folder: Path, num_trials: int) -> float:
-    """Run a search of empty trials on the cluster; return its seconds a trial, start left out."""
+def run_search(folder: Path, num_trials: int, at_once: int, *more: str) -> float:
+    """Run a search of almost empty trials; return the seconds a trial without training.
+
+    The start is left out, up to the first trial's end.
+    """
     words = [sys.executable, "-m", "tune_cifar", "search", "--space", "smoke", "--tier", "cpu"]
     words += ["--data", "shapes", "--name", "x", "--trials", str(num_trials)]
     words += [word for setting in TINY for word in ("--set", setting)]
     environment = os.environ | {"TUNE_CIFAR_RUNS": str(folder), "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*words, "--address", ADDRESS], check=True, env=environment, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([*words, *more], check=True, env=environment, stdout=subprocess.DEVNULL)
     state = read_state(search_folder(folder, "x"))
     assert state.finished is not None and len(state.trials) == num_trials
-    ended = sorted(trial.ended or "" for trial in state.trials.values())
-    return _seconds_between(ended[0], ended[-1]) / (num_trials - 1)
+    later = sorted(state.trials.values(), key=lambda trial: trial.ended or "")
+    seconds = _seconds_between(later[0].ended or "", later[-1].ended or "")
+    trained = sum(epoch.epoch_seconds for trial in later[1:] for epoch in trial.epochs)
+    return (at_once * seconds - trained) / (num_trials - 1)
 
 
 def _seconds_between(first: str, last: str) -> float:
@@ -53,20 +58,28 @@ def _seconds_between(first: str, last: str) -> float:
 
 
 def measure_overhead(nodes: list[int], trials: list[int], rounds: int) -> None:
-    """Print the seconds of an empty trial, with files through the actor and written directly."""
+    """Print the seconds of a trial without training, for each way."""
     for num_nodes in nodes:
         for num_trials in trials:
-            for way in ("actor", "direct"):
+            ways = ["actor", "direct"] + ["no cluster"] * (num_nodes <= (os.cpu_count() or 1))
+            for way in ways:
                 seconds = []
                 for _ in range(rounds):
                     with tempfile.TemporaryDirectory(prefix="tc-bench-") as name:
                         folder = Path(name)
                         hidden = [folder / "runs"] if way == "actor" else []
                         (folder / "runs").mkdir()
+                        if way == "no cluster":
+                            at_once = ("--max-concurrent", str(num_nodes))
+                            result = run_search(folder / "runs", num_trials, num_nodes, *at_once)
+                            seconds.append(result)
+                            continue
                         with NetCluster(folder / "net", hidden) as net:
                             for _ in range(num_nodes):
                                 net.add()
-                            seconds.append(run_search(folder / "runs", num_trials))
+                            where = ("--address", ADDRESS)
+                            result = run_search(folder / "runs", num_trials, num_nodes, *where)
+                            seconds.append(result)
                 spread = ", ".join(f"{value:.3f}" for value in seconds)
                 median = statistics.median(seconds)
                 print(f"{num_nodes} nodes, {num_trials} trials, {way}: {median:.3f} s ({spread})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from tune_cifar.search.worker import unpack_epochs  # isort: split
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
+from ray.tune.utils.object_cache import _ObjectCache
 
 from tune_cifar.errors import DiskFullError, RecordError, TuneCifarError
 from tune_cifar.search.cluster import LiveNodes
@@ -81,6 +82,28 @@ class TuneSearcher(Searcher):  # type: ignore[misc]
         """Do nothing: the scheduler has reported to the driver already."""
 
 
+class WorkerCache(_ObjectCache):  # type: ignore[misc]
+    """Keeps every free worker of a cluster for the next trial of its node, until the search's end.
+
+    Tune's own cache ends a worker when a trial waits at this moment and none for this worker's
+    node: a new one takes seconds to start.
+    """
+
+    def cache_object(self, key: Any, obj: Any) -> bool:
+        self._cached_objects[key].append(obj)
+        self._num_cached_objects += 1
+        return True
+
+    def flush_cached_objects(self, force_all: bool = False) -> Iterator[Any]:
+        return super().flush_cached_objects(force_all) if force_all else iter(())
+
+
+def keep_workers(controller: Any) -> None:
+    """Give Ray Tune's controller a WorkerCache, before it has a worker."""
+    if not isinstance(controller._actor_cache, WorkerCache):
+        controller._actor_cache = WorkerCache()
+
+
 class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
     """Passes every message of a worker on to the driver, before Tune uses it."""
 
@@ -90,8 +113,9 @@ class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
         self._remote = remote
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Let attempts be told apart that wait for a worker of a node that is gone."""
+        """On a cluster keep free workers, and tell attempts apart that wait for one."""
         if self._remote is not None:
+            keep_workers(tune_controller._tune_controller)
             self._remote.add(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
