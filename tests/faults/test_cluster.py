@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -54,17 +56,17 @@ def list_placed(lab: Lab, node: str) -> list[int]:
     return [event.trial for event in events if event.node == node]
 
 
-def list_remote_processes() -> list[str]:
-    """Return the titles of the workers and actors of searches on the cluster's nodes."""
+def list_remote_processes() -> dict[int, str]:
+    """Return the titles of the workers and actors of searches on the cluster's nodes, by pid."""
     not_ours = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    found = []
+    found = {}
     for process in psutil.process_iter():
         try:
             title = " ".join(process.cmdline())
             is_ours = title.startswith("ray::") and not title.startswith(not_ours)
             parent = process.parent() if is_ours else None
             if parent is not None and str(TEMPORARY) in " ".join(parent.cmdline()):
-                found.append(title.strip())
+                found[process.pid] = title.strip()
         except psutil.Error:
             continue
     return found
@@ -75,7 +77,7 @@ def check_nothing_runs() -> None:
     end = time.monotonic() + 60
     while (left := list_remote_processes()) and time.monotonic() < end:
         time.sleep(0.5)
-    assert left == []
+    assert left == {}
 
 
 def test_nodes_may_die_come_and_be_cut_off_and_the_driver_may_move(
@@ -120,13 +122,35 @@ def _is_busy(state: SearchState, node: str) -> bool:
     return any(trial.nodes and trial.nodes[-1].node == node and trial.epochs for trial in trials)
 
 
-def test_a_node_that_sees_the_run_store_writes_into_it(
+@contextmanager
+def count_workers() -> Iterator[set[int]]:
+    """Collect the processes that train trials on the cluster's nodes, meanwhile."""
+    found: set[int] = set()
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.3):
+            titles = list_remote_processes()
+            found.update(pid for pid, title in titles.items() if "TrialWorker" in title)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def test_nodes_that_see_the_run_store_write_into_it_and_keep_their_workers(
     tmp_path: Path, lab: Lab, undisturbed: SearchState
 ) -> None:
     with NetCluster(tmp_path / "net", []) as net:
         net.add()
         net.add()
-        lab.finish()
+        with count_workers() as workers:
+            lab.finish()
+    assert len(workers) == 2, "a worker ends with its search, not with a trial"
     check_complete(lab)
     check_equal(lab.state, undisturbed)
     assert len(list(lab.record.parent.glob(f"trials/*/{ATTEMPT_FILE}"))) == 64

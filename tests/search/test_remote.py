@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.utils.object_cache import _ObjectCache
 
 from tests.builders import SHAPES, SHAPES_INFO, ignore_event, make_result, make_space
 from tune_cifar.errors import ConfigError
@@ -17,7 +18,7 @@ from tune_cifar.record.journal import Record
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.search import remote as remote_module
-from tune_cifar.search.adapters import TuneScheduler, TuneSearcher
+from tune_cifar.search.adapters import TuneScheduler, TuneSearcher, WorkerCache
 from tune_cifar.search.cluster import LiveNodes, Node, _check_address, _describe_refusal
 from tune_cifar.search.driver import RETRIES, SearchDriver
 from tune_cifar.search.plan import Cost, Offer, Resources, SearchPlan, SearchRequest
@@ -98,6 +99,19 @@ def test_no_more_trials_run_than_the_nodes_that_are_there_have_slots(
     assert isinstance(ask(remote), dict) and ask(remote) is None
     machines.nodes.clear()
     assert ask(remote) is None, "a search without a node waits"
+
+
+def test_a_free_worker_is_kept_while_a_trial_waits_for_one_of_another_node() -> None:
+    """Ray Tune's own cache would end it, and its node's next trial would wait for a new one."""
+    stock, ours = _ObjectCache(may_keep_one=True), WorkerCache()
+    for cache in (stock, ours):
+        cache.increase_max("one")
+    assert [cache.cache_object("two", "worker") for cache in (stock, ours)] == [False, True]
+    assert ours.num_cached_objects == 1 and list(ours.flush_cached_objects()) == []
+    assert not ours.has_cached_object("one") and ours.pop_cached_object("two") == "worker"
+    ours.cache_object("two", "worker")
+    assert list(ours.flush_cached_objects(force_all=True)) == ["worker"]
+    assert ours.num_cached_objects == 0
 
 
 def test_the_record_says_on_which_node_each_attempt_trains(
