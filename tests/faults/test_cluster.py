@@ -259,6 +259,37 @@ def test_a_confirmation_and_a_plan_run_on_a_cluster_too(tmp_path: Path) -> None:
                        *("--address", "10.77.0.1:9"), status=1)  # fmt: skip
 
 
+OWN_NETWORK = """
+from torch import nn
+
+class Small(nn.Module):
+    "A network that no node has."
+    def __init__(self, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        conv, linear = nn.Conv2d(3, width, 3, stride=4), nn.Linear(64 * width, num_classes)
+        self.layers = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), linear)
+
+    def forward(self, images):
+        return self.layers(images)
+"""
+
+
+def test_a_network_of_ones_own_is_trained_on_nodes_that_do_not_have_it(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "lab", options=("--trials", "4", *ON_CLUSTER))
+    (lab.folder / "small.py").write_text(OWN_NETWORK)
+    space = lab.run("spaces", "new", "small.py:Small", "--data", "shapes")
+    (lab.folder / "small.yaml").write_text(space)
+    sizes = ("train_size=240", "val_size=100", "batch_size=10")
+    settings = [word for size in sizes for word in ("--set", size)]
+    with NetCluster(tmp_path / "net", [lab.folder]) as net:
+        names = {net.add(), net.add()}
+        words = ("search", "--space", "small.yaml", "--tier", "cpu", "--name", "x")
+        lab.run(*words, "--data", "shapes", *settings, *lab.options)
+    check_complete(lab)
+    assert {trial.node for trial in lab.state.trials.values()} == names
+    assert "identical over" in lab.run("reproduce", "--best", "--search", "x")
+
+
 @pytest.mark.real_data
 def test_large_checkpoints_of_cifar10_survive_an_interrupt(
     tmp_path: Path, cifar10: DataSource
