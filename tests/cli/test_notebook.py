@@ -63,7 +63,7 @@ for found in pkgutil.walk_packages(tune_cifar.__path__, "tune_cifar."):
         importlib.import_module(found.name)
 assert callable(tune_cifar.run_search)
 sizes = {"train_size": 120, "val_size": 50, "batch_size": 10}
-more = dict(tier="cpu", data="shapes", settings=sizes, trials=3)
+more = dict(tier="cpu", data="shapes", settings=sizes, trials=3, max_concurrent=1)
 run = tune_cifar.run_search("smoke", name="one", **more)
 again = tune_cifar.run_search("smoke", name="two", **more)
 same = [list(each.trials["score"].fillna(-1)) for each in (run, again)]
