@@ -335,10 +335,11 @@ def test_fp32_convolutions_on_a_gpu_are_exact_and_tf32_ones_are_not() -> None:
     assert errors["fp32"] < 1e-5 < errors["tf32"]
 
 
-# Two steps of a training, in a process whose environment and flags are given. OMP_WAIT_POLICY
-# lets threads sleep while they wait, which changes no bit.
+# Two steps of a training, in a process whose environment and flags are given; with 1 to N threads.
+# OMP_WAIT_POLICY lets threads sleep while they wait, which changes no bit. Where tests share cores,
+# two threads wait for each other most of the time: only those have two whose variable may tell.
 CHILD = """\
-import hashlib, json, sys
+import hashlib, itertools, json, sys
 import torch
 from tests.builders import SHAPES, make_config
 from tune_cifar.data.load import load_train_val
@@ -346,9 +347,9 @@ from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.trainer import Trainer
 exec(sys.argv[1])
 data, found = load_train_val(SHAPES, 16, 8), {}
-for precision, threads in (("fp32", 1), ("bf16", 1), ("fp32", 2), ("bf16", 2)):
+for threads, precision in itertools.product(range(1, int(sys.argv[2]) + 1), ("fp32", "bf16")):
     config = make_config(train_size=16, val_size=8, batch_size=8, epochs=1, pct_start=0.6)
-    numerics = resolve_numerics("cpu", precision, min(threads, int(sys.argv[2])))
+    numerics = resolve_numerics("cpu", precision, threads)
     trainer = Trainer(config, data, numerics)
     results = [result.train_loss for result in trainer]
     state = trainer.model.state_dict().values()
@@ -359,8 +360,10 @@ print(json.dumps(found))
 """
 
 
-def train_in_a_process(environment: dict[str, str], code: str = "") -> dict[str, list[str]]:
-    words = [sys.executable, "-c", CHILD, code, str(count_cores())]
+def train_in_a_process(
+    environment: dict[str, str], code: str = "", threads: int = 1
+) -> dict[str, list[str]]:
+    words = [sys.executable, "-c", CHILD, code, str(min(threads, count_cores()))]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", **environment}
     answer = subprocess.run(words, capture_output=True, text=True, check=True, env=variables)
     found: dict[str, list[str]] = json.loads(answer.stdout.splitlines()[-1])
@@ -370,7 +373,7 @@ def train_in_a_process(environment: dict[str, str], code: str = "") -> dict[str,
 @pytest.fixture(scope="module")
 def plain() -> dict[str, list[str]]:
     """Bits and Numerics of the trainings in the environment of the tests."""
-    return train_in_a_process({})
+    return train_in_a_process({}, threads=2)
 
 
 # Some that are recorded, one of each kind; then those that are not, which must change nothing.
@@ -393,7 +396,8 @@ def test_a_variable_changes_no_bits_or_the_numerics_too(
     plain: dict[str, list[str]], variables: str
 ) -> None:
     environment = dict(variable.split("=") for variable in variables.split())
-    for name, (digest, numerics) in train_in_a_process(environment).items():
+    threads = 2 if "OMP_NUM_THREADS" in environment else 1
+    for name, (digest, numerics) in train_in_a_process(environment, threads=threads).items():
         assert digest == plain[name][0] or numerics != plain[name][1], name
 
 
@@ -403,7 +407,7 @@ def test_flags_that_others_set_change_no_bits(plain: dict[str, list[str]]) -> No
     flags = [*FLAGS, "torch.set_flush_denormal(True)"]
     # The older interface refuses to set what the newer one has set.
     code = "\n".join(flag for flag in flags if "fp32_precision = 'ieee'" not in flag)
-    assert train_in_a_process({}, code) == plain
+    assert train_in_a_process({}, code, threads=2) == plain
 
 
 @pytest.mark.usefixtures("flags")
