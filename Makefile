@@ -19,12 +19,12 @@ search: $(READY)
 	  $(TUNE) search --space $(SPACE) --data shapes $(ARGS); \
 	fi
 
-# The default tier, then the slow one (Ray, MLflow, a fresh environment): four at once, since these
-# tests wait for processes half of their time. The tests of COVERED must cover it completely.
+# The default tier, then the slow one (Ray, MLflow, a fresh environment): three at once, since these
+# tests wait for processes part of their time; more of them take longer on two cores. The tests of COVERED must cover it completely.
 COVERED_TESTS := tests/test_schema.py tests/space tests/record
 COVERED := schema space record.events record.state record.journal
 test: test-default
-	$(BIN)/python -m pytest -q -n 4 --dist loadgroup -m "slow and not faults and not gpu" --durations=5
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup -m "slow and not faults and not gpu" --durations=5
 
 test-default: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(COVERED_TESTS:%=--ignore=%)
