@@ -157,11 +157,13 @@ def measure_lr(config: TrainConfig, source: DataSource, console: Console) -> flo
     """Return the suggestion of a test of three seeds from 1e-4 to 10; None without one."""
     from tune_cifar.data.load import load_train_val
     from tune_cifar.train.lr_range import fit_curve, make_lrs, summarise
+    from tune_cifar.train.network import choose_execution
     from tune_cifar.train.numerics import resolve_numerics
 
     images = load_train_val(source, config.train_size, val_size=0)
     config = config.model_copy(update={"schedule": "constant"})
-    sweeps = _sweep(config, images, resolve_numerics(), make_lrs(1e-4, 10.0, 100), 3, console)
+    numerics = resolve_numerics(execution=choose_execution(config, "auto"))
+    sweeps = _sweep(config, images, numerics, make_lrs(1e-4, 10.0, 100), 3, console)
     summary = summarise([fit_curve(sweep) for sweep in sweeps])
     say(summary.verdict, console)
     return summary.suggestion
