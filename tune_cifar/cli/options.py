@@ -84,7 +84,7 @@ Gpus = Annotated[
     typer.Option(
         "--gpus-per-trial",
         metavar="X",
-        help="Of one GPU. By default as many trials share it as fit, at most three.",
+        help="Of one GPU. By default a trial has one to itself.",
     ),
 ]
 
