@@ -20,7 +20,7 @@ search: $(READY)
 	fi
 
 # The default tier, then the slow one (Ray, MLflow, a fresh environment): three at once, since these
-# tests wait for processes part of their time; more of them take longer on two cores. The tests of COVERED must cover it completely.
+# tests wait for processes part of their time. The tests of COVERED must cover it completely.
 COVERED_TESTS := tests/test_schema.py tests/space tests/record
 COVERED := schema space record.events record.state record.journal
 test: test-default

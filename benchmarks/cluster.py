@@ -13,6 +13,7 @@ cluster, with as many trials at once (left out where there are fewer cores).
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -57,32 +58,28 @@ def _seconds_between(first: str, last: str) -> float:
     return (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
 
 
+def run_way(way: str, num_nodes: int, num_trials: int) -> float:
+    """Run a search, `no cluster` with as many trials at once; return what `run_search` does."""
+    with tempfile.TemporaryDirectory(prefix="tc-bench-") as name:
+        runs = Path(name, "runs")
+        runs.mkdir()
+        if way == "no cluster":
+            return run_search(runs, num_trials, num_nodes, "--max-concurrent", str(num_nodes))
+        with NetCluster(Path(name, "net"), [runs] if way == "actor" else []) as net:
+            for _ in range(num_nodes):
+                net.add()
+            return run_search(runs, num_trials, num_nodes, "--address", ADDRESS)
+
+
 def measure_overhead(nodes: list[int], trials: list[int], rounds: int) -> None:
     """Print the seconds of a trial without training, for each way."""
-    for num_nodes in nodes:
-        for num_trials in trials:
-            ways = ["actor", "direct"] + ["no cluster"] * (num_nodes <= (os.cpu_count() or 1))
-            for way in ways:
-                seconds = []
-                for _ in range(rounds):
-                    with tempfile.TemporaryDirectory(prefix="tc-bench-") as name:
-                        folder = Path(name)
-                        hidden = [folder / "runs"] if way == "actor" else []
-                        (folder / "runs").mkdir()
-                        if way == "no cluster":
-                            at_once = ("--max-concurrent", str(num_nodes))
-                            result = run_search(folder / "runs", num_trials, num_nodes, *at_once)
-                            seconds.append(result)
-                            continue
-                        with NetCluster(folder / "net", hidden) as net:
-                            for _ in range(num_nodes):
-                                net.add()
-                            where = ("--address", ADDRESS)
-                            result = run_search(folder / "runs", num_trials, num_nodes, *where)
-                            seconds.append(result)
-                spread = ", ".join(f"{value:.3f}" for value in seconds)
-                median = statistics.median(seconds)
-                print(f"{num_nodes} nodes, {num_trials} trials, {way}: {median:.3f} s ({spread})")
+    for num_nodes, num_trials in itertools.product(nodes, trials):
+        ways = ["actor", "direct"] + ["no cluster"] * (num_nodes <= (os.cpu_count() or 1))
+        for way in ways:
+            seconds = [run_way(way, num_nodes, num_trials) for _ in range(rounds)]
+            spread = ", ".join(f"{value:.3f}" for value in seconds)
+            median = statistics.median(seconds)
+            print(f"{num_nodes} nodes, {num_trials} trials, {way}: {median:.3f} s ({spread})")
 
 
 def measure_files(sizes: list[int], rounds: int) -> None:

@@ -253,7 +253,7 @@ def apply_numerics(numerics: Numerics) -> None:
     if torch.are_deterministic_algorithms_enabled() != numerics.deterministic:
         torch.use_deterministic_algorithms(numerics.deterministic)
     torch.backends.cudnn.deterministic = numerics.deterministic
-    # cuDNN would time several kernels for each shape: 4 % faster on an H200, other bits each time.
+    # cuDNN would time several kernels for each shape: 4 % faster on an H200, not always the same.
     torch.backends.cudnn.benchmark = False
     _set_precision(numerics.precision)
 
