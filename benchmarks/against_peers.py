@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lcbench import NUM_EPOCHS, Lcbench, Noise, Search, Trial, find_regrets, simulate
 from peers import FIXED, PEERS
 
+from tune_cifar.record.events import Stage
 from tune_cifar.record.journal import Record
 from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.search.driver import SearchDriver
@@ -106,7 +107,8 @@ class Ours:
         trial = self._driver.ask()
         if trial is None:
             return None
-        return Trial(trial.number, trial.params, self._driver.list_remaining_stages(trial))
+        stages = self._driver.list_remaining_stages(trial)
+        return Trial(trial.number, trial.params, tuple(stage.length for stage in stages))
 
     def report(self, number: int, stage: int, epoch: int, score: float) -> bool:
         result = EpochResult(
@@ -121,7 +123,7 @@ class Ours:
             images_per_second=1.0,
             peak_memory_mb=0.0,
         )
-        return self._driver.report(number, stage, result)
+        return self._driver.report(number, Stage(stage), result)
 
 
 def make_budget(kind: str, *rungs: int, startup: int = 20, **more: Any) -> Budget:

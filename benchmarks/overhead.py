@@ -65,15 +65,15 @@ def make_result(epoch: int) -> Any:
 def run_ours(num_trials: int, epochs: int) -> Figures:
     """Run one search of s7's cpu tier; no trial stops early."""
     from tune_cifar.data.files import DataSource
-    from tune_cifar.record.events import TrialEnded, TrialStarted
+    from tune_cifar.record.events import Stage, TrialEnded, TrialStarted
     from tune_cifar.search import run as search
     from tune_cifar.search.plan import SearchRequest
     from tune_cifar.space.select import load_space
 
     class EmptyWorker(search.TrialWorker):  # type: ignore[misc]
-        def _make_results(self) -> Iterator[tuple[int, Any]]:
-            for stage in self._trial["stages"]:
-                for epoch in range(1, stage + 1):
+        def _make_results(self) -> Iterator[tuple[Stage, Any]]:
+            for stage in (Stage(*found) for found in self._trial["stages"]):
+                for epoch in range(1, stage.length + 1):
                     yield stage, make_result(epoch)
 
     times: dict[type, list[float]] = {TrialStarted: [], TrialEnded: []}

@@ -64,7 +64,7 @@ def write_search(storage: Path, name: str, num_trials: int) -> Path:
 def report_epochs(driver: SearchDriver, trial: TrialState, generator: random.Random) -> None:
     """Report random accuracies, stage by stage, until the trial ends."""
     for stage in driver.list_remaining_stages(trial):
-        for epoch in range(1, stage + 1):
+        for epoch in range(1, stage.length + 1):
             val_acc = min(0.95, 0.3 + epoch / 50 + generator.random() / 10)
             if not driver.report(trial.number, stage, make_result(epoch, val_acc)):
                 return

@@ -37,6 +37,7 @@ from tune_cifar.record.events import (
     Header,
     SearchEnded,
     SearchResumed,
+    Stage,
     TrialEnded,
     TrialStarted,
 )
@@ -78,7 +79,7 @@ EXPLODING_KNOBS: dict[str, Any] = {
     "train_size": 60,
 }
 # pct_start is pinned: the smallest value of its range would give no warm-up in so few steps.
-SMALL_SEARCH = {"train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
+SMALL_SEARCH = {"train_size": 120, "val_size": 60, "batch_size": 5, "pct_start": 0.3}
 
 
 def make_config(**changes: Any) -> TrainConfig:
@@ -521,16 +522,18 @@ def simulate_search(
             continue
         for stage, epoch in ((1, 1), (3, 1), (3, 2), (3, 3)):
             acc = score(trial, stage) if epoch == stage else 0.2
-            if not driver.report(trial.number, stage, make_result(epoch, acc)):
+            if not driver.report(trial.number, Stage(stage), make_result(epoch, acc)):
                 break
     driver.finish()
     driver.record.close()
     return read_state(driver.record.state.folder)
 
 
-def make_stages_driver(storage: Path, numerics: Numerics, name: str = "c") -> SearchDriver:
+def make_stages_driver(
+    storage: Path, numerics: Numerics, name: str = "c", **budget: Any
+) -> SearchDriver:
     """A driver whose trials have stages of 1, 2 and 3 epochs; half of them are promoted."""
-    space = make_space(rungs=(1, 2, 3), fidelity="cycles", reduction_factor=2)
+    space = make_space(rungs=(1, 2, 3), fidelity="cycles", reduction_factor=2, **budget)
     header = recorded.make_header("search", name, space, 0, SHAPES_INFO, numerics, "test")
     return SearchDriver(Record.create(search_folder(storage, name), header), space, ignore_event)
 

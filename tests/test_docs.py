@@ -302,9 +302,10 @@ NAME = "walked"
 SMALL = ["--tier=cpu", "--set=train_size=60", "--set=val_size=20", "--set=batch_size=5"]
 # More options that make a command short.
 MORE = {
+    "search": ["--max-concurrent=1"],
     "search --warm-start": ["--trials=2"],
     "lr-range": ["--steps=35", "--seeds=1"],
-    "confirm": ["--top=1", "--seeds=1"],
+    "confirm": ["--top=1", "--seeds=1", "--max-concurrent=1"],
     "searches delete": ["--yes"],
 }
 # Commands with tests of their own: one waits for Ctrl-C (cli/test_app.py), one trains on 50,000
@@ -379,10 +380,12 @@ def test_the_commands_for_own_images_run_in_their_order(
                 continue
             small = [{"NAME": NAME}.get(word, word) for word in words]
             if name == "search":
-                sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
+                sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=10")
                 small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
             if name == "confirm":
                 small += ["--seeds=1"] if "--final" in words else ["--top=1", "--seeds=2"]
+            if name in ("search", "confirm"):
+                small += ["--max-concurrent=1"]  # a worker's start costs more than its trials
             done.append(name)
             outputs.append(run_whole(shell, *small).stdout)
     assert done[:3] == ["data import", "data list", "search"] and done[-1] == "export"
@@ -397,11 +400,11 @@ def make_small_for_own_network(words: Words) -> Words:
     name = find_command(words)
     small = [{"NAME": NAME}.get(word, word) for word in words]
     if name == "search":
-        sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
+        sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=10")
         small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=3", *sizes]
-        small += ["--tier=cpu", "--set=model_args.width=16"]
+        small += ["--tier=cpu", "--set=model_args.width=16", "--max-concurrent=1"]
     if name == "confirm":
-        small += ["--top=1", "--seeds=2"]
+        small += ["--top=1", "--seeds=2", "--max-concurrent=1"]
     if "--data" in list_options(name):
         small += ["--data", "shapes"]
     if "--best" in small and "--space" in small:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.builders import ROOT
+from tests.builders import ROOT, SEARCH_WORDS
 
 
 def run_python(python: str | Path, *words: str, **options: Any) -> str:
@@ -49,6 +49,6 @@ def test_the_wheel_runs_a_smoke_search_in_a_fresh_environment(tmp_path: Path) ->
     assert str(site) in run("inspect", "tune_cifar", "--details")
     listed = run("tune_cifar", "spaces", "list")
     assert all(name in listed for name in ("smoke", "s6", "s7", "s8", "s10", "s10_postact"))
-    search = ("search", "--space", "smoke", "--tier", "cpu", "--data", "shapes", "--trials", "2")
-    text = run("tune_cifar", *search, "--name", "wheel")
+    search = (*SEARCH_WORDS, "--trials=2", "--set=train_size=100", "--set=val_size=40")
+    text = run("tune_cifar", *search, "--set=batch_size=8", "--max-concurrent=1", "--name=wheel")
     assert "wheel ended after" in text and "all trials" in text

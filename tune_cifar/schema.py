@@ -264,10 +264,11 @@ class TrainConfig(Frozen):
         """Optimizer steps in an epoch; the last, smaller batch is one of them."""
         return -(-self.train_size // self.batch_size)
 
-    def shorten(self, epochs: int) -> TrainConfig:
-        """Return the same recipe over fewer epochs, with its whole schedule scaled into them."""
+    def shorten(self, epochs: int, replicate: int = 0) -> TrainConfig:
+        """Return the recipe with its whole schedule in fewer epochs, under a replicate's seed."""
         restarts = tuple(epoch for epoch in self.warm_restarts if epoch < epochs)
-        return self.model_copy(update={"epochs": epochs, "warm_restarts": restarts})
+        seed = (self.seed + replicate) % (MAX_SEED + 1)
+        return self.model_copy(update={"epochs": epochs, "warm_restarts": restarts, "seed": seed})
 
     @property
     def cycle_epochs(self) -> tuple[int, ...]:
@@ -284,8 +285,7 @@ class TrainConfig(Frozen):
         ignored = {*inactive_knobs(self), *_knobs_of_inactive_ops(self)}
         defaults = {name: TrainConfig.model_fields[name].default for name in ADDED_KNOBS}
         ignored |= {name for name, value in defaults.items() if getattr(self, name) == value}
-        values = self.model_dump(mode="json")
-        active = {name: value for name, value in values.items() if name not in ignored}
+        active = {k: v for k, v in self.model_dump(mode="json").items() if k not in ignored}
         return hashlib.sha256(json.dumps(active, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -25,6 +25,8 @@ from tests.builders import (
     TINY_SETTINGS,
     invoke,
     make_header,
+    make_result,
+    make_stages_driver,
     make_train_words,
     refuse,
     run_in_a_process,
@@ -43,8 +45,10 @@ from tune_cifar.errors import (
     TrackingError,
     TuneCifarError,
 )
+from tune_cifar.record.events import Stage
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
+from tune_cifar.schema import Numerics
 from tune_cifar.space.select import read_space, select_tier
 
 EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
@@ -439,6 +443,25 @@ def test_inactive_knobs_are_empty_in_leaderboard_and_summary(workplace: Path) ->
     assert [cell == "" for cell in cells] == [
         trial.full_config.schedule == "constant" for trial in state.trials.values()
     ]
+
+
+def test_tables_show_the_mean_of_replicates(workplace: Path, fp32: Numerics) -> None:
+    driver = make_stages_driver(workplace / "runs", fp32, replicates=2)
+    driver.ask()
+    for stage in ((1, 0), (2, 0), (3, 0), (3, 1)):
+        for epoch in range(1, stage[0] + 1):
+            driver.report(0, Stage(*stage), make_result(epoch, 0.5 + stage[1] / 5))
+    driver.ask()
+    driver.finish()
+    driver.record.close()
+    state = driver.record.state
+    assert "60.00%" in invoke("leaderboard").stdout.replace(" %", "%")
+    table = make_trial_table(state, list(state.trials.values()))
+    assert next(iter(table.columns[2].cells)) == "3/3, seed 2 of 2"
+    assert next(iter(table.columns[3].cells)) == "60.00 %"
+    buffer = io.StringIO()
+    print_search_summary(Console(file=buffer, width=200), state, [], [])
+    assert "val_acc 60.00 % after 3 epochs, mean of 2 seeds" in buffer.getvalue()
 
 
 def test_leaderboard_keeps_the_stand_in_apart_and_names_it(workplace: Path) -> None:

@@ -25,11 +25,11 @@ baseline:
   cycle_momentum: true
   base_momentum: 0.85
   max_momentum: 0.95
-  batch_size: 20
+  batch_size: 5
   epochs: 4
   label_smoothing: 0.0
-  train_size: 600
-  val_size: 200
+  train_size: 100
+  val_size: 40
   seed: 0
   augment_backend: batched
   crop_pad: 0

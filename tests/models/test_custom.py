@@ -21,7 +21,9 @@ from tune_cifar.models.custom import (
     check_network,
     digest_source,
     load_factory,
+    make_request,
     read_arguments,
+    try_network,
 )
 from tune_cifar.models.summary import describe_model
 from tune_cifar.schema import Numerics, TrainConfig
@@ -88,6 +90,11 @@ def make_own(name: str = "Net", **changes: Any) -> TrainConfig:
 
 
 def refuse(folder: Path, config: TrainConfig) -> str:
+    """The problem that check_network's process finds, found in this one."""
+    return str(try_network(make_request(config, CIFAR10, folder))["problem"])
+
+
+def refuse_in_a_process(folder: Path, config: TrainConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         check_network(config, CIFAR10, folder)
     return str(caught.value)
@@ -106,7 +113,6 @@ def test_a_sound_network_is_described_by_its_constructor(tmp_path: Path) -> None
     assert found.arguments == (Argument("width", "int", 8), Argument("deep", "bool", False))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_a_network_that_would_waste_a_search_is_refused_with_file_and_line(
     case: str, tmp_path: Path
@@ -117,7 +123,6 @@ def test_a_network_that_would_waste_a_search_is_refused_with_file_and_line(
     assert refuse(tmp_path, make_own("Bad")) == f"net.py:{line}: {rule}"
 
 
-@pytest.mark.slow
 def test_what_its_code_raises_is_told_with_the_line_that_raised_it(tmp_path: Path) -> None:
     path = write(tmp_path, "\nclass Bad(Net):\n    def forward(self, x):\n        return x.nope\n")
     line = find_line(path, "x.nope")
@@ -125,11 +130,18 @@ def test_what_its_code_raises_is_told_with_the_line_that_raised_it(tmp_path: Pat
     assert sentence.startswith(f"net.py:{line}: AttributeError: ")
     path.write_text("class Net(:\n")
     assert refuse(tmp_path, make_own()) == "net.py:1: invalid syntax."
-    path.write_text("import os\nos._exit(3)\n")
-    assert "the process that tried it ended with status 3" in refuse(tmp_path, make_own())
 
 
 @pytest.mark.slow
+def test_a_problem_comes_from_the_process_that_tried_it_and_so_does_its_end(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    unknown = make_own(model_args={"widht": 8})
+    assert "takes no argument widht" in refuse_in_a_process(tmp_path, unknown)
+    path.write_text("import os\nos._exit(3)\n")
+    sentence = refuse_in_a_process(tmp_path, make_own())
+    assert "the process that tried it ended with status 3" in sentence
+
+
 def test_an_unused_parameter_and_a_batch_of_one_are_refused(tmp_path: Path) -> None:
     more = """
     class Unused(Net):
@@ -150,15 +162,15 @@ def test_an_unused_parameter_and_a_batch_of_one_are_refused(tmp_path: Path) -> N
     assert "parameter spare.weight gets no gradient" in refuse(tmp_path, make_own("Unused"))
     single = make_own("Normed", train_size=61, batch_size=20)
     assert "must leave no last batch of one image" in refuse(tmp_path, single)
-    assert check_network(make_own("Normed", train_size=60, batch_size=20), CIFAR10, tmp_path)
+    whole = make_own("Normed", train_size=60, batch_size=20)
+    assert "problem" not in try_network(make_request(whole, CIFAR10, tmp_path))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    sentence = refuse(tmp_path, make_own())
+    sentence = refuse_in_a_process(tmp_path, make_own())
     assert sentence == f"model: the file of Net must be there, got no {tmp_path}/net.py or net.py."
 
 
-@pytest.mark.slow
 def test_arguments_must_fit_the_constructor(tmp_path: Path) -> None:
     write(tmp_path, "\nclass Needs(Net):\n    def __init__(self, num_classes, size: int): ...\n")
     unknown = make_own(model_args={"widht": 8})

@@ -353,12 +353,12 @@ def test_the_relu_of_a_residual_block_is_in_the_body_in_s10_and_after_the_sum_in
 def test_bf16_channels_last_training_gives_nearly_the_gradient_of_fp32(name: str) -> None:
     gradients = []
     for bf16 in (False, True):
-        model, images = make_model(name), make_images(32)
+        model, images = make_model(name), make_images(8)
         if bf16:
             model = model.to(memory_format=torch.channels_last)
             images = images.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(model(images).float(), torch.arange(32) % 10)
+            loss = F.cross_entropy(model(images).float(), torch.arange(8))
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert F.cosine_similarity(*gradients, dim=0) > 0.9

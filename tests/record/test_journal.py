@@ -719,16 +719,17 @@ def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 CREATE = """
 import sys, time
 from pathlib import Path
-from tests.builders import make_header
 from tune_cifar.errors import RecordError
+from tune_cifar.record.events import Header
 from tune_cifar.record.journal import Record
 from tune_cifar.record.store import search_folder
 storage = Path(sys.argv[1])
+header = Header.model_validate_json(sys.argv[3])
 (storage / f"ready-{sys.argv[2]}").touch()
 while not (storage / "go").exists():
-    pass
+    time.sleep(0.0001)
 try:
-    record = Record.create(search_folder(storage, "s7-1"), make_header(command=sys.argv[2]))
+    record = Record.create(search_folder(storage, "s7-1"), header)
 except RecordError as exc:
     print("lost")
 else:
@@ -737,13 +738,20 @@ else:
 """
 
 
+def start_creators(script: str, storage: Path) -> list[subprocess.Popen[str]]:
+    """Start four processes that create a record at once, each with its number as the command."""
+    processes = []
+    for number in map(str, range(4)):
+        header = make_header(command=number).model_dump_json()
+        words = [sys.executable, "-c", script, str(storage), number, header]
+        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+    wait_for(lambda: len(list(storage.glob("ready-*"))) == len(processes))
+    (storage / "go").touch()
+    return processes
+
+
 def test_of_processes_that_create_one_name_exactly_one_wins(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CREATE, str(tmp_path)]
-    processes = [
-        subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)
-    ]
-    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == len(processes))
-    (tmp_path / "go").touch()
+    processes = start_creators(CREATE, tmp_path)
     outcomes = [process.communicate(timeout=600)[0].strip() for process in processes]
     assert sorted(outcomes) == ["lost", "lost", "lost", "won"]
     assert read_state(search_folder(tmp_path, "s7-1")).header.command == str(outcomes.index("won"))
@@ -751,12 +759,7 @@ def test_of_processes_that_create_one_name_exactly_one_wins(tmp_path: Path) -> N
 
 def test_of_processes_that_take_one_name_nobody_chose_each_gets_a_record(tmp_path: Path) -> None:
     script = CREATE.replace("Record.create(", "Record.create_numbered(")
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    processes = [
-        subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)
-    ]
-    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == len(processes))
-    (tmp_path / "go").touch()
+    processes = start_creators(script, tmp_path)
     assert {process.communicate(timeout=600)[0] for process in processes} == {"won\n"}
     names = ["s7-1", "s7-1-2", "s7-1-3", "s7-1-4"]
     headers = [read_state(search_folder(tmp_path, name)).header for name in names]
@@ -931,15 +934,79 @@ def test_a_trial_that_ends_between_two_stages_ended_in_the_longer(tmp_path: Path
     assert read_state(state.folder) == state
 
 
-def report_in(stage: int | None, epoch: int) -> EpochReported:
+def report_in(stage: int | None, epoch: int, acc: float = 0.5, replicate: int = 0) -> EpochReported:
     """An epoch of trial 0 in a stage of this length."""
-    return EpochReported(trial=0, result=make_result(epoch), cycle=stage)
+    result = make_result(epoch, acc)
+    return EpochReported(trial=0, result=result, cycle=stage, replicate=replicate)
 
 
-def end_in(stage: int | None, status: Any) -> TrialEnded:
+def end_in(stage: int | None, status: Any, **changes: Any) -> TrialEnded:
     """The end of trial 0 in a stage of this length."""
-    score = 0.5 if status == "complete" else None
-    return TrialEnded(trial=0, status=status, cycle=stage, score=score, reason="")
+    values = {"score": 0.5 if status == "complete" else None, "reason": "", **changes}
+    return TrialEnded(trial=0, status=status, cycle=stage, **values)
+
+
+REPLICATED = {"trials": 4, "rungs": [1, 3], "replicates": 3}
+# A stage of one epoch, and the longest one under two seeds of three.
+TWO_OF_THREE = [
+    make_start(0),
+    report_in(1, 1),
+    *(report_in(3, epoch, acc) for epoch, acc in enumerate((0.1, 0.2, 0.6), 1)),
+    *(report_in(3, epoch, acc, 1) for epoch, acc in enumerate((0.1, 0.2, 0.7), 1)),
+]
+
+
+def test_the_score_of_a_trial_with_replicates_is_their_mean(tmp_path: Path) -> None:
+    events: list[Event] = [*TWO_OF_THREE, *(report_in(3, epoch, 0.8, 2) for epoch in (1, 2, 3))]
+    state = write_record(tmp_path, make_header(budget=REPLICATED), events)
+    trial = state.trials[0]
+    assert trial.scores == {1: 0.5, 3: trial.find_score("complete")}
+    assert trial.scores[3] == pytest.approx(0.7) and state.arrivals[3] == {0: trial.scores[3]}
+    with Record.open(state.folder) as record:
+        record.append(end_in(3, "complete", replicate=2, score=trial.scores[3]))
+        ended = record.state.trials[0]
+    assert (ended.status, ended.score, ended.accuracy) == ("complete", trial.scores[3], ended.score)
+    assert (ended.val_acc, ended.epochs_done) == (0.8, 10)
+    assert ended.config == CONFIG.shorten(3, 2) and ended.config.seed == CONFIG.seed + 2
+    assert ended.fingerprint == ended.config.fingerprint != CONFIG.fingerprint
+    assert read_state(state.folder).trials[0] == ended
+
+
+def test_a_trial_may_diverge_in_a_replicate(tmp_path: Path) -> None:
+    events = [*TWO_OF_THREE, end_in(3, "diverged", replicate=2, score=0.1)]
+    trial = write_record(tmp_path, make_header(budget=REPLICATED), events).trials[0]
+    assert (trial.replicate, trial.epochs, trial.score) == (2, [], 0.1)
+    assert trial.config.seed == CONFIG.seed + 2
+
+
+BROKEN_REPLICATES: dict[str, tuple[int, Event, str]] = {
+    "one left out": (8, report_in(3, 1, 0.5, 3), "replicate 2 of 3 must come next, .* got 3 after"),
+    "before the last one's end": (
+        7,
+        report_in(3, 1, 0.5, 2),
+        "replicate 2 of 3 must come next, after all 3 epochs of the last one, got 2 after 2",
+    ),
+    "of a shorter stage": (2, report_in(1, 1, 0.5, 1), "a new stage must come after all 1 epochs"),
+    "in a new stage": (2, report_in(3, 1, 0.5, 1), "a new stage must come after all 1 epochs"),
+    "complete too early": (
+        8,
+        end_in(3, "complete", replicate=1, score=0.65),
+        "a complete trial must have 3 replicates, got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("num_events", "event", "rule"), BROKEN_REPLICATES.values(), ids=list(BROKEN_REPLICATES)
+)
+def test_a_replicate_that_may_not_follow_is_refused(
+    tmp_path: Path, num_events: int, event: Event, rule: str
+) -> None:
+    state = write_record(tmp_path, make_header(budget=REPLICATED), TWO_OF_THREE[:num_events])
+    with Record.open(state.folder) as record:
+        with pytest.raises(RecordError, match=f"^s7-1:0: .*{rule}"):
+            record.append(event)
+        assert record.state == state
 
 
 UNNAMED = "must name its `cycle`: the trial is in a stage of 2 epochs"

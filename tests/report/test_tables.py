@@ -13,7 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tests.builders import simulate_search
+from tests.builders import make_result, make_stages_driver, simulate_search
+from tune_cifar.record.events import Stage
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.report.plots import search as figures
 from tune_cifar.report.plots.interactive import make_parallel_html
@@ -30,6 +31,7 @@ from tune_cifar.report.tables import (
     make_schedules,
     make_slices,
 )
+from tune_cifar.schema import Numerics
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,23 @@ def test_the_curves_count_the_epochs_over_all_stages_of_a_trial(searched: Search
     assert best is not None
     assert list(curves[curves["trial"] == best.number]["stage"]) == [1, 3, 3, 3]
     assert set(curves["status"]) == {"complete", "stopped"}  # the diverged trial reported nothing
+
+
+def test_the_curves_tell_replicates_apart(tmp_path: Path, fp32: Numerics) -> None:
+    driver = make_stages_driver(tmp_path, fp32, replicates=2)
+    driver.ask()
+    for stage in ((1, 0), (2, 0), (3, 0), (3, 1)):
+        for epoch in range(1, stage[0] + 1):
+            driver.report(0, Stage(*stage), make_result(epoch, 0.5))
+    driver.record.close()
+    curves = make_curves(driver.record.state)
+    assert list(curves["replicate"]) == [0] * 6 + [1] * 3
+    (_, _, panel) = figures.draw_curves(curves, "x").axes
+    assert [list(line.get_xdata()) for line in panel.lines] == [[1, 2, 3], [1, 2, 3]]
+    loss, _ = figures.draw_fit(curves, "x").axes
+    assert (
+        sum(line.get_linestyle() == "-" and len(line.get_xdata()) == 3 for line in loss.lines) == 2
+    )
 
 
 def test_a_rungs_table_has_the_promotions_of_the_driver(searched: SearchState) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.builders import SHAPES_INFO, ignore_event, make_result, make_space
-from tune_cifar.record.events import SearchResumed, utc_now
+from tune_cifar.record.events import SearchResumed, Stage, utc_now
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -37,7 +37,7 @@ def run(driver: SearchDriver, scores: list[float | None]) -> SearchState:
         if score is None:
             driver.end(trial.number, "diverged", "the loss must be finite")
         else:
-            driver.report(trial.number, 1, make_result(1, score))
+            driver.report(trial.number, Stage(1), make_result(1, score))
     driver.finish()
     driver.record.close()
     return driver.record.state
@@ -93,9 +93,9 @@ def test_running_trials_are_finished_after_the_goal(tmp_path: Path, fp32: Numeri
     driver = start(tmp_path, fp32, make_goal(target=0.6))
     first, second = driver.ask(), driver.ask()
     assert first is not None and second is not None
-    driver.report(first.number, 1, make_result(1, 0.7))
+    driver.report(first.number, Stage(1), make_result(1, 0.7))
     assert driver.ask() is None and not driver.is_exhausted
-    driver.report(second.number, 1, make_result(1, 0.8))
+    driver.report(second.number, Stage(1), make_result(1, 0.8))
     assert driver.is_exhausted
     assert run(driver, []).counts["complete"] == 2
 

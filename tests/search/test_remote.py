@@ -14,6 +14,7 @@ from ray.tune.utils.object_cache import _ObjectCache
 
 from tests.builders import SHAPES, SHAPES_INFO, ignore_event, make_result, make_space
 from tune_cifar.errors import ConfigError
+from tune_cifar.record.events import Stage
 from tune_cifar.record.journal import Record
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
@@ -88,7 +89,7 @@ def ask(remote: RemoteTrials) -> Any:
 
 
 def epochs(number: int = 1) -> str:
-    return pack_epochs([(3, make_result(number, 0.5))])
+    return pack_epochs([(Stage(3), make_result(number, 0.5))])
 
 
 def test_no_more_trials_run_than_the_nodes_that_are_there_have_slots(

@@ -18,7 +18,7 @@ from tune_cifar.record.environment import (
     describe_environment,
     digest_code,
 )
-from tune_cifar.record.events import Header
+from tune_cifar.record.events import Header, Stage
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -53,7 +53,7 @@ def run_driver(
             driver.ask()
         for number, curve in enumerate(accs):
             for epoch, acc in enumerate(curve, 1):
-                if not driver.report(number, 3, make_result(epoch, acc)):
+                if not driver.report(number, Stage(3), make_result(epoch, acc)):
                     break
         return record.state
 
@@ -178,7 +178,7 @@ def test_a_trial_at_the_end_of_a_stage_starts_the_next(tmp_path: Path, fp32: Num
     for number, reported in enumerate([[(1, 1)], [(1, 1), (2, 1)], []]):
         driver.ask()
         for stage, epoch in reported:
-            driver.report(number, stage, make_result(epoch, 0.5))
+            driver.report(number, Stage(stage), make_result(epoch, 0.5))
         if reported:
             checkpoints = driver.record.state.trial_folder(number) / "checkpoints"
             CheckpointFolder(checkpoints).save({"epoch": reported[-1][1]})
@@ -226,7 +226,7 @@ def test_a_record_without_a_fidelity_is_resumed_as_one_schedule(
         driver = SearchDriver(record, restored, lambda state, event: None)
         driver.ask()
         for epoch in (1, 2, 3, 4):
-            driver.report(0, 4, make_result(epoch, 0.5))
+            driver.report(0, Stage(4), make_result(epoch, 0.5))
     trial = read_state(record.state.folder).trials[0]
     scores = dict.fromkeys((1, 2, 3, 4), 0.5)
     assert (trial.status, trial.stage, trial.scores) == ("complete", None, scores)
@@ -248,7 +248,7 @@ def test_a_search_recorded_with_inactive_knobs_goes_on_as_it_began(
         while len(state.trials) < until and (trial := driver.ask()) is not None:
             for stage, epoch in ((1, 1), (3, 1), (3, 2), (3, 3)):
                 acc = 0.3 + trial.full_config.dropout
-                if not driver.report(trial.number, stage, make_result(epoch, acc)):
+                if not driver.report(trial.number, Stage(stage), make_result(epoch, acc)):
                     break
         return [trial.params for trial in state.trials.values()]
 

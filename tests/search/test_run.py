@@ -35,7 +35,7 @@ from tests.builders import (
 )
 from tests.faults.disks import limit_file_size
 from tune_cifar.errors import ConfigError, RecordError
-from tune_cifar.record.events import EpochReported
+from tune_cifar.record.events import EpochReported, Stage
 from tune_cifar.record.files import CHECKPOINTS, stop_file
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import INTERRUPTED, SearchState
@@ -72,10 +72,10 @@ def test_driver_asks_for_the_baseline_first_and_then_the_points(driver: SearchDr
 def test_driver_stops_the_worse_at_a_rung_and_never_the_baseline(driver: SearchDriver) -> None:
     for _ in range(4):
         driver.ask()
-    assert driver.report(1, 3, make_result(1, 0.5))  # the first at the rung is promoted
-    assert driver.report(0, 3, make_result(1, 0.2))  # the baseline never stops
-    assert not driver.report(2, 3, make_result(1, 0.3))
-    assert driver.report(3, 3, make_result(1, 0.6))
+    assert driver.report(1, Stage(3), make_result(1, 0.5))  # the first at the rung is promoted
+    assert driver.report(0, Stage(3), make_result(1, 0.2))  # the baseline never stops
+    assert not driver.report(2, Stage(3), make_result(1, 0.3))
+    assert driver.report(3, Stage(3), make_result(1, 0.6))
     trials = driver.record.state.trials
     assert [trials[n].status for n in range(4)] == ["running", "running", "stopped", "running"]
     assert trials[2].reason == "rung 1: 1 of 3 scores were better"
@@ -93,23 +93,23 @@ def test_driver_compares_a_trial_with_the_last_arrivals_of_its_window(
         for score in (0.1, 0.2, 0.3, 0.4, 0.5, 0.45):
             trial = driver.ask()
             assert trial is not None
-            driver.report(trial.number, 3, make_result(1, score))
+            driver.report(trial.number, Stage(3), make_result(1, score))
         assert trial.status == status
 
 
 def test_driver_completes_a_trial_at_its_last_epoch_only(driver: SearchDriver) -> None:
     driver.ask()
-    assert driver.report(0, 3, make_result(1, 0.9))
-    assert driver.report(0, 3, make_result(2, 0.8))
-    assert not driver.report(0, 3, make_result(3, 0.7))
+    assert driver.report(0, Stage(3), make_result(1, 0.9))
+    assert driver.report(0, Stage(3), make_result(2, 0.8))
+    assert not driver.report(0, Stage(3), make_result(3, 0.7))
     trial = driver.record.state.trials[0]
     assert (trial.status, trial.score) == ("complete", 0.7)
 
 
 def test_driver_ignores_epochs_that_a_resumed_trial_repeats(driver: SearchDriver) -> None:
     driver.ask()
-    driver.report(0, 3, make_result(1, 0.4))
-    assert driver.report(0, 3, make_result(1, 0.4))
+    driver.report(0, Stage(3), make_result(1, 0.4))
+    assert driver.report(0, Stage(3), make_result(1, 0.4))
     assert driver.record.state.trials[0].epochs_done == 1
 
 
@@ -124,7 +124,7 @@ def test_driver_keeps_only_the_best_trials_weights(
         weights.write_bytes(b"weights")
     for number in order:
         for epoch in (1, 2, 3):
-            driver.report(number, 3, make_result(epoch, (0.5, 0.7)[number] + epoch / 100))
+            driver.report(number, Stage(3), make_result(epoch, (0.5, 0.7)[number] + epoch / 100))
     folders = [driver.record.state.trial_folder(number) for number in (0, 1)]
     assert [(folder / "weights.safetensors").exists() for folder in folders] == [False, True]
 
@@ -142,11 +142,13 @@ def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(
     driver: SearchDriver,
 ) -> None:
     driver.ask(), driver.ask()
-    driver.report(0, 3, make_result(1, 0.4))
+    driver.report(0, Stage(3), make_result(1, 0.4))
     driver.interrupt()
     assert stop_file(driver.record.state.folder).exists()
     assert driver.ask() is None and not driver.is_exhausted and not driver.is_cut
-    assert driver.report(0, 3, make_result(2, 0.5)) and driver.report(1, 3, make_result(1, 0.6))
+    assert driver.report(0, Stage(3), make_result(2, 0.5)) and driver.report(
+        1, Stage(3), make_result(1, 0.6)
+    )
     assert not driver.is_exhausted and not driver.is_cut
     driver.pause(0), driver.pause(1)  # the workers have saved them
     assert driver.is_exhausted and driver.is_cut
@@ -160,7 +162,7 @@ def test_driver_leaves_running_trials_unfinished_when_it_is_interrupted(
 
 def test_driver_cuts_running_trials_when_the_time_is_over(driver: SearchDriver) -> None:
     driver.ask()
-    driver.report(0, 3, make_result(1, 0.4))
+    driver.report(0, Stage(3), make_result(1, 0.4))
     driver._deadline = time.monotonic()
     assert driver.is_cut and driver.ask() is None
     driver.finish()
@@ -179,15 +181,15 @@ def test_a_new_driver_runs_the_unfinished_first_and_then_what_the_old_one_would_
         record = Record.create(search_folder(tmp_path, name), header)
         driver = SearchDriver(record, make_space(), ignore_event)
         numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
-        driver.report(1, 3, make_result(1, 0.5))
-        driver.report(1, 3, make_result(2, 0.6))
+        driver.report(1, Stage(3), make_result(1, 0.5))
+        driver.report(1, Stage(3), make_result(2, 0.6))
         if breaks:
             driver = restart(driver)
             numbers = [driver.ask().number for _ in range(3)]  # type: ignore[union-attr]
         assert numbers == [0, 1, 2]
-        driver.report(2, 3, make_result(1, 0.4))
+        driver.report(2, Stage(3), make_result(1, 0.4))
         while (trial := driver.ask()) is not None:
-            driver.report(trial.number, 3, make_result(1, 0.3 + trial.number / 100))
+            driver.report(trial.number, Stage(3), make_result(1, 0.3 + trial.number / 100))
         driver.record.close()
         return driver.record.state
 
@@ -205,15 +207,17 @@ def test_a_trial_is_compared_at_the_end_of_each_stage_and_complete_after_the_las
     for _ in range(3):
         driver.ask()
     trials = driver.record.state.trials
-    assert driver.list_remaining_stages(trials[1]) == (1, 2, 3)
-    assert driver.report(1, 1, make_result(1, 0.5))
-    assert driver.list_remaining_stages(trials[1]) == (2, 3)
-    assert not driver.report(2, 1, make_result(1, 0.4))
-    assert driver.report(1, 2, make_result(1, 0.1))  # within a stage nothing is compared
-    assert driver.list_remaining_stages(trials[1]) == (2, 3)
-    assert driver.report(1, 2, make_result(2, 0.6))
-    assert driver.report(1, 3, make_result(1, 0.2)) and driver.report(1, 3, make_result(2, 0.3))
-    assert not driver.report(1, 3, make_result(3, 0.7))
+    assert driver.list_remaining_stages(trials[1]) == ((1, 0), (2, 0), (3, 0))
+    assert driver.report(1, Stage(1), make_result(1, 0.5))
+    assert driver.list_remaining_stages(trials[1]) == ((2, 0), (3, 0))
+    assert not driver.report(2, Stage(1), make_result(1, 0.4))
+    assert driver.report(1, Stage(2), make_result(1, 0.1))  # within a stage nothing is compared
+    assert driver.list_remaining_stages(trials[1]) == ((2, 0), (3, 0))
+    assert driver.report(1, Stage(2), make_result(2, 0.6))
+    assert driver.report(1, Stage(3), make_result(1, 0.2)) and driver.report(
+        1, Stage(3), make_result(2, 0.3)
+    )
+    assert not driver.report(1, Stage(3), make_result(3, 0.7))
     driver.record.close()
     for state in (driver.record.state, read_state(driver.record.state.folder)):
         best, stopped = state.trials[1], state.trials[2]
@@ -228,13 +232,37 @@ def test_a_trial_is_compared_at_the_end_of_each_stage_and_complete_after_the_las
         assert state.arrivals == {1: {1: 0.5, 2: 0.4}, 2: {1: 0.6}, 3: {1: 0.7}}
 
 
+def test_a_trial_at_the_last_rung_is_trained_under_several_seeds_and_resumed_in_each(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    driver = make_stages_driver(tmp_path, fp32, replicates=2)
+    driver.ask()
+    trials = driver.record.state.trials
+    assert driver.list_remaining_stages(trials[0]) == ((1, 0), (2, 0), (3, 0), (3, 1))
+    for stage in ((1, 0), (2, 0), (3, 0)):
+        for epoch in range(1, stage[0] + 1):
+            assert driver.report(0, Stage(*stage), make_result(epoch, 0.6))
+    assert driver.list_remaining_stages(trials[0]) == ((3, 1),)
+    again = restart(driver)
+    trial = again.ask()
+    assert trial is not None
+    assert again.list_remaining_stages(trial) == ((3, 1),)
+    assert again.report(0, Stage(3), make_result(3, 0.6))  # repeated by a checkpoint
+    assert again.report(0, Stage(3, 1), make_result(1, 0.1))
+    assert again.list_remaining_stages(trial) == ((3, 1),)
+    assert again.report(0, Stage(3, 1), make_result(2, 0.1))
+    assert not again.report(0, Stage(3, 1), make_result(3, 0.7))
+    assert (trial.status, trial.score) == ("complete", pytest.approx(0.65))
+    again.record.close()
+
+
 def test_driver_ignores_epochs_of_stages_that_a_checkpoint_repeats(
     tmp_path: Path, fp32: Numerics
 ) -> None:
     driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
     reported = [(1, 1), (1, 1), (2, 1), (2, 1), (1, 1), (2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
-    assert all(driver.report(0, stage, make_result(epoch, 0.5)) for stage, epoch in reported)
+    assert all(driver.report(0, Stage(stage), make_result(epoch, 0.5)) for stage, epoch in reported)
     trained = driver.record.state.trials[0].trained_epochs
     expected = [(1, 1), (2, 1), (2, 2), (3, 1)]
     assert [(stage, epoch.epoch) for stage, epoch in trained] == expected
@@ -250,11 +278,12 @@ def test_a_new_driver_resumes_a_trial_in_the_stage_that_the_old_one_died_in(
     driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
     for stage, epoch in zip((1, 2, 2), epochs, strict=False):
-        driver.report(0, stage, make_result(epoch, 0.5))
+        driver.report(0, Stage(stage), make_result(epoch, 0.5))
     again = restart(driver)
     trial = again.ask()
     again.record.close()
-    assert trial is not None and again.list_remaining_stages(trial) == left
+    assert trial is not None
+    assert tuple(stage.length for stage in again.list_remaining_stages(trial)) == left
 
 
 @pytest.mark.parametrize(("num_epochs", "stage"), [(0, 1), (1, 2), (2, 2), (3, 3)])
@@ -264,7 +293,7 @@ def test_a_trial_that_diverges_does_so_in_the_stage_it_is_in(
     driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
     for length, epoch in [(1, 1), (2, 1), (2, 2)][:num_epochs]:
-        driver.report(0, length, make_result(epoch, 0.5))
+        driver.report(0, Stage(length), make_result(epoch, 0.5))
     driver.end(0, "diverged", "epoch 1, step 3: the loss must be finite")
     trial = driver.record.state.trials[0]
     assert (trial.config.epochs, trial.epochs_done, trial.score) == (stage, num_epochs, 0.1)
@@ -287,8 +316,8 @@ def test_a_worker_trains_every_stage_from_scratch_and_a_long_one_as_if_it_were_a
     tiny = {"train_size": 10, "val_size": 10, "batch_size": 5, "pct_start": 0.9}
     config = space.baseline.model_copy(update=tiny)
 
-    def train_stages(name: str, stages: tuple[int, ...]) -> list[tuple[int, list[Any]]]:
-        """The stage's length and the reproducible fields of each epoch."""
+    def train_stages(name: str, *stages: tuple[int, int]) -> list[tuple[Stage, list[Any]]]:
+        """The stage and the reproducible fields of each epoch."""
         worker = object.__new__(TrialWorker)
         folder = tmp_path / "search" / "trials" / name
         folder.mkdir(parents=True)
@@ -300,16 +329,19 @@ def test_a_worker_trains_every_stage_from_scratch_and_a_long_one_as_if_it_were_a
         assert message["outcome"] == "paused", message["text"]
         return epochs
 
-    epochs = train_stages("0000", (1, 3))
-    assert epochs == train_stages("0001", (1,)) + train_stages("0002", (3,))
-    assert [(stage, fields[0]) for stage, fields in epochs] == [(1, 1), (3, 1), (3, 2), (3, 3)]
+    epochs = train_stages("0000", (1, 0), (3, 0), (3, 1))
+    alone = [train_stages(f"000{n}", stage) for n, stage in enumerate([(1, 0), (3, 0), (3, 1)], 1)]
+    assert epochs == [*alone[0], *alone[1], *alone[2]]
+    assert alone[1][0][1] != alone[2][0][1]  # another seed
+    lengths = [(stage.length, fields[0]) for stage, fields in epochs]
+    assert lengths == [(1, 1), *[(3, 1), (3, 2), (3, 3)] * 2]
 
 
 def make_task(
     config: TrainConfig,
     numerics: Numerics,
     folder: Path,
-    stages: tuple[int, ...],
+    stages: tuple[tuple[int, int], ...],
     rungs: tuple[int, ...],
 ) -> dict[str, Any]:
     """What Tune hands to the worker of trial 0."""
@@ -320,7 +352,7 @@ def make_task(
 
 def test_packed_epochs_come_back_as_they_were() -> None:
     odd = make_result(2, None, lr=1e-300, train_loss=1 / 3)
-    epochs = [(1, make_result(1, 0.5)), (3, make_result(1, 0.1)), (3, odd)]
+    epochs = [(Stage(1), make_result(1, 0.5)), (Stage(3), make_result(1, 0.1)), (Stage(3, 1), odd)]
     assert unpack_epochs(pack_epochs(epochs)) == epochs
     assert unpack_epochs(pack_epochs([])) == []
 
@@ -485,7 +517,7 @@ def test_the_reason_of_a_trial_cut_at_the_time_limit_names_its_stage(
     driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
     for length, epoch in reported:
-        driver.report(0, length, make_result(epoch, 0.5))
+        driver.report(0, Stage(length), make_result(epoch, 0.5))
     driver._deadline = time.monotonic()
     driver.finish()
     trial = driver.record.state.trials[0]
@@ -498,7 +530,7 @@ def test_a_trial_whose_worker_died_too_often_between_two_stages_failed_in_the_se
 ) -> None:
     driver = make_stages_driver(tmp_path, fp32)
     driver.ask()
-    driver.report(0, 1, make_result(1, 0.5))
+    driver.report(0, Stage(1), make_result(1, 0.5))
     for _ in range(3):
         driver.retry(0, "worker died", "killed")
     trial = driver.record.state.trials[0]
@@ -523,7 +555,7 @@ def test_a_new_driver_takes_the_decision_that_the_old_one_died_before(
     """The old one recorded trial 1's score at rung 1 and died; trial 2's later one is ignored."""
     for _ in range(3):
         driver.ask()
-    driver.report(0, 3, make_result(1, 0.5))
+    driver.report(0, Stage(3), make_result(1, 0.5))
     for number, acc in ((1, val_acc), (2, 0.99)):
         driver.record.append(EpochReported(trial=number, result=make_result(1, acc)))
     state = restart(driver).record.state
@@ -605,7 +637,7 @@ def test_weights_on_a_full_disk_end_the_search_and_leave_their_trial_unfinished(
     numerics = driver.record.state.header.numerics
     small = {"train_size": 40, "val_size": 20, "epochs": 1, "batch_size": 8}
     config = trial.config.model_copy(update=small)
-    worker.setup(make_task(config, numerics, tmp_path / "0000", stages=(1,), rungs=(1,)))
+    worker.setup(make_task(config, numerics, tmp_path / "0000", stages=((1, 0),), rungs=(1,)))
     with limit_file_size(100_000):
         answer = worker.step()
     assert answer["outcome"] == "disk full"
@@ -713,7 +745,7 @@ def test_a_search_records_every_trial_to_its_end(searched: tuple[Path, SearchSta
     assert state.finished is not None and state.finished.reason == "all trials"
     assert len(state.trials) == 6 and state.counts["running"] == 0 and state.counts["failed"] == 0
     assert state.trials[0].origin == "baseline" and state.trials[0].status == "complete"
-    assert state.counts["stopped"] >= 1
+    assert state.counts["complete"] + state.counts["stopped"] == 6
     assert len({trial.fingerprint for trial in state.trials.values()}) == 6
     assert {trial.config.seed for trial in state.trials.values()} == {0}
 
@@ -958,7 +990,7 @@ def interrupt(state, event):
     if isinstance(event, EpochReported) and sum(t.epochs_done for t in state.trials.values()) == 1:
         os.kill(os.getpid(), signal.SIGINT)
 
-small = {"epochs": 2, "train_size": 400, "val_size": 200, "batch_size": 8, "pct_start": 0.3}
+small = {"epochs": 2, "train_size": 120, "val_size": 60, "batch_size": 5, "pct_start": 0.3}
 space = load_space("smoke", "cpu", small).limit(2, None)
 request = SearchRequest(find_data("shapes"), Path("runs").absolute(), "test", name="shown")
 listener = write if sys.argv[1] == "listener" else interrupt

@@ -77,7 +77,14 @@ def test_reduction_factor_one_is_a_fault_of_the_caller() -> None:
 def test_trial_trains_from_scratch_once_or_once_for_every_rung(
     fidelity: Fidelity, stages: tuple[int, ...]
 ) -> None:
-    assert list_stages(make_budget((1, 3, 8), fidelity)) == stages
+    found = list_stages(make_budget((1, 3, 8), fidelity))
+    assert found == tuple((length, 0) for length in stages)
+
+
+def test_the_last_stage_is_repeated_under_other_seeds() -> None:
+    budget = make_budget((1, 3), "cycles").model_copy(update={"replicates": 3})
+    assert list_stages(budget) == ((1, 0), (3, 0), (3, 1), (3, 2))
+    assert list_steps(budget) == (1, 9)
 
 
 def test_from_rung_to_rung_a_trial_trains_a_stage_or_the_epochs_in_between() -> None:

@@ -106,6 +106,38 @@ def test_file_becomes_header_baseline_distributions_and_budget() -> None:
     assert space.dropped == {}
 
 
+def write_replicates(written: str, fidelity: str = "cycles") -> str:
+    """MINI whose tier full has replicates."""
+    first = "  full:\n"
+    return MINI.replace(first, f"{first}    fidelity: {fidelity}\n    replicates: {written}\n")
+
+
+def test_a_tier_may_train_the_last_rung_under_several_seeds() -> None:
+    file = parse(write_replicates("{4: 3}"))
+    space = select_tier(file, "full")
+    assert space.budget.replicates == 3 and "the last one under 3 seeds" in space.budget.describe()
+    assert select_tier(file, "full", {"epochs": 3}).budget.replicates == 3
+    assert select_tier(file, "cpu").budget.replicates == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "fidelity", "sentence"),
+    [
+        ("{2: 3}", "cycles", "replicates must name the last rung alone, 4, got 2."),
+        ("{2: 3, 4: 3}", "cycles", "replicates must name the last rung alone, 4, got 2, 4."),
+        ("{4: 1}", "cycles", "replicates must be 2 to 10 seeds, got 1."),
+        (
+            "{4: 3}",
+            "cycles/continue",
+            "replicates must not be given with fidelity: cycles/continue. Use cycles.",
+        ),
+        ("{4: many}", "cycles", "4: input should be a valid integer, got 'many'."),
+    ],
+)
+def test_replicates_elsewhere_are_refused(written: str, fidelity: str, sentence: str) -> None:
+    assert refuse(write_replicates(written, fidelity)).endswith(sentence)
+
+
 def test_tier_sets_and_restricts() -> None:
     space = select_tier(parse(MINI), "cpu")
     assert list(space.distributions) == ["max_lr", "cutout_size"]
@@ -531,9 +563,10 @@ REFUSALS = {
         "a value must be text, a number, true or false, got '0.01' (!lr).",
     ),
     "date": ("source: a test", "source: 2021-01-01", "got '2021-01-01' (timestamp). Quote text."),
-    "key_number": (
+    "key_number": ("epochs: 4", "4: 4", "4 is not a known knob."),
+    "key_truth": (
         "epochs: 4",
-        "4: 4",
+        "true: 4",
         "the name before a colon must be plain text, got another kind of key.",
     ),
     "key_anchor": (

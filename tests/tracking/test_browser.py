@@ -40,6 +40,7 @@ from tests.builders import (
     make_grey_images,
     make_result,
 )
+from tune_cifar.record.events import Stage
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -97,7 +98,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> SearchState:
     while (trial := driver.ask()) is not None:
         first, last = ACCS[trial.number]
         for stage, epoch, acc in [(1, 1, first), (3, 1, 0.2), (3, 2, 0.4), (3, 3, last)]:
-            if not driver.report(trial.number, stage, make_result(epoch, acc)):
+            if not driver.report(trial.number, Stage(stage), make_result(epoch, acc)):
                 break
     driver.finish()
     driver.record.close()

@@ -174,6 +174,21 @@ def test_a_stage_leaves_its_results_and_only_the_last_one_weights(
             assert list(train_trial(short, data, fp32, folder, is_final=is_final)) == results
 
 
+def test_a_replicate_begins_with_its_own_seed(tmp_path: Path, fp32: Numerics) -> None:
+    """The checkpoint of the replicate before, or of a shorter stage, is deleted."""
+    config = load_space("smoke", "full", {**SMALL_KNOBS, "schedule": "constant"}).baseline
+    data, folder = load_train_val(SHAPES, 20, 20), tmp_path / "trials" / "0000"
+    list(train_trial(config.shorten(1), data, fp32, folder))
+    first, second = (
+        curve(train_trial(config.shorten(2, number), data, fp32, folder, replicate=number))
+        for number in (0, 1)
+    )
+    later = config.model_copy(update={"epochs": 2, "seed": config.seed + 1})
+    assert first != second == curve(Trainer(later, data, fp32))
+    with pytest.raises(CheckpointError, match="It belongs to another configuration"):
+        list(train_trial(config.shorten(2), data, fp32, folder))
+
+
 def test_a_checkpoint_of_another_recipe_is_refused_and_stays(
     tmp_path: Path, fp32: Numerics
 ) -> None:

@@ -37,7 +37,7 @@ from tests.builders import (
 from tune_cifar.cli.confirm import choose_name, describe_curse, describe_pairs
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, DataError, NameTakenError, RecordError
-from tune_cifar.record.events import Confirmation, Event, Kind
+from tune_cifar.record.events import Confirmation, Event, Kind, Stage
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
@@ -109,7 +109,7 @@ def play(driver: SearchDriver, outcomes: Sequence[Outcome]) -> SearchState:
             if trial.config.val_size:
                 accs = [0.1] * (epochs - 1) + [float(outcome)]
             for epoch, acc in enumerate(accs, 1):
-                goes_on = driver.report(trial.number, epochs, make_result(epoch, acc))
+                goes_on = driver.report(trial.number, Stage(epochs), make_result(epoch, acc))
                 assert goes_on == (epoch < epochs)
     driver.finish()
     driver.record.close()
@@ -221,6 +221,13 @@ def test_the_seeds_are_never_the_searchs_own(tmp_path: Path, used: int, seeds: l
     space = load_space("smoke", "cpu", {"epochs": 2, "seed": used})
     _, settled = make_confirmation(write_search(tmp_path, [0.5], space=space), 1, 3, {})
     assert settled.seeds == seeds
+
+
+def test_the_seeds_of_replicates_are_the_searchs_own_too(tmp_path: Path) -> None:
+    state = write_search(tmp_path, [0.5])
+    budget = {**state.header.budget, "replicates": 3}
+    state.header = state.header.model_copy(update={"budget": budget})
+    assert make_confirmation(state, 1, 2, {})[1].seeds == [3, 4]
 
 
 @pytest.mark.parametrize(

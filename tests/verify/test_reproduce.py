@@ -793,6 +793,7 @@ def test_search_works_without_the_test_file(
     monkeypatch.delenv("TUNE_CIFAR_DATA", raising=False)
     settings = ("train_size=200", "val_size=100", "batch_size=50", "epochs=2", "pct_start=0.3")
     words = ["search", "--space", "smoke", "--tier", "cpu", "--trials", "2", "--name", "x"]
+    words.append("--max-concurrent=1")
     answer = run_in_a_process(*words, *(f"--set={setting}" for setting in settings))
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "x ended after" in answer.stdout and not (without_test / TEST_FILE).exists()

@@ -128,7 +128,7 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     from rich.table import Table
 
     from tune_cifar.report.format import format_percent, format_value
-    from tune_cifar.report.trials import split_groups
+    from tune_cifar.report.trials import find_accuracies, split_groups
 
     if not trials.empty:
         title = "VALIDATION: single trials, one seed each; the best of many is an upper estimate"
@@ -143,8 +143,9 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         nodes = ["node"] if rows["node"].notna().any() else []
         columns = ("run", "status", *nodes, "epochs", "val_acc", *knobs)
         table = Table(*columns, box=None, header_style="bold")
+        rows = rows.assign(accuracy=find_accuracies(rows))
         for row in rows.head(min(top, len(rows))).to_dict("records"):
-            acc = None if math.isnan(row["val_acc"]) else row["val_acc"]
+            acc = None if math.isnan(row["accuracy"]) else row["accuracy"]
             cells = [str(row[name]) for name in (*nodes, "epochs_done")] + [format_percent(acc)]
             cells += [format_value(row[knob]) for knob in knobs]
             table.add_row(row["run_id"], row["status"], *cells)

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tune_cifar.cli.summary import describe_nodes, make_trial_table
+from tune_cifar.cli.summary import describe_nodes, describe_replicate, make_trial_table
 from tune_cifar.cli.terminal import say, stderr
 from tune_cifar.record.events import (
     EpochReported,
@@ -178,9 +178,9 @@ class SearchView(_View):
             knobs = [f"{name} {format_value(value)}" for name, value in event.params.items()]
             return f"{line} starts ({event.origin}): {', '.join(knobs)}"
         if isinstance(event, EpochReported):
-            epochs = state.trials[event.trial].config.epochs
-            acc = format_percent(event.result.val_acc)
-            return f"{line} epoch {event.result.epoch}/{epochs}: val_acc {acc}"
+            trial, acc = state.trials[event.trial], format_percent(event.result.val_acc)
+            done = f"{event.result.epoch}/{trial.config.epochs}{describe_replicate(trial)}"
+            return f"{line} epoch {done}: val_acc {acc}"
         if isinstance(event, TrialRetried):
             return f"{line}: {event.fault}; it continues from its newest checkpoint"
         line += f" {event.status} ({event.reason})"

@@ -377,7 +377,7 @@ def _list_rows(state: SearchState) -> list[list[str]]:
     rows = [["trial", "status", *nodes, "epochs", "val_acc", *knobs]]
     for trial in [*running, *state.ranked[:NUM_SHOWN]]:
         values = [format_value(trial.find_value(knob)) for knob in knobs]
-        acc = format_percent(trial.val_acc)
+        acc = format_percent(trial.accuracy)
         node = [trial.node or ""] if nodes else []
         rows.append([str(trial.number), trial.status, *node, str(trial.epochs_done), acc, *values])
     return rows

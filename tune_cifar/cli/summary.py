@@ -51,11 +51,17 @@ def make_trial_table(state: SearchState, trials: list[TrialState]) -> Table:
             number,
             Text(trial.status, style=STYLES[trial.status]),
             *([trial.node or ""] if nodes else []),
-            f"{len(trial.epochs)}/{_find_length(state, trial)}",
-            format_percent(trial.val_acc),
+            f"{len(trial.epochs)}/{_find_length(state, trial)}{describe_replicate(trial)}",
+            format_percent(trial.accuracy),
             *map(format_value, values),
         )
     return table
+
+
+def describe_replicate(trial: TrialState) -> str:
+    """Return `, seed 2 of 3` where the trial is in one of several replicates, else nothing."""
+    has_several = trial.num_replicates > 1 and trial.stage == trial.full_config.epochs
+    return f", seed {trial.replicate + 1} of {trial.num_replicates}" if has_several else ""
 
 
 def _find_length(state: SearchState, trial: TrialState) -> int:
@@ -101,7 +107,8 @@ def print_search_summary(
         say(f"No trial reached its last epoch: there is no score to compare.{advice}", console)
     else:
         score, epochs = format_percent(best.score), best.config.epochs
-        say(f"best: trial {best.number}, val_acc {score} after {epochs} epochs", console)
+        seeds = f", mean of {best.num_replicates} seeds" if best.num_replicates > 1 else ""
+        say(f"best: trial {best.number}, val_acc {score} after {epochs} epochs{seeds}", console)
         console.print(_overview(state, best))
         say(describe_gain(state, best), console)
     for line in describe_nodes(state):

@@ -221,17 +221,7 @@ def check_network(
     Raises:
         ConfigError: one sentence with file and line on the first rule that it breaks.
     """
-    file = find_file(config.model, folder)
-    source = None if file is None else file.read_text(encoding="utf-8")
-    request = {
-        "reference": config.model,
-        "source": source,
-        "args": dict(config.model_args),
-        "dropout": config.dropout,
-        "data": data.model_dump(mode="json"),
-        "has_single": config.train_size % config.batch_size == 1,
-        "needs_all": needs_all,
-    }
+    request = make_request(config, data, folder, needs_all)
     command = [sys.executable, "-m", "tune_cifar.models.custom"]
     try:
         run = subprocess.run(
@@ -256,10 +246,30 @@ def check_network(
     return Network(digest_source(text), text, answer["takes_dropout"], arguments)
 
 
+def make_request(
+    config: TrainConfig, data: DataDescription, folder: Path, needs_all: bool = True
+) -> dict[str, Any]:
+    """Return what the process that tries a network is told, for `try_network`; see check_network.
+
+    Raises:
+        ConfigError: the network's file is not there.
+    """
+    file = find_file(config.model, folder)
+    return {
+        "reference": config.model,
+        "source": None if file is None else file.read_text(encoding="utf-8"),
+        "args": dict(config.model_args),
+        "dropout": config.dropout,
+        "data": data.model_dump(mode="json"),
+        "has_single": config.train_size % config.batch_size == 1,
+        "needs_all": needs_all,
+    }
+
+
 # In the process that tries a network.
 
 
-def _try(request: dict[str, Any]) -> dict[str, Any]:
+def try_network(request: dict[str, Any]) -> dict[str, Any]:
     """Return what `Network` holds, or the problem as a sentence."""
     reference, source = request["reference"], request["source"]
     where = reference.rsplit(":", 1)[0]
@@ -390,7 +400,7 @@ def _check_device(model: nn.Module, images: torch.Tensor, place: str) -> None:
 
 def main() -> None:
     """Read a request as JSON and write the answer as the last line."""
-    answer = _try(json.loads(sys.stdin.read()))
+    answer = try_network(json.loads(sys.stdin.read()))
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -152,6 +152,13 @@ class Header(Frozen):
         return str(self.budget.get("fidelity", "epochs")) if self.kind == "search" else "epochs"
 
 
+class Stage(NamedTuple):
+    """One of a trial's trainings: over `length` epochs, under the seed of a replicate (from 0)."""
+
+    length: int
+    replicate: int = 0
+
+
 class TrialStarted(Frozen):
     """A trial was created.
 
@@ -175,11 +182,13 @@ class EpochReported(Frozen):
     Attributes:
         cycle: length in epochs of the stage that the epoch belongs to, where trials train in
             stages (budget.fidelity: cycles); None where the training is one stage.
+        replicate: of the stage.
     """
 
     trial: int
     result: EpochResult
     cycle: Annotated[int, Field(ge=1)] | None = None
+    replicate: Annotated[int, Field(ge=0)] = 0
 
     @property
     def score(self) -> float | None:
@@ -227,13 +236,15 @@ class TrialEnded(Frozen):
     """A trial ended.
 
     Attributes:
-        cycle: length in epochs of the stage in which it ended, as in EpochReported.
-        score: the last val_acc if complete, that of chance if diverged, else None.
+        cycle, replicate: of the stage in which it ended, as in EpochReported.
+        score: the last val_acc if complete (the mean of its replicates), that of chance if
+            diverged, else None.
     """
 
     trial: int
     status: EndStatus
     cycle: Annotated[int, Field(ge=1)] | None = None
+    replicate: Annotated[int, Field(ge=0)] = 0
     score: float | None = None
     reason: str
     error_file: FileText | None = None

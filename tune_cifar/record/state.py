@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 from tune_cifar import schema
@@ -37,8 +38,9 @@ TIME_LIMIT = "time limit"
 class TrialState:
     """The state of a trial.
 
-    A trial has a stage for each rung, a training from scratch each, longer each time; or one
-    stage, when its training is a single schedule.
+    A trial has a stage for each rung, a training from scratch each, longer each time, the last one
+    perhaps repeated under other seeds (replicates); or one stage, when its training is a single
+    schedule.
     """
 
     number: int
@@ -46,7 +48,7 @@ class TrialState:
     origin: Origin
     params: dict[str, Any]
     full_config: TrainConfig
-    """Of the longest stage."""
+    """Of the longest stage's first replicate."""
     fingerprint: str
     """Of the current stage's config."""
     started: str | None
@@ -54,14 +56,19 @@ class TrialState:
     """The last driver that it ran under, with its environment."""
     chance: float
     """Accuracy of guessing on its data."""
+    num_replicates: int = 1
+    """Of the longest stage."""
     epochs: list[EpochResult] = field(default_factory=list)
     """Of the current stage: epoch n at index n - 1."""
     finished_stages: list[tuple[int, EpochResult]] = field(default_factory=list)
     """The epochs of all stages before the current one, each with its stage's length."""
     stage: int | None = None
     """Length in epochs of the current stage; None before the first, and without stages."""
+    replicate: int = 0
+    """Of the current stage; its weights are kept."""
     scores: dict[int, float] = field(default_factory=dict)
-    """val_acc by epoch, where trials can be compared by it: with stages, at the end of each."""
+    """val_acc by epoch, where trials can be compared by it: with stages, at the end of each, the
+    mean of its replicates."""
     retries: list[TrialRetried] = field(default_factory=list)
     nodes: list[NodeChanged] = field(default_factory=list)
     """On a cluster, of each attempt, in order."""
@@ -79,7 +86,9 @@ class TrialState:
     @property
     def config(self) -> TrainConfig:
         """Of the current stage."""
-        return self.full_config if self.stage is None else self.full_config.shorten(self.stage)
+        if self.stage is None:
+            return self.full_config
+        return self.full_config.shorten(self.stage, self.replicate)
 
     def find_value(self, knob: str) -> Any:
         """Return a knob's value; None where it is inactive."""
@@ -120,12 +129,18 @@ class TrialState:
         """Of the last reported epoch; None before the first and without validation images."""
         return self.trained_epochs[-1][1].val_acc if self.trained_epochs else None
 
+    @property
+    def accuracy(self) -> float | None:
+        """What tables show: the score of a complete trial, else its last val_acc."""
+        return self.score if self.status == "complete" else self.val_acc
+
     def find_score(self, status: EndStatus) -> float | None:
         """Return the score of the trial if it ended now with this status.
 
-        The last val_acc when complete, chance when diverged, else None.
+        The last val_acc when complete, the mean of its replicates; chance when diverged, else None.
         """
-        return {"complete": self.val_acc, "diverged": self.chance}.get(status)
+        last = self.scores.get(self.full_config.epochs)
+        return {"complete": last, "diverged": self.chance}.get(status)
 
     def apply(self, event: EpochReported | TrialRetried | TrialEnded, seq: int) -> None:
         """Apply an event of this trial; `seq` is its sequence number. See SearchState.apply."""
@@ -139,18 +154,27 @@ class TrialState:
             epoch = event.result.epoch
             rule = f"epoch {done + 1} of {length} must come next, got epoch {epoch}."
             require(epoch == done + 1 <= length, self.run_id, rule)
-            self._enter_stage(event.cycle)
+            self._enter_stage(event)
             self.epochs.append(event.result)
             if event.score is not None:
-                self.scores[epoch] = event.score
+                before = [
+                    result.val_acc
+                    for length, result in self.finished_stages
+                    if length == result.epoch == epoch and result.val_acc is not None
+                ]
+                self.scores[epoch] = fmean([*before, event.score])
             return
         longest = self.full_config.epochs
         rule = f"a complete trial must have trained {longest} epochs, got {done} of {length}."
         require(event.status != "complete" or done == length == longest, self.run_id, rule)
+        num_trained = event.replicate + 1
+        rule = f"a complete trial must have {self.num_replicates} replicates, got {num_trained}."
+        is_whole = num_trained == self.num_replicates
+        require(event.status != "complete" or is_whole, self.run_id, rule)
         score = self.find_score(event.status)
         rule = f"a {event.status} trial's score must be {score}, got {event.score}."
         require(event.score == score, self.run_id, rule)
-        self._enter_stage(event.cycle)
+        self._enter_stage(event)
         self.status, self.score, self.reason = event.status, score, event.reason
         self.error_file, self.weights_file = event.error_file, event.weights_file
         self.ended_seq, self.ended = seq, event.time
@@ -158,25 +182,38 @@ class TrialState:
     def _check_stage(self, event: EpochReported | TrialEnded) -> tuple[int, int]:
         """Return the epochs done in the event's stage and the stage's length in epochs.
 
-        The event's stage is the current one, or a longer one after all epochs of the current one.
+        The event's stage is the current one, or after all its epochs a longer one or the longest
+        one's next replicate.
         """
         kind = KINDS[type(event)]
         rule = f"{kind!r} must name its `cycle`: the trial is in a stage of {self.stage} epochs."
         require(event.cycle is not None or self.stage is None, self.run_id, rule)
         done = len(self.epochs)
-        if event.cycle in (None, self.stage):
+        current = (self.stage, self.replicate)
+        if event.cycle is None or (event.cycle, event.replicate) == current:
             return done, self.config.epochs
         last, longest = self.stage or 0, self.full_config.epochs
+        if event.cycle == last == longest:
+            rule = (
+                f"replicate {self.replicate + 1} of {self.num_replicates} must come next, after "
+                f"all {last} epochs of the last one, got {event.replicate} after {done}."
+            )
+            is_next = event.replicate == self.replicate + 1 < self.num_replicates
+            require(done == last and is_next, self.run_id, rule)
+            return 0, event.cycle
         rule = (
             f"a new stage must come after all {last} epochs of the last one and have more, "
             f"at most {longest}, got one of {event.cycle} after {done}."
         )
-        require(done == last < event.cycle <= longest, self.run_id, rule)
+        is_longer = done == last < event.cycle <= longest and event.replicate == 0
+        require(is_longer, self.run_id, rule)
         return 0, event.cycle
 
-    def _enter_stage(self, length: int | None) -> None:
-        if length is not None and length != self.stage:
-            self.finished_stages, self.epochs, self.stage = self.trained_epochs, [], length
+    def _enter_stage(self, event: EpochReported | TrialEnded) -> None:
+        stage = (event.cycle, event.replicate)
+        if event.cycle is not None and stage != (self.stage, self.replicate):
+            self.finished_stages, self.epochs = self.trained_epochs, []
+            self.stage, self.replicate = stage
             self.fingerprint = self.config.fingerprint
 
 
@@ -272,7 +309,8 @@ class SearchState:
             require(event.trial in self.trials, name, rule)
             self.trials[event.trial].apply(event, self.num_events + 1)
             if isinstance(event, EpochReported) and event.score is not None:
-                self.arrivals.setdefault(event.result.epoch, {})[event.trial] = event.score
+                epoch, scores = event.result.epoch, self.trials[event.trial].scores
+                self.arrivals.setdefault(epoch, {})[event.trial] = scores[epoch]
         elif isinstance(event, NodeChanged):
             self.nodes[event.node] = event
         elif isinstance(event, TrialPlaced):
@@ -304,6 +342,7 @@ class SearchState:
             started=event.time,
             driver=self.resumes[-1] if self.resumes else self.header,
             chance=self.header.data.chance,
+            num_replicates=self.header.budget.get("replicates", 1),
         )
 
 

@@ -123,10 +123,11 @@ def make_curves(state: SearchState) -> pd.DataFrame:
     """Return one row per trained epoch.
 
     Columns: those of `load_curves`, `epochs_trained` (from 1 in each trial, over all its stages),
-    and the trial's `status` and `origin`.
+    `replicate` (of its stage, from 0), and the trial's `status` and `origin`.
     """
     curves = load_curves([state])
     curves["epochs_trained"] = curves.groupby("trial").cumcount() + 1
+    curves["replicate"] = curves.groupby(["trial", "stage", "epoch"]).cumcount()
     for name in ("status", "origin"):
         curves[name] = [getattr(state.trials[number], name) for number in curves["trial"]]
     return curves

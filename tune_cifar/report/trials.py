@@ -78,9 +78,10 @@ def describe_gain(state: SearchState, best: TrialState) -> str:
     num_images = best.config.val_size
     scatter = 100 * estimate_scatter(best.score, num_images)
     where = "within" if abs(gain) <= NUM_DEVIATIONS * scatter else "beyond"
+    seeds = "one seed" if best.num_replicates == 1 else f"{best.num_replicates} seeds each"
     return (
         f"gain over the baseline ({format_percent(baseline)}): {gain:+.2f} points, {where} twice "
-        f"the {scatter:.2f} points that {num_images} validation images alone scatter; one seed, "
+        f"the {scatter:.2f} points that {num_images} validation images alone scatter; {seeds}, "
         f"best of {state.counts['complete']}: an upper guess until it is confirmed over seeds"
     )
 
@@ -90,8 +91,8 @@ def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
 
     A knob that is inactive in a trial is missing there: it had no effect.
     `val_acc` is that of the last reported epoch. `score` is NaN unless the trial is complete (or
-    diverged: chance). `train_seconds` is the sum over its epochs. `ended_seq` orders the ends of
-    a search.
+    diverged: chance); with replicates it is their mean. `train_seconds` is the sum over its epochs.
+    `ended_seq` orders the ends of a search.
     """
     rows = [_make_row(state, trial) for state in searches for trial in state.trials.values()]
     return _make_frame(TRIAL_COLUMNS, rows)
@@ -120,12 +121,14 @@ def split_groups(trials: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFram
     Within a group: complete trials by score, then the others by their last accuracy. CIFAR-10
     stands before synthetic data, longer trainings before shorter ones.
     """
-    competes = (trials["status"] == "complete") & trials["score"].notna()
-    order = {"competes": False, "val_acc": False, "search": True, "trial": True}
-    ranked = trials.assign(competes=competes)
-    ranked = ranked.sort_values(list(order), ascending=list(order.values()))
+    ranked = trials.assign(
+        competes=(trials["status"] == "complete") & trials["score"].notna(),
+        accuracy=find_accuracies(trials),
+    )
+    order = {"competes": False, "accuracy": False, "search": True, "trial": True}
+    ranked = ranked.sort_values(list(order), ascending=list(order.values()))[trials.columns]
     groups = []
-    for _, rows in ranked.drop(columns="competes").groupby(list(GROUP_COLUMNS), sort=False):
+    for _, rows in ranked.groupby(list(GROUP_COLUMNS), sort=False):
         first = rows.iloc[0]
         group = {
             name: first[name] if TRIAL_COLUMNS[name] == "string" else int(first[name])
@@ -133,6 +136,11 @@ def split_groups(trials: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFram
         }
         groups.append((group, rows.reset_index(drop=True)))
     return sorted(groups, key=lambda pair: _order_group(pair[0]))
+
+
+def find_accuracies(trials: pd.DataFrame) -> pd.Series:
+    """Return what tables show of each trial: the score if complete, else the last val_acc."""
+    return trials["score"].where(trials["status"] == "complete", trials["val_acc"])
 
 
 def _order_group(group: dict[str, Any]) -> tuple[Any, ...]:

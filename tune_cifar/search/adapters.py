@@ -68,7 +68,7 @@ class TuneSearcher(Searcher):  # type: ignore[misc]
         return {
             "trial": trial.number,
             "config": trial.full_config.model_dump(mode="json"),
-            "stages": self._driver.list_remaining_stages(trial),
+            "stages": [tuple(stage) for stage in self._driver.list_remaining_stages(trial)],
             "rungs": self._driver.rungs,
             "folder": str(folder),
             **self._fixed,

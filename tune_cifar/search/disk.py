@@ -70,7 +70,7 @@ def estimate_disk_needs(
     checkpoint = round(TENSORS_PER_WEIGHT * num_bytes) + FILE_BYTES
     # Those of the best trials, of the running ones, and the best trial's copy in MLflow.
     num_weights = keep_weights + max_concurrent + 1
-    num_epochs = sum(list_stages(space.budget))
+    num_epochs = sum(stage.length for stage in list_stages(space.budget))
     return DiskNeeds(
         checkpoints=CHECKPOINTS_PER_TRIAL * max_concurrent * checkpoint,
         weights=num_weights * weights,

@@ -21,6 +21,7 @@ from tune_cifar.record.events import (
     Fault,
     NodeChanged,
     SearchEnded,
+    Stage,
     TrialEnded,
     TrialPlaced,
     TrialRetried,
@@ -181,23 +182,30 @@ class SearchDriver:
         )
         return number
 
-    def list_remaining_stages(self, trial: TrialState) -> tuple[int, ...]:
-        """Return the lengths of the trial's unfinished stages, the one that it is in first."""
+    def list_remaining_stages(self, trial: TrialState) -> tuple[Stage, ...]:
+        """Return the trial's unfinished stages, the one that it is in first."""
         if trial.stage is None:
             return self._stages
-        is_unfinished = len(trial.epochs) < trial.stage
-        first = trial.stage if is_unfinished else trial.stage + 1
-        return tuple(stage for stage in self._stages if stage >= first)
+        current = Stage(trial.stage, trial.replicate)
+        is_over = len(trial.epochs) == trial.stage
+        return tuple(s for s in self._stages if s > current or (s == current and not is_over))
 
-    def report(self, number: int, stage: int, result: EpochResult) -> bool:
-        """Record an epoch of the stage of this length; return whether the trial goes on."""
+    def report(self, number: int, stage: Stage, result: EpochResult) -> bool:
+        """Record an epoch of a stage; return whether the trial goes on."""
         trial = self.record.state.trials[number]
-        recorded = (trial.stage or self._stages[0], len(trial.epochs))
+        current = Stage(trial.stage or self._stages[0].length, trial.replicate)
+        recorded = (current, len(trial.epochs))
         if (stage, result.epoch) <= recorded:  # a resumed trial repeats its checkpoint's epochs
             return True
-        cycle = stage if len(self._stages) > 1 else None
-        self._append(EpochReported(trial=number, result=result, cycle=cycle))
+        where = self._name_stage(stage)
+        self._append(EpochReported(trial=number, result=result, **where))
         return self._decide(trial)
+
+    def _name_stage(self, stage: Stage) -> dict[str, int]:
+        """Return an event's fields for a stage; none where trials have a single one."""
+        if len(self._stages) == 1:
+            return {}
+        return {"cycle": stage.length, "replicate": stage.replicate}
 
     def change_node(self, node: NodeChanged) -> None:
         """Record that a node of the cluster takes part, is lost or is left out."""
@@ -229,6 +237,8 @@ class SearchDriver:
             return True
         last, budget = trial.epochs[-1], self._space.budget
         if last.epoch == trial.full_config.epochs:
+            if trial.replicate + 1 < trial.num_replicates:
+                return True
             self.end(trial.number, "complete", "all epochs")
             self._keep_weights_if_best(trial)
             return False
@@ -256,8 +266,9 @@ class SearchDriver:
         if status != "complete":
             with suppress(OSError):  # of a shorter stage; if they stay, nothing reads them
                 (folder / WEIGHTS).unlink()
-        stage, remaining = trial.stage, self.list_remaining_stages(trial)
-        if status in ("diverged", "failed") and len(self._stages) > 1 and remaining:
+        stage = None if trial.stage is None else Stage(trial.stage, trial.replicate)
+        remaining = self.list_remaining_stages(trial)
+        if status in ("diverged", "failed") and remaining:
             stage = remaining[0]  # the one in which it ended, even before its first epoch
         has_weights = status == "complete" and (folder / WEIGHTS).exists()
         self._running.discard(number)
@@ -265,12 +276,12 @@ class SearchDriver:
             TrialEnded(
                 trial=number,
                 status=status,
-                cycle=stage,
                 score=score,
                 reason=reason,
                 error_file=relative(self.record, error_file) if error_file else None,
                 weights_file=relative(self.record, folder / WEIGHTS) if has_weights else None,
                 time=utc_now(),
+                **(self._name_stage(stage) if stage else {}),
             )
         )
         CheckpointFolder(folder / CHECKPOINTS).delete()

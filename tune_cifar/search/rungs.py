@@ -9,7 +9,8 @@ compared with all since its start, most of the late ones would go on and the run
 
 A score in the middle of a learning rate schedule ranks noise, since the learning rate is still
 high. With `fidelity: cycles` a trial therefore has a stage for each rung: a training from scratch
-over a complete schedule of that length. With the other fidelities it has one stage.
+over a complete schedule of that length, at the last rung one for each replicate. With the other
+fidelities it has one stage.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import itertools
 import math
 from collections.abc import Collection, Sequence
 
+from tune_cifar.record.events import Stage
 from tune_cifar.space.layout import Budget
 
 
@@ -54,13 +56,15 @@ def is_promoted_rank(rank: int, num_scores: int, reduction_factor: int) -> bool:
     return rank <= math.ceil(num_scores / reduction_factor)
 
 
-def list_stages(budget: Budget) -> tuple[int, ...]:
-    """Return the lengths of a trial's stages in epochs; each is a training from scratch."""
-    return budget.rungs if budget.fidelity == "cycles" else budget.rungs[-1:]
+def list_stages(budget: Budget) -> tuple[Stage, ...]:
+    """Return a trial's stages in their order; each is a training from scratch."""
+    lengths = budget.rungs if budget.fidelity == "cycles" else budget.rungs[-1:]
+    replicates = (Stage(lengths[-1], number) for number in range(1, budget.replicates))
+    return (*map(Stage, lengths), *replicates)
 
 
 def list_steps(budget: Budget) -> tuple[int, ...]:
     """Return the epochs that a trial trains on its way to each rung from the one before."""
     if budget.fidelity == "cycles":
-        return budget.rungs
+        return (*budget.rungs[:-1], budget.replicates * budget.rungs[-1])
     return tuple(end - start for start, end in itertools.pairwise((0, *budget.rungs)))

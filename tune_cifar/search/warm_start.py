@@ -72,6 +72,7 @@ def learn(space: SearchSpace, state: SearchState, data: DataInfo) -> tuple[list[
         "split": (header.data.split_hash, data.split_hash),
         "fidelity": (header.fidelity, ours["fidelity"]),
         "rungs": (list(header.budget.get("rungs", ())), ours["rungs"]),
+        "replicates": (header.budget.get("replicates", 1), ours["replicates"]),
         "code": (last.environment.get("code"), describe_environment().get("code")),
     }
     changed = [f"{name}: {a} -> {b}" for name, (a, b) in compared.items() if a != b]

@@ -57,6 +57,7 @@ from tune_cifar.data.files import DataSource, find_data
 from tune_cifar.data.load import PackedData, TrainVal, load_train_val
 from tune_cifar.errors import DataError, DiskFullError, Diverged
 from tune_cifar.models.custom import add_source
+from tune_cifar.record.events import Stage
 from tune_cifar.record.files import stop_file
 from tune_cifar.record.priority import make_session_nice
 from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
@@ -74,7 +75,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial; Ray calls this when the worker starts."""
         make_session_nice()
-        self._results: Iterator[tuple[int, EpochResult]] | None = None
+        self._results: Iterator[tuple[Stage, EpochResult]] | None = None
         self._files: TrialFiles | None = None
         self.reset_config(config)
 
@@ -100,7 +101,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             unlike, superseded) and text, which is a description or, of epochs, what `pack_epochs`
             returns. On a cluster also attempt, and place: what `describe_place` returns.
         """
-        epochs: list[tuple[int, EpochResult]] = []
+        epochs: list[tuple[Stage, EpochResult]] = []
         deadline = time.monotonic() + REPORT_SECONDS
         while self._end is None:
             try:
@@ -135,7 +136,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             self._files.close()
             self._files = None
 
-    def _make_results(self) -> Iterator[tuple[int, EpochResult]]:
+    def _make_results(self) -> Iterator[tuple[Stage, EpochResult]]:
         trial, numerics = self._trial, Numerics(**self._trial["numerics"])
         if source_text := trial.get("model_source"):
             add_source(source_text)
@@ -153,9 +154,13 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         if numerics.device == "cuda" and trial["gpus"]:
             # A neighbour on the same GPU then runs out of its own memory, not of this trial's.
             torch.cuda.set_per_process_memory_fraction(trial["gpus"])
-        for stage in trial["stages"]:
-            is_final, short = stage == trial["stages"][-1], config.shorten(stage)
-            for result in train_trial(short, data, numerics, folder, is_final=is_final):
+        stages = [Stage(*stage) for stage in trial["stages"]]
+        for stage in stages:
+            is_final, short = stage == stages[-1], config.shorten(*stage)
+            results = train_trial(
+                short, data, numerics, folder, is_final=is_final, replicate=stage.replicate
+            )
+            for result in results:
                 self._bring()
                 yield stage, result
             self._bring()
@@ -234,17 +239,19 @@ def describe_place(numerics: Numerics | None) -> str:
     return json.dumps({"id": node_id, "numerics": numerics and numerics.model_dump()})
 
 
-def pack_epochs(epochs: Iterable[tuple[int, EpochResult]]) -> str:
-    """Return a line per epoch, its stage's length and its result in JSON: Tune flattens values."""
-    return "\n".join(f"{stage} {result.model_dump_json()}" for stage, result in epochs)
+def pack_epochs(epochs: Iterable[tuple[Stage, EpochResult]]) -> str:
+    """Return a line per epoch, its stage and its result in JSON: Tune flattens values."""
+    lines = (f"{s.length} {s.replicate} {result.model_dump_json()}" for s, result in epochs)
+    return "\n".join(lines)
 
 
-def unpack_epochs(text: str) -> list[tuple[int, EpochResult]]:
-    """Return the stage's length and the result of every epoch that `pack_epochs` was given."""
+def unpack_epochs(text: str) -> list[tuple[Stage, EpochResult]]:
+    """Return the stage and the result of every epoch that `pack_epochs` was given."""
     epochs = []
     for line in text.splitlines():
-        stage, dump = line.split(" ", 1)
-        epochs.append((int(stage), EpochResult.model_validate_json(dump)))
+        length, replicate, dump = line.split(" ", 2)
+        stage = Stage(int(length), int(replicate))
+        epochs.append((stage, EpochResult.model_validate_json(dump)))
     return epochs
 
 

@@ -169,7 +169,7 @@ def _build_map(doc: Document, yaml: YAML, node: Any, where: Where) -> dict[str, 
     found: dict[str, Any] = {}
     for key, value in node.value:
         name, line = key.value, key.start_mark.line + 1
-        if str(key.tag) != _TAG + "str" or key.anchor:
+        if str(key.tag) not in (f"{_TAG}str", f"{_TAG}int") or key.anchor:
             sentence = "the name before a colon must be plain text, got another kind of key."
             raise make_error(doc.label, line, sentence)
         if name in found:

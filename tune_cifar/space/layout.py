@@ -16,6 +16,7 @@ TIERS = ("full", "cpu")
 OPTIONAL_TIERS = ("night",)
 MAX_TRIALS = 100_000
 WINDOW_FACTORS = 3
+MAX_REPLICATES = 10
 
 
 class Published(Frozen):
@@ -101,6 +102,8 @@ class Budget(TrialBudget):
     """val_acc of a complete trial after which no further trial starts."""
     patience: int | None = Field(None, ge=1)
     """Ended trials without a gain after which no further trial starts."""
+    replicates: int = Field(1, ge=1, le=MAX_REPLICATES)
+    """Seeds under which a trial trains at the last rung; its score there is their mean."""
 
     def describe_epochs(self) -> str:
         """Return the epochs of a full training in words: `24 epochs`."""
@@ -112,6 +115,8 @@ class Budget(TrialBudget):
         if len(self.rungs) > 1:
             text = f"{self.trials} trials, rungs at {', '.join(map(str, self.rungs))} epochs"
             text += f" ({FIDELITY_WORDS[self.fidelity]}), reduction factor {self.reduction_factor}"
+        if self.replicates > 1:
+            text += f", the last one under {self.replicates} seeds"
         text += f", sampler {self.sampler.kind}"
         if self.sampler.startup:
             text += f" (startup {self.sampler.startup})"
@@ -133,6 +138,8 @@ class TierText(TrialBudget):
     """Knobs whose value in the tier is not the baseline's."""
     only: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The knobs that the tier searches; None: all that the file searches."""
+    replicates: dict[str, int] = Field(default_factory=dict)
+    """By rung, the seeds under which a trial trains there; only the last rung may be named."""
 
     @model_validator(mode="after")
     def _check_learning(self) -> TierText:

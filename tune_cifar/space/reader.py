@@ -42,6 +42,7 @@ from tune_cifar.space.rules import (
     find_conflict,
     find_fidelity_problem,
     find_inactive,
+    find_replicates_problem,
     find_rungs_problem,
     find_value_problem,
     is_known,
@@ -313,12 +314,15 @@ def _read_tier(
         problem = find_fidelity_problem(entry, config, chosen)
     if problem is not None:
         raise doc.error((*where, "rungs"), problem)
+    if problem := find_replicates_problem(entry.replicates, entry.rungs, entry.fidelity):
+        raise doc.error((*where, "replicates"), problem)
     try:
         seconds = parse_duration(entry.max_time) if entry.max_time is not None else None
     except ConfigError as exc:
         raise doc.error((*where, "max_time"), str(exc)) from exc
     written = entry.model_dump(include=set(TrialBudget.model_fields))
     written["window"] = entry.window or WINDOW_FACTORS * entry.reduction_factor
+    written["replicates"] = max(entry.replicates.values(), default=1)
     return Tier(Budget(**written, max_time_seconds=seconds), settings, searched)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import ConfigError, describe_problem
 from tune_cifar.schema import ARGUMENT, KNOBS, TrainConfig, inactive_knobs
-from tune_cifar.space.layout import Searched, TrialBudget
+from tune_cifar.space.layout import MAX_REPLICATES, Fidelity, Searched, TrialBudget
 
 # Knobs that a file may set but not search, each with the reason.
 STRUCTURAL = {
@@ -144,6 +144,23 @@ def find_rungs_problem(rungs: tuple[int, ...], epochs: int) -> str | None:
         return f"rungs increasing from 1 or more must hold, got {list(rungs)}."
     if rungs[-1] != epochs:
         return f"last rung = epochs must hold, got {rungs[-1]} and epochs {epochs}."
+    return None
+
+
+def find_replicates_problem(
+    replicates: dict[str, int], rungs: tuple[int, ...], fidelity: Fidelity
+) -> str | None:
+    """Return what is wrong with a tier's replicates, as a sentence."""
+    if not replicates:
+        return None
+    if fidelity != "cycles":
+        return f"replicates must not be given with fidelity: {fidelity}. Use cycles."
+    if list(replicates) != [str(rungs[-1])]:
+        got = ", ".join(replicates)
+        return f"replicates must name the last rung alone, {rungs[-1]}, got {got}."
+    (number,) = replicates.values()
+    if not 2 <= number <= MAX_REPLICATES:
+        return f"replicates must be 2 to {MAX_REPLICATES} seeds, got {number}."
     return None
 
 

@@ -6,6 +6,7 @@ trial's folder, saves at most once a minute, and writes weights after the last s
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ def train_trial(
     on_trainer: Callable[[Trainer], None] | None = None,
     every_seconds: float = CHECKPOINT_SECONDS,
     is_final: bool = True,
+    replicate: int = 0,
 ) -> Iterator[EpochResult]:
     """Train with checkpoints in `folder/checkpoints`; write `folder/weights.safetensors` last.
 
@@ -39,8 +41,8 @@ def train_trial(
 
     A resumed training first yields the results stored in its checkpoint again, so a consumer that
     was killed between a checkpoint and its own record of the result loses nothing. Checkpoints of
-    the same recipe over another number of epochs (the previous stage) are deleted: this training
-    starts from scratch.
+    the same recipe over another number of epochs or under an earlier replicate's seed (an earlier
+    stage) are deleted: this training starts from scratch.
 
     Args:
         folder: the trial's folder, in the folder `trials` of its search.
@@ -48,6 +50,7 @@ def train_trial(
             `step`.
         every_seconds: shortest time between two checkpoints.
         is_final: False for a stage that another follows: its weights serve nobody.
+        replicate: which one of this recipe it is, each with the seed after the one before.
 
     Yields:
         the EpochResults of all epochs, those before a resumption included.
@@ -55,7 +58,7 @@ def train_trial(
     trainer = Trainer(config, data, numerics)
     checkpoints = CheckpointFolder(folder / CHECKPOINTS, every_seconds)
     state, _ = checkpoints.load_newest()
-    if state is not None and _is_of_another_stage(state, config):
+    if state is not None and _is_of_another_stage(state, config, replicate):
         checkpoints.delete()
     elif state is not None:
         trainer.load_state_dict(state)
@@ -76,13 +79,14 @@ def train_trial(
             return
 
 
-def _is_of_another_stage(state: dict[str, Any], config: TrainConfig) -> bool:
-    """Return whether a checkpoint is the same recipe's over another number of epochs."""
+def _is_of_another_stage(state: dict[str, Any], config: TrainConfig, replicate: int) -> bool:
+    """Return whether a checkpoint is of another length or of a replicate before this one."""
     found = state["fingerprint"]
     if found == config.fingerprint:
         return False
-    lengths = range(state["epoch"], MAX_EPOCHS + 1)
-    return any(found == config.shorten(length).fingerprint for length in lengths)
+    lengths, seeds = range(state["epoch"], MAX_EPOCHS + 1), range(-replicate, 1)
+    stages = itertools.product(lengths, seeds)
+    return any(found == config.shorten(*stage).fingerprint for stage in stages)
 
 
 def _save(checkpoints: CheckpointFolder, trainer: Trainer) -> None:

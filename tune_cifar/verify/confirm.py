@@ -95,7 +95,7 @@ def make_confirmation(
 
     Args:
         num_top: of the best trials; those that `changes` makes equal count once.
-        num_seeds: for each; the search's own seed is left out.
+        num_seeds: for each; the search's own seeds are left out.
         changes: values of knobs for all candidates, such as train_size.
         epochs: of each training, of this confirmation alone: a final one has the recipe's. None is
             the recipe's.
@@ -192,8 +192,9 @@ def _make_space(
     if not 1 <= num_seeds <= largest:
         rule = f"`seeds` must be 1 to {largest} (with {len(candidates)} candidates)"
         raise ConfigError(f"{rule}, got {num_seeds}.")
-    used = state.header.baseline["seed"]
-    seeds = [seed for seed in range(num_seeds + 1) if seed != used][:num_seeds]
+    first, num_used = state.header.baseline["seed"], state.header.budget.get("replicates", 1)
+    used = range(first, first + num_used)
+    seeds = [seed for seed in range(num_seeds + num_used) if seed not in used][:num_seeds]
     confirmation = Confirmation(
         search=state.header.name, candidates=candidates, seeds=seeds, final=is_final
     )

@@ -70,7 +70,7 @@ def draw_history(history: pd.DataFrame, baseline: float | None, title: str) -> F
 
 
 def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
-    """Draw validation accuracy by epoch: a panel for each stage, a line for each trial.
+    """Draw validation accuracy by epoch: a panel for each length, a line for each training.
 
     Args:
         curves: tables.make_curves.
@@ -81,7 +81,7 @@ def draw_curves(curves: pd.DataFrame, title: str) -> Figure:
         1, len(stages), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for axes, stage in zip(panels[0], stages, strict=True):
-        for _, rows in curves[curves["stage"] == stage].groupby("trial"):
+        for _, rows in curves[curves["stage"] == stage].groupby(["trial", "replicate"]):
             status, origin = rows.iloc[0][["status", "origin"]]
             is_baseline = origin == "baseline"
             look: dict[str, Any] = {
@@ -121,12 +121,13 @@ def draw_fit(curves: pd.DataFrame, title: str) -> Figure:
         ("train", "training images, augmented, dropout on", "--", ORANGE),
         ("val", "validation images", "-", BLUE),
     )
-    starts = curves[curves["stage"] != curves["stage"].shift()]
+    starts = curves[curves["epoch"] == 1]
     figures = (("loss", 1, "loss"), ("acc", 100, "accuracy (%)"))
     for axes, (what, scale, label) in zip(panels, figures, strict=True):
         for part, text, style, colour in parts:
             look = {"linestyle": style, "color": colour, "marker": "o", "markersize": 4}
-            for place, (_, rows) in enumerate(curves.groupby("stage", sort=False)):
+            stages = curves.groupby(["stage", "replicate"], sort=False)
+            for place, (_, rows) in enumerate(stages):
                 values = scale * rows[f"{part}_{what}"]
                 axes.plot(rows["epochs_trained"], values, label="" if place else text, **look)
         for start, stage in zip(starts["epochs_trained"], starts["stage"], strict=True):
