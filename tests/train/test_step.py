@@ -31,8 +31,8 @@ from tune_cifar.train.step import (
 from tune_cifar.train.trainer import Trainer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# Three batches of two images and one of one: s10 is slow where the processor has no bf16.
-FEWEST_IMAGES = {"batch_size": 2, "train_size": 7, "val_size": 2}
+# Three batches of three images and one of one: s10 is slow where the processor has no bf16.
+FEWEST_IMAGES = {"batch_size": 3, "train_size": 10, "val_size": 10}
 RECIPES: list[tuple[str, str, dict[str, Any]]] = [
     ("s7", "fp32", {}),
     ("s8", "bf16", {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1}),
