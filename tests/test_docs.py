@@ -380,7 +380,7 @@ def test_the_commands_for_own_images_run_in_their_order(
                 continue
             small = [{"NAME": NAME}.get(word, word) for word in words]
             if name == "search":
-                sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=10")
+                sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
                 small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
             if name == "confirm":
                 small += ["--seeds=1"] if "--final" in words else ["--top=1", "--seeds=2"]
@@ -400,7 +400,7 @@ def make_small_for_own_network(words: Words) -> Words:
     name = find_command(words)
     small = [{"NAME": NAME}.get(word, word) for word in words]
     if name == "search":
-        sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=10")
+        sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
         small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=3", *sizes]
         small += ["--tier=cpu", "--set=model_args.width=16", "--max-concurrent=1"]
     if name == "confirm":

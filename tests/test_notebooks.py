@@ -206,7 +206,7 @@ def test_the_notebook_of_an_own_network_searches_and_confirms(
     nbformat.validate(notebook)
     assert all(cell.outputs == [] and cell.execution_count is None for cell in list_code(notebook))
     (tmp_path / "analysis").mkdir()
-    settings = {"train_size": 120, "val_size": 50, "batch_size": 10}
+    settings = {"train_size": 120, "val_size": 50, "batch_size": 5}
     run_notebook(notebook, tmp_path / "analysis", monkeypatch, trials=3, settings=settings)
     text = "\n".join(read_outputs(notebook, "text/plain"))
     assert "identical\n" in text and "wide-cpu-" in text

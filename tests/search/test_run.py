@@ -838,7 +838,8 @@ def test_a_pinned_knob_holds_for_all_trials_and_trial_0_too(
     searched: tuple[Path, SearchState, str],
 ) -> None:
     _, state, _ = searched
-    assert {trial.config.batch_size for trial in state.trials.values()} == {8}
+    sizes = {trial.config.batch_size for trial in state.trials.values()}
+    assert sizes == {SMALL_SEARCH["batch_size"]}
     assert "batch_size" not in state.header.distributions
 
 
