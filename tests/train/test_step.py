@@ -31,12 +31,12 @@ from tune_cifar.train.step import (
 from tune_cifar.train.trainer import Trainer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# Three batches of three images and one of one: s10 is slow where the processor has no bf16.
+# Three batches of three images and one of one: s10 is slow on a CPU, in bf16 (44 s) above all.
 FEWEST_IMAGES = {"batch_size": 3, "train_size": 10, "val_size": 10}
 RECIPES: list[tuple[str, str, dict[str, Any]]] = [
     ("s7", "fp32", {}),
     ("s8", "bf16", {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1}),
-    ("s10", "bf16", {"optimizer": "adam", "label_smoothing": 0.2, **FEWEST_IMAGES}),
+    ("s10", "fp32", {"optimizer": "adam", "label_smoothing": 0.2, **FEWEST_IMAGES}),
     ("s6", "fp32", {"optimizer": "adamw", "decoupled_weight_decay": 0.05, "crop_pad": 4}),
 ]
 
