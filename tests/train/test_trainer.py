@@ -24,14 +24,12 @@ from tune_cifar.train.trainer import Trainer
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_trainings_are_bitwise_equal_whatever_ran_before(
-    shapes: TrainVal, precision: str
-) -> None:
-    numerics = resolve_numerics("cpu", precision)
-    first = train_here(make_config(), shapes, numerics)
+def test_two_trainings_are_bitwise_equal_whatever_ran_before(few: TrainVal, precision: str) -> None:
+    config, numerics = make_config(**FEW_IMAGES), resolve_numerics("cpu", precision)
+    first = train_here(config, few, numerics)
     torch.manual_seed(99)
-    train_here(make_config(seed=5, max_lr=0.1), shapes, numerics)
-    assert train_here(make_config(), shapes, numerics) == first
+    train_here(make_config(**FEW_IMAGES, seed=5, max_lr=0.1), few, numerics)
+    assert train_here(config, few, numerics) == first
 
 
 @pytest.mark.slow
