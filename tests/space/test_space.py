@@ -115,7 +115,7 @@ def write_replicates(written: str, fidelity: str = "cycles") -> str:
 def test_a_tier_may_train_the_last_rung_under_several_seeds() -> None:
     file = parse(write_replicates("{4: 3}"))
     space = select_tier(file, "full")
-    assert space.budget.replicates == 3 and "the last one under 3 seeds" in space.budget.describe()
+    assert space.budget.replicates == 3 and "3 seeds at the last rung" in space.budget.describe()
     assert select_tier(file, "full", {"epochs": 3}).budget.replicates == 3
     assert select_tier(file, "cpu").budget.replicates == 1
 

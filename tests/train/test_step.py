@@ -36,7 +36,11 @@ FEWEST_IMAGES = {"batch_size": 3, "train_size": 10, "val_size": 10}
 RECIPES: list[tuple[str, str, dict[str, Any]]] = [
     ("s7", "fp32", {}),
     ("s8", "bf16", {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1}),
-    ("s10", "fp32", {"optimizer": "adam", "label_smoothing": 0.2, **FEWEST_IMAGES}),
+    (
+        "s10",
+        "fp32",
+        {"optimizer": "adam", "weight_decay": 0.01, "label_smoothing": 0.2, **FEWEST_IMAGES},
+    ),
     ("s6", "fp32", {"optimizer": "adamw", "decoupled_weight_decay": 0.05, "crop_pad": 4}),
 ]
 

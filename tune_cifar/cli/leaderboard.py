@@ -131,7 +131,7 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
     from tune_cifar.report.trials import find_accuracies, split_groups
 
     if not trials.empty:
-        title = "VALIDATION: single trials, one seed each; the best of many is an upper estimate"
+        title = "VALIDATION: single trials; the best of many is an upper estimate"
         say(title, style="bold")
     for group, rows in split_groups(trials):
         label = label_data(group["data"])

@@ -116,7 +116,7 @@ class Budget(TrialBudget):
             text = f"{self.trials} trials, rungs at {', '.join(map(str, self.rungs))} epochs"
             text += f" ({FIDELITY_WORDS[self.fidelity]}), reduction factor {self.reduction_factor}"
         if self.replicates > 1:
-            text += f", the last one under {self.replicates} seeds"
+            text += f", {self.replicates} seeds at the last rung"
         text += f", sampler {self.sampler.kind}"
         if self.sampler.startup:
             text += f" (startup {self.sampler.startup})"
