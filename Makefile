@@ -20,9 +20,11 @@ search: $(READY)
 	fi
 
 # The default tier, then the slow one (Ray, MLflow, a fresh environment): three at once, since these
-# tests wait for processes part of their time. The tests of COVERED must cover it completely.
+# tests wait for processes part of their time. The tests of COVERED must cover it completely. Compiled
+# tests are kept even where Python is told not to: each process compiles them otherwise, 5 s long.
 COVERED_TESTS := tests/test_schema.py tests/space tests/record
 COVERED := schema space record.events record.state record.journal
+test test-default test-faults: export PYTHONDONTWRITEBYTECODE=
 test: test-default
 	$(BIN)/python -m pytest -q -n 3 --dist loadgroup -m "slow and not faults and not gpu" --durations=5
 

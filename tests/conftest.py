@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -33,9 +34,15 @@ from tests.builders import FEW_IMAGES, SHAPES, train_small
 from tune_cifar.data.files import DataSource, find_data
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import DataError
+from tune_cifar.record import environment
 from tune_cifar.record.state import SearchState
 from tune_cifar.schema import Numerics
+from tune_cifar.space import reader
 from tune_cifar.train.numerics import resolve_numerics
+
+# A space file takes 20 ms to parse, git 10 ms to answer, and tests ask the same hundreds of times.
+for module, name in ((reader, "read_document"), (environment, "_ask_git")):
+    setattr(module, name, functools.lru_cache(256)(getattr(module, name)))
 
 # They come first, so that no process is left with one of them at the end.
 LONGEST = (
@@ -52,6 +59,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the tests: LONGEST, then as they stand in the files."""
     items.sort(key=lambda item: item.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now, a million objects, from every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

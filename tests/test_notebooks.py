@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 
 from tune_cifar.record.journal import read_state
@@ -22,6 +26,9 @@ OWN = "04_own_network.ipynb"
 NOTEBOOKS = sorted(path.name for path in ANALYSIS.glob("*.ipynb") if path.name != OWN)
 SEARCH, COMPARE, BEST = NOTEBOOKS
 SAMPLES = sorted(path.parent for path in ANALYSIS.glob("sample/searches/*/record.jsonl"))
+JUPYTER_PARTS = ("RUNTIME", "CONFIG", "DATA")
+# One process of pytest-xdist runs them all.
+ONE_KERNEL = pytest.mark.xdist_group("notebooks")
 # Pictures of a figure, as a front end shows them.
 PNG = "image/png"
 
@@ -101,17 +108,37 @@ def copy_analysis(folder: Path) -> Path:
     return Path(shutil.copytree(ANALYSIS, folder / "analysis", ignore=ignored))
 
 
-def run_notebook(
-    notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: Any
-) -> Any:
-    """Execute a notebook in its own folder, with these parameters instead of its own."""
-    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
-        monkeypatch.setenv(variable, str(folder.parent / "jupyter"))
-    monkeypatch.delenv("MPLBACKEND", raising=False)
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncKernelManager]:
+    """A kernel for one notebook after another: its imports take longer than they do."""
+    folder = str(tmp_path_factory.mktemp("jupyter"))
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("IPYTHONDIR", *(f"JUPYTER_{part}_DIR" for part in JUPYTER_PARTS)):
+            patch.setenv(variable, folder)
+        patch.delenv("MPLBACKEND", raising=False)
+        manager = AsyncKernelManager()
+        run_sync(manager.start_kernel)()
+        yield manager
+        run_sync(manager.shutdown_kernel)(now=True)
+
+
+def run_notebook(notebook: Any, folder: Path, kernel: AsyncKernelManager, **parameters: Any) -> Any:
+    """Execute a notebook in its own folder, with these parameters instead of its own.
+
+    The kernel forgets first what earlier notebooks have defined.
+    """
     cell = find_parameters(notebook)
     cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, resources=resources).execute()
+    data = os.environ.get("TUNE_CIFAR_DATA", "")
+    lines = ("%reset -f", "import os", f"os.chdir({str(folder)!r})", "%env TUNE_CIFAR_DATA=" + data)
+    first = nbformat.v4.new_code_cell("\n".join((*lines, "del os")))
+    notebook.cells.insert(0, first)
+    client = NotebookClient(notebook, km=kernel, timeout=600)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
+    notebook.cells.remove(first)
     return notebook
 
 
@@ -136,12 +163,13 @@ def check_is_clean(notebook: Any) -> None:
 
 
 @pytest.mark.slow
+@ONE_KERNEL
 @pytest.mark.parametrize("search", [folder.name for folder in SAMPLES])
 def test_the_search_notebook_runs_for_any_recorded_search(
-    search: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    search: str, tmp_path: Path, kernel: AsyncKernelManager
 ) -> None:
     folder = copy_analysis(tmp_path)
-    notebook = run_notebook(read_notebook(SEARCH), folder, monkeypatch, search=search)
+    notebook = run_notebook(read_notebook(SEARCH), folder, kernel, search=search)
     check_is_clean(notebook)
     assert len(read_outputs(notebook, PNG)) == 7
     state = read_state(ANALYSIS / "sample" / "searches" / search)
@@ -152,8 +180,9 @@ def test_the_search_notebook_runs_for_any_recorded_search(
 
 
 @pytest.mark.slow
+@ONE_KERNEL
 def test_the_table_of_trials_is_the_same_from_mlflow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernel: AsyncKernelManager
 ) -> None:
     folder = copy_analysis(tmp_path)
     storage, uri = folder / "sample", make_tracking_uri(tmp_path, None)
@@ -163,7 +192,7 @@ def test_the_table_of_trials_is_the_same_from_mlflow(
     table = notebook.cells[place]
     again = nbformat.v4.new_code_cell(f"tracking_uri = None\n{table.source}")
     notebook.cells = [*notebook.cells[: place + 1], again]
-    run_notebook(notebook, folder, monkeypatch, search=SAMPLES[0].name, tracking_uri=uri)
+    run_notebook(notebook, folder, kernel, search=SAMPLES[0].name, tracking_uri=uri)
     check_is_clean(notebook)
     tables = [cell.outputs[0].data["text/html"] for cell in (table, again)]
     uploaded, recorded = (re.sub(r"T_[0-9a-f]{5}", "", html) for html in tables)
@@ -171,10 +200,11 @@ def test_the_table_of_trials_is_the_same_from_mlflow(
 
 
 @pytest.mark.slow
+@ONE_KERNEL
 def test_the_comparison_notebook_has_a_picture_for_each_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernel: AsyncKernelManager
 ) -> None:
-    notebook = run_notebook(read_notebook(COMPARE), copy_analysis(tmp_path), monkeypatch)
+    notebook = run_notebook(read_notebook(COMPARE), copy_analysis(tmp_path), kernel)
     check_is_clean(notebook)
     assert len(read_outputs(notebook, PNG)) == 2
     tables = "\n".join(read_outputs(notebook, "text/html"))
@@ -182,15 +212,20 @@ def test_the_comparison_notebook_has_a_picture_for_each_group(
 
 
 @pytest.mark.slow
+@ONE_KERNEL
 @pytest.mark.parametrize("has_data", [True, False], ids=["with CIFAR-10", "without"])
 def test_the_best_model_notebook_shows_mistakes_as_pictures_where_cifar10_is(
-    has_data: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    has_data: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: AsyncKernelManager,
+    request: pytest.FixtureRequest,
 ) -> None:
     if has_data:
         request.getfixturevalue("cifar10")
     else:
         monkeypatch.setenv("TUNE_CIFAR_DATA", str(tmp_path))
-    notebook = run_notebook(read_notebook(BEST), copy_analysis(tmp_path), monkeypatch)
+    notebook = run_notebook(read_notebook(BEST), copy_analysis(tmp_path), kernel)
     check_is_clean(notebook)
     assert len(read_outputs(notebook, PNG)) == 6 + has_data
     text = "\n".join(read_outputs(notebook, "text/plain"))
@@ -198,16 +233,20 @@ def test_the_best_model_notebook_shows_mistakes_as_pictures_where_cifar10_is(
 
 
 @pytest.mark.slow
+@ONE_KERNEL
 def test_the_notebook_of_an_own_network_searches_and_confirms(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernel: AsyncKernelManager
 ) -> None:
     """In a kernel with a running event loop; the table is updated in place."""
     notebook = read_notebook(OWN)
     nbformat.validate(notebook)
     assert all(cell.outputs == [] and cell.execution_count is None for cell in list_code(notebook))
     (tmp_path / "analysis").mkdir()
+    for cell in list_code(notebook):  # a worker's start costs more than its trials
+        cell.source = cell.source.replace("data=data", "data=data, max_concurrent=1")
+        cell.source = cell.source.replace("seeds=3, top=1", "seeds=2, top=1")
     settings = {"train_size": 120, "val_size": 50, "batch_size": 5}
-    run_notebook(notebook, tmp_path / "analysis", monkeypatch, trials=3, settings=settings)
+    run_notebook(notebook, tmp_path / "analysis", kernel, trials=3, settings=settings)
     text = "\n".join(read_outputs(notebook, "text/plain"))
     assert "identical\n" in text and "wide-cpu-" in text
     tables = "\n".join(read_outputs(notebook, "text/html"))

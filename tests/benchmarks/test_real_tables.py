@@ -65,7 +65,7 @@ def test_configurations_without_all_their_trainings_are_left_out(space: SearchSp
 def test_a_search_begins_as_good_as_the_baseline_and_finds_what_the_table_has(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real_tables, "SHOWN", (120,))
+    monkeypatch.setattr(real_tables, "SHOWN", (60,))
     table = real_tables.make_table(space, make_rows(space, 60, 0.01))
     truth = table.scores[:, :, -1].mean(axis=1)
     for kind in ("random", "tpe", "gp"):
@@ -79,12 +79,12 @@ def test_a_search_begins_as_good_as_the_baseline_and_finds_what_the_table_has(
 def test_without_noise_a_sampler_that_learns_finds_more_than_a_random_one(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real_tables, "SHOWN", (120,))
+    monkeypatch.setattr(real_tables, "SHOWN", (80,))
     table = real_tables.make_table(space, make_rows(space, 100, 0.0))
     means = {}
     for kind in ("random", "gp"):
         chosen = real_tables.choose(space, kind)
-        found = [real_tables.simulate(chosen, table, seed)[120] for seed in range(4)]
+        found = [real_tables.simulate(chosen, table, seed)[80] for seed in range(4)]
         means[kind] = float(np.mean(found))
     assert means["random"] < means["gp"]
 

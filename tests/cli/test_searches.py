@@ -317,7 +317,14 @@ def test_a_copied_folder_is_deleted_without_the_originals_runs_and_not_called_da
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ENOLCK,
+        pytest.param(errno.ENOSYS, marks=pytest.mark.faults),
+        pytest.param(errno.EOPNOTSUPP, marks=pytest.mark.faults),
+    ],
+)
 def test_a_file_system_without_locks_is_named_and_its_searches_can_be_read(
     storage: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

@@ -427,19 +427,21 @@ def test_every_prefix_of_an_unbalanced_split_has_the_classes_in_proportion() -> 
 # CIFAR-100
 
 
-def write_cifar100(folder: Path, monkeypatch: pytest.MonkeyPatch | None) -> Path:
+def write_cifar100(
+    folder: Path, monkeypatch: pytest.MonkeyPatch | None, num_images: int = 50_000
+) -> Path:
     """Files in torchvision's layout; their MD5s are expected if monkeypatch is given."""
     random = np.random.default_rng(0)
     inner = folder / "cifar-100-python"
     inner.mkdir(parents=True)
-    fine = np.arange(50_000) % 100
+    fine = np.arange(num_images) % 100
     parts = {
-        "train": {b"data": np.zeros((50_000, 3072), np.uint8), b"fine_labels": fine.tolist()},
+        "train": {b"data": np.zeros((num_images, 3072), np.uint8), b"fine_labels": fine.tolist()},
         "test": {b"data": np.zeros((10_000, 3072), np.uint8), b"fine_labels": [7] * 10_000},
         "meta": {b"fine_label_names": [b"c%d" % number for number in range(100)]},
     }
     parts["train"][b"data"][:, 0] = fine
-    parts["train"][b"coarse_labels"] = random.integers(0, 20, 50_000).tolist()
+    parts["train"][b"coarse_labels"] = random.integers(0, 20, num_images).tolist()
     for name, content in parts.items():
         raw = pickle.dumps(content, protocol=4)
         (inner / name).write_bytes(raw)
@@ -469,7 +471,7 @@ def test_other_files_are_refused_as_cifar100(
 ) -> None:
     with pytest.raises(DataError, match=r"no cifar-100-python in .* data fetch --name cifar100"):
         find_data("cifar100")
-    monkeypatch.setenv("TUNE_CIFAR_DATA", str(write_cifar100(tmp_path / "c", None)))
+    monkeypatch.setenv("TUNE_CIFAR_DATA", str(write_cifar100(tmp_path / "c", None, 100)))
     with pytest.raises(DataError, match=r"meta: the file must have MD5 7973b15"):
         describe_data(find_data("cifar100"))
     with pytest.raises(DataError, match=r"`name` must be cifar10 or cifar100, got 'cifar1000'"):

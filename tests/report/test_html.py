@@ -188,7 +188,6 @@ def test_the_report_has_every_part_and_needs_neither_network_nor_javascript(
     ):
         assert words in page.text
     assert "NOT CIFAR-10" not in page.text
-    assert make_report(searched) == html
 
 
 @pytest.mark.slow

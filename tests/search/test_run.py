@@ -25,6 +25,7 @@ from tests.builders import (
     SMALL_SETTINGS,
     curve,
     ignore_event,
+    invoke,
     make_result,
     make_resume,
     make_space,
@@ -890,7 +891,7 @@ def test_the_best_trial_comes_back_bit_for_bit_in_a_fresh_process(
 @ONE_PROCESS
 def test_the_leaderboard_lists_every_trial(searched: tuple[Path, SearchState, str]) -> None:
     folder, state, _ = searched
-    answer = run_in_a_process("leaderboard", "--search", "demo", "--json", folder=folder)
+    answer = invoke("leaderboard", "--search=demo", "--json", f"--storage={folder / 'runs'}")
     rows = json.loads(answer.stdout)
     found = {row["run_id"]: row["status"] for row in rows}
     assert found == {trial.run_id: trial.status for trial in state.trials.values()}

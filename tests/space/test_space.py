@@ -1272,6 +1272,7 @@ def test_what_stays_keeps_every_digit() -> None:
     assert edited == text.replace("high: 1, log", "high: 0.5, log")
 
 
+@settings(max_examples=40)
 @given(st.floats(1e-12, 0.005), st.floats(0.2, 100.0))
 def test_any_number_can_be_written(low: float, high: float) -> None:
     file = parse(MINI)
@@ -1335,6 +1336,7 @@ CONDITIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@settings(max_examples=50)
 @given(data=st.data())
 def test_without_inactive_knobs_a_proposal_is_the_same_training(data: Any) -> None:
     values = st.fixed_dictionaries(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import subprocess
@@ -40,6 +41,7 @@ RECORDED_LIBRARIES = (
 )
 
 
+@functools.cache
 def find_version(name: str) -> str:
     """Return the version of an installed distribution.
 

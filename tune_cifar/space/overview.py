@@ -123,7 +123,7 @@ def describe_effect(name: str) -> str:
     without = [combination for combination, names in inactive.items() if name in names]
     if not without:
         return ""
-    having = [combination for combination in inactive if combination not in without]
+    having = [combination for combination, names in inactive.items() if name not in names]
     for word, combinations in (("with", having), ("unless", without)):
         settings = [set(column) for column in zip(*combinations, strict=True)]
         # If these are all combinations of their settings, each setting counts by itself.
