@@ -49,8 +49,8 @@ LONGEST = (
     "test_the_commands_of_the_readme_run_in_their_order",
     "test_the_commands_for_an_own_network_run_in_their_order",
     "test_the_commands_for_own_images_run_in_their_order",
-    "test_a_script_searches_twice_and_does_all_that_the_commands_do",
     "test_the_notebook_of_an_own_network_searches_and_confirms",
+    "test_a_script_searches_twice_and_reproduces",
     "test_the_wheel_runs_a_smoke_search_in_a_fresh_environment",
     "test_a_search_is_found_sorted_compared_and_looked_into_in_mlflows_page",
 )

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from tests.builders import ROOT, invoke
+
+# How the variables begin that tests change: where run stores and data lie.
+OURS = ("TUNE_CIFAR_", "XDG_")
 
 
 class Answer(NamedTuple):
@@ -24,7 +28,7 @@ class Answer(NamedTuple):
 
 
 class Shell:
-    """Commands for a process that is started in the working folder."""
+    """Commands for a process; each runs in our working folder, with our values of OURS."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -32,7 +36,9 @@ class Shell:
     def run(self, *words: str) -> Answer:
         """Run a command to its end."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{json.dumps(words)}\n")
+        variables = {name: os.environ[name] for name in os.environ if name.startswith(OURS)}
+        request = [str(Path.cwd()), variables, words]
+        self._process.stdin.write(f"{json.dumps(request)}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, f"the process ended while it ran {words}"
@@ -54,11 +60,14 @@ def open_shell() -> Iterator[Shell]:
 
 
 def main() -> None:
-    """Answer each line of words with a line; what else is printed to stdout goes to stderr."""
+    """Answer each line with a line; what else is printed to stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        result = invoke(*json.loads(line))
+        folder, variables, words = json.loads(line)
+        os.chdir(folder)
+        os.environ.update(variables)
+        result = invoke(*words)
         found = (result.exit_code, result.stdout, result.stderr, repr(result.exception))
         print(json.dumps(found), file=answers, flush=True)
 

@@ -338,6 +338,16 @@ def make_small(words: Words, best: str) -> Words:
     return small + [word for command, more in MORE.items() if has(words, command) for word in more]
 
 
+# One process of pytest-xdist runs the walks, in one shell.
+ONE_SHELL = pytest.mark.xdist_group("walks")
+
+
+@pytest.fixture(scope="module")
+def shell() -> Iterator[Shell]:
+    with open_shell() as shell:
+        yield shell
+
+
 def run_whole(shell: Shell, *words: str) -> Answer:
     """Run a command that must end well."""
     answer = shell.run(*words)
@@ -346,19 +356,19 @@ def run_whole(shell: Shell, *words: str) -> Answer:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
+@ONE_SHELL
+def test_the_commands_of_the_readme_run_in_their_order(workplace: Path, shell: Shell) -> None:
     """Plan, search, and reproduce, evaluate, export, confirm, delete what was found."""
     best, done = "", []
-    with open_shell() as shell:
-        for words, _ in list_lines(README):
-            if any(has(words, command) for command in LEFT_OUT):
-                continue
-            run_whole(shell, *make_small(words, best))
-            done.append(find_command(words))
-            if not best:
-                folder = search_folder(workplace / "runs", NAME)
-                state = read_state(folder) if folder.exists() else None
-                best = state.best.run_id if state is not None and state.best is not None else ""
+    for words, _ in list_lines(README):
+        if any(has(words, command) for command in LEFT_OUT):
+            continue
+        run_whole(shell, *make_small(words, best))
+        done.append(find_command(words))
+        if not best:
+            folder = search_folder(workplace / "runs", NAME)
+            state = read_state(folder) if folder.exists() else None
+            best = state.best.run_id if state is not None and state.best is not None else ""
     assert set(done) == set(COMMANDS) - {"ui", "data fetch", "data import", "spaces new"}
     assert best and not search_folder(workplace / "runs", NAME).exists()
     files = {path.name for path in workplace.iterdir()}
@@ -366,28 +376,28 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
 
 
 @pytest.mark.slow
+@ONE_SHELL
 def test_the_commands_for_own_images_run_in_their_order(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From PNG files of scikit-learn's digits, a data set that none of us made, to its test set."""
     monkeypatch.setenv("XDG_DATA_HOME", str(workplace / "home"))
     write_digits(workplace / "photos", num_images=30)
     done, outputs = [], []
-    with open_shell() as shell:
-        for words, _ in list_lines(OWN_IMAGES):
-            name = find_command(words)
-            if name == "data fetch":
-                continue
-            small = [{"NAME": NAME}.get(word, word) for word in words]
-            if name == "search":
-                sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
-                small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
-            if name == "confirm":
-                small += ["--seeds=1"] if "--final" in words else ["--top=1", "--seeds=1"]
-            if name in ("search", "confirm"):
-                small += ["--max-concurrent=1"]  # a worker's start costs more than its trials
-            done.append(name)
-            outputs.append(run_whole(shell, *small).stdout)
+    for words, _ in list_lines(OWN_IMAGES):
+        name = find_command(words)
+        if name == "data fetch":
+            continue
+        small = [{"NAME": NAME}.get(word, word) for word in words]
+        if name == "search":
+            sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
+            small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
+        if name == "confirm":
+            small += ["--seeds=1"] if "--final" in words else ["--seeds=1", "--top=1"]
+        if name in ("search", "confirm"):
+            small += ["--max-concurrent=1"]  # a worker's start costs more than its trials
+        done.append(name)
+        outputs.append(run_whole(shell, *small).stdout)
     assert done[:3] == ["data import", "data list", "search"] and done[-1] == "export"
     assert "10 classes, 32x32 pixels" in outputs[0] and "folder photos" in outputs[1]
     assert "identical" in outputs[done.index("reproduce")]
@@ -404,7 +414,7 @@ def make_small_for_own_network(words: Words) -> Words:
         small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=3", *sizes]
         small += ["--tier=cpu", "--set=model_args.width=16", "--max-concurrent=1"]
     if name == "confirm":
-        small += ["--top=1", "--seeds=2", "--max-concurrent=1"]
+        small += ["--top=1", "--seeds=1", "--max-concurrent=1"]
     if "--data" in list_options(name):
         small += ["--data", "shapes"]
     if "--best" in small and "--space" in small:
@@ -413,26 +423,26 @@ def make_small_for_own_network(words: Words) -> Words:
 
 
 @pytest.mark.slow
-def test_the_commands_for_an_own_network_run_in_their_order(workplace: Path) -> None:
+@ONE_SHELL
+def test_the_commands_for_an_own_network_run_in_their_order(workplace: Path, shell: Shell) -> None:
     """With the page's own network; after the search its file has another text."""
     (network,) = list_blocks(read(OWN_NETWORK), "python")
     Path("vit.py").write_text(network)
     done, outputs = [], []
-    with open_shell() as shell:
-        for words, _ in list_lines(OWN_NETWORK):
-            name = find_command(words)
-            if "--final" in words:
-                continue  # 50,000 images: see tests/verify/test_confirm.py
-            answer = run_whole(shell, *make_small_for_own_network(words))
-            done.append(name)
-            outputs.append(answer.stdout)
-            if name == "spaces new":
-                Path("vit.yaml").write_text(answer.stdout)
-            if name == "search":
-                Path("vit.py").write_text("changed since")
-            if name in ("reproduce", "confirm", "export"):
-                changed = "vit.py has changed since walked: the recorded text is used."
-                assert changed in answer.stderr
+    for words, _ in list_lines(OWN_NETWORK):
+        name = find_command(words)
+        if "--final" in words:
+            continue  # 50,000 images: see tests/verify/test_confirm.py
+        answer = run_whole(shell, *make_small_for_own_network(words))
+        done.append(name)
+        outputs.append(answer.stdout)
+        if name == "spaces new":
+            Path("vit.yaml").write_text(answer.stdout)
+        if name == "search":
+            Path("vit.py").write_text("changed since")
+        if name in ("reproduce", "confirm", "export"):
+            changed = "vit.py has changed since walked: the recorded text is used."
+            assert changed in answer.stderr
     assert done == [
         *("models", "spaces new", "spaces check", "search", "reproduce", "confirm", "export")
     ]

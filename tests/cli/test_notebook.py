@@ -67,10 +67,6 @@ more = dict(tier="cpu", data="shapes", settings=sizes, trials=3, max_concurrent=
 run = tune_cifar.run_search("smoke", name="one", **more)
 assert run.state.is_finished
 assert run.reproduce().verdict == "identical"
-confirmed = run.confirm(seeds=2, top=1)
-assert confirmed.candidates[0].mean is not None
-assert 0 <= run.evaluate().accuracy <= 1
-assert run.report().exists()
 space = tune_cifar.load_space("smoke", "cpu", sizes).limit(2)
 request = tune_cifar.SearchRequest(tune_cifar.find_data("shapes"), run.state.storage, "x", "plan")
 state, faults = tune_cifar.run_search(tune_cifar.prepare_search(space, request))
@@ -81,8 +77,11 @@ print("done")
 
 
 @pytest.mark.slow
-def test_a_script_searches_twice_and_does_all_that_the_commands_do(workplace: Path) -> None:
-    """Also with every submodule imported before: none hides the function."""
+def test_a_script_searches_twice_and_reproduces(workplace: Path) -> None:
+    """Also with every submodule imported before: none hides the function.
+
+    The notebook of an own network does the rest.
+    """
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
