@@ -391,7 +391,7 @@ def test_the_commands_for_own_images_run_in_their_order(
         small = [{"NAME": NAME}.get(word, word) for word in words]
         if name == "search":
             sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
-            small = [*small, f"--name={NAME}", "--trials=3", "--tier=cpu", *sizes]
+            small = [*small, f"--name={NAME}", "--trials=2", "--tier=cpu", *sizes]
         if name == "confirm":
             small += ["--seeds=1"] if "--final" in words else ["--seeds=1", "--top=1"]
         if name in ("search", "confirm"):
@@ -411,7 +411,7 @@ def make_small_for_own_network(words: Words) -> Words:
     small = [{"NAME": NAME}.get(word, word) for word in words]
     if name == "search":
         sizes = ("--set=train_size=120", "--set=val_size=20", "--set=batch_size=5")
-        small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=3", *sizes]
+        small = ["search", "--space", "vit.yaml", f"--name={NAME}", "--trials=2", *sizes]
         small += ["--tier=cpu", "--set=model_args.width=16", "--max-concurrent=1"]
     if name == "confirm":
         small += ["--top=1", "--seeds=1", "--max-concurrent=1"]

@@ -244,9 +244,9 @@ def test_the_notebook_of_an_own_network_searches_and_confirms(
     (tmp_path / "analysis").mkdir()
     for cell in list_code(notebook):  # a worker's start costs more than its trials
         cell.source = cell.source.replace("data=data", "data=data, max_concurrent=1")
-        cell.source = cell.source.replace("seeds=3, top=1", "seeds=2, top=1")
+        cell.source = cell.source.replace("seeds=3, top=1", "seeds=2, top=1, max_concurrent=1")
     settings = {"train_size": 120, "val_size": 50, "batch_size": 5}
-    run_notebook(notebook, tmp_path / "analysis", kernel, trials=3, settings=settings)
+    run_notebook(notebook, tmp_path / "analysis", kernel, trials=2, settings=settings)
     text = "\n".join(read_outputs(notebook, "text/plain"))
     assert "identical\n" in text and "wide-cpu-" in text
     tables = "\n".join(read_outputs(notebook, "text/html"))

@@ -91,7 +91,8 @@ def make_own(name: str = "Net", **changes: Any) -> TrainConfig:
 
 def refuse(folder: Path, config: TrainConfig) -> str:
     """The problem that check_network's process finds, found in this one."""
-    return str(try_network(make_request(config, CIFAR10, folder))["problem"])
+    answer = try_network(make_request(config, CIFAR10, folder))
+    return str(answer.get("problem") or answer["missing"])
 
 
 def refuse_in_a_process(folder: Path, config: TrainConfig) -> str:

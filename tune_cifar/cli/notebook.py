@@ -102,6 +102,7 @@ class Run:
         epochs: int | None = None,
         final: bool = False,
         name: str | None = None,
+        max_concurrent: int | None = None,
     ) -> Run:
         """Train the best trials again under new seeds, beside the baseline.
 
@@ -110,6 +111,7 @@ class Run:
             top: how many of the best trials.
             epochs: of each training; None is the recipe's.
             final: train what was confirmed on all images and evaluate it on the test set, once.
+            max_concurrent: trainings at once; None is as many as the machine has room for.
 
         Raises:
             ConfigError, RecordError: as `tune_cifar confirm`.
@@ -142,6 +144,7 @@ class Run:
             device=numerics.device,
             precision=numerics.precision,
             cpus_per_trial=numerics.threads,
+            max_concurrent=max_concurrent,
             tracking_uri=self.tracking_uri,
             keep_weights=count_weights(settled),
         )

@@ -221,35 +221,40 @@ def check_network(
     Raises:
         ConfigError: one sentence with file and line on the first rule that it breaks.
     """
-    request = make_request(config, data, folder, needs_all)
-    command = [sys.executable, "-m", "tune_cifar.models.custom"]
-    try:
-        run = subprocess.run(
-            command,
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=CHECK_SECONDS,
-        )
-        answer = json.loads(run.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired as exc:
-        problem = f"two images must go through it in {CHECK_SECONDS:.0f} s, got more"
-        raise ConfigError(f"{config.model}: {problem}.") from exc
-    except (json.JSONDecodeError, IndexError) as exc:
-        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-        problem = f"the process that tried it ended with status {run.returncode}"
-        raise ConfigError(f"{config.model}: {problem}: {last}") from exc
-    if "problem" in answer:
-        raise ConfigError(answer["problem"])
+    request = make_request(config, data, folder)
+    # A file is tried once in a process; what a package holds may change behind its name.
+    try_once = _try_elsewhere if request["source"] is not None else _try_elsewhere.__wrapped__
+    answer = try_once(config.model, json.dumps(request))
+    if needs_all and answer["missing"]:
+        raise ConfigError(answer["missing"])
     arguments = tuple(Argument(**found) for found in answer["arguments"])
     text = answer["source"]
     return Network(digest_source(text), text, answer["takes_dropout"], arguments)
 
 
-def make_request(
-    config: TrainConfig, data: DataDescription, folder: Path, needs_all: bool = True
-) -> dict[str, Any]:
-    """Return what the process that tries a network is told, for `try_network`; see check_network.
+@functools.lru_cache(maxsize=32)
+def _try_elsewhere(reference: str, request: str) -> dict[str, Any]:
+    """Return `try_network`'s answer from a process of its own; raise the problem."""
+    command = [sys.executable, "-m", "tune_cifar.models.custom"]
+    try:
+        run = subprocess.run(
+            command, input=request, capture_output=True, text=True, timeout=CHECK_SECONDS
+        )
+        answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired as exc:
+        problem = f"two images must go through it in {CHECK_SECONDS:.0f} s, got more"
+        raise ConfigError(f"{reference}: {problem}.") from exc
+    except (json.JSONDecodeError, IndexError) as exc:
+        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
+        problem = f"the process that tried it ended with status {run.returncode}"
+        raise ConfigError(f"{reference}: {problem}: {last}") from exc
+    if "problem" in answer:
+        raise ConfigError(answer["problem"])
+    return answer
+
+
+def make_request(config: TrainConfig, data: DataDescription, folder: Path) -> dict[str, Any]:
+    """Return what the process that tries a network is told, for `try_network`.
 
     Raises:
         ConfigError: the network's file is not there.
@@ -260,9 +265,9 @@ def make_request(
         "source": None if file is None else file.read_text(encoding="utf-8"),
         "args": dict(config.model_args),
         "dropout": config.dropout,
-        "data": data.model_dump(mode="json"),
+        "num_classes": data.num_classes,
+        "side": data.side,
         "has_single": config.train_size % config.batch_size == 1,
-        "needs_all": needs_all,
     }
 
 
@@ -270,7 +275,10 @@ def make_request(
 
 
 def try_network(request: dict[str, Any]) -> dict[str, Any]:
-    """Return what `Network` holds, or the problem as a sentence."""
+    """Return what `Network` holds and which argument is missing, or the problem as a sentence.
+
+    A network that lacks an argument is not built.
+    """
     reference, source = request["reference"], request["source"]
     where = reference.rsplit(":", 1)[0]
     try:
@@ -280,20 +288,23 @@ def try_network(request: dict[str, Any]) -> dict[str, Any]:
         takes_dropout, arguments = read_arguments(factory, place)
         given = dict(request["args"])
         missing = _check_given(given, arguments, place)
-        if missing and request["needs_all"]:
-            raise ConfigError(f"{place}: argument {missing[0]} must be given as model_args.")
         if takes_dropout:
             given["dropout"] = request["dropout"]
         if not missing:
-            data = DataDescription.model_validate_json(json.dumps(request["data"]))
-            model = factory(num_classes=data.num_classes, **given)
-            _check_model(model, data, place, request["has_single"])
+            model = factory(num_classes=request["num_classes"], **given)
+            _check_model(model, request, place)
     except ConfigError as exc:
         return {"problem": str(exc)}
     except BaseException as exc:  # the user's code may raise anything
         return {"problem": _describe_exception(exc, where)}
-    found = [argument.__dict__ for argument in arguments]
-    return {"source": text, "takes_dropout": takes_dropout, "arguments": found}
+    return {
+        "source": text,
+        "takes_dropout": takes_dropout,
+        "arguments": [argument.__dict__ for argument in arguments],
+        "missing": f"{place}: argument {missing[0]} must be given as model_args."
+        if missing
+        else "",
+    }
 
 
 def _import(reference: str, source: str | None) -> Callable[..., Any]:
@@ -338,17 +349,18 @@ def _check_given(given: dict[str, Any], arguments: tuple[Argument, ...], place: 
     return [each.name for each in arguments if each.default is None and each.name not in given]
 
 
-def _check_model(model: Any, data: DataDescription, place: str, has_single: bool) -> None:
+def _check_model(model: Any, request: dict[str, Any], place: str) -> None:
     """Send two images through the network."""
+    side, num_classes = request["side"], request["num_classes"]
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{place}: it must return an nn.Module, got {type(model).__name__}.")
     torch.manual_seed(0)
-    images, labels = torch.randn(2, 3, data.side, data.side), torch.tensor([0, 1])
+    images, labels = torch.randn(2, 3, side, side), torch.tensor([0, 1])
     logits = {}
     for mode in (True, False):
         with torch.set_grad_enabled(mode):
             logits[mode] = model.train(mode)(images)
-        _check_logits(logits[mode], data.num_classes, place)
+        _check_logits(logits[mode], num_classes, place)
     if all(_are_probabilities(found) for found in logits.values()):
         rule = "it must return logits, got probabilities (rows that sum to 1)"
         raise ConfigError(f"{place}: {rule}. Leave the softmax out.")
@@ -356,7 +368,7 @@ def _check_model(model: Any, data: DataDescription, place: str, has_single: bool
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             raise ConfigError(f"{place}: parameter {name} gets no gradient. It is not used.")
-    if has_single:
+    if request["has_single"]:
         try:
             model.train()(images[:1])
         except ValueError as exc:
