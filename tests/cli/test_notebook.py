@@ -19,7 +19,7 @@ from tests.builders import ROOT, make_events, write_search
 from tune_cifar.cli import notebook
 from tune_cifar.cli.notebook import Run, run_search
 from tune_cifar.cli.search import search as search_command
-from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.errors import ConfigError, RecordError, SpaceError
 from tune_cifar.record.state import SearchState
 
 
@@ -130,3 +130,5 @@ def test_the_public_names_are_there_and_no_submodule_hides_one() -> None:
             importlib.import_module(found.name)
     names: Any = tune_cifar.__all__
     assert not [name for name in names if inspect.ismodule(getattr(tune_cifar, name))]
+    with pytest.raises(SpaceError, match="no-such-space"):
+        tune_cifar.run_search("no-such-space")
