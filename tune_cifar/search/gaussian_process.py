@@ -132,22 +132,20 @@ def propose_by_gp(
     chosen = random.permutation(len(at))[:MAX_FITTED]
     process = GaussianProcess(inputs, targets, *fit(inputs[chosen], targets[chosen]))
 
-    def judge(at_places: Array) -> tuple[Array, Array]:
-        """Return mean and deviation at the last rung."""
+    def encode_ends(at_places: Array) -> Array:
+        """Return the inputs of these places at the last rung."""
         ends = np.full(len(at_places), rungs[-1])
-        return process.predict(_add_rung(cube.encode(at_places), ends, rungs))
+        return _add_rung(cube.encode(at_places), ends, rungs)
 
     running = [i for i, trial in enumerate(trials) if trial.is_running]
     if running:
-        theirs = everywhere[running]
-        ends = np.full(len(theirs), rungs[-1])
-        process = process.believe(_add_rung(cube.encode(theirs), ends, rungs))
+        process = process.believe(encode_ends(everywhere[running]))
     tried = np.unique(places, axis=0)
-    means, _ = judge(tried)
+    means = process.predict_means(encode_ends(tried))
     centres = tried[np.argsort(means)[-NUM_CENTRES:]]
     candidates = _draw_candidates(centres, random)
     _centre_inactive(cube, candidates, select_active)
-    mean, deviation = judge(candidates)
+    mean, deviation = process.predict(encode_ends(candidates))
     gain = (mean - means.max()) / deviation
     density = np.exp(-0.5 * gain**2) / math.sqrt(2.0 * math.pi)
     expected = deviation * (gain * ndtr(gain) + density)
@@ -204,14 +202,23 @@ class GaussianProcess:
 
     def predict(self, inputs: Array) -> tuple[Array, Array]:
         """Return mean and standard deviation of the noiseless function (inputs,) each."""
-        cross = _matern(_squares(inputs / self._lengths, self._inputs))
+        cross = self._relate(inputs)
         spread = solve_triangular(self._factor, cross.T, lower=True)
         variance = np.maximum(1.0 - (spread**2).sum(axis=0), 1e-12)
         return cross @ self._weights, np.sqrt(variance)
 
+    def predict_means(self, inputs: Array) -> Array:
+        """Return the mean alone, for a fraction of the time."""
+        means: Array = self._relate(inputs) @ self._weights
+        return means
+
+    def _relate(self, inputs: Array) -> Array:
+        """Return the covariance of inputs and observations."""
+        return _matern(_squares(inputs / self._lengths, self._inputs))
+
     def believe(self, inputs: Array) -> GaussianProcess:
         """Return the process that has also seen its own means at these inputs."""
-        means, _ = self.predict(inputs)
+        means = self.predict_means(inputs)
         seen = np.vstack([self._inputs * self._lengths, inputs])
         targets = np.concatenate([self._targets, means])
         return GaussianProcess(seen, targets, self._lengths, self._noise)
