@@ -253,3 +253,41 @@ def test_the_notebook_of_an_own_network_searches_and_confirms(
     assert "model_args.width" in tables and "all trials</p><table>" in tables
     (report,) = (tmp_path / "runs" / "reports").glob("*.html")
     assert report.name in text
+
+
+LONG_SEARCH = """
+import os, tune_cifar
+os.chdir({folder!r})
+sizes = {{"train_size": 120, "val_size": 50, "batch_size": 10}}
+run = tune_cifar.run_search(
+    "smoke", data="shapes", tier="cpu", settings=sizes, trials=5000, max_concurrent=1
+)
+print(run.state.finished.reason, run.state.is_finished, len(run.trials) > 0)
+"""
+
+
+@pytest.mark.slow
+@ONE_KERNEL
+def test_the_interrupt_of_a_kernel_ends_a_search_in_order(
+    tmp_path: Path, kernel: AsyncKernelManager
+) -> None:
+    """And the cells after it go on with what is done."""
+    shown: list[str] = []
+
+    def on_output(message: dict[str, Any]) -> None:
+        content = message["content"]
+        text = content.get("data", {}).get("text/html") or content.get("text", "")
+        if "1 complete" in text and not any("1 complete" in before for before in shown):
+            run_sync(kernel.interrupt_kernel)()
+        shown.extend([text] if text else [])
+
+    client = kernel.blocking_client()
+    client.start_channels()
+    try:
+        code = LONG_SEARCH.format(folder=str(tmp_path))
+        reply = client.execute_interactive(code, output_hook=on_output, timeout=300)
+    finally:
+        client.stop_channels()
+    assert reply["content"]["status"] == "ok", shown[-1]
+    assert shown[-1] == "interrupted False True\n" and "; interrupted</p><table>" in shown[-2]
+    assert any("stopping after the running epochs" in text for text in shown)

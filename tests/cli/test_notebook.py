@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jupyter_client.manager import start_new_kernel
 
 import tune_cifar
 from tests.builders import ROOT, make_events, write_search
@@ -86,42 +85,6 @@ def test_a_script_searches_twice_and_reproduces(workplace: Path) -> None:
     assert done.returncode == 0 and done.stdout == "done\n", done.stdout + done.stderr
     assert "trial 0 complete (all epochs); best so far" in done.stderr
     assert "epoch 1 of " in done.stderr and ": agrees" in done.stderr
-
-
-LONG_SEARCH = """
-import tune_cifar
-sizes = {"train_size": 120, "val_size": 50, "batch_size": 10}
-run = tune_cifar.run_search("smoke", data="shapes", tier="cpu", settings=sizes, trials=5000,
-    max_concurrent=1)
-print(run.state.finished.reason, run.state.is_finished, len(run.trials) > 0)
-"""
-
-
-@pytest.mark.slow
-def test_the_interrupt_of_a_kernel_ends_a_search_in_order(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And the cells after it go on with what is done."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("IPYTHONDIR", str(workplace / "ipython"))
-    manager, client = start_new_kernel()
-    shown: list[str] = []
-
-    def on_output(message: dict[str, Any]) -> None:
-        content = message["content"]
-        text = content.get("data", {}).get("text/html") or content.get("text", "")
-        if "1 complete" in text and not any("1 complete" in before for before in shown):
-            manager.interrupt_kernel()
-        shown.extend([text] if text else [])
-
-    try:
-        reply = client.execute_interactive(LONG_SEARCH, output_hook=on_output, timeout=300)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-    assert reply["content"]["status"] == "ok", shown[-1]
-    assert shown[-1] == "interrupted False True\n" and "; interrupted</p><table>" in shown[-2]
-    assert any("stopping after the running epochs" in text for text in shown)
 
 
 def test_the_public_names_are_there_and_no_submodule_hides_one() -> None:
