@@ -181,6 +181,21 @@ def test_arguments_must_fit_the_constructor(tmp_path: Path) -> None:
     assert "argument size must be given as model_args" in refuse(tmp_path, make_own("Needs"))
 
 
+def test_a_file_is_tried_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again when its text has changed; a process has no time then."""
+    needs = "\nclass Needs(Net):\n    def __init__(self, num_classes, size: int): ...\n"
+    path = write(tmp_path, needs)
+    found = check_network(make_own("Needs"), CIFAR10, tmp_path, needs_all=False)
+    assert found.arguments == (Argument("size", "int", None),)
+    monkeypatch.setattr("tune_cifar.models.custom.CHECK_SECONDS", 0.0)
+    assert check_network(make_own("Needs"), CIFAR10, tmp_path, needs_all=False) == found
+    line = find_line(path, "class Needs")
+    rule = f"net.py:{line}: argument size must be given as model_args."
+    assert refuse_in_a_process(tmp_path, make_own("Needs")) == rule
+    write(tmp_path, f"{needs}# changed\n")
+    assert "must go through it in 0 s" in refuse_in_a_process(tmp_path, make_own("Needs"))
+
+
 def test_a_constructor_is_read_without_calling_it() -> None:
     def make(num_classes: int, width: int, scale=1.5, kind: str = "a", layer=torch.nn.ReLU): ...  # type: ignore[no-untyped-def]
 

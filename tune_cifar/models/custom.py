@@ -297,14 +297,9 @@ def try_network(request: dict[str, Any]) -> dict[str, Any]:
         return {"problem": str(exc)}
     except BaseException as exc:  # the user's code may raise anything
         return {"problem": _describe_exception(exc, where)}
-    return {
-        "source": text,
-        "takes_dropout": takes_dropout,
-        "arguments": [argument.__dict__ for argument in arguments],
-        "missing": f"{place}: argument {missing[0]} must be given as model_args."
-        if missing
-        else "",
-    }
+    needs = f"{place}: argument {missing[0]} must be given as model_args." if missing else ""
+    found = [argument.__dict__ for argument in arguments]
+    return {"source": text, "takes_dropout": takes_dropout, "arguments": found, "missing": needs}
 
 
 def _import(reference: str, source: str | None) -> Callable[..., Any]:
