@@ -38,14 +38,15 @@ browser:
 	@command -v chromedriver >/dev/null || \
 	  tools/apt.sh "the browser tests will be skipped." chromium chromium-driver
 
-# PostgreSQL, and the drivers for it and for S3, for the tests of a tracking server and of a mirror.
+# PostgreSQL, and the drivers for it, S3 and Google's store, for the tests of a tracking server and of
+# a mirror.
 services: $(READY)
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
 	  tools/apt.sh "the tests of a tracking server will be skipped." postgresql
 	@if command -v uv >/dev/null 2>&1; then pip="uv pip install --python $(BIN)/python"; \
 	else pip="$(BIN)/python -m pip install --disable-pip-version-check"; fi; \
-	$$pip --quiet -c constraints.txt -e '.[dev,s3,postgres]' || \
-	  echo "no drivers for PostgreSQL and S3: their tests will be skipped."
+	$$pip --quiet -c constraints.txt -e '.[dev,s3,gcs,postgres]' || \
+	  echo "no drivers for PostgreSQL and object stores: their tests will be skipped."
 
 # Every fault injected into complete searches, KILLS times kill -9; and all else that takes minutes.
 test-faults: $(READY)

@@ -30,17 +30,18 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", "s3", "gs"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "file":
         yield (tmp_path / "mirror").as_uri()
         return
-    if importlib.util.find_spec("s3fs") is None:
-        pytest.skip("s3fs is not installed (make services)")
-    yield from serve_bucket()
+    driver, serve = {"s3": ("s3fs", serve_s3), "gs": ("gcsfs", serve_gs)}[request.param]
+    if importlib.util.find_spec(driver) is None:
+        pytest.skip(f"{driver} is not installed (make services)")
+    yield from serve()
 
 
-def serve_bucket() -> Iterator[str]:
+def serve_s3() -> Iterator[str]:
     """An S3 server on loopback with an empty bucket."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -62,12 +63,27 @@ def serve_bucket() -> Iterator[str]:
     server.stop()
 
 
+def serve_gs() -> Iterator[str]:
+    """An emulator of Google's object store on loopback with an empty bucket."""
+    from gcp_storage_emulator.server import create_server
+
+    port = find_free_port()
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="searches")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        yield "gs://searches/mine"
+    server.stop()
+
+
 def list_files(folder: Path) -> dict[str, bytes]:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_a_search_comes_back_as_it_was(folder: Path, url: str, tmp_path: Path) -> None:
+def test_a_search_comes_back_as_it_was(
+    folder: Path, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copied = copy_search(folder, url)
     assert set(copied) == {RECORD_FILE, OLD, KEPT, "trials/0003/error.txt"}
     assert list(copied)[-1] == RECORD_FILE, "what it names is there before the record is"
@@ -77,6 +93,7 @@ def test_a_search_comes_back_as_it_was(folder: Path, url: str, tmp_path: Path) -
     del wanted["owner.json"]
     assert list_files(restored) == wanted
     assert read_state(restored).counts == read_state(folder).counts
+    assert not [entry for entry in caplog.records if entry.name.startswith(("gcsfs", "s3fs"))]
 
 
 def test_only_what_changed_is_copied_and_what_is_gone_here_goes_there(

@@ -212,6 +212,8 @@ def _open(url: str, name: str) -> tuple[Any, str]:
 
     if "://" not in url:
         raise ValueError("no protocol")
+    # It logs what it raises, with a traceback for each attempt.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     store, path = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
     return store, f"{str(path).rstrip('/')}/{name}".rstrip("/")
 
