@@ -135,7 +135,7 @@ def locate(space: SearchSpace, params: dict[str, Any]) -> tuple[Array, Mask]:
     params = {**space.baseline_params, **params}
     inactive = inactive_knobs(space.config(params))
     active = np.array([name not in inactive for name in space.distributions])
-    return UnitCube(space.distributions).locate(params), active
+    return UnitCube(space.distributions).locate([params])[0], active
 
 
 def make_table(space: SearchSpace, params: list[dict[str, Any]], scores: Sequence[float]) -> Table:

@@ -97,7 +97,7 @@ def make_table(space: SearchSpace, rows: Iterable[dict[str, Any]]) -> Table:
     scores = [[[jobs[seed, rung]["val_acc"] for rung in RUNGS] for seed in SEEDS] for jobs in whole]
     diverged = [[jobs[seed, RUNGS[-1]]["diverged"] for seed in SEEDS] for jobs in whole]
     active = [[name in each for name in space.distributions] for each in params]
-    places = np.array([cube.locate(each) for each in params])
+    places = cube.locate(params)
     return Table(params, places, np.array(active), np.array(scores), np.array(diverged))
 
 
@@ -135,7 +135,7 @@ def simulate(space: SearchSpace, table: Table, seed: int) -> Array:
             params, _ = sampler.ask(number, trials)
             differences = np.where(
                 table.active & np.array([name in params for name in space.distributions]),
-                table.places - cube.locate(params),
+                table.places - cube.locate([params]),
                 0.0,
             )
             distances = (differences**2).sum(axis=1)

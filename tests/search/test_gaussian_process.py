@@ -15,9 +15,12 @@ from optuna.distributions import (
 )
 
 from tune_cifar.search.gaussian_process import (
+    NUM_BOUNDING,
+    NUM_FIRST,
     GaussianProcess,
     Seen,
     UnitCube,
+    find_best,
     fit,
     propose_by_gp,
     rank_targets,
@@ -32,17 +35,14 @@ DISTRIBUTIONS: dict[str, BaseDistribution] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("params", "place"),
-    [
-        ({"lr": 1e-3, "dropout": 0.4, "width": 12, "schedule": "constant"}, [0, 1, 0.5, 1 / 6]),
-        ({"lr": 0.1, "schedule": "step"}, [2 / 3, 0.5, 0.5, 5 / 6]),
-    ],
-)
-def test_a_number_lies_at_its_fraction_a_choice_in_its_cell_and_what_is_inactive_halfway(
-    params: dict[str, Any], place: list[float]
-) -> None:
-    assert UnitCube(DISTRIBUTIONS).locate(params) == pytest.approx(place)
+def test_a_number_lies_at_its_fraction_a_choice_in_its_cell_and_what_is_inactive_halfway() -> None:
+    cube = UnitCube({**DISTRIBUTIONS, "only": FloatDistribution(0.3, 0.3)})
+    proposals: list[dict[str, Any]] = [
+        {"lr": 1e-3, "dropout": 0.4, "width": 12, "schedule": "constant", "only": 0.3},
+        {"lr": 0.1, "schedule": "step"},
+    ]
+    places = [[0, 1, 0.5, 1 / 6, 0.5], [2 / 3, 0.5, 0.5, 5 / 6, 0.5]]
+    assert cube.locate(proposals) == pytest.approx(np.array(places))
 
 
 @pytest.mark.parametrize("name", ["s6", "s7", "s8", "s10"])
@@ -56,7 +56,7 @@ def test_every_place_is_read_as_values_of_the_space_and_located_again(name: str)
             found = distributions[knob]
             assert found._contains(found.to_internal_repr(value)), (knob, value)
             assert type(value) is type(getattr(found, "low", value))
-        again = cube.read(cube.locate(params))
+        again = cube.read(cube.locate([params])[0])
         assert again == pytest.approx(params) if name == "s7" else again.keys() == params.keys()
 
 
@@ -64,8 +64,7 @@ def test_choices_are_as_far_apart_as_the_ends_of_a_range() -> None:
     cube = UnitCube(DISTRIBUTIONS)
     base = {"lr": 1e-3, "dropout": 0.0, "width": 4, "schedule": "constant"}
     others: list[dict[str, Any]] = [{"schedule": "step"}, {"schedule": "onecycle"}, {"width": 20}]
-    places = np.array([cube.locate({**base, **other}) for other in [{}, *others]])
-    inputs = cube.encode(places)
+    inputs = cube.encode(cube.locate([{**base, **other} for other in [{}, *others]]))
     assert np.linalg.norm(inputs[1:] - inputs[0], axis=1) == pytest.approx([1, 1, 1])
 
 
@@ -121,6 +120,50 @@ def test_believing_a_running_trial_keeps_the_mean_and_removes_the_doubt() -> Non
     before, after = process.predict(there), process.believe(there).predict(there)
     assert after[0] == pytest.approx(before[0], abs=0.01)
     assert after[1] < 0.3 * before[1]
+
+
+def test_believing_continues_the_process_as_if_it_had_been_made_with_all() -> None:
+    process, lengths, noise = make_process(150)
+    running = np.random.default_rng(8).random((5, 3))
+    believed = process.believe(running)
+    inputs, targets = make_observations(150)
+    targets = np.append(targets, process.predict_means(running))
+    anew = GaussianProcess(np.vstack([inputs, running]), targets, lengths, noise)
+    there = np.random.default_rng(9).random((40, 3))
+    for one, other in zip(believed.predict(there), anew.predict(there), strict=True):
+        assert one == pytest.approx(other, abs=1e-9)
+
+
+def make_observations(count: int) -> tuple[Any, Any]:
+    random = np.random.default_rng(7)
+    inputs = random.random((count, 3))
+    return inputs, np.sin(5 * inputs[:, 0]) + inputs[:, 1] + 0.3 * random.standard_normal(count)
+
+
+def make_process(count: int) -> tuple[GaussianProcess, Any, float]:
+    lengths, noise = np.array([0.4, 0.8, 2.0]), 0.1
+    return GaussianProcess(*make_observations(count), lengths, noise), lengths, noise
+
+
+@pytest.mark.parametrize("count", [20, 400])  # fewer than bound a deviation, and more
+def test_the_best_candidate_is_that_of_all_improvements_computed(count: int) -> None:
+    """The bounds leave out only what cannot win."""
+    from scipy.stats import norm
+
+    process, _, _ = make_process(count)
+    wins = 0
+    for seed in range(20):
+        candidates = np.random.default_rng(seed).random((500, 3))
+        means, deviations = process.predict(candidates)
+        target = np.sort(means)[-1 - 20 * seed]
+        gains = (means - target) / deviations
+        expected = deviations * (gains * norm.cdf(gains) + norm.pdf(gains))
+        best = find_best(process, candidates, target)
+        assert best == expected.argmax()
+        bounds = process.bound_deviations(candidates, NUM_BOUNDING)
+        assert (bounds >= deviations - 1e-12).all()
+        wins += best not in np.argsort(-bounds)[:NUM_FIRST]
+    assert wins, "the best of some lies beyond those of the widest bounds"
 
 
 def test_those_that_ended_before_a_rung_rank_below_all_that_reached_it() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -105,13 +105,16 @@ def find_conflict(
 
 def find_inactive(baseline: TrainConfig, search: Searched) -> dict[str, str]:
     """Return the knobs that no combination of searched values makes active, with the reason."""
-    names = [name for name in DECIDING if name in search]
-    found = []
-    for values in itertools.product(*(search[name].ends for name in names)):
-        config = baseline.model_copy(update=dict(zip(names, values, strict=True)))
-        found.append(inactive_knobs(config))
+    undecided = {name: search[name] for name in DECIDING if name in search}
+    found = [inactive_knobs(config) for config in _list_outcomes(baseline, undecided)]
     everywhere = set.intersection(*map(set, found))
     return {name: reason for name, reason in found[0].items() if name in everywhere}
+
+
+def _list_outcomes(config: TrainConfig, undecided: Searched) -> Iterator[TrainConfig]:
+    """Yield the configuration for all combinations of the undecided knobs' ends."""
+    for values in itertools.product(*(found.ends for found in undecided.values())):
+        yield config.model_copy(update=dict(zip(undecided, values, strict=True)))
 
 
 def select_active(
@@ -125,12 +128,14 @@ def select_active(
     """
     undecided = {name: search[name] for name in DECIDING if name in search}
     active: dict[str, Any] = {}
-    for name in [*undecided, *(name for name in params if name not in undecided)]:
-        inactive = find_inactive(baseline.model_copy(update=active), undecided)
-        if name in params and name not in inactive:
+    for name in list(undecided):
+        outcomes = _list_outcomes(baseline.model_copy(update=active), undecided)
+        if name in params and any(name not in inactive_knobs(found) for found in outcomes):
             active[name] = params[name]
-        undecided.pop(name, None)
-    return {name: params[name] for name in search if name in active}
+        del undecided[name]
+    inactive = {*inactive_knobs(baseline.model_copy(update=active)), *DECIDING}
+    active |= {name: value for name, value in params.items() if name not in inactive}
+    return {name: active[name] for name in search if name in active}
 
 
 def describe_inactive(name: str, reason: str) -> str:
