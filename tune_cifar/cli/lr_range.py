@@ -34,7 +34,9 @@ JSON_KEYS = (
 
 Tier = Annotated[
     str,
-    typer.Option("--tier", metavar="full|cpu", help="Whose batch_size and train_size to take."),
+    typer.Option(
+        "--tier", metavar="full|cpu|night", help="Whose batch_size and train_size to take."
+    ),
 ]
 Low = Annotated[float, typer.Option("--low", metavar="LR", help="The first step's.")]
 High = Annotated[float, typer.Option("--high", metavar="LR", help="The last step's.")]

@@ -23,7 +23,9 @@ def train(
     space: options.Space,
     tier: Annotated[
         str,
-        typer.Option("--tier", metavar="full|cpu", help="Whose epochs and train_size to take."),
+        typer.Option(
+            "--tier", metavar="full|cpu|night", help="Whose epochs and train_size to take."
+        ),
     ] = "full",
     settings: options.Settings = None,
     name: options.Name = None,
