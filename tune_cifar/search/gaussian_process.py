@@ -260,7 +260,8 @@ class GaussianProcess:
         """
         cross = _correlate(self._inputs[:count], inputs / self._lengths)
         spread = solve_triangular(self._factor[:count, :count], cross, lower=True)
-        return np.sqrt(np.maximum(1.0 - (spread**2).sum(axis=0), 1e-12))
+        deviations: Array = np.sqrt(np.maximum(1.0 - (spread**2).sum(axis=0), 1e-12))
+        return deviations
 
     def believe(self, inputs: Array) -> GaussianProcess:
         """Return the process that has also seen its own means at these inputs."""
