@@ -67,7 +67,7 @@ NUMERICS = Numerics(
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LcbenchSpace(SearchSpace):
     """The hyperparameters of LCBench in place of ours; a training's recipe stays the baseline."""
 

@@ -340,8 +340,9 @@ def draw(study: Study, path: Path) -> None:
     taus = compute_taus(study)
     names, rungs = list(study.variants), study.rungs[:-1]
     size = (3.2 * len(rungs), 3 * len(names))
-    grid = {"nrows": len(names), "ncols": len(rungs), "squeeze": False}
-    figure, axes = plt.subplots(**grid, figsize=size, layout="constrained")
+    figure, axes = plt.subplots(
+        len(names), len(rungs), squeeze=False, figsize=size, layout="constrained"
+    )
     full = study.variants["epochs"][:, -1]
     for (row, name), (column, rung) in itertools.product(enumerate(names), enumerate(rungs)):
         ax = axes[row, column]

@@ -76,8 +76,8 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(run(arguments.side, **shape)))
         return
-    options = ("--space", arguments.space, "--epochs", arguments.epochs)
-    options += ("--train-size", arguments.train_size)
+    options = ["--space", arguments.space, "--epochs", arguments.epochs]
+    options += ["--train-size", arguments.train_size]
     rounds = take_turns(SIDES, arguments.rounds, lambda side: run_side(__file__, side, options))
     names = ("start", "warm_start", "train", "epochs_per_second", "val_acc", "memory")
     rows = [(side, *(median_figure(rounds, side, name) for name in names)) for side in SIDES]

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,10 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
     from tune_cifar.record.events import Stage, TrialEnded, TrialStarted
     from tune_cifar.search import run as search
     from tune_cifar.search.plan import SearchRequest
+    from tune_cifar.search.worker import TrialWorker
     from tune_cifar.space.select import load_space
 
-    class EmptyWorker(search.TrialWorker):  # type: ignore[misc]
+    class EmptyWorker(TrialWorker):
         def _make_results(self) -> Iterator[tuple[Stage, Any]]:
             for stage in (Stage(*found) for found in self._trial["stages"]):
                 for epoch in range(1, stage.length + 1):
@@ -82,15 +83,17 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
         if type(event) in times:
             times[type(event)].append(since_start())
 
-    search.TrialWorker = EmptyWorker
+    vars(search)["TrialWorker"] = EmptyWorker
     space = load_space("s7", "cpu", {"train_size": 5000, "val_size": 100})
     changes = {"rungs": (epochs,), "trials": num_trials, "max_time_seconds": None}
     baseline = space.baseline.model_copy(update={"epochs": epochs})
     budget = space.budget.model_copy(update=changes)
     space = dataclasses.replace(space, baseline=baseline, budget=budget)
-    source, names = DataSource("shapes", None), {"command": "overhead", "name": "empty"}
+    source = DataSource("shapes", None)
     with tempfile.TemporaryDirectory() as folder:
-        request = SearchRequest(source, Path(folder), **names, max_concurrent=1)
+        request = SearchRequest(
+            source, Path(folder), command="overhead", name="empty", max_concurrent=1
+        )
         state, faults = search.run_search(search.prepare_search(space, request), note)
         end = since_start()
         assert not faults and state.counts["complete"] == num_trials, (faults, state.counts)
@@ -177,7 +180,7 @@ def run_bare() -> Figures:
     return {"running": since_start()}
 
 
-SIDES = {
+SIDES: dict[str, Callable[[int], Figures]] = {
     "ours": lambda num: run_ours(num, EPOCHS),
     "ours, rungs": lambda num: run_ours(num, 1),
     "stock": run_stock,

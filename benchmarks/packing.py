@@ -63,7 +63,8 @@ def train(
     sizes = {"epochs": MANY_EPOCHS, "train_size": train_size, "val_size": VAL_SIZE}
     config = config.model_copy(update=sizes)
     data = load_train_val(find_data(None), train_size, VAL_SIZE)
-    with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else nullcontext():
+    make: Any = torch.cuda.Stream
+    with torch.cuda.stream(make()) if on_cuda else nullcontext():
         with CAPTURING:
             epochs = iter(Trainer(config, data, numerics))
             next(epochs)
@@ -121,7 +122,8 @@ def main() -> None:
         how = (space, execution, seconds, arguments.tiny)
         print(json.dumps(run_packed(arguments.side, *how)))
         return
-    from tune_cifar.train.numerics import count_cores, count_gpus
+    from tune_cifar.record.machine import count_cores
+    from tune_cifar.train.numerics import count_gpus
 
     limit = max(arguments.at_once) if count_gpus("auto") else count_cores()
     numbers = [num for num in arguments.at_once if num <= limit]

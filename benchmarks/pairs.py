@@ -114,7 +114,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def describe_machine() -> dict[str, Any]:
     """Return date, processor or GPU with its capability, cores and torch's version."""
-    from tune_cifar.train.numerics import count_cores, resolve_numerics
+    from tune_cifar.record.machine import count_cores
+    from tune_cifar.train.numerics import resolve_numerics
 
     numerics = resolve_numerics()
     return {

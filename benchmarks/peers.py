@@ -27,7 +27,7 @@ class RandomConfigs:
     def __init__(self, lcbench: Lcbench, seed: int) -> None:
         self._lcbench, self._seed, self._num_trials = lcbench, seed, 0
 
-    def ask(self) -> Trial:
+    def ask(self) -> Trial | None:
         (params,) = self._lcbench.draw(1, self._seed + self._num_trials)
         self._num_trials += 1
         return Trial(self._num_trials - 1, params)
@@ -57,6 +57,7 @@ class FirstEpochs(RandomConfigs):
     def ask(self) -> Trial | None:
         if self._num_trials < self._num_configs:
             trial = super().ask()
+            assert trial is not None
             self._started[trial.number] = trial
             return trial
         if len(self._tried) < self._num_configs:
@@ -94,11 +95,11 @@ class RayTune:
         self._searcher = OptunaSearch(space=space, metric=METRIC, mode="max", seed=seed)
         self._trials: list[SimpleNamespace] = []
 
-    def ask(self) -> Trial:
+    def ask(self) -> Trial | None:
         number = len(self._trials)
         trial: Any = SimpleNamespace(trial_id=str(number))
         self._trials.append(trial)
-        self._scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+        self._scheduler.on_trial_add(None, trial)
         if self._random is not None:
             return self._random.ask()
         params = self._searcher.suggest(trial.trial_id)
@@ -108,8 +109,8 @@ class RayTune:
     def report(self, number: int, stage: int, epoch: int, score: float) -> bool:
         trial: Any = self._trials[number]
         result = {METRIC: score, TIME: epoch}
-        decision = self._scheduler.on_trial_result(None, trial, result)  # type: ignore[arg-type]
-        goes_on = decision == "CONTINUE"
+        decision = self._scheduler.on_trial_result(None, trial, result)
+        goes_on = bool(decision == "CONTINUE")
         if self._random is None:
             self._searcher.on_trial_result(trial.trial_id, result)
             if not goes_on:

@@ -16,6 +16,7 @@ from tune_cifar.dataset import CIFAR10
 from tune_cifar.errors import RecordError
 from tune_cifar.record.files import write_atomically
 from tune_cifar.record.journal import RECORD_FILE, read_state
+from tune_cifar.record.machine import count_cores
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.record.test_log import (
@@ -29,7 +30,7 @@ from tune_cifar.record.test_log import (
 from tune_cifar.schema import DataInfo, TrainConfig, inactive_knobs
 from tune_cifar.search.forecast import forecast_search
 from tune_cifar.space.select import load_space
-from tune_cifar.train.numerics import count_cores, count_gpus
+from tune_cifar.train.numerics import count_gpus
 from tune_cifar.verify.confirm import make_final
 
 TOP = 3  # candidates of a confirmation beside the baseline

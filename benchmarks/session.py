@@ -43,7 +43,7 @@ LIMIT_EXIT, DRY_LIMIT = 124, 600
 # Seconds that a search takes beside its --max-time: it starts, ends its trials and reports.
 SEARCH_MARGIN = 30
 # Enough for what measures steps.
-FEW = {"train_size": 10_240, "val_size": 1000}
+FEW: dict[str, Any] = {"train_size": 10_240, "val_size": 1000}
 
 
 class Session(NamedTuple):
@@ -115,7 +115,7 @@ def probe(session: Session) -> Facts:
         "card": ask("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "kernel": platform.release(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -261,13 +261,15 @@ def time_steps(session: Session, trainer: Any, batches: Any) -> float:
             trainer._train_step(*next(batches), settings)
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
+    make: Any = torch.cuda.Event
+    events = [make(enable_timing=True) for _ in range(num_steps + 1)]
     events[0].record()
     for event in events[1:]:
         trainer._train_step(*next(batches), settings)
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events))
+    seconds = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events)]
+    return statistics.median(seconds)
 
 
 def profile(session: Session) -> Facts:

@@ -81,9 +81,10 @@ def build_source_model(config: TrainConfig) -> nn.Module:
     for name, layer in [*model.named_modules()]:
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, ReluDropout):
-            plain: nn.Module = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(layer.p))
+            dropout = nn.Dropout(float(layer.drop_p))
+            plain: nn.Module = nn.Sequential(nn.ReLU(inplace=True), dropout)
         elif isinstance(layer, Dropout):
-            plain = (nn.Dropout2d if layer.whole_channels else nn.Dropout)(layer.p)
+            plain = (nn.Dropout2d if layer.whole_channels else nn.Dropout)(float(layer.drop_p))
         elif isinstance(layer, ScaledBatchNorm2d):
             plain = nn.BatchNorm2d(layer.num_features)
         else:

@@ -164,7 +164,7 @@ def format_gain(pairs: Sequence[tuple[float, float]]) -> str:
     if gain.interval is None:
         return f"{100 * gain.mean:+.2f} (n = 1)"
     low, high = gain.interval
-    return f"{100 * gain.mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}, n = {gain.n})"
+    return f"{100 * gain.mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}, n = {gain.num_pairs})"
 
 
 def show(arguments: argparse.Namespace) -> None:

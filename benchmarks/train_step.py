@@ -120,7 +120,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         run = run_source if arguments.side == "source" else run_ours
-        print(json.dumps(run(*arguments.spaces, arguments.seconds)))
+        (space,) = arguments.spaces
+        print(json.dumps(run(space, arguments.seconds)))
         return
     found = {space: run_space(space, arguments) for space in arguments.spaces}
     other = "there" if arguments.against else "source"
