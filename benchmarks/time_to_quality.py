@@ -94,7 +94,7 @@ def search_stock(search: Search, folder: Path) -> Row:
             metric="val_acc",
             mode="max",
             scheduler=ASHAScheduler(max_t=space.baseline.epochs),
-            search_alg=OptunaSearch(space=searched, seed=search.number),
+            search_alg=OptunaSearch(searched, metric="val_acc", mode="max", seed=search.number),
             num_samples=-1,
             time_budget_s=60 * search.minutes,
         ),
