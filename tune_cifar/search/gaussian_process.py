@@ -26,7 +26,7 @@ from scipy.special import ndtr, ndtri
 Array = NDArray[np.float64]
 
 MAX_OBSERVATIONS = 1000
-"""The newest ones of the highest rungs count: a proposal takes below a second."""
+"""The newest ones of the highest rungs count: a proposal takes 0.2 s."""
 MAX_FITTED = 128
 """Observations that length scales are fitted to: 10 to 20 ms."""
 MAX_STEPS = 30
