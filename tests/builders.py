@@ -543,12 +543,14 @@ def make_tiny_driver(
     numerics: Numerics,
     rungs: tuple[int, ...],
     fidelity: str = "cycles",
+    replicates: int = 1,
     **knobs: Any,
 ) -> SearchDriver:
     """A driver of one trial, the baseline, that really trains in stages, 2 steps an epoch."""
     tiny = {"train_size": 10, "val_size": 10, "batch_size": 5, "epochs": rungs[-1]}
     warm_up = {"pct_start": 0.9} if "schedule" not in knobs else {}
-    space = load_smoke({**tiny, **warm_up, **knobs}, rungs=rungs, fidelity=fidelity, trials=1)
+    budget = {"rungs": rungs, "fidelity": fidelity, "replicates": replicates, "trials": 1}
+    space = load_smoke({**tiny, **warm_up, **knobs}, **budget)
     data = load_train_val(SHAPES, space.baseline.train_size, space.baseline.val_size)
     header = recorded.make_header("search", "c", space, 0, data.info, numerics, "test")
     return SearchDriver(Record.create(search_folder(storage, "c"), header), space, ignore_event)

@@ -557,14 +557,16 @@ def reproduce_stages(storage: Path, *words: str) -> Any:
     return invoke("reproduce", "c:0", "--data", "shapes", "--storage", str(storage), *words)
 
 
+@pytest.mark.parametrize("replicates", [1, 2])
 def test_a_trial_in_stages_is_trained_again_in_its_last_stage(
-    tmp_path: Path, fp32: Numerics
+    tmp_path: Path, fp32: Numerics, replicates: int
 ) -> None:
-    trial = run_in_stages(tmp_path, fp32).trials[0]
-    assert (trial.status, trial.epochs_done) == ("complete", 6)
+    trial = run_in_stages(tmp_path, fp32, replicates=replicates).trials[0]
+    assert (trial.status, trial.epochs_done) == ("complete", 3 + 3 * replicates)
     answer = reproduce_stages(tmp_path)
     assert answer.exit_code == 0, answer.output
-    title = "c:0 (smoke, baseline, complete, 3 epochs) is trained again, fingerprint "
+    which = ", seed 2 of 2" if replicates == 2 else ""
+    title = f"c:0 (smoke, baseline, complete, 3 epochs{which}) is trained again, fingerprint "
     assert answer.stdout.startswith(title)
     assert answer.stdout.splitlines()[-1] == "identical over 3 epochs"
 

@@ -114,9 +114,11 @@ def _retrain(
 ) -> Trainer | None:
     """Train again and compare, epoch by epoch; the outcome goes into the answer."""
     from tune_cifar.cli.live import TrainingView
+    from tune_cifar.cli.summary import describe_replicate
     from tune_cifar.verify.reproduce import reproduce_run
 
     about = f"{state.header.space}, {trial.origin}, {trial.status}, {len(trial.epochs)} epochs"
+    about += describe_replicate(trial)
     again = f"is trained again, fingerprint {trial.fingerprint}"
     say(f"{trial.run_id} ({about}) {again}", console)
     with TrainingView(console, data.info) as view:
