@@ -60,6 +60,36 @@ def test_every_place_is_read_as_values_of_the_space_and_located_again(name: str)
         assert again == pytest.approx(params) if name == "s7" else again.keys() == params.keys()
 
 
+@pytest.mark.parametrize("name", ["s6", "s8"])
+def test_a_snapped_place_is_that_of_what_is_read(name: str) -> None:
+    cube = UnitCube(load_space(name, "full").distributions)
+    places = np.random.default_rng(0).random((200, len(cube.distributions)))
+    snapped = cube.snap(places)
+    proposals = [cube.read(place) for place in places]
+    assert cube.locate(proposals) == pytest.approx(snapped)
+    for proposal, place in zip(proposals, snapped, strict=True):
+        assert cube.read(place) == pytest.approx(proposal)
+
+
+def test_what_was_tried_is_not_proposed_again_while_anything_is_left() -> None:
+    """The same hyperparameters are the same training, bit for bit."""
+    cube = UnitCube(
+        {"width": IntDistribution(1, 3), "schedule": CategoricalDistribution(["constant", "step"])}
+    )
+    everything = [
+        {"width": width, "schedule": schedule}
+        for width in (1, 2, 3)
+        for schedule in ("constant", "step")
+    ]
+    for left in everything:
+        tried = [params for params in everything if params != left]
+        seen = [Seen(params, {1: 0.1 * i}, is_running=i == 4) for i, params in enumerate(tried)]
+        for seed in range(3):
+            assert propose_by_gp(cube, seen, (1,), seed, dict) == left
+    seen = [Seen(params, {1: 0.1 * i}, is_running=False) for i, params in enumerate(everything)]
+    assert propose_by_gp(cube, seen, (1,), 0, dict) in everything
+
+
 def test_choices_are_as_far_apart_as_the_ends_of_a_range() -> None:
     cube = UnitCube(DISTRIBUTIONS)
     base = {"lr": 1e-3, "dropout": 0.0, "width": 4, "schedule": "constant"}

@@ -30,8 +30,9 @@ MAX_OBSERVATIONS = 1000
 MAX_FITTED = 128
 """Observations that length scales are fitted to: 10 to 20 ms."""
 MAX_STEPS = 30
-NUM_RANDOM = 1500
+NUM_RANDOM = 1000
 NUM_LOCAL = 500
+NUM_EXCHANGED = 500
 NUM_CENTRES = 10
 NUM_BOUNDING = 128
 """Observations that bound the deviations of all candidates."""
@@ -74,7 +75,7 @@ class UnitCube:
             places[has, column] = self._locate(name, [proposals[row][name] for row in has])
         return places
 
-    def _locate(self, name: str, values: list[Any]) -> Array:
+    def _locate(self, name: str, values: Sequence[Any] | Array) -> Array:
         found = self.distributions[name]
         if hasattr(found, "choices"):
             cells = np.array([found.choices.index(value) for value in values])
@@ -93,26 +94,50 @@ class UnitCube:
     def _read(self, name: str, fraction: float) -> Any:
         found = self.distributions[name]
         if hasattr(found, "choices"):
-            return found.choices[min(int(fraction * len(found.choices)), len(found.choices) - 1)]
-        if found.log:
-            value = math.exp(_mix(math.log(found.low), math.log(found.high), fraction))
-        else:
-            value = _mix(found.low, found.high, fraction)
-        if found.step is not None:
-            value = found.low + round((value - found.low) / found.step) * found.step
-        value = min(max(value, found.low), found.high)
-        return int(value) if isinstance(found.low, int) else value
+            return found.choices[int(_find_cells(found, np.array(fraction)))]
+        value = _find_values(found, np.array(fraction))
+        return int(value) if isinstance(found.low, int) else float(value)
+
+    def snap(self, places: Array) -> Array:
+        """Return the places of what is read at these: of choices and steps there are few."""
+        snapped = places.copy()
+        for column, (name, found) in enumerate(self.distributions.items()):
+            if hasattr(found, "choices"):
+                cells = _find_cells(found, places[:, column])
+                snapped[:, column] = (cells + 0.5) / len(found.choices)
+            elif found.step is not None:
+                snapped[:, column] = self._locate(name, _find_values(found, places[:, column]))
+        return snapped
 
     def encode(self, places: Array) -> Array:
         """Return the kernel's inputs (places, inputs); differing choices are at a distance of 1."""
         columns = []
         for found, column in zip(self.distributions.values(), places.T, strict=True):
             if hasattr(found, "choices"):
-                cells = np.minimum(column * len(found.choices), len(found.choices) - 1).astype(int)
-                columns.append(np.eye(len(found.choices))[cells] / math.sqrt(2))
+                columns.append(
+                    np.eye(len(found.choices))[_find_cells(found, column)] / math.sqrt(2)
+                )
             else:
                 columns.append(column[:, None])
         return np.hstack(columns)
+
+
+def _find_cells(found: Any, fractions: Array) -> NDArray[np.int64]:
+    """Return the numbers of the choices in whose cells these fractions lie."""
+    cells = (fractions * len(found.choices)).astype(np.int64)
+    return np.minimum(cells, len(found.choices) - 1)
+
+
+def _find_values(found: Any, fractions: Array) -> Array:
+    """Return the numbers at these fractions of a range, on its steps."""
+    low, high = found.low, found.high
+    if found.log:
+        values = np.exp(_mix(math.log(low), math.log(high), fractions))
+    else:
+        values = _mix(low, high, fractions)
+    if found.step is not None:
+        values = low + np.round((values - low) / found.step) * found.step
+    return np.clip(values, low, high)
 
 
 def propose_by_gp(
@@ -155,13 +180,18 @@ def propose_by_gp(
     tried = np.unique(places, axis=0)
     means = process.predict_means(encode_ends(tried))
     centres = tried[np.argsort(means, kind="stable")[-NUM_CENTRES:]]
-    candidates = _draw_candidates(centres, random)
+    candidates = cube.snap(_draw_candidates(centres, random))
     _centre_inactive(cube, candidates, select_active)
+    candidates = _drop_tried(candidates, everywhere)
     return cube.read(candidates[find_best(process, encode_ends(candidates), means.max())])
 
 
 def _draw_candidates(centres: Array, random: np.random.Generator) -> Array:
-    """Draw places: uniform ones, and steps of all sizes from the centres in some coordinates."""
+    """Draw places: uniform ones, and changes of the centres.
+
+    Steps of all sizes in some coordinates; or one or two coordinates drawn anew, which finds a
+    choice or a far value that the best lack.
+    """
     num_axes = centres.shape[1]
     starts = centres[random.integers(0, len(centres), NUM_LOCAL)]
     sizes = 10.0 ** random.uniform(-2.0, -0.5, (NUM_LOCAL, 1))
@@ -169,7 +199,21 @@ def _draw_candidates(centres: Array, random: np.random.Generator) -> Array:
     steps = np.where(moved, sizes * random.standard_normal((NUM_LOCAL, num_axes)), 0.0)
     near = np.abs(starts + steps)
     near = np.clip(1.0 - np.abs(1.0 - near), 0.0, 1.0)  # reflected at both ends
-    return np.vstack([random.random((NUM_RANDOM, num_axes)), near])
+    exchanged = centres[random.integers(0, len(centres), NUM_EXCHANGED)]
+    for redrawn in (slice(None), slice(NUM_EXCHANGED // 2)):
+        rows = np.arange(NUM_EXCHANGED)[redrawn]
+        exchanged[rows, random.integers(0, num_axes, len(rows))] = random.random(len(rows))
+    return np.vstack([random.random((NUM_RANDOM, num_axes)), near, exchanged])
+
+
+def _drop_tried(candidates: Array, tried: Array) -> Array:
+    """Return the candidates without those that were tried, unless all were.
+
+    The same hyperparameters under the same seed are the same training, bit for bit.
+    """
+    known = {row.tobytes() for row in np.round(tried, 9)}
+    untried = [row.tobytes() not in known for row in np.round(candidates, 9)]
+    return candidates[untried] if any(untried) else candidates
 
 
 def _centre_inactive(
@@ -346,5 +390,5 @@ def _correlate(a: Array, b: Array) -> Array:
     return squares
 
 
-def _mix(low: float, high: float, fraction: float) -> float:
-    return low + (high - low) * fraction
+def _mix(low: float, high: float, fractions: Array) -> Array:
+    return low + (high - low) * fractions
