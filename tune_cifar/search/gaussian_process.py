@@ -30,9 +30,8 @@ MAX_OBSERVATIONS = 1000
 MAX_FITTED = 128
 """Observations that length scales are fitted to: 10 to 20 ms."""
 MAX_STEPS = 30
-NUM_RANDOM = 1000
+NUM_RANDOM = 1500
 NUM_LOCAL = 500
-NUM_EXCHANGED = 500
 NUM_CENTRES = 10
 NUM_BOUNDING = 128
 """Observations that bound the deviations of all candidates."""
@@ -187,11 +186,7 @@ def propose_by_gp(
 
 
 def _draw_candidates(centres: Array, random: np.random.Generator) -> Array:
-    """Draw places: uniform ones, and changes of the centres.
-
-    Steps of all sizes in some coordinates; or one or two coordinates drawn anew, which finds a
-    choice or a far value that the best lack.
-    """
+    """Draw places: uniform ones, and steps of all sizes from the centres in some coordinates."""
     num_axes = centres.shape[1]
     starts = centres[random.integers(0, len(centres), NUM_LOCAL)]
     sizes = 10.0 ** random.uniform(-2.0, -0.5, (NUM_LOCAL, 1))
@@ -199,11 +194,7 @@ def _draw_candidates(centres: Array, random: np.random.Generator) -> Array:
     steps = np.where(moved, sizes * random.standard_normal((NUM_LOCAL, num_axes)), 0.0)
     near = np.abs(starts + steps)
     near = np.clip(1.0 - np.abs(1.0 - near), 0.0, 1.0)  # reflected at both ends
-    exchanged = centres[random.integers(0, len(centres), NUM_EXCHANGED)]
-    for redrawn in (slice(None), slice(NUM_EXCHANGED // 2)):
-        rows = np.arange(NUM_EXCHANGED)[redrawn]
-        exchanged[rows, random.integers(0, num_axes, len(rows))] = random.random(len(rows))
-    return np.vstack([random.random((NUM_RANDOM, num_axes)), near, exchanged])
+    return np.vstack([random.random((NUM_RANDOM, num_axes)), near])
 
 
 def _drop_tried(candidates: Array, tried: Array) -> Array:
