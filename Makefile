@@ -45,7 +45,7 @@ services: $(READY)
 	  tools/apt.sh "the tests of a tracking server will be skipped." postgresql
 	@if command -v uv >/dev/null 2>&1; then pip="uv pip install --python $(BIN)/python"; \
 	else pip="$(BIN)/python -m pip install --disable-pip-version-check"; fi; \
-	$$pip --quiet -c constraints.txt -e '.[dev,s3,gcs,postgres]' || \
+	$$pip --quiet -c constraints.txt -e '.[dev,s3,gcs,postgres]' gcp-storage-emulator || \
 	  echo "no drivers for PostgreSQL and object stores: their tests will be skipped."
 
 # Every fault injected into complete searches, KILLS times kill -9; and all else that takes minutes.

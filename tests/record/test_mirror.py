@@ -35,9 +35,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "file":
         yield (tmp_path / "mirror").as_uri()
         return
-    driver, serve = {"s3": ("s3fs", serve_s3), "gs": ("gcsfs", serve_gs)}[request.param]
-    if importlib.util.find_spec(driver) is None:
-        pytest.skip(f"{driver} is not installed (make services)")
+    serve, *drivers = {
+        "s3": (serve_s3, "s3fs"),
+        "gs": (serve_gs, "gcsfs", "gcp_storage_emulator"),
+    }[request.param]
+    missing = [driver for driver in drivers if importlib.util.find_spec(driver) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (make services)")
     yield from serve()
 
 
