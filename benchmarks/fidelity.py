@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py train [--space s8] [--configs 40] [--more 40] [--table FILE]
     python benchmarks/fidelity.py show [--table FILE] [--figure FILE]
 
-`train` takes hours and can be resumed. It draws random configurations of the space's tier cpu (the
+`train` takes hours and can be resumed. It draws random configurations of SEARCHED in tier cpu (the
 first is the baseline) and trains each over 8 epochs of 6,000 images, evaluated on 2,000 (`--epochs
 --rungs --train-size --val-size` change that):
 
@@ -26,37 +26,42 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import multiprocessing
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from trainings import Job, read_rows, run_jobs
 
 from tune_cifar.dataset import CIFAR10
 from tune_cifar.schema import TrainConfig
+from tune_cifar.search.rungs import is_promoted
+from tune_cifar.search.sampler import Sampler
+from tune_cifar.space.select import SearchSpace, load_space
 
 HERE = Path(__file__).parent
 CONFIG_SEED = 4
+SEARCHED = ("schedule", "max_lr", "dropout", "pct_start", "div_factor", "final_div_factor")
 Scores = NDArray[np.float64]
+
+
+def load_searched(name: str, pins: dict[str, Any]) -> SearchSpace:
+    """Return the space's tier cpu with the hyperparameters of the table alone, without points."""
+    space = load_space(name, "cpu", pins)
+    searched = {name: space.distributions[name] for name in SEARCHED if name in space.distributions}
+    return replace(space, distributions=searched, points=())
 
 
 def make_configs(arguments: argparse.Namespace) -> list[TrainConfig]:
     """Return the baseline, then random proposals of the space."""
-    from tune_cifar.search.sampler import Sampler
-    from tune_cifar.space.select import load_space
-
     sizes = {name: getattr(arguments, name) for name in ("epochs", "train_size", "val_size")}
-    space = load_space(arguments.space, "cpu", sizes)
+    space = load_searched(arguments.space, sizes)
     random = space.budget.sampler.model_copy(update={"kind": "random"})
     budget = space.budget.model_copy(update={"sampler": random})
-    sampler = Sampler(replace(space, budget=budget, points=()), CONFIG_SEED)
+    sampler = Sampler(replace(space, budget=budget), CONFIG_SEED)
     numbers = range(arguments.configs + arguments.more)
     return [space.config(sampler.ask(number)[0]) for number in numbers]
 
@@ -73,60 +78,16 @@ def make_jobs(config: TrainConfig, rungs: tuple[int, ...], is_more: bool) -> dic
     return jobs
 
 
-def run_job(number: int, job: str, config: TrainConfig) -> dict[str, Any]:
-    """Train once in a worker process; a diverged training has the scores up to then."""
-    from tune_cifar.data.files import find_data
-    from tune_cifar.data.load import load_train_val
-    from tune_cifar.errors import Diverged
-    from tune_cifar.train.numerics import resolve_numerics
-    from tune_cifar.train.trainer import Trainer
-
-    start, accs, diverged = time.monotonic(), [], False
-    data = load_train_val(find_data(None), config.train_size, config.val_size)
-    try:
-        accs = [result.val_acc for result in Trainer(config, data, resolve_numerics())]
-    except Diverged:
-        diverged = True
-    params = {name: getattr(config, name) for name in ("schedule", "max_lr", "dropout", *ONECYCLE)}
-    row = {"config": number, "job": job, "params": params, "val_acc": accs, "diverged": diverged}
-    return row | {"seconds": round(time.monotonic() - start, 1)}
-
-
-ONECYCLE = ("pct_start", "div_factor", "final_div_factor")
-
-
 def train(arguments: argparse.Namespace) -> None:
     """Run the trainings that the table lacks, configuration after configuration."""
-    rows = read_table(arguments.table) if arguments.table.exists() else []
-    done = {(row["config"], row["job"]) for row in rows}
     jobs = []
     for number, full_config in enumerate(make_configs(arguments)):
+        params = {name: getattr(full_config, name) for name in SEARCHED}
         is_more = number >= arguments.configs
         for job, config in make_jobs(full_config, arguments.rungs, is_more).items():
-            if (number, job) not in done:
-                jobs.append((number, job, config))
-    total = sum(config.epochs for _, _, config in jobs)
-    start, spent = time.monotonic(), 0
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(arguments.workers, context) as pool,
-        arguments.table.open("a", encoding="utf-8") as file,
-    ):
-        futures = {pool.submit(run_job, *job): job for job in jobs}
-        for future in as_completed(futures):
-            row, (number, job, config) = future.result(), futures[future]
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            spent += config.epochs
-            left = (time.monotonic() - start) / spent * (total - spent) / 60
-            last = f"{row['val_acc'][-1]:.4f}" if row["val_acc"] else "diverged"
-            progress = f"{spent}/{total} epochs, {left:.0f} min left"
-            print(f"config {number} {job}: {last}, {row['seconds']} s; {progress}", flush=True)
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Read all rows, in the order they were trained."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            key = {"config": number, "job": job}
+            jobs.append(Job(key, config, {"params": params}, has_curve=True))
+    run_jobs(jobs, arguments.table)
 
 
 @dataclass(frozen=True)
@@ -242,8 +203,6 @@ def simulate_halving(
         the complete configuration of the best last score (None without one), and the number
         started.
     """
-    from tune_cifar.search.rungs import is_promoted
-
     arrived: list[list[float]] = [[] for _ in costs]
     best, best_score, spent, num_started = None, -math.inf, 0, 0
     for config in order:
@@ -358,7 +317,7 @@ def draw(study: Study, path: Path) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    study = make_study(read_table(arguments.table), arguments.rungs)
+    study = make_study(read_rows(arguments.table), arguments.rungs)
     show_taus("all", study)
     if study.diverged.any():
         show_taus("without those that diverged", study.select(~study.diverged))
@@ -384,7 +343,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rungs", type=read_rungs, default=(1, 3, 8))
     parser.add_argument("--train-size", type=int, default=6000)
     parser.add_argument("--val-size", type=int, default=2000)
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
     parser.add_argument("--figure", type=Path)
     return parser.parse_args()

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fidelity import load_searched
 from numpy.typing import NDArray
 
 from tune_cifar.dataset import CIFAR10
@@ -45,7 +46,7 @@ from tune_cifar.schema import Status, inactive_knobs
 from tune_cifar.search.gaussian_process import UnitCube
 from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.layout import SamplerBudget
-from tune_cifar.space.select import SearchSpace, load_space
+from tune_cifar.space.select import SearchSpace
 
 HERE = Path(__file__).parent
 # A proposal is seeded with seed + number: seeds of searches must differ by more than their trials.
@@ -421,7 +422,7 @@ def draw(outcome: Outcome, num_asks: int, path: Path) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    space = load_space(arguments.space, "cpu")
+    space = load_searched(arguments.space, {})
     table = read_table(space, arguments.table)
     named = [*arguments.samplers.split(","), arguments.against, "random"]
     samplers, num_asks = dict.fromkeys(named), arguments.asks

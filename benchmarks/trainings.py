@@ -29,15 +29,17 @@ class Job:
         key: what its line starts with; no two jobs have the same.
         config: the recipe.
         facts: further fields of its line.
+        has_curve: whether its line has val_acc of every epoch instead of the last one's.
     """
 
     key: Row
     config: TrainConfig
     facts: Row = field(default_factory=dict)
+    has_curve: bool = False
 
 
 def train_once(config: TrainConfig) -> Row:
-    """Train, one thread, and return val_acc (chance if it diverged), diverged and seconds."""
+    """Train, one thread; return val_acc by epoch (none if it diverged), diverged and seconds."""
     from tune_cifar.data.files import find_data
     from tune_cifar.data.load import load_train_val
     from tune_cifar.errors import Diverged
@@ -50,11 +52,8 @@ def train_once(config: TrainConfig) -> Row:
         accs = [result.val_acc for result in Trainer(config, data, resolve_numerics())]
     except Diverged:
         diverged = True
-    return {
-        "val_acc": accs[-1] if accs and not diverged else CIFAR10.chance,
-        "diverged": diverged,
-        "seconds": round(time.monotonic() - start, 1),
-    }
+    seconds = round(time.monotonic() - start, 1)
+    return {"val_acc": accs, "diverged": diverged, "seconds": seconds}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -81,9 +80,12 @@ def run_jobs(jobs: Sequence[Job], path: Path) -> None:
         futures = {pool.submit(train_once, job.config): job for job in jobs}
         for future in as_completed(futures):
             job, found = futures[future], future.result()
+            score = CIFAR10.chance if found["diverged"] else found["val_acc"][-1]
+            if not job.has_curve:
+                found["val_acc"] = score
             append_row(path, {**job.key, **job.facts, **found})
             done += job.config.epochs
             left = (time.monotonic() - start) / done * (total - done) / 60
             name = " ".join(f"{key} {value}" for key, value in job.key.items())
             cost = f"{found['seconds']} s; {done}/{total} epochs, {left:.0f} min left"
-            print(f"{name}: {100 * found['val_acc']:.2f} %, {cost}", flush=True)
+            print(f"{name}: {100 * score:.2f} %, {cost}", flush=True)

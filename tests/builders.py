@@ -493,6 +493,9 @@ Scores = Callable[[TrialState, int], float]
 """A trial's made-up accuracy at the end of a stage of this length."""
 
 
+FEW = ("schedule", "max_lr", "dropout", "pct_start", "div_factor", "final_div_factor")
+
+
 def score_by_lr(trial: TrialState, stage: int) -> float:
     """Best at max_lr 0.05; better after a longer training; nothing else matters."""
     return 0.8 - 0.2 * abs(math.log10(trial.full_config.max_lr / 0.05)) - 0.1 / stage
@@ -508,9 +511,13 @@ def simulate_search(
     """Record a search of smoke with stages of 1 and 3 epochs, one trial at a time, untrained.
 
     Args:
-        name: of another space with these stages, such as s8.
+        name: of another space with these stages, such as s8. Of its hyperparameters only FEW are
+            searched.
     """
     space = load_space(name, "cpu")
+    few = {knob: found for knob, found in space.distributions.items() if knob in FEW}
+    points = tuple({knob: point[knob] for knob in few} for point in space.points)
+    space = replace(space, distributions=few, points=points)
     sampler = SamplerBudget(kind="tpe", startup=5)
     budget = {"trials": num_trials, "max_time_seconds": None, "sampler": sampler}
     space = replace(space, budget=space.budget.model_copy(update=budget))

@@ -16,7 +16,7 @@ import pytest
 from tests.builders import PastTrial
 from tune_cifar.search.sampler import Sampler
 from tune_cifar.space.layout import SamplerBudget
-from tune_cifar.space.select import SearchSpace, load_space
+from tune_cifar.space.select import SearchSpace
 
 # The benchmarks are scripts, not a package.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -35,7 +35,7 @@ BASELINE = {
 @pytest.fixture(scope="module")
 def space() -> SearchSpace:
     """TPE begins after 12 results."""
-    space = load_space("s8", "cpu")
+    space: SearchSpace = proposals.load_searched("s8", {})
     sampler = SamplerBudget(kind="tpe", startup=12)
     return replace(space, budget=space.budget.model_copy(update={"sampler": sampler}))
 
