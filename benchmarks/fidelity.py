@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py train [--space s8] [--configs 40] [--more 40] [--table FILE]
     python benchmarks/fidelity.py show [--table FILE] [--figure FILE]
 
-`train` takes hours and can be resumed. It draws random configurations of SEARCHED in tier cpu (the
+`train` takes hours and can be resumed. It draws random values of SEARCHED in the tier cpu (the
 first is the baseline) and trains each over 8 epochs of 6,000 images, evaluated on 2,000 (`--epochs
 --rungs --train-size --val-size` change that):
 
@@ -51,7 +51,8 @@ Scores = NDArray[np.float64]
 def load_searched(name: str, pins: dict[str, Any]) -> SearchSpace:
     """Return the space's tier cpu with the hyperparameters of the table alone, without points."""
     space = load_space(name, "cpu", pins)
-    searched = {name: space.distributions[name] for name in SEARCHED if name in space.distributions}
+    found = space.distributions
+    searched = {knob: found[knob] for knob in SEARCHED if knob in found}
     return replace(space, distributions=searched, points=())
 
 

@@ -1017,7 +1017,7 @@ def test_shipped_cpu_tier_searches_the_few_knobs_that_a_short_budget_can_tell_ap
 ) -> None:
     space = load_space(name, "cpu")
     few = {"max_lr", "dropout", "pct_start", "div_factor", "final_div_factor"}
-    if name in ("s6", "s8"):  # their baselines differ from the points in these as well
+    if name in ("s6", "s8"):  # what their third point changes, and the batch
         few |= {"schedule", "weight_decay", "batch_size"}
         few |= {"crop_pad", "shift_scale_rotate_p", "cutout_p"}
     assert set(space.distributions) == few
