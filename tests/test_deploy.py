@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ruamel.yaml import YAML
 
 from tests.builders import COMMANDS, ROOT
@@ -66,7 +65,6 @@ def test_the_ray_job_has_known_fields_and_a_command_that_parses() -> None:
         assert container["resources"]["requests"] == container["resources"]["limits"]
     # The version that constraints.txt holds, and so the image.
     assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()
-    assert cluster["rayVersion"] == ray.__version__
     assert "--continue" in spec["entrypoint"] and "--address auto" in spec["entrypoint"]
     check_command(spec["entrypoint"])
 

@@ -93,4 +93,5 @@ def test_an_interrupted_search_asks_once_and_is_resumed(recorded: Path) -> None:
     assert answer.exit_code == 0, answer.output
     state = read_state(search_folder(recorded, "cut"))
     assert state.is_finished and len(state.trials) == 4
-    assert [event.changes[0].split(":")[0] for event in state.resumes] == ["code"]
+    (event,) = state.resumes  # this processor may differ from the recorded one, too
+    assert any(change.startswith("code:") for change in event.changes)

@@ -243,6 +243,18 @@ def test_without_a_node_the_search_waits_and_goes_on_with_the_next_one(tmp_path:
     check_complete(lab)
 
 
+def test_a_cluster_that_cannot_answer_is_refused(tmp_path: Path) -> None:
+    """It has no token, and the search one: also if Ray finds one in the home folder."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
+    lab = Lab(tmp_path / "lab", token, (*SIZES, "2", *ON_CLUSTER))
+    with NetCluster(tmp_path / "net", [lab.folder]) as net:
+        net.add()
+        words = ("search", "--space", "faulty", "--data", "shapes", *lab.options)
+        text = lab.run(*words, status=1)
+    rule = "must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN, got a cluster where"
+    assert rule in " ".join(text.split())
+
+
 def test_a_confirmation_and_a_plan_run_on_a_cluster_too(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "lab", options=(*SIZES, "4", *ON_CLUSTER))
     with NetCluster(tmp_path / "net", [lab.folder]) as net:

@@ -88,6 +88,7 @@ def _get_user() -> str | None:
 def serve_objects() -> Iterator[dict[str, str]]:
     """Run an S3 server with a bucket on loopback; yield the environment that leads to it."""
     import boto3
+    import requests
     from moto.server import ThreadedMotoServer
 
     port = find_free_port()
@@ -101,6 +102,8 @@ def serve_objects() -> Iterator[dict[str, str]]:
         "s3", endpoint_url=url, region_name="us-east-1",
         aws_access_key_id="testing", aws_secret_access_key=SECRET,
     )  # fmt: skip
+    # All servers of a process hold the same objects.
+    requests.post(f"{url}/moto-api/reset", timeout=60).raise_for_status()
     client.create_bucket(Bucket="mlflow")
     try:
         yield environment
@@ -255,6 +258,7 @@ def test_sixteen_trials_at_once_are_all_uploaded(tmp_path: Path, server: Trackin
     try:
         small = ("--set", "train_size=100", "--set", "val_size=50", "--trials", "32")
         lab = make_lab(tmp_path, server, ADMIN, "--address", "auto", *small)
+        lab.variables["RAY_AUTH_MODE"] = "disabled"
         process = lab.search()
         lab.wait_for(process, lambda state: state.counts["running"] == 16)
         text, _ = process.communicate(timeout=900)

@@ -270,6 +270,8 @@ def refuse_changed(
     changed: list[str] = []
     for name, option in _list_given(context):
         given = context.params[name]
+        if isinstance(given, tuple):  # several values, by the oldest typer; newer ones give a list
+            given = list(given)
         if name == "space":
             changed += _find_changed_space(given, header)
         elif name == "settings":

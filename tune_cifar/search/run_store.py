@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from tune_cifar.errors import DiskFullError
+from tune_cifar.errors import ConfigError, DiskFullError
 from tune_cifar.record.files import (
     CHECKPOINTS,
     WEIGHTS,
@@ -133,7 +133,11 @@ def _list_checkpoints(folder: Path) -> list[Path]:
 
 
 def start_run_store(folder: Path, data: list[Any] | None) -> tuple[Any, str]:
-    """Start the actor on this node; return it and the nonce in the search's folder."""
+    """Start the actor on this node; return it and the nonce in the search's folder.
+
+    Raises:
+        ConfigError: the cluster cannot answer this process, and ends whatever it starts.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -142,6 +146,13 @@ def start_run_store(folder: Path, data: list[Any] | None) -> tuple[Any, str]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": ACTOR, "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 4}
     actor = ray.remote(RunStore).options(**options).remote(str(folder), data, nonce)
+    try:
+        ray.get(actor.__ray_ready__.remote())
+    except ray.exceptions.ActorDiedError as exc:
+        (folder / NONCE_FILE).unlink()
+        rule = "the cluster and this process must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+        problem = "what this process starts there ends at once"
+        raise ConfigError(f"`address`: {rule}, got a cluster where {problem}.") from exc
     return actor, nonce
 
 
