@@ -12,11 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -34,6 +32,19 @@ FAST_CHECKS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+
+COUNT = f"""
+import time
+from ray._raylet import GcsClient
+
+def count():
+    try:
+        client = GcsClient(address="{ADDRESS}")
+        return sum(node.state == 0 for node in client.get_all_node_info().values())
+    except Exception:  # not yet listening
+        return 0
+
+"""
 
 
 def find_problem() -> str | None:
@@ -167,22 +178,24 @@ class NetCluster:
 
     def count_alive(self) -> int:
         """Return the nodes that the head has for alive, itself included; nothing joins."""
-        from ray._raylet import GcsClient
-
-        client: Any = GcsClient(address=ADDRESS)
-        return sum(node.state == 0 for node in client.get_all_node_info().values())
+        return int(self._ask("print(count())"))
 
     def wait_for(self, number: int) -> None:
         """Wait until so many nodes are alive."""
-        end, problem = time.monotonic() + PATIENCE_SECONDS, ""
-        while time.monotonic() < end:
-            try:
-                if self.count_alive() == number:
-                    return
-            except Exception as exc:  # not yet listening
-                problem = str(exc)
-            time.sleep(0.2)
-        raise AssertionError(f"{number} nodes never were alive; see {self._logs} ({problem})")
+        self._ask(f"while count() != {number}: time.sleep(0.2)")
+
+    def _ask(self, question: str) -> str:
+        """Run a few words in a process that has the cluster's token; return what it prints."""
+        command = [sys.executable, "-c", COUNT + question]
+        done = subprocess.run(
+            command,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert done.returncode == 0, f"{done.stderr[-2000:]}; see {self._logs}"
+        return done.stdout
 
     def _clean(self) -> None:
         """Remove what this cluster, or one that was killed, has left."""

@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 SIZES = ("--set", "train_size=200", "--set", "val_size=100", "--trials")
 ON_CLUSTER = ("--address", ADDRESS)
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
+SAME_TOKEN = "the cluster and this process must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
 
 
 @pytest.fixture(autouse=True)
@@ -243,21 +245,24 @@ def test_without_a_node_the_search_waits_and_goes_on_with_the_next_one(tmp_path:
     check_complete(lab)
 
 
+def refuse(lab: Lab, *options: str) -> str:
+    """Return what a search that may not begin prints, on one line."""
+    words = ("search", "--space", "faulty", "--data", "shapes", *lab.options, *options)
+    return " ".join(lab.run(*words, status=1).split())
+
+
 def test_a_cluster_that_cannot_answer_is_refused(tmp_path: Path) -> None:
     """It has no token, and the search one: also if Ray finds one in the home folder."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
-    lab = Lab(tmp_path / "lab", token, (*SIZES, "2", *ON_CLUSTER))
+    lab = Lab(tmp_path / "lab", TOKEN, (*SIZES, "2", *ON_CLUSTER))
     with NetCluster(tmp_path / "net", [lab.folder]) as net:
         net.add()
-        words = ("search", "--space", "faulty", "--data", "shapes", *lab.options)
-        text = lab.run(*words, status=1)
-    rule = "must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN, got a cluster where"
-    assert rule in " ".join(text.split())
+        assert f"{SAME_TOKEN}, got a cluster where what this process starts" in refuse(lab)
 
 
 def test_a_confirmation_and_a_plan_run_on_a_cluster_too(tmp_path: Path) -> None:
-    lab = Lab(tmp_path / "lab", options=(*SIZES, "4", *ON_CLUSTER))
-    with NetCluster(tmp_path / "net", [lab.folder]) as net:
+    """It has a token, as docs/cluster.md wants it."""
+    lab = Lab(tmp_path / "lab", TOKEN, (*SIZES, "4", *ON_CLUSTER))
+    with NetCluster(tmp_path / "net", [lab.folder], TOKEN) as net:
         name = net.add()
         plan = ("plan", "--space", "faulty", "--data", "shapes", *lab.options)
         assert f" {name} " in lab.run(*plan)
@@ -267,8 +272,11 @@ def test_a_confirmation_and_a_plan_run_on_a_cluster_too(tmp_path: Path) -> None:
         words = ("--search", "x", "--top", "1", "--seeds", "2", "--data", "shapes")
         text = lab.run("confirm", *words, *ON_CLUSTER)
         assert "gain over the baseline" in text
-        assert lab.run("search", "--space", "faulty", "--data", "shapes", *lab.options[:-2],
-                       *("--address", "10.77.0.1:9"), status=1)  # fmt: skip
+        assert "cannot be reached" in refuse(lab, "--address", "10.77.0.1:9")
+        for access in (TOKEN | {"RAY_AUTH_TOKEN": "a" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+            stranger = Lab(tmp_path / "lab", access, lab.options)
+            problem = f"got none or another: {ADDRESS} does not let this process in."
+            assert f"error --address: {SAME_TOKEN}, {problem}" in refuse(stranger)
 
 
 OWN_NETWORK = """

@@ -191,6 +191,9 @@ def _describe_refusal(address: str, words: str) -> str:
         return f"`address`: {rule}, got (cluster, then here) {found or lines[0]}."
     if "Could not find any running Ray instance" in words:
         return "`address`: no Ray runs on this machine. Give HOST:PORT, or `ray start` it here."
+    if "Failed to connect to Ray cluster" in words:  # though something listens there
+        rule = "the cluster and this process must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+        return f"`address`: {rule}, got none or another: {address} does not let this process in."
     reason = lines[0][:300].rstrip(".") if lines else "no reason given"
     hint = "A search joins from a machine on which `ray start --address` has been typed."
     return f"`address`: {address} cannot be joined ({reason}). {hint}"

@@ -44,6 +44,9 @@ if "ray" not in sys.modules and JOINS not in os.environ:
     # that is there has its own, too.
     OWN_TOKEN = secrets.token_hex(32)
     RAY_ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": OWN_TOKEN}
+elif JOINS in os.environ:
+    # Whom a cluster does not let in would try 20 times, with a second and a line of log for each.
+    RAY_ENVIRONMENT["RAY_NUM_REDIS_GET_RETRIES"] = "4"
 for name, value in RAY_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 # Not to be changed: under `uv run` Ray would upload the working folder and start workers with uv.
