@@ -11,9 +11,10 @@ KILLS ?= 20
 .PHONY: search test test-default test-faults browser services lint bench bench-gpu session-dry rows \
   docs clean
 
-# On CIFAR-10, or on synthetic data if it cannot be fetched; the command prints a banner then.
+# On CIFAR-10 where `data verify` finds it, else fetched; on synthetic data if that cannot be done: the
+# command prints a banner then.
 search: $(READY)
-	@if $(TUNE) data fetch; then \
+	@if $(TUNE) data verify >/dev/null 2>&1 || $(TUNE) data fetch; then \
 	  $(TUNE) search --space $(SPACE) $(ARGS); \
 	else \
 	  $(TUNE) search --space $(SPACE) --data shapes $(ARGS); \
@@ -66,9 +67,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/vs_stock.py
 	@$(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'No GPU here:', \
-	  'make bench-gpu measures what benchmarks/NOTES.md lists under What waits for a GPU.')"
+	  'make bench-gpu measures on one. benchmarks/session.py measures what is still open there.')"
 
-# On a GPU: the tests that need one, then the targets that benchmarks/NOTES.md lists.
+# On a GPU: the tests that need one, then the benchmarks of it. What is still open, as benchmarks/NOTES.md
+# lists it under "What waits for a GPU", is benchmarks/session.py's: three parts of four minutes.
 bench-gpu: $(READY)
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/gpu.py --space s10

@@ -97,14 +97,19 @@ def run_packed(side: str, space: str, execution: str, seconds: float, is_tiny: b
 
 
 def wait_for(counts: Any, workers: list[Any]) -> float:
-    """Return the next count; a training that died would be waited for in vain."""
+    """Return the next count; a training that died would be waited for in vain.
+
+    A thread has no exit code: that one died shows when none is alive and a count is missing.
+    """
     while True:
+        is_over = not any(worker.is_alive() for worker in workers)
         try:
             return float(counts.get(timeout=1.0))
         except queue.Empty:
-            if any(getattr(worker, "exitcode", None) for worker in workers):
+            if is_over or any(getattr(worker, "exitcode", None) for worker in workers):
                 for worker in workers:
-                    worker.kill()
+                    if worker.is_alive():
+                        worker.kill()
                 raise SystemExit("a training died") from None
 
 

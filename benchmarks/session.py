@@ -614,6 +614,8 @@ def choose(choice: Facts, name: str, facts: Facts | None) -> Facts:
     if facts is None or (name == "equal" and not facts["is_equal"]):
         wrong = name in ("capture", "equal", "tests")
         return {**choice, "execution": "eager"} if wrong else choice
+    if choice["execution"] == "eager":  # the graphs were wrong, and a compiled step is one
+        return choice
     if name == "variants" and "step_ms" in facts["s10 compiled"]:
         captured, compiled = facts["s10 captured"], facts["s10 compiled"]
         gain = captured.get("step_ms", 0.0) / compiled["step_ms"]

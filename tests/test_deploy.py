@@ -18,6 +18,7 @@ from tests.builders import COMMANDS, ROOT
 
 DEPLOY = ROOT / "deploy"
 SBATCH = DEPLOY / "slurm.sbatch"
+PROGRAM = "python -m tune_cifar "
 
 # Fields of ray.io/v1, as KubeRay's reference lists them.
 RAY_JOB = {
@@ -27,7 +28,7 @@ RAY_JOB = {
 }
 RAY_CLUSTER = {
     *("rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec"),
-    *("workerGroupSpecs", "suspend", "managedBy", "headServiceAnnotations"),
+    *("workerGroupSpecs", "suspend", "managedBy", "headServiceAnnotations", "authOptions"),
 }
 GROUP = {
     *("groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "idleTimeoutSeconds"),
@@ -46,8 +47,10 @@ def load(name: str) -> Any:
 
 def check_command(text: str) -> None:
     """Check that a command line of ours parses."""
-    words = shlex.split(text.partition("python -m tune_cifar ")[2])
-    COMMANDS[words[0]].make_context(words[0], words[1:])
+    words = shlex.split(text.partition(PROGRAM)[2])
+    size = 2 if " ".join(words[:2]) in COMMANDS else 1
+    name = " ".join(words[:size])
+    COMMANDS[name].make_context(name, words[size:])
 
 
 def test_the_ray_job_has_known_fields_and_a_command_that_parses() -> None:
@@ -67,6 +70,23 @@ def test_the_ray_job_has_known_fields_and_a_command_that_parses() -> None:
     assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()
     assert "--continue" in spec["entrypoint"] and "--address auto" in spec["entrypoint"]
     check_command(spec["entrypoint"])
+
+
+def test_the_ray_job_has_a_token_and_fetches_the_data_that_its_head_reads() -> None:
+    cluster = load("kuberay.yaml")["spec"]["rayClusterSpec"]
+    # Not in `env`, where the operator, the autoscaler and the submitting pod would not have it.
+    assert cluster["authOptions"] == {"mode": "token"}
+    pod = cluster["headGroupSpec"]["template"]["spec"]
+    (container,), (fetch,) = pod["containers"], pod["initContainers"]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert not [name for name in environment if name.startswith("RAY_AUTH")]
+    check_command(f"{PROGRAM}{shlex.join(fetch['args'])}")  # the image's entry point
+    assert fetch["args"][-1] == environment["TUNE_CIFAR_DATA"]
+    assert fetch["image"] == container["image"]
+    assert fetch["volumeMounts"] == container["volumeMounts"]
+    # The image's user may write on the volume.
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert f"ARG UID={pod['securityContext']['fsGroup']}\n" in dockerfile
 
 
 def test_the_compose_file_has_known_fields_no_password_and_listens_on_loopback() -> None:

@@ -447,6 +447,8 @@ def test_the_commands_for_an_own_network_run_in_their_order(workplace: Path, she
         *("models", "spaces new", "spaces check", "search", "reproduce", "confirm", "export")
     ]
     assert "vit.py:SmallViT works" in outputs[2] and "identical" in outputs[4]
+    (shown,) = list_blocks(read(OWN_NETWORK), "yaml")
+    assert set(shown.splitlines()) <= set(outputs[1].splitlines()), "what `spaces new` prints"
 
 
 def write_digits(root: Path, num_images: int) -> None:

@@ -206,6 +206,13 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
             "got 'vgg'.",
         ),
         ({"model_args": {"width": 3}}, "model_args must be empty for s7, got width."),
+        ({"model_args": [1, 2]}, "model_args must be names with values, got [1, 2]."),
+        ({"model_args": ["ab", "cd"]}, "model_args must be names with values, got ['ab', 'cd']."),
+        (
+            {"model_args": {1: 2, "a": 3}},
+            "model_args must be names with values, got {1: 2, 'a': 3}.",
+        ),
+        ({"model_args": 3}, "model_args must be names with values, got 3."),
         (
             {"batch_size": 128, "train_size": 100},
             "batch_size <= train_size must hold, got batch_size 128 and train_size 100.",
@@ -223,6 +230,12 @@ def test_broken_rule_is_one_sentence_with_rule_and_value(
     with pytest.raises(ConfigError) as caught:
         make_config(**changes)
     assert str(caught.value) == f"configuration: {sentence}"
+
+
+def test_an_integer_too_large_for_a_float_is_refused_as_any_other_value() -> None:
+    rule = "milestone_fractions.0: input should be a valid number, got 1000"
+    with pytest.raises(ConfigError, match=f"configuration: {rule}"):
+        make_config(milestone_fractions=[10**400])
 
 
 def test_missing_knob_is_named() -> None:

@@ -193,9 +193,13 @@ class TrainConfig(Frozen):
     @field_validator("model_args", mode="before")
     @classmethod
     def _read_arguments(cls, value: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
             return tuple(sorted(value.items()))
-        return tuple(map(tuple, value)) if isinstance(value, list | tuple) else value
+        if isinstance(value, list | tuple) and all(
+            isinstance(pair, list | tuple) for pair in value
+        ):
+            return tuple(map(tuple, value))
+        raise ValueError(f"model_args must be names with values, got {value!r}")
 
     @model_serializer(mode="wrap")
     def _leave_out_own(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -203,17 +207,10 @@ class TrainConfig(Frozen):
         values: dict[str, Any] = handler(self)
         return values if self.is_own else {k: v for k, v in values.items() if k not in OWN_FIELDS}
 
-    @field_validator("warm_restarts", mode="before")
+    @field_validator("warm_restarts", "milestone_fractions", mode="before")
     @classmethod
-    def _read_restarts(cls, value: Any) -> Any:
+    def _read_list(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("milestone_fractions", mode="before")
-    @classmethod
-    def _read_milestones(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        return tuple(float(item) if isinstance(item, int) else item for item in value)
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:

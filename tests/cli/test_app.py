@@ -20,20 +20,26 @@ from typer.testing import Result
 
 from tests.builders import (
     COMMANDS,
+    CONFIG,
     EVENTS,
+    NUMERICS,
     ROOT,
+    SHAPES,
     TINY_SETTINGS,
     invoke,
     make_header,
     make_result,
     make_stages_driver,
+    make_start,
     make_train_words,
+    make_trial,
     refuse,
     run_in_a_process,
     simulate_search,
     write_record,
 )
 from tune_cifar.cli.app import run
+from tune_cifar.cli.plan import _print_plan
 from tune_cifar.cli.summary import make_trial_table, print_search_summary
 from tune_cifar.cli.terminal import name_options
 from tune_cifar.data.files import FILES, DataSource
@@ -45,11 +51,12 @@ from tune_cifar.errors import (
     TrackingError,
     TuneCifarError,
 )
-from tune_cifar.record.events import Stage
+from tune_cifar.record.events import NodeChanged, Stage, TrialPlaced
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
-from tune_cifar.space.select import read_space, select_tier
+from tune_cifar.search.plan import SearchRequest, settle_search
+from tune_cifar.space.select import load_space, parse_setting, read_space, select_tier
 
 EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
 
@@ -229,6 +236,17 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     ),
     ("models s9", ConfigError, "no model named 's9'."),
     ("preview --space s7 --out no/x.png", ConfigError, "--out: the folder must be there, got no."),
+    ("preview --space s7 --out .", ConfigError, "--out: a file must be given, got the folder ."),
+    (
+        "preview --space s7 --out x.bmp",
+        ConfigError,
+        "--out: x.bmp cannot be written: Format 'bmp' is not supported (supported formats: ",
+    ),
+    (
+        "preview --space s7 --out /proc/x.png",
+        ConfigError,
+        "--out: /proc/x.png cannot be written: ",
+    ),
     ("leaderboard --search x", RecordError, "no search named 'x' in "),
     (
         "ui",
@@ -377,6 +395,8 @@ def test_preview_writes_a_png_and_says_where(workplace: Path) -> None:
     assert answer.stdout == "preview-smoke.png\n"
     content = (workplace / "preview-smoke.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000
+    answer = invoke("preview", "--space", "smoke", "--data", "shapes", "--out", "pictures")
+    assert answer.stdout == "pictures.png\n" and Path("pictures.png").exists()
 
 
 def test_leaderboard_of_an_empty_store_says_how_to_begin(workplace: Path) -> None:
@@ -416,6 +436,38 @@ def test_leaderboard_shows_the_best_first_as_table_json_and_csv(workplace: Path)
     assert (
         invoke("leaderboard", "--csv").stdout.splitlines()[0].split(",")[:2] == list(trials[0])[:2]
     )
+
+
+def test_leaderboard_as_json_is_exact_and_has_null_for_what_is_missing(workplace: Path) -> None:
+    config = CONFIG.model_copy(update={"max_lr": 2.345678901234567e-4, "cutout_size": 7})
+    events = [*make_trial(0, [0.1, 1 / 3], None, config), make_start(1)]
+    write_record(workplace / "runs", make_header(), events)
+    first, second = json.loads(invoke("leaderboard", "--json").stdout)
+    assert (first["max_lr"], first["val_acc"]) == (2.345678901234567e-4, 1 / 3)
+    whole = (first["epochs_done"], first["train_size"], first["nesterov"])
+    assert [(type(value), value) for value in whole] == [(int, 2), (int, 500), (bool, False)]
+    assert first["score"] is first["node"] is first["cutout_size"] is second["val_acc"] is None
+
+
+def test_leaderboard_stands_beside_a_search_of_an_own_network_without_a_trial(
+    workplace: Path,
+) -> None:
+    write_record(workplace / "runs", make_header(), EVENTS)
+    own = make_header("own", distributions={"model_args.width": "{}"})
+    write_record(workplace / "runs", own, [])
+    answer = invoke("leaderboard")
+    assert answer.exit_code == 0 and "s7-1:4" in answer.stdout, answer.exception
+
+
+def test_leaderboard_leaves_the_node_empty_where_a_trial_has_none(workplace: Path) -> None:
+    node = NodeChanged(node="first", status="joined", address="10.0.0.1", numerics=NUMERICS)
+    placed = TrialPlaced(trial=0, node="first", attempt=1)
+    start, *rest = make_trial(0, [0.3, 0.5, 0.7], "complete")
+    events = [node, start, placed, *rest, make_start(1)]
+    write_record(workplace / "runs", make_header(), events)
+    rows = [line.split() for line in invoke("leaderboard").stdout.splitlines()]
+    assert ["s7-1:0", "complete", "first", "3", "70.00", "%"] in rows
+    assert ["s7-1:1", "running", "0", "-"] in rows
 
 
 def test_inactive_knobs_are_empty_in_leaderboard_and_summary(workplace: Path) -> None:
@@ -603,6 +655,18 @@ def test_plan_as_json_has_exactly_the_promised_keys() -> None:
     ]
 
 
+def test_the_command_that_plan_shows_is_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, whose lines are short."""
+    space = load_space("smoke", "cpu", dict(parse_setting(word[6:]) for word in PLAN[-5:]))
+    command = "python -m tune_cifar " + shlex.join(PLAN)
+    settled = settle_search(space, SearchRequest(SHAPES, Path("runs"), command, device="cpu"))
+    console = Console(file=io.StringIO(), width=40, force_terminal=True, no_color=True)
+    for module in ("terminal", "plan"):
+        monkeypatch.setattr(f"tune_cifar.cli.{module}.stdout", lambda: console)
+    _print_plan(settled)
+    assert console.file.getvalue().endswith(f"start it with:\n  {command}\n")  # type: ignore[attr-defined]
+
+
 # Training
 
 
@@ -677,7 +741,8 @@ def test_ctrl_c_exits_with_130_and_the_printed_command_goes_on_to_the_same_curve
     assert answer.exit_code == 130, answer.output
     lines = answer.stdout.splitlines()
     assert lines[-2] == "interrupted; continue it with:"
-    assert lines[-1].startswith("  python -m tune_cifar search --name t --resume")
+    assert lines[-1].startswith("  python -m tune_cifar search --name t --resume --data shapes")
+    assert f" --tracking-uri sqlite:///{workplace}/no/such/folder/mlflow.db" in lines[-1]
     assert 2 <= read_state(folder).trials[0].epochs_done < 20
     assert paste(lines[-1]).exit_code == 0
     resumed = read_state(folder).trials[0]

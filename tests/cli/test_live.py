@@ -6,6 +6,7 @@ import re
 import time
 from io import FileIO, StringIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +27,10 @@ from tests.builders import (
     make_trial,
 )
 from tune_cifar.cli.live import SearchView, SweepView, TrainingView
+from tune_cifar.cli.notebook import _NotebookView
 from tune_cifar.cli.summary import print_search_summary, print_synthetic_banner
 from tune_cifar.data.load import TrainVal
-from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
+from tune_cifar.record.events import EpochReported, Event, NodeChanged, SearchEnded, TrialEnded
 from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.schema import DataInfo, Numerics
@@ -276,12 +278,20 @@ def test_live_table_stays_small_and_shows_what_runs_first() -> None:
 
 
 def test_live_display_is_not_disturbed_by_trials_that_start_while_it_draws() -> None:
-    """The record grows in one thread while another draws: the view keeps a dict of its own."""
-    view = make_view(make_console()[0])
-    state = tell(view, [make_start(0)])
-    seen = view._state
-    state.apply(make_start(1))
-    assert seen is not None and list(seen.trials) == [0] and list(state.trials) == [0, 1]
+    """The record grows in one thread while another draws: the view keeps dicts of its own."""
+    plan: Any = SimpleNamespace(
+        cost=SimpleNamespace(epoch_seconds=2.0),
+        space=SimpleNamespace(budget=make_budget((3,))),
+        resources=SimpleNamespace(max_concurrent=2),
+    )
+    views = [make_view(make_console()[0]), _NotebookView(plan, lambda headline, rows: None)]
+    for view in views:
+        state = tell(view, [make_start(0)])
+        seen = view._state
+        state.apply(make_start(1))
+        state.apply(NodeChanged(node="n", status="joined", address="10.0.0.1", numerics=None))
+        assert seen is not None and list(seen.trials) == [0] and list(state.trials) == [0, 1]
+        assert list(seen.nodes) == [] and list(state.nodes) == ["n"]
 
 
 def test_summary_tells_counts_best_knobs_and_the_gain_beside_its_noise() -> None:
@@ -390,6 +400,7 @@ def test_a_resumed_search_tells_of_its_prediction_only_if_it_was_the_predicted_o
         console, make_state([*first, *again], budget=budget, predicted_epochs=4.0), [], []
     )
     assert ("trial-epochs: 4 trained, 4 predicted (error +0 %)" in text.getvalue()) is is_told
+    assert f"s7-1 ended after 0:00:01 of its last launch ({reason}): " in text.getvalue()
 
 
 def test_summarys_next_commands_repeat_the_options_and_are_never_broken() -> None:
@@ -403,6 +414,39 @@ def test_summarys_next_commands_repeat_the_options_and_are_never_broken() -> Non
         "  python -m tune_cifar leaderboard --search s7-1 --storage '/my runs'",
         "  python -m tune_cifar ui --storage '/my runs'",
     ]
+
+
+TYPED = (
+    "python -m tune_cifar search --space s7 --tracking-uri 'postgresql://***@host/db' --trials 9 "
+    "--mirror=s3://my/runs --gpus-per-trial 0.5 --address auto --allow-mixed --keep-weights 10"
+)
+REPEATED = (
+    " --tracking-uri 'postgresql://***@host/db' --mirror=s3://my/runs --gpus-per-trial 0.5 "
+    "--address auto --allow-mixed --keep-weights 10"
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "repeated"),
+    [
+        (TYPED, None, REPEATED),
+        (TYPED, "python -m tune_cifar search --name s7-1 --resume --address x:1", " --address x:1"),
+        (TYPED, "python -m tune_cifar search --name s7-1 --resume", ""),
+        ("run_search('it\\'s mine --address auto')", None, ""),
+    ],
+    ids=["begun", "resumed with another", "resumed with none", "begun in Python"],
+)
+def test_the_command_to_continue_repeats_where_the_last_launch_ran_and_what_it_kept(
+    first: str, then: str | None, repeated: str
+) -> None:
+    console, text = make_console()
+    end = SearchEnded(reason=INTERRUPTED, wall_seconds=1.0)
+    events: list[Event] = [*make_trial(0, [0.3], None), end]
+    if then is not None:
+        events += [make_resume().model_copy(update={"command": then}), end]
+    print_search_summary(console, make_state(events, command=first), [], [], " --data shapes")
+    command = f"python -m tune_cifar search --name s7-1 --resume --data shapes{repeated}"
+    assert f"continue it with:\n  {command}\n" in text.getvalue()
 
 
 def test_summarys_next_commands_need_no_data_option_for_synthetic_data() -> None:

@@ -6,20 +6,42 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tune_cifar
-from tests.builders import ROOT, make_events, write_search
+from tests.builders import (
+    NUMERICS,
+    ROOT,
+    SEARCH_FINISHED,
+    SEARCH_INTERRUPTED,
+    SHAPES,
+    SMALL_KNOBS,
+    load_smoke,
+    make_events,
+    make_resume,
+    make_trial,
+    write_record,
+    write_search,
+)
 from tune_cifar.cli import notebook
 from tune_cifar.cli.notebook import Run, run_search
 from tune_cifar.cli.search import search as search_command
-from tune_cifar.errors import ConfigError, RecordError, SpaceError
+from tune_cifar.data.load import load_train_val
+from tune_cifar.errors import ConfigError, NameTakenError, RecordError, SpaceError
+from tune_cifar.record.events import Event
+from tune_cifar.record.files import WEIGHTS
 from tune_cifar.record.state import SearchState
+from tune_cifar.schema import Numerics
+from tune_cifar.search.plan import SearchPlan, SearchRequest
+from tune_cifar.train.recorded import make_header
+from tune_cifar.verify.confirm import make_confirmation
 
 
 @pytest.fixture
@@ -47,6 +69,100 @@ def test_a_run_is_a_line_and_a_table(state: SearchState) -> None:
         _ = run.candidates
     with pytest.raises(RecordError, match=r"`trial` must be the number of a trial, got 99"):
         run.reproduce(trial=99)
+
+
+def write_confirmed(
+    storage: Path, numerics: Numerics, is_finished: bool
+) -> tuple[SearchState, SearchState]:
+    """A search of two trials on synthetic data and its confirmation under one seed."""
+    space = load_smoke({**SMALL_KNOBS, "pct_start": 0.9}, rungs=(3,), fidelity="epochs")
+    info = load_train_val(SHAPES, 20, 20).info
+    header = make_header("search", "x", space, 0, info, numerics, "test")
+    better = space.baseline.model_copy(update={"max_lr": 0.02})
+    first = make_trial(0, [0.1, 0.2, 0.3], "complete", space.baseline)
+    trials = [*first, *make_trial(1, [0.1, 0.2, 0.4], "complete", better)]
+    state = write_record(storage, header, [*trials, SEARCH_FINISHED])
+    space, settled = make_confirmation(state, 1, 1, {})
+    header = make_header("confirm", "x-confirm", space, 0, info, numerics, "test")
+    header = header.model_copy(update={"confirmation": settled})
+    events = [*trials, SEARCH_FINISHED] if is_finished else [SEARCH_INTERRUPTED]
+    return state, write_record(storage, header, events)
+
+
+def test_a_cell_that_confirms_again_shows_what_is_recorded_and_refuses_other_trainings(
+    tmp_path: Path,
+) -> None:
+    state, confirmation = write_confirmed(tmp_path, NUMERICS, is_finished=True)
+    run = Run(state, data="shapes")
+    for name in (None, "x-confirm"):
+        found = run.confirm(seeds=1, top=1, name=name)
+        assert found.state == confirmation and len(found.candidates) == 2
+    way_out = "Its trials, seeds or epochs are others: give `name` for another."
+    rule = f"x-confirm: a confirmation of this search exists already. {way_out}"
+    with pytest.raises(NameTakenError, match=f"^{re.escape(rule)}$"):
+        run.confirm(seeds=2, top=1)
+
+
+def test_a_confirmation_trains_as_its_search_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"deterministic": True, "execution": "compiled", "precision": "tf32", "threads": 2}
+    numerics = NUMERICS.model_copy(update=more)
+    state, _ = write_confirmed(tmp_path, numerics, is_finished=False)
+    run_module = importlib.import_module("tune_cifar.search.run")
+    monkeypatch.setattr(run_module, "prepare_search", lambda space, request, settled: request)
+    monkeypatch.setattr(notebook, "_run", lambda request, data: Run(request))
+    asked: Any = Run(state, data="shapes").confirm(seeds=2, top=1, name="other").state
+    found = (asked.device, asked.precision, asked.cpus_per_trial, asked.deterministic)
+    assert (*found, asked.execution) == ("cpu", "tf32", 2, True, "compiled")
+
+
+CONFIRM = """
+import sys
+from pathlib import Path
+from tune_cifar import Run, load_searches
+(state,) = load_searches(Path(sys.argv[1]), search="x")
+run = Run(state, data="shapes")
+done = run.confirm(seeds=1, top=1, max_concurrent=1)
+assert done.name == "x-confirm" and done.state.is_finished, done
+assert done.state.counts["complete"] == 2 and len(done.state.resumes) == 1
+again = run.confirm(seeds=1, top=1)
+assert again.state.num_events == done.state.num_events
+"""
+
+
+@pytest.mark.slow
+def test_a_cell_that_was_interrupted_continues_its_confirmation(
+    workplace: Path, fp32: Numerics
+) -> None:
+    write_confirmed(workplace / "runs", fp32, is_finished=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CONFIRM, str(workplace / "runs")],
+        capture_output=True,
+        text=True,
+        cwd=workplace,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_plan_to_resume_keeps_the_weights_that_its_search_has(state: SearchState) -> None:
+    more: list[Event] = []
+    for number in range(5, 8):
+        more += make_trial(number, [0.1, 0.2, 0.3], "complete")
+    for event in (make_resume(), *more):
+        state.apply(event)
+    for trial in state.trials.values():
+        state.trial_folder(trial.number).mkdir(parents=True)
+        (state.trial_folder(trial.number) / WEIGHTS).write_bytes(b"weights")
+    request = SearchRequest(SHAPES, state.storage, "test", name="s7-1")
+    made: Any = SearchPlan
+    plan = made(*[None] * 9)
+    for past, given, number in ((state, 3, 5), (state, 2, 2), (None, 3, 3)):
+        asked = replace(request, keep_weights=given)
+        kept = notebook._keep_weights(replace(plan, request=asked, past=past))
+        assert kept.request == replace(asked, keep_weights=number)
 
 
 def test_text_of_a_table_cannot_be_markup() -> None:
@@ -94,4 +210,4 @@ def test_the_public_names_are_there_and_no_submodule_hides_one() -> None:
     names: Any = tune_cifar.__all__
     assert not [name for name in names if inspect.ismodule(getattr(tune_cifar, name))]
     with pytest.raises(SpaceError, match="no-such-space"):
-        tune_cifar.run_search("no-such-space")
+        tune_cifar.run_search("no-such-space", data="shapes")

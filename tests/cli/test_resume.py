@@ -6,23 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from tests import builders
 from tests.builders import (
+    COMMANDS,
     NUMERICS,
     SEARCH_FINISHED,
+    SEARCH_INTERRUPTED,
+    SHAPES,
     SHAPES_INFO,
     interrupt_small,
     invoke,
+    make_space,
     make_trial,
     refuse,
+    run_in_a_process,
     write_record,
 )
+from tune_cifar.cli.confirm import _finish
+from tune_cifar.cli.search import choose_keep_weights
+from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, SpaceError
+from tune_cifar.record.files import WEIGHTS
 from tune_cifar.record.journal import read_state
+from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.space.select import load_space
 from tune_cifar.train.recorded import make_header
+from tune_cifar.verify.confirm import make_confirmation
 
 SMOKE = Path(__file__).parents[2] / "search_spaces" / "smoke.yaml"
 SEARCH = "search --space smoke --tier cpu --trials 2 --set epochs=2 --set crop_pad=2"
@@ -158,3 +171,60 @@ def test_train_resumes_no_search() -> None:
     assert sentence == (
         "x must be a single training, got a search. Use `search --name x --resume`."
     )
+
+
+def test_an_interrupted_confirmation_names_the_command_that_continues_it(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space, settled = make_confirmation(read_state(search_folder(store, "x")), 1, 1, {})
+    typed = "python -m tune_cifar confirm --search x --gpus-per-trial 0.5 --mirror s3://a/b"
+    made = make_header("confirm", "x-confirm", space, 3, SHAPES_INFO, NUMERICS, typed)
+    header = made.model_copy(update={"confirmation": settled})
+    state = write_record(store, header, [SEARCH_INTERRUPTED])
+    with pytest.raises(typer.Exit):
+        _finish(state, "shapes", None, as_json=False)
+    options = "--resume --data shapes --gpus-per-trial 0.5 --mirror s3://a/b"
+    command = f"python -m tune_cifar search --name x-confirm {options}"
+    assert f"continue it with:\n  {command}\n" in capsys.readouterr().out
+
+
+def write_weights(state: SearchState, num_trials: int) -> None:
+    """Write files of weights for the first trials."""
+    for number in range(num_trials):
+        state.trial_folder(number).mkdir(parents=True)
+        (state.trial_folder(number) / WEIGHTS).write_bytes(b"weights")
+
+
+@pytest.mark.parametrize(
+    ("words", "num_files", "number"),
+    [("", 5, 4), ("", 2, 3), ("--keep-weights 3", 5, 3), ("--keep-weights 9", 5, 9)],
+)
+def test_a_resumed_search_keeps_the_weights_that_it_has_unless_a_number_is_typed(
+    tmp_path: Path, words: str, num_files: int, number: int
+) -> None:
+    """Of five trials the last still runs: its file is of a shorter stage."""
+    events: list[Any] = []
+    for each in range(4):
+        events += make_trial(each, [0.1, 0.2, 0.3], "complete")
+    state = write_record(tmp_path, builders.make_header(), [*events, *make_trial(4, [0.1], None)])
+    write_weights(state, num_files)
+    context: Any = COMMANDS["search"].make_context("search", words.split())
+    assert choose_keep_weights(context, state) == number
+
+
+@pytest.mark.slow
+def test_weights_that_a_search_has_kept_survive_its_resume(tmp_path: Path, fp32: Numerics) -> None:
+    space = make_space(trials=6)
+    data = load_train_val(SHAPES, space.baseline.train_size, space.baseline.val_size)
+    header = make_header("search", "x", space, 0, data.info, fp32, "test")
+    events: list[Any] = []
+    for number in range(5):
+        events += make_trial(number, [0.0, 0.0, 0.01 * number], "complete", space.baseline)
+    events += [*make_trial(5, [], None, space.baseline), SEARCH_INTERRUPTED]
+    state = write_record(tmp_path / "runs", header, events)
+    write_weights(state, 5)
+    answer = run_in_a_process("search", "--name=x", "--resume", "--accept-changes", folder=tmp_path)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert read_state(state.folder).counts["complete"] == 6
+    left = [number for number in range(6) if (state.trial_folder(number) / WEIGHTS).exists()]
+    assert left == [1, 2, 3, 4, 5]

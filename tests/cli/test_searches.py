@@ -110,6 +110,15 @@ def test_the_list_shows_how_far_each_search_came_and_how_to_go_on(storage: Path)
     assert hint == f"continue killed: python -m tune_cifar {command}"
 
 
+def test_the_list_repeats_where_an_unfinished_search_ran(tmp_path: Path) -> None:
+    typed = "python -m tune_cifar search --space s7 --address auto --keep-weights 10 --trials 4"
+    events = [*make_trial(0, [0.3], None), SEARCH_INTERRUPTED]
+    write_search(tmp_path, "stopped", 2, events, command=typed)
+    hint = invoke("searches", "list", "--storage", str(tmp_path)).stdout.splitlines()[-1]
+    options = f"--resume --storage {tmp_path} --address auto --keep-weights 10"
+    assert hint == f"continue stopped: python -m tune_cifar search --name stopped {options}"
+
+
 def test_a_search_on_the_stand_in_goes_on_with_the_stand_in(tmp_path: Path) -> None:
     write_search(
         tmp_path, "stopped", 2, [*make_trial(0, [0.3], None), SEARCH_INTERRUPTED], data=SHAPES_INFO

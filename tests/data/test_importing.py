@@ -396,6 +396,16 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
         import_data(folder, "pets")
 
 
+def test_test_images_of_another_size_need_a_size_too(tmp_path: Path, home: Path) -> None:
+    train = write_folder(tmp_path / "photos", 3)
+    test = write_folder(tmp_path / "others", 2, side=20)
+    rule = r"cat/000.png: all images must have one size \(12x12\) without `size`, got 20x20"
+    with pytest.raises(DataError, match=rf"others/{rule}\. Give `size`\.$"):
+        import_data(train, "pets", test=test)
+    assert not (home / "pets").exists()
+    assert import_data(train, "pets", size=8, test=test).data.description.side == 8
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 10

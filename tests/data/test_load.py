@@ -143,6 +143,30 @@ def test_a_given_folder_without_data_is_an_error_although_another_place_has_it(
     assert f"python -m tune_cifar data fetch {nowhere / place}" in message
 
 
+def test_cifar10_by_its_name_is_looked_for_in_its_usual_places(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the environment names other data."""
+    with pytest.raises(DataError) as caught:
+        find_data("cifar10")
+    places = f"{nowhere / 'data'}, {user_cache_path('tune_cifar')}"
+    hint = "Run `python -m tune_cifar data fetch`."
+    assert str(caught.value) == f"data: no {BATCHES_FOLDER} in {places}. {hint}"
+    make_data_files(nowhere / "data")
+    for other in ("shapes", "cifar10", "cifar100"):
+        monkeypatch.setenv("TUNE_CIFAR_DATA", other)
+        assert find_data("cifar10") == DataSource("cifar10", nowhere / "data")
+    monkeypatch.setenv("TUNE_CIFAR_DATA", "cifar10")
+    assert find_data(None) == DataSource("cifar10", nowhere / "data")
+    inner = make_data_files(nowhere / "environment") / BATCHES_FOLDER
+    monkeypatch.setenv("TUNE_CIFAR_DATA", str(inner))
+    assert find_data("cifar10") == DataSource("cifar10", nowhere / "environment")
+    make_data_files(nowhere / "cifar10")  # a folder of that name, as ever
+    assert find_data("cifar10") == DataSource("cifar10", nowhere / "cifar10")
+    with pytest.raises(DataError, match=r"Did you mean cifar10\?"):
+        find_data("cifar-10")
+
+
 def test_an_empty_text_is_refused(nowhere: Path) -> None:
     make_data_files(nowhere)
     with pytest.raises(DataError, match="got '', which is not a folder"):

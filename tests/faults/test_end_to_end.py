@@ -47,7 +47,8 @@ def test_a_search_whose_driver_is_killed_at_random_moments_loses_nothing(
     tmp_path: Path, reference: SearchState
 ) -> None:
     """KILLS=20 in `make test-faults`."""
-    lab, generator = Lab(tmp_path), random.Random(0)
+    # Its first kill comes 0.4 s after the first epoch.
+    lab, generator = Lab(tmp_path), random.Random(4)
     for _ in range(int(os.environ.get("KILLS", "1"))):
         kill_at_random(lab, generator)
         if lab.record.exists() and lab.state.is_finished:
@@ -55,8 +56,9 @@ def test_a_search_whose_driver_is_killed_at_random_moments_loses_nothing(
             # The next kills hit the trials that are added now.
             lab.options = ("--trials", f"+{generator.randint(2, 4)}")
     lab.options = ()
+    is_over = lab.state.is_finished
     text = lab.finish()
-    assert "0 lost" in text or "ended after" in text
+    assert "0 lost" in text or is_over
     check_complete(lab)
     state = lab.state
     state.trials = {number: state.trials[number] for number in reference.trials}

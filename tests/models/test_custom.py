@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,13 +30,22 @@ from tune_cifar.models.custom import (
 )
 from tune_cifar.models.summary import describe_model
 from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.search.disk import estimate_disk_needs
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import SearchSpace, select_tier
 from tune_cifar.space.template import make_space_text
-from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from tune_cifar.train import step as step_module
+from tune_cifar.train.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 from tune_cifar.train.network import choose_execution, resolve_network
+from tune_cifar.train.step import build_initial_model
 from tune_cifar.train.trainer import Trainer
-from tune_cifar.verify.export import load_network
+from tune_cifar.train.trial import WEIGHTS, train_trial
+from tune_cifar.verify.export import load_network, write_safetensors
 
 HEAD = """
 import random
@@ -279,8 +291,6 @@ def test_a_space_must_fit_the_constructor(tmp_path: Path) -> None:
     write(tmp_path, "\ndef make(num_classes: int, width: float = 8.0): return Net(num_classes)\n")
     space = make_space(tmp_path, WIDTH, "    width: 8\n")
     plain = space.baseline.model_copy(update={"model": "net.py:make", "model_args": ()})
-    from dataclasses import replace
-
     with pytest.raises(ConfigError, match="dropout must be 0 and not searched"):
         resolve_network(replace(space, baseline=plain), CIFAR10)
 
@@ -344,3 +354,115 @@ def test_an_exported_file_runs_no_source_of_its_own_unasked(tmp_path: Path) -> N
     with pytest.raises(CheckpointError):  # its weights are not all there
         load_network(tmp_path / "net.safetensors", run_source=True)
     assert (tmp_path / "ran").exists()
+
+
+VALUES = """
+SCALE = torch.ones(3, 1, 1)  # made when the file is loaded
+
+
+class Asks(Net):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+
+    def forward(self, images):
+        return super().forward(images * SCALE)
+"""
+
+
+def test_a_network_whose_code_needs_values_is_measured_and_then_trained(
+    workplace: Path, fp32: Numerics
+) -> None:
+    """Neither its constructor nor its file runs on torch's meta device."""
+    path = write(workplace, VALUES)
+    digest = add_source(path.read_text())
+    space = make_space(workplace, baseline="    width: 8\n")
+    config = make_own("Asks", model_digest=digest, epochs=1)
+    torch_state = torch.get_rng_state()
+    needs = estimate_disk_needs(replace(space, baseline=config), 1, 1)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    plain = make_own(model_digest=digest)
+    assert needs == estimate_disk_needs(replace(space, baseline=plain), 1, 1)
+    loaded: Any = load_factory("net.py:Asks", digest)
+    assert loaded.forward.__globals__["SCALE"].device.type == "cpu"
+    data = load_train_val(SHAPES, config.train_size, config.val_size)
+    assert len(list(Trainer(config, data, fp32))) == 1
+    assert describe_model("net.py:Asks").params == 3 * 8 * 9 + 8 + 8 * 10 + 10
+
+
+DRAWN = """
+FIRST = random.random(), np.random.rand(), torch.rand(1)
+
+
+class Drawn(Net):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.order = np.random.permutation(1000).tolist()
+        self.number = random.random()
+"""
+
+
+def test_a_constructor_draws_the_same_from_every_global_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where its file draws something when it is loaded, once in a process."""
+    config = make_own("Drawn", model_digest=add_source(HEAD + DRAWN))
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    models: list[Any] = []
+    for _ in range(2):
+        monkeypatch.setattr(step_module, "_drawn", {})
+        models.append(build_initial_model(config))
+    monkeypatch.setattr(step_module, "_drawn", {})
+    other: Any = build_initial_model(config.model_copy(update={"seed": 1}))
+    first, again = models
+    assert (first.order, first.number) == (again.order, again.number)
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert first.order != other.order and first.number != other.number
+    assert random.getstate() == before[0]
+    assert all(map(np.array_equal, np.random.get_state(), before[1]))
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_a_sweep_of_learning_rates_draws_as_a_training_does(fp32: Numerics) -> None:
+    config = make_own("Drawing", model_digest=add_source(HEAD + DRAWING), dropout=0.3)
+    config = config.model_copy(update={"schedule": "constant", "max_lr": 0.02})
+    data = load_train_val(SHAPES, config.train_size, config.val_size)
+    trained, swept = Trainer(config, data, fp32), Trainer(config, data, fp32)
+    next(iter(trained))
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    for _ in swept.sweep([0.02] * config.num_steps_per_epoch):
+        torch.rand(1)
+    assert random.getstate() == python_state
+    assert all(map(np.array_equal, np.random.get_state(), numpy_state))
+    for name, weight in trained.model.state_dict().items():
+        assert torch.equal(weight, swept.model.state_dict()[name])
+
+
+TIED = """
+class Tied(Net):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        act = nn.PReLU()
+        self.first, self.second = act, act
+
+    def forward(self, images):
+        return self.head(self.second(self.conv(self.first(images))).mean((2, 3)))
+"""
+
+
+def test_a_network_with_tied_weights_is_kept_and_exported(fp32: Numerics, tmp_path: Path) -> None:
+    text = HEAD + TIED
+    config = make_own("Tied", model_digest=add_source(text), epochs=1)
+    data = load_train_val(SHAPES, config.train_size, config.val_size)
+    trainers: list[Trainer] = []
+    folder = tmp_path / "search" / "trials" / "0"
+    list(train_trial(config, data, fp32, folder, on_trainer=trainers.append))
+    state = trainers[0].model.state_dict()
+    kept = load_weights(folder / WEIGHTS)
+    assert {*kept} == {*state} and {"first.weight", "second.weight"} <= {*kept}
+    assert all(torch.equal(kept[name], weight) for name, weight in state.items())
+    metadata = {"config": config.model_dump_json(), "classes": json.dumps(data.about.class_names)}
+    metadata |= {"mean": json.dumps(data.about.mean), "std": json.dumps(data.about.std)}
+    write_safetensors(tmp_path / "net.safetensors", trainers[0].model, metadata, data.about)
+    network = load_network(tmp_path / "net.safetensors").network
+    assert all(torch.equal(network.state_dict()[name], weight) for name, weight in state.items())

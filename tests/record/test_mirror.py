@@ -9,13 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.builders import find_free_port, make_events, write_search
-from tune_cifar.errors import RecordError
+from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record import mirror
 from tune_cifar.record.files import write_atomically
 from tune_cifar.record.journal import RECORD_FILE, read_state
-from tune_cifar.record.mirror import Mirror, copy_search, list_mirrored, restore_search
+from tune_cifar.record.mirror import (
+    Mirror,
+    check_is_free,
+    copy_search,
+    list_mirrored,
+    restore_search,
+)
 
 OLD, NEW = (f"trials/0003/checkpoints/checkpoint-000{number}.pt" for number in (1, 2))
 KEPT = "trials/0001/weights.safetensors"
@@ -53,6 +60,8 @@ def serve_s3() -> Iterator[str]:
     port = find_free_port()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
+    # What an earlier server of this process had is still there.
+    requests.post(f"http://127.0.0.1:{port}/moto-api/reset", timeout=60).raise_for_status()
     variables = {
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
@@ -90,7 +99,9 @@ def test_a_search_comes_back_as_it_was(
 ) -> None:
     copied = copy_search(folder, url)
     assert set(copied) == {RECORD_FILE, OLD, KEPT, "trials/0003/error.txt"}
-    assert list(copied)[-1] == RECORD_FILE, "what it names is there before the record is"
+    names = list(copied)
+    assert names[-1] == RECORD_FILE, "what it names is there before the record is"
+    assert names.index(KEPT) < names.index(OLD), "a checkpoint does not come without weights"
     assert list_mirrored(url) == ["s7-1"]
     restored = restore_search(url, "s7-1", tmp_path / "elsewhere")
     wanted = list_files(folder)
@@ -118,13 +129,63 @@ def test_only_what_changed_is_copied_and_what_is_gone_here_goes_there(
     assert NEW not in files and files[OLD] == b"again"
 
 
+def test_another_search_of_the_same_name_is_left_as_it_is(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    """Such as one that was begun again on a machine that had lost the first."""
+    check_is_free(url, "s7-1")
+    copy_search(folder, url)
+    other = write_search(tmp_path / "new", "s7-1", 2, make_events()).folder
+    with pytest.raises(RecordError, match="another search named s7-1 is there"):
+        copy_search(other, url)
+    restored = restore_search(url, "s7-1", tmp_path / "elsewhere")
+    assert (restored / RECORD_FILE).read_bytes() == (folder / RECORD_FILE).read_bytes()
+    assert (restored / OLD).exists()
+    rule = "`mirror` must have no search of the new one's name, got s7-1. Bring it back: "
+    with pytest.raises(ConfigError, match=rule) as caught:
+        check_is_free(url, "s7-1")
+    assert f"searches restore {url} s7-1 (then --continue)" in str(caught.value)
+
+
+def test_a_mirror_that_does_not_answer_refuses_no_name(tmp_path: Path) -> None:
+    (tmp_path / "mirror").write_text("in the way")
+    check_is_free((tmp_path / "mirror").as_uri(), "s7-1")
+    check_is_free("ftp://127.0.0.1:9/x", "s7-1")
+
+
+def test_what_changes_during_a_copy_leaves_a_search_that_can_be_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record may not name what comes later, nor a checkpoint go before its successor."""
+    url, list_files_now = (tmp_path / "mirror").as_uri(), mirror._list_files
+    before = copy_search(folder, url)
+    written = (folder / RECORD_FILE).read_bytes()
+
+    def list_then_change(folder: Path) -> list[Path]:
+        paths = list_files_now(folder)
+        (folder / RECORD_FILE).write_bytes(written + b"a later line")
+        (folder / OLD).unlink()
+        write_atomically(folder / NEW, b"newer")
+        return paths
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_list_files", list_then_change)
+        after = copy_search(folder, url, before)
+    copy = tmp_path / "mirror" / "s7-1"
+    assert (copy / RECORD_FILE).read_bytes() == written
+    assert (copy / OLD).exists() and not (copy / NEW).exists()
+    copy_search(folder, url, after)
+    assert (copy / RECORD_FILE).read_bytes() == written + b"a later line"
+    assert not (copy / OLD).exists() and (copy / NEW).exists()
+
+
 def test_what_is_not_there_is_said_with_what_is(folder: Path, url: str, tmp_path: Path) -> None:
     copy_search(folder, url)
     with pytest.raises(RecordError, match=r"no search named 'other' is there\. Known: s7-1"):
         restore_search(url, "other", tmp_path / "elsewhere")
     with pytest.raises(RecordError, match="a search of this name is here already"):
         restore_search(url, "s7-1", tmp_path / "runs")
-    assert not list((tmp_path / "elsewhere").rglob("*.part"))
+    assert not list((tmp_path / "elsewhere").rglob("*"))
 
 
 def test_a_mirror_follows_while_it_is_open_and_is_complete_at_its_end(
@@ -166,8 +227,10 @@ def test_a_mirror_that_stays_away_is_a_sentence_with_the_command_that_completes_
 ) -> None:
     place = tmp_path / "mirror"
     place.write_text("in the way")
-    with Mirror(folder, place.as_uri(), end_seconds=1.0) as running:
-        pass
+    begin = time.monotonic()
+    with Mirror(folder, place.as_uri()) as running:
+        running.end_seconds = 1.0  # as after a second Ctrl-C
+    assert time.monotonic() - begin < 10
     assert running.fault is not None
     assert f"Complete it: python -m tune_cifar searches mirror s7-1 {place.as_uri()}" in (
         running.fault

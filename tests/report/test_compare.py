@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from tests.builders import (
     evaluate_answers,
     make_header,
+    make_resume,
+    make_start,
     make_trial,
     score_by_lr,
     simulate_search,
@@ -71,6 +73,15 @@ def test_facts_of_an_unfinished_single_training_have_no_end(tmp_path: Path) -> N
     assert facts["epochs trained"] == "1"
 
 
+def test_the_length_of_a_resumed_search_is_called_that_of_its_last_launch(tmp_path: Path) -> None:
+    ended = SearchEnded(reason="interrupted", wall_seconds=90)
+    state = write_record(tmp_path, make_header(), [make_start(0), ended])
+    state.apply(make_resume())
+    state.apply(ended)
+    facts = make_facts(state).set_index("fact")["value"]
+    assert facts["ended"] == "interrupted, after 1.5 minutes of its last launch"
+
+
 def test_knobs_stand_with_range_baseline_and_best(searched: SearchState) -> None:
     table = make_knobs(searched)
     best = searched.best
@@ -106,6 +117,29 @@ def test_searches_that_compare_stand_together_the_better_one_first(
     assert (row["trials"], row["complete"]) == (12, states[0].counts["complete"])
     published = load_space("smoke", "cpu").header.published
     assert (row["published"], row["measured"]) == (published.accuracy, published.measured)
+
+
+def test_groups_that_differ_in_data_or_split_alone_are_told_apart(
+    searched: SearchState, tmp_path: Path
+) -> None:
+    found = []
+    texts = {"space_text": searched.header.space_text, "space": "smoke"}
+    for name, digest, split in (
+        ("a", "abcdefgh", "01234567"),
+        ("b", "abcdefgh", "76543210"),
+        ("c", "hgfedcba", "01234567"),
+    ):
+        data = make_header().data.model_copy(update={"digest": digest, "split_hash": split})
+        header = make_header(name, data=data, **texts)
+        found.append(write_record(tmp_path, header, make_trial(0, [0.3, 0.5, 0.7], "complete")))
+    groups = make_comparison(found).set_index("search")["group"]
+    same = "3 epochs of 500 images, 100 to validate, fidelity epochs"
+    assert groups.to_dict() == {
+        "a": f"{same}, data abcdef, split 012345",
+        "b": f"{same}, data abcdef, split 765432",
+        "c": f"{same}, data hgfedc, split 012345",
+    }
+    assert list(make_comparison(found[:1])["group"]) == [same]
 
 
 def test_a_search_on_synthetic_data_says_so_and_one_without_a_complete_trial_has_no_gain(

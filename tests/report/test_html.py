@@ -17,6 +17,9 @@ from tests.builders import (
     SHAPES_INFO,
     invoke,
     make_header,
+    make_result,
+    make_resume,
+    make_stages_driver,
     make_start,
     refuse,
     simulate_search,
@@ -24,9 +27,11 @@ from tests.builders import (
     write_record,
 )
 from tune_cifar.errors import ConfigError
+from tune_cifar.record.events import SearchEnded, Stage
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.test_log import TestEvaluation, add_test_evaluations, find_test_log
 from tune_cifar.report.health import examine_space
-from tune_cifar.report.html import make_report, write_report
+from tune_cifar.report.html import _list_best, make_report, write_report
 from tune_cifar.report.tables import make_importances, make_slices
 from tune_cifar.schema import Numerics
 from tune_cifar.space.layout import Range
@@ -211,7 +216,8 @@ def test_the_best_trial_is_evaluated_where_its_weights_and_the_data_are(
     changes = {"kind": "search", "distributions": distributions}
     trained.header = trained.header.model_copy(update=changes)
     path = tmp_path / "x.html"
-    assert write_report(trained, path, "shapes") is None
+    # The record names its data: where they are found, no `data` is needed.
+    assert write_report(trained, path, None) is None
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     for name in ("Confusion", "Classes", "Calibration", "Most confident mistakes", "Augmentation"):
@@ -221,6 +227,46 @@ def test_the_best_trial_is_evaluated_where_its_weights_and_the_data_are(
     assert missing is not None and "nowhere" in missing
     page = Page(path.read_text(encoding="utf-8"))
     assert f"Not shown: {missing}" in page.text and "Confusion." not in page.text
+
+
+def test_the_best_trials_are_those_of_the_highest_mean_of_replicates(
+    tmp_path: Path, fp32: Numerics
+) -> None:
+    driver = make_stages_driver(tmp_path, fp32, replicates=2, trials=2)
+    for number, accs in enumerate(((0.6, 0.8), (0.9, 0.7))):
+        driver.ask()
+        for stage in (Stage(1, 0), Stage(2, 0), Stage(3, 0), Stage(3, 1)):
+            acc = accs[stage.replicate]
+            for epoch in range(1, stage.length + 1):
+                driver.report(number, stage, make_result(epoch, acc))
+    driver.record.close()
+    rows = _list_best(driver.record.state)
+    assert [(row["trial"], row["val_acc"]) for row in rows] == [(1, 0.7), (0, 0.8)]
+    assert [row["accuracy"] for row in rows] == pytest.approx([0.8, 0.7])
+
+
+@pytest.mark.slow
+def test_the_head_of_a_report_says_what_the_last_launch_took_and_whether_the_best_was_tested(
+    tmp_path: Path,
+) -> None:
+    state = simulate_search(tmp_path / "one", 3, lambda trial, stage: 0.8 - 0.1 * trial.number)
+    state.apply(make_resume())
+    state.apply(SearchEnded(reason="interrupted", wall_seconds=90.0))
+    text = " ".join(Page(make_report(state)).text.split())
+    assert "ended after 1.5 minutes of its last launch (interrupted)" in text
+    assert "No trial beat the baseline (80.00 %): there is no gain. Validation accuracy on" in text
+    assert "by which this trial was chosen; it was not evaluated on the test set. " in text
+
+    state = simulate_search(tmp_path / "two", 3, lambda trial, stage: 0.5 + 0.1 * trial.number)
+    best, info = state.best, state.header.data
+    assert best is not None
+    what = (best.fingerprint, 0, best.run_id, info.name, 10_000, 0.77, 0.5, "test", info.digest)
+    row = TestEvaluation("2026-02-02T12:00:00Z", "a commit", *what)
+    add_test_evaluations(find_test_log(state.storage), [row])
+    text = " ".join(Page(make_report(state)).text.split())
+    assert "confirmed over seeds. Validation accuracy on" in text and "launch" not in text
+    tested = "on the test set (10,000 images) it has 77.00 %, evaluated 2026-02-02."
+    assert f"by which this trial was chosen; {tested} " in text
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, NameTakenError
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.search import run
 from tune_cifar.search.cost import CONTEXT_MB, Cost, measure_cost
 from tune_cifar.search.disk import DiskNeeds, check_disk
 from tune_cifar.search.forecast import START_SECONDS
@@ -194,6 +197,24 @@ def test_two_nameless_searches_planned_in_one_second_get_two_records(tmp_path: P
     assert names == ["n", "n-2"]
     with pytest.raises(NameTakenError, match="n: a search of this name exists already"):
         _open_record(replace(plan, request=replace(request, name="n")))
+
+
+@pytest.mark.parametrize("step", ["__init__", "finish"])
+def test_a_driver_that_cannot_write_leaves_no_upload_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Its lock would keep `sync` out as long as the process lives."""
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "use_ray", lambda *_: nullcontext())
+    monkeypatch.setattr(run, "_run_tune", lambda *_: None)
+    monkeypatch.setattr(run.SearchDriver, step, fail)
+    plan = replace(make_plan(9, None), request=SearchRequest(SHAPES, tmp_path, "search"))
+    with pytest.raises(OSError, match="No space left"):
+        run.run_search(plan)
+    assert "mlflow-uploader" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_nameless_search_is_planned_under_a_free_name(

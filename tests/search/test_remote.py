@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from tune_cifar.record.events import Stage
 from tune_cifar.record.journal import Record
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
+from tune_cifar.search import cluster
 from tune_cifar.search import remote as remote_module
 from tune_cifar.search.adapters import TuneScheduler, TuneSearcher, WorkerCache
 from tune_cifar.search.cluster import LiveNodes, Node, _check_address, _describe_refusal
@@ -53,17 +55,22 @@ def remote(
     tmp_path: Path, fp32: Numerics, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[RemoteTrials]:
     """A search of two nodes with two slots each."""
-    monkeypatch.setattr(
-        remote_module,
-        "LiveNodes",
-        lambda: LiveNodes(machines),
-    )
+    monkeypatch.setattr(remote_module, "LiveNodes", lambda: LiveNodes(machines))
+    with make_remote(tmp_path, fp32, [ONE, TWO], {}) as remote:
+        yield remote
+
+
+@contextmanager
+def make_remote(
+    storage: Path, fp32: Numerics, nodes: list[Node], unable: dict[str, str]
+) -> Iterator[RemoteTrials]:
+    """A search of these nodes with two slots each."""
     space, cost = make_space(), Cost(1.0, 1.0, 1.0)
-    request = SearchRequest(SHAPES, tmp_path, "x", address="auto")
-    offers = tuple(Offer(node.name, node.address, 2, fp32, cost) for node in (ONE, TWO))
-    plan = SearchPlan(space, request, "x", SHAPES_INFO, fp32, RESOURCES, cost, offers)
+    request = SearchRequest(SHAPES, storage, "x", address="auto")
+    offers = tuple(Offer(node.name, node.address, 2, fp32, cost) for node in nodes)
+    plan = SearchPlan(space, request, "x", SHAPES_INFO, fp32, RESOURCES, cost, offers, unable)
     header = make_header("search", "x", space, 0, SHAPES_INFO, fp32, "test")
-    with Record.create(search_folder(tmp_path, "x"), header) as record:
+    with Record.create(search_folder(storage, "x"), header) as record:
         yield RemoteTrials(SearchDriver(record, space, ignore_event), plan, "nonce")
 
 
@@ -90,6 +97,18 @@ def ask(remote: RemoteTrials) -> Any:
 
 def epochs(number: int = 1) -> str:
     return pack_epochs([(Stage(3), make_result(number, 0.5))])
+
+
+def test_a_node_that_cannot_train_gets_no_trial(
+    tmp_path: Path, fp32: Numerics, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "LiveNodes", lambda: LiveNodes(machines))
+    problem = "memory: the baseline must fit"
+    with make_remote(tmp_path, fp32, [TWO], {"one": problem}) as remote:
+        found = remote._driver.record.state.nodes["one"]
+        assert (found.status, found.text) == ("left out", problem)
+        assert [ask(remote)["node"] for _ in range(2)] == [TWO.id] * 2
+        assert ask(remote) is None
 
 
 def test_no_more_trials_run_than_the_nodes_that_are_there_have_slots(
@@ -330,6 +349,27 @@ def test_without_room_for_one_trial_the_largest_node_is_named() -> None:
 def test_an_address_where_no_cluster_is_is_refused(address: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         _check_address(address)
+
+
+def test_a_process_that_joins_clusters_starts_no_ray_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has made no token: everybody could use what it starts."""
+    monkeypatch.setattr(cluster, "JOINS_CLUSTERS", True)
+    with pytest.raises(ConfigError, match=r"got both\. Run the one without `address` in another"):
+        cluster.start_ray(RESOURCES)
+
+
+def test_while_a_search_runs_no_other_cluster_is_joined() -> None:
+    """Joining would end the running one's."""
+    running = pytest.raises(ConfigError, match="one search at a time runs in a process")
+    with cluster._keep_others_out(), running:
+        cluster.join("127.0.0.1:9")
+
+
+def test_who_is_not_let_in_is_told_about_the_token() -> None:
+    sentence = _describe_refusal("h:1", "Failed to connect to Ray cluster at h:1")
+    assert "must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN, got none or another" in sentence
 
 
 def test_rays_words_for_another_version_are_shortened() -> None:

@@ -104,7 +104,7 @@ def test_what_decides_results_must_be_accepted_and_the_rest_is_listed(
     assert changes.deciding == (
         "threads: 1 -> 2",
         f"torch: {fp32.versions['torch']} -> 9.9",
-        "data: shapes, split s -> shapes, split t",
+        "data: shapes (files d, split s) -> shapes (files d, split t)",
         f"code: {digest_code()} -> 0123",
     )
     assert [change.split(":")[0] for change in changes.harmless] == ["ray"]

@@ -6,6 +6,8 @@ import fcntl
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -115,6 +117,39 @@ def test_the_actor_refuses_an_attempt_that_one_in_the_run_store_has_followed(
     store.fetch(3, 1)
     open_trial_files(tmp_path, 3, 2, "n0nce")
     assert store.put(3, 1, CHECKPOINT, b"late") == "superseded"
+
+
+def test_a_checkpoint_that_does_not_come_leaves_the_last_one_that_did(
+    store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run store's disk is full for a while; the worker keeps its newest two."""
+
+    def call(name: str) -> Any:
+        return SimpleNamespace(remote=getattr(store, name))
+
+    actor = SimpleNamespace(fetch=call("fetch"), put=call("put"), keep=call("keep"))
+    monkeypatch.setattr("ray.get_actor", lambda name: actor)
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files = run_store.CopiedFiles(7, 1)
+    here, there = files.folder / "checkpoints", trial_folder(tmp_path, 7) / "checkpoints"
+
+    def save(epoch: int, size: int) -> None:
+        write_atomically(here / f"checkpoint-{epoch:04d}.pt", bytes(size))
+        (here / f"checkpoint-{epoch - 2:04d}.pt").unlink(missing_ok=True)
+
+    for epoch in (1, 2):
+        save(epoch, 10)
+        files.bring()
+    for epoch in (3, 4, 5):
+        save(epoch, 2000)
+        with limit_file_size(1000):
+            files.bring()
+    assert [path.name for path in there.iterdir()] == ["checkpoint-0002.pt"]
+    files.bring()
+    found = sorted(path.name for path in there.iterdir())
+    assert found == ["checkpoint-0004.pt", "checkpoint-0005.pt"]
+    files.close()
 
 
 @pytest.mark.parametrize("found", [None, "another"])

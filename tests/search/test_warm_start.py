@@ -9,15 +9,25 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from tests.builders import CIFAR10, make_space, simulate_search
+from tests.builders import CIFAR10, make_space, run_in_a_process, simulate_search
 from tests.search.test_resume import run_driver
 from tune_cifar.errors import ConfigError
-from tune_cifar.record.events import Header
+from tune_cifar.record.events import Header, decode_event, encode_event
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import Numerics
-from tune_cifar.search.sampler import Sampler
+from tune_cifar.search.sampler import Sampler, fit_point
 from tune_cifar.search.warm_start import learn, try_best_first
-from tune_cifar.space.select import load_space
+from tune_cifar.space.reader import parse_space
+from tune_cifar.space.select import load_space, select_tier
+from tune_cifar.space.template import make_space_text
+
+OWN_NETWORK = """
+from torch import nn
+
+def Net(num_classes: int, width: int = 8):
+    conv = nn.Conv2d(3, width, 3, stride=4)
+    return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, num_classes))
+"""
 
 
 def test_a_warm_start_tries_the_best_first_and_leaves_out_what_does_not_fit(
@@ -55,6 +65,31 @@ def test_a_warm_start_hands_over_no_inactive_knob(tmp_path: Path) -> None:
     sampler = Sampler(found, seed=0)
     asked = [sampler.ask(number)[0] for number in range(1 + len(found.points))]
     assert handed in asked
+
+
+def test_arguments_of_ones_own_network_are_taken_over(tmp_path: Path) -> None:
+    text = make_space_text("net.py:Net", "net", True, [("width", "int", 8)])
+    text = text.replace("search:\n", "search:\n  model_args.width: {low: 8, high: 32, step: 8}\n")
+    space = select_tier(parse_space(text, tmp_path / "net.yaml"), "full")
+    wide = {**space.baseline_params, "model_args.width": 16}
+    assert fit_point(space, space.config(wide)) == space.select_active(wide)
+    assert fit_point(space, space.baseline.model_copy(update={"model_args": ()})) is None
+    assert fit_point(space, space.config({**wide, "model_args.width": 40})) is None
+
+
+@pytest.mark.faults
+def test_a_search_of_ones_own_network_learns_from_another(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(OWN_NETWORK)
+    text = make_space_text("net.py:Net", "net", False, [("width", "int", 8)])
+    text = text.replace("search:\n", "search:\n  model_args.width: {low: 8, high: 32, step: 8}\n")
+    (tmp_path / "net.yaml").write_text(text)
+    words = ("search", "--space=net.yaml", "--data=shapes", "--tier=full", "--trials=2")
+    sizes = ("train_size=200", "val_size=100", "batch_size=10", "epochs=3")
+    small = [f"--set={size}" for size in sizes]
+    for more in (("--name=x",), ("--name=y", "--warm-start=x"), ("--warm-start=x", "--learn")):
+        answer = run_in_a_process(*words, *small, *more, folder=tmp_path)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "learned from 2 trials of x" in " ".join(answer.stdout.split())
 
 
 def test_a_warm_start_needs_a_complete_trial(tmp_path: Path, fp32: Numerics) -> None:
@@ -108,8 +143,9 @@ def test_a_search_that_learned_proposes_as_if_the_trials_were_its_own(tmp_path: 
     space = load_space("smoke", "cpu")
     learned, _ = learn(space, state, CIFAR10)
     header = state.header.model_copy(update={"learned": learned})
-    header = Header.model_validate_json(header.model_dump_json())
-    assert header.learned == learned
+    line, written = encode_event(1, header)
+    header = decode_event(1, line)
+    assert isinstance(header, Header) and header == written and header.learned == learned
     asked = Sampler(space, 7, learned=header.learned).ask(9)
     assert asked == Sampler(space, 7).ask(9, list(state.trials.values()))
     assert asked != Sampler(space, 7).ask(9)

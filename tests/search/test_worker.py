@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.builders import ROOT
-from tune_cifar.search.worker import explain_end
+from tune_cifar.search.worker import TrialWorker, explain_end
+from tune_cifar.train import step as step_module
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,25 @@ def test_every_words_for_too_little_memory_are_known(fault: Exception) -> None:
 def test_other_faults_are_not_taken_for_it(fault: Exception) -> None:
     outcome, text = explain_end(fault)
     assert outcome == "failed" and type(fault).__name__ in text
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"), [(MemoryError(), "out of memory"), (KeyError("x"), "failed")]
+)
+def test_a_trial_that_ran_out_of_memory_takes_the_idle_steps_with_it(
+    fault: Exception, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(worker: TrialWorker) -> None:
+        raise fault
+
+    idle: dict[str, str] = {"key": "step"}
+    monkeypatch.setattr(step_module, "_idle", idle)
+    monkeypatch.setattr(TrialWorker, "_make_results", fail)
+    worker = object.__new__(TrialWorker)  # Ray's constructor needs a trial of Ray's
+    worker._results = worker._files = None
+    worker.reset_config({"trial": 3, "gpus": 0, "rungs": [1]})
+    assert worker.step()["outcome"] == outcome
+    assert bool(idle) == (outcome == "failed")
 
 
 ENDING = """

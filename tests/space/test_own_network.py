@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,13 @@ def test_an_argument_without_a_default_is_to_be_filled_in() -> None:
     assert "# model_args.depth: {choices: [A, B]}" in text
 
 
+def test_a_default_that_no_file_can_hold_stays_the_constructors() -> None:
+    more: list[tuple[str, str, Any]] = [("limit", "float", math.inf), ("fill", "float", math.nan)]
+    text = make_space_text("wide.py:WideNet", "wide", True, [*ARGUMENTS, *more])
+    assert text == make_space_text("wide.py:WideNet", "wide", True, ARGUMENTS)
+    assert "model_args:" not in make_space_text("wide.py:WideNet", "wide", True, more)
+
+
 def test_arguments_are_searched_by_their_own_types() -> None:
     file = parse_space(make_text(), Path("wide.yaml"))
     assert file.search["model_args.width"] == Range(8, 32, step=8)
@@ -91,8 +100,22 @@ def test_arguments_are_pinned_and_set_like_any_other() -> None:
     assert parse_setting("model_args.kind=gelu") == ("model_args.kind", "gelu")
     with pytest.raises(ConfigError, match=r"Did you mean model_args.width\?"):
         load(make_text(), {"model_args.widht": 24})
-    with pytest.raises(ConfigError, match=r"model_args.width must be a number, text, true or fal"):
+    rule = "model_args.width must be a number (up to 1.8e+308), text, true or false"
+    with pytest.raises(ConfigError, match=re.escape(f"{rule}, got [1].")):
         load(make_text(), {"model_args.width": [1]})
+    with pytest.raises(ConfigError, match=re.escape(f"{rule}, got {10**400}.")):
+        parse_setting(f"model_args.width={10**400}")
+
+
+@pytest.mark.parametrize("written", ["[1, 2]", "[ab, cd]", "3"])
+def test_arguments_that_are_no_names_with_values_are_refused_with_their_line(written: str) -> None:
+    text = make_space_text("wide.py:WideNet", "wide", True, [("width", "int", 16)])
+    text = text.replace("  model_args:\n    width: 16\n", f"  model_args: {written}\n")
+    line = 1 + text.splitlines().index(f"  model_args: {written}")
+    with pytest.raises(SpaceError) as caught:
+        load(text)
+    rule = f"wide.yaml:{line}: model_args must be names with values, got "
+    assert str(caught.value).startswith(rule) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

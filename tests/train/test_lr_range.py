@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,24 @@ def test_smoothing_moves_neither_a_symmetric_dip_nor_the_middle_of_a_symmetric_f
     assert dip[::-1] == pytest.approx(dip)
     _, slopes = smooth(log_lrs, -np.tanh((log_lrs + 2.5) / 0.3))
     assert log_lrs[slopes.argmin()] == pytest.approx(-2.5)
+
+
+def test_smoothing_many_steps_takes_little_memory_and_gives_the_same_values() -> None:
+    """All weights at once would take 288 MB, several times."""
+    log_lrs = np.linspace(-6, 1, 6000)
+    losses = np.random.default_rng(0).normal(size=len(log_lrs)) - np.tanh(log_lrs)
+    tracemalloc.start()
+    try:
+        smoothed, slopes = smooth(log_lrs, losses)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert smoothed.shape == slopes.shape == log_lrs.shape
+    for start in (0, 150, 3000, 5900):  # within the first part, over its end, within the last
+        places = slice(start, start + 50)
+        known = smooth(log_lrs, losses, log_lrs[places])
+        assert smoothed[places] == pytest.approx(known[0], abs=1e-12)
+        assert slopes[places] == pytest.approx(known[1], abs=1e-12)
 
 
 def test_smoothing_averages_noise_away() -> None:

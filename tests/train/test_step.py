@@ -176,6 +176,23 @@ def test_idle_steps_are_kept_as_long_as_they_leave_room(
     assert list(step_module._idle.values()) == steps[1:3]
     step_module.release_step(steps[3], captured)
     assert step_module._idle == {}
+    # A process that may use half of a GPU.
+    on_gpu = captured.model_copy(update={"device": "cuda"})
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.5)
+    for step in steps[:2]:
+        step_module.release_step(step, on_gpu)
+    assert list(step_module._idle.values()) == steps[1:2]
+
+
+def test_a_capture_takes_what_is_in_use_after_it_and_was_not_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not less what the allocator had kept of tensors that are gone: a capture empties that."""
+    kept = [9]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5 + sum(kept))
+    assert step_module._count_reserved(torch.device("cuda")) == 5
+    assert step_module._count_reserved(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

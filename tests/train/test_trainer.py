@@ -16,11 +16,12 @@ from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import CheckpointError, Diverged
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train import step as step_module
+from tune_cifar.train.batches import choose_block_size
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
+from tune_cifar.train.generators import derive_seed
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.optim import schedule_steps
-from tune_cifar.train.step import derive_seed
-from tune_cifar.train.trainer import Trainer
+from tune_cifar.train.trainer import Trainer, choose_eval_size
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -213,6 +214,18 @@ def test_initial_weights_are_drawn_once_and_no_training_changes_them(
     train_here(make_config(seed=1, epochs=1), shapes, fp32)
     train_here(make_config(model="s8", epochs=1), shapes, fp32)
     assert len(drawn) == 4 and len(step_module._drawn) == step_module.MAX_DRAWN
+
+
+def test_a_gpu_takes_fewer_of_larger_images_at_a_time() -> None:
+    """A block is of whole batches; at CIFAR-10's side and below it has the fixed size."""
+    blocks = {side: choose_block_size(128, side, on_cuda=True) for side in (8, 32, 64, 256)}
+    assert blocks == {8: 8192, 32: 8192, 64: 2048, 256: 128}
+    assert choose_block_size(100, 64, on_cuda=True) == 2000
+    assert choose_block_size(9000, 32, on_cuda=True) == 9000
+    assert choose_block_size(128, 64, on_cuda=False) == 128
+    sizes = {side: choose_eval_size(side, on_cuda=True) for side in (8, 32, 64, 256, 2048)}
+    assert sizes == {8: 1000, 32: 1000, 64: 250, 256: 15, 2048: 1}
+    assert choose_eval_size(256, on_cuda=False) == 100
 
 
 def test_seeds_of_different_purposes_are_unrelated() -> None:

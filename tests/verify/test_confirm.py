@@ -738,7 +738,7 @@ def test_the_data_must_be_the_searchs(workplace: Path, monkeypatch: pytest.Monke
     write_search(workplace / "runs", [0.5, 0.7])
     write_search(workplace / "runs", [0.5, 0.7], "on-shapes", data=SHAPES_INFO)
     sentence = refuse(ConfigError, "confirm", "--search", "x", "--data", "shapes")
-    assert sentence == "x was trained on cifar10, got shapes. Give its data with --data."
+    assert sentence == "x was trained on cifar10, got shapes. Give its data as `data`."
     assert "data fetch" in refuse(
         DataError, "confirm", "--search", "on-shapes", "--data", str(workplace)
     )

@@ -379,7 +379,7 @@ def test_a_run_on_cifar10_refuses_synthetic_data(tmp_path: Path, trained: Search
     info = trained.header.data.model_copy(update={"name": "cifar10", "split_hash": "0123"})
     rewrite(tmp_path, trained, data=info)
     sentence = refuse_run(ConfigError, tmp_path)
-    assert sentence == "small was trained on cifar10, got shapes. Give its data with --data."
+    assert sentence == "small was trained on cifar10, got shapes. Give its data as `data`."
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tune_cifar.cli.evaluate import evaluate_test, say_test
 from tune_cifar.cli.terminal import (
     paste,
     print_json,
+    repeat_launch,
     repeat_options,
     say,
     stderr,
@@ -60,6 +61,7 @@ Name = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the newest one of --search, or --name.")
 ]
+WAY_OUT = "Continue or show it with `resume=True`, or give `name` for another."
 
 
 def confirm(
@@ -172,6 +174,7 @@ def _finish(state: SearchState, data: str | None, tracking_uri: str | None, as_j
     storage = None if state.storage == find_storage(None) else str(state.storage)
     given = repeat_options(data=data, storage=storage)
     if not state.is_finished:
+        given += repeat_launch(state)
         command = f"python -m tune_cifar search --name {state.header.name} --resume{given}"
         paste(f"\ncontinue it with:\n  {command}", console)
         raise typer.Exit(130)
@@ -199,10 +202,13 @@ def _refuse_changed(context: typer.Context, recorded: SearchState) -> None:
     options.refuse_changed(context, recorded.header, more)
 
 
-def choose_name(storage: Path, search: str, is_final: bool) -> str:
+def choose_name(storage: Path, search: str, is_final: bool, way_out: str = WAY_OUT) -> str:
     """Return the name of a confirmation that was given none: the search's, -confirm or -final.
 
     A number is added where something else has the name.
+
+    Args:
+        way_out: what to do where the search's own confirmation has it.
 
     Raises:
         NameTakenError: when the search's own confirmation has it.
@@ -216,10 +222,25 @@ def choose_name(storage: Path, search: str, is_final: bool) -> str:
             return name
         settled = load_searches(storage, search=name)[0].header.confirmation
         if settled is not None and (settled.search, settled.final) == (search, is_final):
-            way_out = "Continue or show it with `resume=True`, or give `name` for another."
             what = "final confirmation" if is_final else "confirmation"
             raise NameTakenError(f"{name}: a {what} of this search exists already. {way_out}")
     raise AssertionError("the numbers never end")
+
+
+def find_same(storage: Path, settled: Confirmation, name: str | None) -> SearchState | None:
+    """Return the newest recorded confirmation of the same trainings, of that name if one is given.
+
+    None where there is none.
+    """
+    from tune_cifar.record.store import load_searches
+    from tune_cifar.verify.confirm import find_confirmation
+
+    states = [
+        state
+        for state in load_searches(storage)
+        if state.header.confirmation == settled and name in (None, state.header.name)
+    ]
+    return find_confirmation(states, settled.search, settled.final)
 
 
 def _find_recorded(folder: Path, search: str, is_final: bool, name: str | None) -> SearchState:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import say, stdout
+from tune_cifar.cli.terminal import print_json, say, stdout
 from tune_cifar.schema import label_data
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def leaderboard(
     states = load_searches(folder, space, search)
     trials = load_trials(states)
     if as_json:
-        sys.stdout.write(str(trials.to_json(orient="records", indent=2)) + "\n")
+        values = trials.astype("object").where(trials.notna(), None)
+        print_json(values.to_dict("records"))
     elif as_csv:
         sys.stdout.write(str(trials.to_csv(index=False)))
     elif trials.empty:
@@ -139,14 +140,16 @@ def _print_groups(trials: pd.DataFrame, searched: list[str], top: int) -> None:
         title += f"{group['epochs']} epochs of {group['train_size']} images, "
         title += f"{group['val_size']} to validate, "
         title += f"split {group['split_hash']}, fidelity {group['fidelity']}"
-        knobs = [knob for knob in searched if rows[knob].nunique() > 1][:6]
+        # An argument of a network of the user's own has no column before its search has a trial.
+        knobs = [knob for knob in searched if knob in rows and rows[knob].nunique() > 1][:6]
         nodes = ["node"] if rows["node"].notna().any() else []
         columns = ("run", "status", *nodes, "epochs", "val_acc", *knobs)
         table = Table(*columns, box=None, header_style="bold")
         rows = rows.assign(accuracy=find_accuracies(rows))
         for row in rows.head(min(top, len(rows))).to_dict("records"):
             acc = None if math.isnan(row["accuracy"]) else row["accuracy"]
-            cells = [str(row[name]) for name in (*nodes, "epochs_done")] + [format_percent(acc)]
+            cells = [format_value(row[name]) for name in (*nodes, "epochs_done")]
+            cells.append(format_percent(acc))
             cells += [format_value(row[knob]) for knob in knobs]
             table.add_row(row["run_id"], row["status"], *cells)
         say(title, style="bold")

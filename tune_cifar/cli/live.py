@@ -132,8 +132,8 @@ class SearchView(_View):
     @only_shows
     def on_event(self, state: SearchState, event: Event) -> None:
         """Show an event of the record."""
-        # The display reads in a thread of its own, so it gets a dict that no event changes.
-        self._state = replace(state, trials=dict(state.trials))
+        # The display reads in a thread of its own, so it gets dicts that no event changes.
+        self._state = replace(state, trials=dict(state.trials), nodes=dict(state.nodes))
         if not self._console.is_terminal and (line := self._describe(state, event)):
             say(line, self._console)
 

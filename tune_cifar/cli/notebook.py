@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tune_cifar.cli import live
 from tune_cifar.cli.live import SearchView, only_shows
-from tune_cifar.cli.options import keep_ray_access
+from tune_cifar.cli.options import count_kept_weights, keep_ray_access
 from tune_cifar.cli.plan import find_tier
 from tune_cifar.cli.terminal import say, stderr
 from tune_cifar.errors import ConfigError, RecordError
@@ -103,8 +103,11 @@ class Run:
         final: bool = False,
         name: str | None = None,
         max_concurrent: int | None = None,
+        accept_changes: bool = False,
     ) -> Run:
         """Train the best trials again under new seeds, beside the baseline.
+
+        One that is recorded already is continued if it was interrupted, else returned.
 
         Args:
             seeds: trainings of each recipe.
@@ -112,15 +115,16 @@ class Run:
             epochs: of each training; None is the recipe's.
             final: train what was confirmed on all images and evaluate it on the test set, once.
             max_concurrent: trainings at once; None is as many as the machine has room for.
+            accept_changes: continue although code, data or numerics have changed.
 
         Raises:
             ConfigError, RecordError: as `tune_cifar confirm`.
         """
-        from tune_cifar.cli.confirm import choose_name, count_weights, evaluate_tests
+        from tune_cifar.cli.confirm import choose_name, count_weights, evaluate_tests, find_same
         from tune_cifar.cli.options import find_recorded_data
         from tune_cifar.data.files import describe_data
         from tune_cifar.record.store import load_searches
-        from tune_cifar.search.run import prepare_search
+        from tune_cifar.search.run import prepare_resume, prepare_search
         from tune_cifar.verify.confirm import (
             check_confirmed,
             find_confirmation,
@@ -140,15 +144,27 @@ class Run:
             source=source,
             storage=storage,
             command=f"run.confirm(seeds={seeds})",
-            name=name or choose_name(storage, self.name, final),
+            name=name,
             device=numerics.device,
             precision=numerics.precision,
+            deterministic=numerics.deterministic,
+            execution=numerics.execution,
             cpus_per_trial=numerics.threads,
             max_concurrent=max_concurrent,
             tracking_uri=self.tracking_uri,
             keep_weights=count_weights(settled),
         )
-        done = _run(prepare_search(space, request, settled), self.data)
+        same = find_same(storage, settled, name)
+        if same is None:
+            way_out = "Its trials, seeds or epochs are others: give `name` for another."
+            name = name or choose_name(storage, self.name, final, way_out)
+            plan = prepare_search(space, replace(request, name=name), settled)
+            done = _run(plan, self.data)
+        elif same.is_finished:
+            done = Run(same, (), self.data, self.tracking_uri)
+        else:
+            request = replace(request, name=same.header.name)
+            done = _run(prepare_resume(request, None, None, accept_changes), self.data)
         if final and done.state.is_finished:
             evaluate_tests(done.state, self.data, self.tracking_uri, Console(file=io.StringIO()))
         return done
@@ -272,7 +288,7 @@ def run_search(
     from tune_cifar.search import run
 
     if isinstance(space, SearchPlan):
-        return run.run_search(space, listener, on_interrupt)
+        return run.run_search(_keep_weights(space), listener, on_interrupt)
     from tune_cifar.data.files import find_data
     from tune_cifar.space.rules import parse_duration
 
@@ -303,6 +319,14 @@ def run_search(
     seconds = None if max_time is None else parse_duration(max_time)
     limited = chosen.limit(num_trials, seconds, target, patience)
     return _run(run.prepare_search(limited, request), data)
+
+
+def _keep_weights(plan: SearchPlan) -> SearchPlan:
+    """Return a plan that keeps no fewer weights than its search has, unless it says how many."""
+    if plan.past is None or plan.request.keep_weights != SearchRequest.keep_weights:
+        return plan
+    number = max(plan.request.keep_weights, count_kept_weights(plan.past))
+    return replace(plan, request=replace(plan.request, keep_weights=number))
 
 
 def _choose_space(
@@ -342,7 +366,7 @@ class _NotebookView(SearchView):
 
     @only_shows
     def on_event(self, state: SearchState, event: Event) -> None:
-        self._state = replace(state, trials=dict(state.trials))
+        self._state = replace(state, trials=dict(state.trials), nodes=dict(state.nodes))
         self._update(f"about {format_seconds(self.eta_seconds())} to go")
 
     @only_shows

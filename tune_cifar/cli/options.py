@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli.terminal import say, stderr, this_command
-from tune_cifar.errors import ConfigError, SpaceError
+from tune_cifar.errors import SpaceError
 from tune_cifar.record.environment import JOINS
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="CIFAR-10's folder, `cifar100`, an imported data set, or `shapes` (synthetic). "
-        "Default: $TUNE_CIFAR_DATA, ./data, the user cache.",
+        help="CIFAR-10's folder, `cifar10`, `cifar100`, an imported data set, or `shapes` "
+        "(synthetic). Default: $TUNE_CIFAR_DATA, ./data, the user cache.",
     ),
 ]
 Device = Annotated[
@@ -128,6 +128,8 @@ def keep_ray_access(address: str | None) -> str | None:
     """Let Ray keep its own settings of access: a cluster that is there has them, too."""
     if address is not None:
         os.environ[JOINS] = "1"
+    else:  # of a notebook whose process joins one
+        os.environ.pop(JOINS, None)
     return address
 
 
@@ -231,12 +233,12 @@ def make_request(context: typer.Context, source: DataSource, **more: Any) -> Sea
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
     """Refuse, as wrong usage, options of these parameters that stand on the command line."""
-    for name, option in _list_given(context):
+    for name, option in list_given(context):
         if name in names:
             raise typer.BadParameter(f"{option} {why}")
 
 
-def _list_given(context: typer.Context) -> list[tuple[str, str]]:
+def list_given(context: typer.Context) -> list[tuple[str, str]]:
     """Return parameter and option of all that stands on the command line."""
     sources = {p: context.get_parameter_source(p.name or "") for p in context.command.params}
     return [
@@ -268,7 +270,7 @@ def refuse_changed(
         **(more or {}),
     }
     changed: list[str] = []
-    for name, option in _list_given(context):
+    for name, option in list_given(context):
         given = context.params[name]
         if isinstance(given, tuple):  # several values, by the oldest typer; newer ones give a list
             given = list(given)
@@ -326,6 +328,14 @@ def _describe(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
+def count_kept_weights(state: SearchState) -> int:
+    """Return of how many complete trials of a search the weights are on disk."""
+    from tune_cifar.record.files import WEIGHTS
+
+    complete = [trial.number for trial in state.trials.values() if trial.status == "complete"]
+    return sum((state.trial_folder(number) / WEIGHTS).exists() for number in complete)
+
+
 def check_tracking_uri(storage: Path, uri: str | None, console: Console) -> None:
     """Refuse an address that can never take an upload; say so when MLflow is away for now."""
     from tune_cifar.tracking.store import check_tracking
@@ -359,26 +369,15 @@ def choose_run(
 
 
 def find_recorded_data(state: SearchState, data: str | None) -> DataSource:
-    """Find the data of a record: the record says which they are, --data only where they lie.
+    """Find the data of a record, and say so when the file of its network has changed.
 
     Raises:
-        ConfigError: when other data are found.
-        DataError: when none are.
+        ConfigError, DataError: as the function of train/recorded.py.
     """
-    from tune_cifar.data.files import find_data
+    from tune_cifar.train import recorded
 
     _say_changed_source(state.header)
-    wanted = state.header.data.name
-    # Other data than CIFAR-10 are found by their name, or where TUNE_CIFAR_DATA points.
-    is_there = data is None and wanted not in ("cifar10", "shapes") and _is_at_hand(wanted)
-    named = None if wanted == "cifar10" or is_there else wanted
-    source = find_data(data or named)
-    if source.name != wanted:
-        way_out = "Give its data with --data."
-        raise ConfigError(
-            f"{state.header.name} was trained on {wanted}, got {source.name}. {way_out}"
-        )
-    return source
+    return recorded.find_recorded_data(state, data)
 
 
 def _say_changed_source(header: Header) -> None:
@@ -388,14 +387,3 @@ def _say_changed_source(header: Header) -> None:
     if is_there and file.read_text(encoding="utf-8") != header.model_source:
         note = f"{file} has changed since {header.name}: the recorded text is used."
         say(note, stderr(), "yellow")
-
-
-def _is_at_hand(name: str) -> bool:
-    """Return whether the default places have the data of this name."""
-    from tune_cifar.data.files import find_data
-    from tune_cifar.errors import DataError
-
-    try:
-        return find_data(None).name == name
-    except DataError:
-        return False

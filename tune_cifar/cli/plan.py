@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, say, stderr, stdout
+from tune_cifar.cli.terminal import paste, print_json, say, stderr, stdout
 
 if TYPE_CHECKING:
     from tune_cifar.search.plan import SearchPlan, SearchRequest
@@ -193,7 +193,8 @@ def _print_plan(plan: SearchPlan) -> None:
     say("at the speed that the machine has now: the ranges are the luck at the rungs alone")
     needs = plan.disk_needs
     say(f"disk: at most {needs.total / 1e6:,.0f} MB ({needs.describe()})")
-    say(f"\nstart it with:\n  {plan.request.command}")
+    say("\nstart it with:")
+    paste(f"  {plan.request.command}")
 
 
 def _print_offers(plan: SearchPlan) -> None:

@@ -19,7 +19,8 @@ def preview(
     space: options.Space,
     settings: options.Settings = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="PNG file. Default: preview-SPACE.png.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="PNG file. Default: preview-SPACE.png."),
     ] = None,
     data: options.Data = None,
 ) -> None:
@@ -41,8 +42,17 @@ def preview(
     path = out or Path(f"preview-{found.name}.png")
     if not path.parent.is_dir():
         raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
+    if path.is_dir():
+        raise ConfigError(f"--out: a file must be given, got the folder {path}.")
+    path = path if path.suffix else path.with_suffix(".png")
     loaded = load_train_val(source, about.num_classes, 1)
     images = loaded.train.images_NCHW[:NUM_PREVIEW_ROWS]
     pictures = make_preview(found.baseline, images, data=about).numpy()
-    save(draw_preview(pictures, f"{found.name} on {source.name}: what the network sees"), path)
+    figure = draw_preview(pictures, f"{found.name} on {source.name}: what the network sees")
+    try:
+        save(figure, path)
+    except OSError as exc:
+        raise ConfigError(f"--out: {path} cannot be written: {exc.strerror}.") from exc
+    except ValueError as exc:  # of an ending that is no format of matplotlib's
+        raise ConfigError(f"--out: {path} cannot be written: {exc}.") from exc
     say(str(path))

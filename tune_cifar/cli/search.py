@@ -148,10 +148,12 @@ def search(
         _leave_if_over(state, Limits(None, None) if continue_ else limits, data, storage)
         source = options.find_recorded_data(state, data)
         device = state.header.numerics.device
+        keep_weights = choose_keep_weights(context, state)
     else:
         _refuse_misplaced(space, accept_changes, learn and not warm_start)
         source = find_data(data)
-    request = options.make_request(context, source, device=device)
+    more = {"device": device, "keep_weights": keep_weights}
+    request = options.make_request(context, source, **more)
     if resume:
         plan = _plan_resume(request, limits, accept_changes)
     else:
@@ -196,6 +198,14 @@ def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> Se
         more |= {"warm_trials": header.warm_trials, "learn": bool(header.learned)}
     options.refuse_changed(context, header, more)
     return state
+
+
+def choose_keep_weights(context: typer.Context, state: SearchState) -> int:
+    """Return how many weights a resumed search keeps: unless it is typed, no fewer than it has."""
+    given: int = context.params["keep_weights"]
+    if "keep_weights" in dict(options.list_given(context)):
+        return given
+    return max(given, options.count_kept_weights(state))
 
 
 def _plan_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import paste, print_json, repeat_options, say, stderr, stdout
+from tune_cifar.cli.terminal import (
+    paste,
+    print_json,
+    repeat_launch,
+    repeat_options,
+    say,
+    stderr,
+    stdout,
+)
 from tune_cifar.errors import (
     ConfigError,
     RecordError,
@@ -55,7 +63,9 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
+    from tune_cifar.record.journal import read_state
     from tune_cifar.record.state import describe_counts
+    from tune_cifar.record.store import find_storage, search_folder
     from tune_cifar.report.format import format_percent
 
     table = Table(box=None, header_style="bold")
@@ -82,7 +92,9 @@ def _print_rows(rows: list[SearchRow], storage: str | None) -> None:
             say(row.error, style="red")
     unfinished = [row for row in rows if row.stage in ("interrupted", "driver died")]
     for left in unfinished[:1]:
-        words = f"search --name {left.name} --resume{repeat_options(storage=storage)}"
+        given = repeat_options(storage=storage)
+        given += repeat_launch(read_state(search_folder(find_storage(storage), left.name)))
+        words = f"search --name {left.name} --resume{given}"
         paste(f"continue {left.name}: python -m tune_cifar {words}")
 
 

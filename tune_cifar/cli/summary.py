@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tune_cifar.cli.terminal import paste, say
+from tune_cifar.cli.terminal import paste, repeat_launch, say
 from tune_cifar.record.state import TIME_LIMIT, SearchState, TrialState, describe_counts
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.report.trials import describe_gain
@@ -91,8 +91,9 @@ def print_search_summary(
     header, best = state.header, state.best
     took, reason = format_seconds(state.finished.wall_seconds), state.finished.reason
     counts = describe_counts(state.counts) or "none"
-    lines = f"\n{header.name} ended after {took} ({reason}): {len(state.trials)} trials, {counts}"
-    say(lines, console, "bold")
+    took += " of its last launch" if state.resumes else ""
+    line = f"\n{header.name} ended after {took} ({reason}): {len(state.trials)} trials, {counts}"
+    say(line, console, "bold")
     if label := header.data.label:
         say(f"{label}: these accuracies say nothing about CIFAR-10.", console, "bold yellow")
     if prediction := _describe_prediction(state):
@@ -167,7 +168,8 @@ def _print_next(
     """Print the commands that follow, to paste."""
     name, python = state.header.name, "python -m tune_cifar"
     if not state.is_finished:
-        resume = f"search --name {name} --resume{data_option}{storage_option}"
+        given = f"{data_option}{storage_option}{repeat_launch(state)}"
+        resume = f"search --name {name} --resume{given}"
         paste(f"\ncontinue it with:\n  {python} {resume}", console)
     commands = []
     if state.best is not None:

@@ -17,6 +17,8 @@ from tune_cifar.errors import hide_credentials
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tune_cifar.record.state import SearchState
+
 # Panels of `--help`, in this order.
 PANELS = ("Search", "Look", "Verify", "Spaces and data", "Maintenance")
 
@@ -43,6 +45,9 @@ app = typer.Typer(
 # A parameter in a sentence of the library, `name` or `name=value`.
 PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 QUOTES = "'\""
+COMMAND = "python -m tune_cifar "
+# Where a search runs and what is kept of it, which its record does not settle.
+LAUNCH_OPTIONS = ("--tracking-uri", "--mirror", "--gpus-per-trial", "--address", "--keep-weights")
 
 
 @functools.cache
@@ -118,7 +123,26 @@ def print_json(value: Any) -> None:
 
 def this_command() -> str:
     """The command as it was typed, without the secret of an address."""
-    return "python -m tune_cifar " + shlex.join(map(hide_credentials, sys.argv[1:]))
+    return COMMAND + shlex.join(map(hide_credentials, sys.argv[1:]))
+
+
+def repeat_launch(state: SearchState) -> str:
+    """Options of a record's last command that the next one needs too; each with a space before it.
+
+    Secrets of addresses are hidden, as in the record.
+    """
+    last = state.resumes[-1] if state.resumes else state.header
+    words = last.command.removeprefix(COMMAND)
+    if words == last.command:  # not typed: from a script or a notebook
+        return ""
+    typed, kept = shlex.split(words), list[str]()
+    for word, value in zip(typed, [*typed[1:], ""], strict=True):
+        name, is_joined, _ = word.partition("=")
+        if name in LAUNCH_OPTIONS:
+            kept += [word] if is_joined else [word, value]
+        elif word == "--allow-mixed":
+            kept.append(word)
+    return "".join(f" {shlex.quote(word)}" for word in kept)
 
 
 def repeat_options(**given: str | None) -> str:

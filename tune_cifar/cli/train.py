@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import paste, repeat_options, say, stdout, this_command
+from tune_cifar.cli.terminal import (
+    paste,
+    repeat_launch,
+    repeat_options,
+    say,
+    stdout,
+    this_command,
+)
 from tune_cifar.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +50,7 @@ def train(
 
     It saves a checkpoint each minute; --resume continues it.
 
-    Example: python -m tune_cifar train --space s10 --set max_lr=1e-2
+    Example: python -m tune_cifar train --space s10 --tier cpu --set max_lr=1e-2
     """
     from tune_cifar.data.files import describe_data, find_data
     from tune_cifar.record.journal import check_name
@@ -140,8 +147,8 @@ def _train(
                 say(fault, style="yellow")
     if is_interrupted:
         say("interrupted; continue it with:")
-        resume_command = f"python -m tune_cifar search --name {name} --resume{given}"
-        paste(f"  {resume_command}")
+        given += repeat_launch(record.state)
+        paste(f"  python -m tune_cifar search --name {name} --resume{given}")
         raise typer.Exit(130)
     _say_end(record.state, given)
 

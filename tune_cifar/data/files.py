@@ -138,9 +138,9 @@ def find_data(data: str | None) -> DataSource:
     is tried.
 
     Args:
-        data: a folder that holds cifar-10-batches-py, that folder itself, "cifar100" (in the same
-            places), "shapes" for synthetic data, or an imported data set by its name or folder.
-            TUNE_CIFAR_DATA takes the same values.
+        data: a folder that holds cifar-10-batches-py, that folder itself, "cifar10" or "cifar100"
+            (in the same places), "shapes" for synthetic data, or an imported data set by its name
+            or folder. TUNE_CIFAR_DATA takes the same values.
 
     Raises:
         DataError: there are no data, or one of the training files is missing.
@@ -295,8 +295,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _find_data_at(place: str, given_by: str) -> DataSource:
     if place == "shapes":
         return DataSource("shapes", None)
-    if place == "cifar100":
-        return _find_cifar100()
+    if place in LAYOUTS:
+        return _find_published(place)
     if imported := find_imported(place):
         return DataSource(read_imported(imported).description.name, imported)
     given = _expand(Path(place))
@@ -305,7 +305,7 @@ def _find_data_at(place: str, given_by: str) -> DataSource:
     problem = problem or _find_folder_problem(folder / BATCHES_FOLDER, "has none")
     if problem:
         rule = f"{given_by} must be a folder with {BATCHES_FOLDER} in it"
-        words = ["shapes", "cifar100", *list_imported()]
+        words = ["shapes", *LAYOUTS, *list_imported()]
         is_name = given.name == place
         known = " `data list` lists imported data sets." if is_name else ""
         hint = f"{did_you_mean(place, words)}{known} {_describe_remedy(folder)}"
@@ -313,19 +313,22 @@ def _find_data_at(place: str, given_by: str) -> DataSource:
     return _check_train_files_exist(folder)
 
 
-def _find_cifar100() -> DataSource:
-    """Return the first place that has CIFAR-100's folder."""
+def _find_published(name: str) -> DataSource:
+    """Return the first place that has CIFAR-10's or CIFAR-100's folder.
+
+    One is a folder of that name here: before `cifar10` was a word, it was a path.
+    """
     from_environment = os.environ.get("TUNE_CIFAR_DATA", "")
     places = [Path("data"), user_cache_path("tune_cifar")]
-    if from_environment:
+    if from_environment not in ("", "shapes", *LAYOUTS):
         places.insert(0, Path(from_environment))
-    inner = LAYOUTS["cifar100"].folder
-    for folder in (_get_outer_folder(_expand(place), inner) for place in places):
+    inner = LAYOUTS[name].folder
+    for folder in (_get_outer_folder(_expand(place), inner) for place in (Path(name), *places)):
         if not _find_folder_problem(folder / inner):
-            return _check_train_files_exist(folder, "cifar100")
+            return _check_train_files_exist(folder, name)
     looked = ", ".join(str(_expand(place)) for place in places)
-    hint = "Run `python -m tune_cifar data fetch --name cifar100`."
-    raise DataError(f"data: no {inner} in {looked}. {hint}")
+    option = "" if name == "cifar10" else f" --name {name}"
+    raise DataError(f"data: no {inner} in {looked}. Run `python -m tune_cifar data fetch{option}`.")
 
 
 def _expand(path: Path) -> Path:
@@ -384,7 +387,7 @@ def _describe_remedy(folder: Path, data: str = "cifar10") -> str:
 
 def _get_fetch_folder() -> Path:
     from_environment = os.environ.get("TUNE_CIFAR_DATA", "")
-    if from_environment in ("", "shapes", "cifar100") or find_imported(from_environment):
+    if from_environment in ("", "shapes", *LAYOUTS) or find_imported(from_environment):
         return user_cache_path("tune_cifar")
     return Path(from_environment)
 

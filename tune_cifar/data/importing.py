@@ -96,7 +96,7 @@ def import_data(
     else:
         before = len(labels)
         others = decode_all(
-            tested, images.shape[-1], lambda done: on_progress(before + done, total)
+            tested, size, lambda done: on_progress(before + done, total), side=images.shape[-1]
         )
         parts["train"] = (images, labels)
         parts["test"] = (others, np.array(tested.labels, dtype=np.int64))
@@ -132,12 +132,18 @@ def _check_classes(source: Source, least: int) -> None:
             raise DataError(f"{source.path}: {rule}, got {counts[label]} of {name!r}.")
 
 
-def decode_all(source: Source, size: int | None, on_image: Callable[[int], None]) -> Images:
-    """Decode all images of a source to (N, 3, size, size).
+def decode_all(
+    source: Source,
+    size: int | None,
+    on_image: Callable[[int], None],
+    side: int | None = None,
+) -> Images:
+    """Decode all images of a source to (N, 3, side, side).
 
     Args:
-        size: side; None takes that of the first image, and all must have it.
+        size: side to which they are brought; None takes them as they are.
         on_image: called with the number of images that are done.
+        side: that all must have without `size`; None takes that of the first image.
     """
     images: Images | None = None
     for index in range(len(source.labels)):
@@ -145,13 +151,12 @@ def decode_all(source: Source, size: int | None, on_image: Callable[[int], None]
         height, width = pixels.shape[:2]
         if size is None:
             _check_square(where, height, width)
-        side = size or height
+        side = size or side or height
+        if size is None and height != side:
+            rule = f"all images must have one size ({side}x{side}) without `size`"
+            raise DataError(f"{where}: {rule}, got {width}x{height}. Give `size`.")
         if images is None:
             images = np.empty((len(source.labels), 3, side, side), dtype=np.uint8)
-        if size is None and height != images.shape[-1]:
-            first = f"{images.shape[-1]}x{images.shape[-1]}"
-            rule = f"all images must have one size ({first}) without `size`"
-            raise DataError(f"{where}: {rule}, got {width}x{height}. Give `size`.")
         images[index] = resize(pixels, side).transpose(2, 0, 1)
         on_image(index + 1)
     assert images is not None, "a source has images"

@@ -66,7 +66,10 @@ class ModelSummary:
 
 
 def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
-    """Describe the layers of a network in forward order; nothing is drawn or computed.
+    """Describe the layers of a network in forward order.
+
+    Of the five networks nothing is drawn or computed. A network of the user's own is built and one
+    image sent through it, since its code may need values.
 
     Raises:
         ConfigError: no network has that name.
@@ -77,12 +80,13 @@ def describe_model(config_or_name: TrainConfig | str) -> ModelSummary:
     if name not in MODELS and not OWN_MODEL.fullmatch(name):
         hint = did_you_mean(name, MODELS) or f" Choose from {', '.join(MODELS)}."
         raise ConfigError(f"no model named {name!r}.{hint}")
-    with torch.device("meta"):
+    device = "meta" if name in MODELS else "cpu"
+    with torch.device(device):
         model = MODELS[name]() if name in MODELS else build_with_defaults(name, CIFAR10)
         model.eval()
         images = torch.zeros(IMAGE_SHAPE)
     with ReceptiveFieldWalk(model, images) as walk:
-        info = torchinfo.summary(model, input_data=images, device="meta", mode="eval", verbose=0)
+        info = torchinfo.summary(model, input_data=images, device=device, mode="eval", verbose=0)
     names = {id(module): path for path, module in model.named_modules()}
     rows = []
     for layer in info.summary_list:

@@ -88,13 +88,19 @@ class Confirmation(Frozen):
         return self.candidates[candidate], self.seeds[index]
 
 
+def _read_rungs(value: Any) -> Any:
+    """Read the keys of a JSON object, which are text, as numbers."""
+    is_object = isinstance(value, dict)
+    return {int(rung): score for rung, score in value.items()} if is_object else value
+
+
 class Learned(Frozen):
     """An ended trial of another search."""
 
     run_id: str
     params: dict[str, Any]
     status: schema.Status
-    scores: dict[int, float]
+    scores: Annotated[dict[int, float], BeforeValidator(_read_rungs)]
     """By rung."""
 
 

@@ -2,7 +2,7 @@
 
 URL/NAME has the same files as the search's folder: record, newest checkpoints, kept weights and
 tracebacks. A trial's files are copied before the record that names them, so that what is restored
-can always be resumed.
+can always be resumed. Nothing of another search of the same name is overwritten.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 # Between two looks at what is new; after failures in a row the wait doubles up to the longest.
 EVERY_SECONDS, LONGEST_SECONDS = 10.0, 300.0
-COPIED = (RECORD_FILE, f"trials/*/{CHECKPOINTS}/*.pt", f"trials/*/{WEIGHTS}", f"trials/*/{ERROR}")
+# How long a new search waits for the answer whether its name is free there.
+LOOK_SECONDS = 10.0
+# In the order in which they are copied: the last checkpoint says that the weights are there.
+COPIED = (f"trials/*/{ERROR}", f"trials/*/{WEIGHTS}", f"trials/*/{CHECKPOINTS}/*.pt")
 
 
 class Mirror:
@@ -35,13 +38,13 @@ class Mirror:
 
     Args:
         url: of the mirror: file://, s3://, gs:// or another that fsspec knows.
-        end_seconds: how long the end waits for the last copy.
+        end_seconds: how long the end waits for the last copy; it may be changed until then.
     """
 
     def __init__(self, folder: Path, url: str, end_seconds: float = 120.0) -> None:
+        self.end_seconds = end_seconds
         self._folder = folder
         self._url = url
-        self._end_seconds = end_seconds
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._copied: dict[str, tuple[int, int]] | None = None
@@ -53,13 +56,13 @@ class Mirror:
 
     def __exit__(self, *exc_info: object) -> None:
         self._is_over.set()
-        self._thread.join(self._end_seconds)
+        self._thread.join(self.end_seconds)
 
     @property
     def fault(self) -> str | None:
         """Why the mirror is not complete, as a sentence; None when it is."""
         if self._thread.is_alive():
-            self._problem = f"no end of the copy in {self._end_seconds:.0f} s"
+            self._problem = f"no end of the copy in {self.end_seconds:.0f} s"
         if self._problem is None:
             return None
         name = self._folder.name
@@ -70,7 +73,7 @@ class Mirror:
         wait = EVERY_SECONDS
         while True:
             is_last = self._is_over.wait(wait)
-            end = time.monotonic() + self._end_seconds
+            end = time.monotonic() + self.end_seconds
             while not self._copy() and is_last and time.monotonic() + 5 < end:
                 time.sleep(5)
             if is_last:
@@ -83,7 +86,7 @@ class Mirror:
             self._copied = copy_search(self._folder, self._url, self._copied)
             self._problem = None
         except Exception as exc:  # each kind of store raises its own
-            self._problem = hide_credentials(str(exc) or type(exc).__name__)[:300]
+            self._problem = _shorten(exc)
             self._copied = None  # ask what is there
         return self._problem is None
 
@@ -100,30 +103,57 @@ def copy_search(
         modification time and size of every file that is there now, by name.
 
     Raises:
+        RecordError: another search of this name is there.
         Exception: as the store's driver does.
     """
     store, root = _open(url, folder.name)
-    before = _list_remote(store, root) if copied is None else copied
+    # Read before the trials' files are listed, and written after them.
+    record, record_look = (folder / RECORD_FILE).read_bytes(), _look_at(folder / RECORD_FILE)
+    if copied is None:
+        before = _list_remote(store, root)
+        if RECORD_FILE in before:
+            _check_is_same(store.cat_file(f"{root}/{RECORD_FILE}"), record, folder.name)
+    else:
+        before = copied
     looks: dict[str, tuple[int, int]] = {}
-    for path in _list_files(folder):
+    paths = _list_files(folder)
+    for path in paths:
         name = path.relative_to(folder).as_posix()
-        try:
-            stat = path.stat()
-            look = (stat.st_mtime_ns, stat.st_size)
+        with suppress(FileNotFoundError):  # an old checkpoint, deleted meanwhile
+            look = _look_at(path)
             if copied is None or copied.get(name) != look:
                 _put(store, path.read_bytes(), f"{root}/{name}")
-        except FileNotFoundError:  # an old checkpoint, deleted meanwhile
-            continue
-        looks[name] = look
+            looks[name] = look
+    is_settled = len(looks) == len(paths)
+    looks[RECORD_FILE] = record_look
+    if copied is None or copied.get(RECORD_FILE) != record_look:
+        _put(store, record, f"{root}/{RECORD_FILE}")
     for name in before.keys() - looks.keys():
-        store.rm_file(f"{root}/{name}")
+        if is_settled:
+            store.rm_file(f"{root}/{name}")
+        else:  # what has taken its place is not there yet
+            looks[name] = before[name]
     return looks
 
 
-def _list_files(folder: Path) -> Iterator[Path]:
-    """Yield what is copied, the record last."""
-    for pattern in reversed(COPIED):
-        yield from sorted(folder.glob(pattern))
+def _list_files(folder: Path) -> list[Path]:
+    """Return what is copied beside the record.
+
+    They are listed in the opposite order, so that no checkpoint comes without its weights.
+    """
+    found = [sorted(folder.glob(pattern)) for pattern in reversed(COPIED)]
+    return [path for paths in reversed(found) for path in paths]
+
+
+def _look_at(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _check_is_same(there: bytes, here: bytes, name: str) -> None:
+    """Refuse to overwrite the record of another search: their first lines differ."""
+    if there.partition(b"\n")[0] != here.partition(b"\n")[0]:
+        raise RecordError(f"another search named {name} is there, which is left as it is")
 
 
 def _put(store: Any, content: bytes, path: str) -> None:
@@ -169,7 +199,7 @@ def restore_search(url: str, name: str, storage: Path) -> Path:
     folder = search_folder(storage, check_name(name))
     if folder.exists():
         raise RecordError(f"{folder}: a search of this name is here already. Delete or rename it.")
-    part = folder.with_name(f".{name}.part")
+    part = storage / f".new-{name}"
     try:
         store, root = _open(url, name)
         names = _list_remote(store, root)
@@ -184,8 +214,31 @@ def restore_search(url: str, name: str, storage: Path) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         known = ", ".join(list_mirrored(url)) or "none"
         raise RecordError(f"{_hide(url)}: no search named {name!r} is there. Known: {known}.")
+    folder.parent.mkdir(exist_ok=True)
     part.rename(folder)
     return folder
+
+
+def check_is_free(url: str, name: str) -> None:
+    """Refuse the name of a search that a mirror has; if it does not answer, nothing is refused.
+
+    Raises:
+        ConfigError: with the command that brings that search back.
+    """
+    found: list[bool] = []
+
+    def look() -> None:
+        with suppress(Exception):  # each kind of store raises its own
+            store, root = _open(url, name)
+            found.append(store.exists(f"{root}/{RECORD_FILE}"))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(LOOK_SECONDS)
+    if found == [True]:
+        rule = "`mirror` must have no search of the new one's name"
+        hint = f"Bring it back: python -m tune_cifar searches restore {_hide(url)} {name}"
+        raise ConfigError(f"{rule}, got {name}. {hint} (then --continue), or choose another name.")
 
 
 def check_mirror(url: str) -> None:
@@ -198,8 +251,8 @@ def check_mirror(url: str) -> None:
         _open(url, "x")
     except ImportError as exc:
         kind = url.partition("://")[0]
-        extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(kind)
-        hint = f"pip install 'tune_cifar[{extra}]'" if extra else str(exc)
+        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(kind)
+        hint = f"python -m pip install {package}" if package else str(exc)
         raise ConfigError(f"`mirror`: {kind}:// needs a package that is missing: {hint}.") from exc
     except ValueError as exc:
         rule = "`mirror` must be a URL such as s3://BUCKET/FOLDER or file:///FOLDER"
@@ -219,8 +272,11 @@ def _open(url: str, name: str) -> tuple[Any, str]:
 
 
 def _describe(url: str, exc: Exception) -> str:
-    reason = hide_credentials(str(exc) or type(exc).__name__)[:300].rstrip(".")
-    return f"{_hide(url)}: the mirror cannot be read: {reason}."
+    return f"{_hide(url)}: the mirror cannot be read: {_shorten(exc).rstrip('.')}."
+
+
+def _shorten(exc: Exception) -> str:
+    return hide_credentials(str(exc) or type(exc).__name__)[:300]
 
 
 def _hide(url: str) -> str:

@@ -74,8 +74,8 @@ def list_searches(storage: Path) -> list[Path]:
 
     def read_created(folder: Path) -> str:
         try:
-            line, newline, _ = (folder / RECORD_FILE).read_bytes().partition(b"\n")
-            return replay(folder, line + newline)[0].header.created
+            with (folder / RECORD_FILE).open("rb") as file:
+                return replay(folder, file.readline())[0].header.created
         except (OSError, RecordError):
             return ""
 

@@ -13,11 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from tune_cifar.augment.preview import make_preview
-from tune_cifar.data.files import find_data
 from tune_cifar.errors import ConfigError, TuneCifarError
 from tune_cifar.record.events import KIND_WORDS, NodeChanged
 from tune_cifar.record.failures import group_failures
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.test_log import TestEvaluation, find_test_evaluations
 from tune_cifar.report import tables
 from tune_cifar.report.format import format_percent
 from tune_cifar.report.health import examine_space
@@ -25,10 +25,10 @@ from tune_cifar.report.plots import evaluation
 from tune_cifar.report.plots import search as figures
 from tune_cifar.report.plots.interactive import make_parallel_html
 from tune_cifar.report.plots.style import make_svg
-from tune_cifar.report.trials import describe_gain, load_trials
+from tune_cifar.report.trials import describe_gain, find_accuracies, load_trials
 from tune_cifar.train.metrics import evaluate_logits
 from tune_cifar.train.numerics import restore_numerics
-from tune_cifar.train.recorded import load_recorded_data, load_trained
+from tune_cifar.train.recorded import find_recorded_data, load_recorded_data, load_trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,8 +62,8 @@ def write_report(state: SearchState, path: Path, data: str | None) -> str | None
     """Write the report of a recorded search; a file that is there is replaced.
 
     Args:
-        data: a folder or a name as `find_data` takes it; the best trial's kept weights are
-            evaluated on its validation images.
+        data: a folder or a name as `find_data` takes it, None for where the recorded data are
+            found; the best trial's kept weights are evaluated on its validation images.
 
     Returns:
         Why the figures of images are missing, in a sentence, or None.
@@ -116,6 +116,7 @@ def make_report(
         header=state.header,
         best=state.best,
         gain=describe_gain(state, state.best) if state.best is not None else "",
+        test=_find_test(state),
         counts={status: count for status, count in state.counts.items() if count},
         rungs=tables.list_rungs(state),
         knobs=tables.make_knobs(state).to_dict("records"),
@@ -138,11 +139,20 @@ def _format_number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _find_test(state: SearchState) -> TestEvaluation | None:
+    """Return the first evaluation of the best trial on the test set, or None."""
+    if state.best is None:
+        return None
+    logged = find_test_evaluations(state.storage, state.best.fingerprint, state.header.data)
+    return next(iter(logged), None)
+
+
 def _list_best(state: SearchState) -> list[dict[str, Any]]:
     """Return the best complete trials, then those that were trained longest."""
     trials = load_trials([state])
     trials["is_complete"] = trials["status"] == "complete"
-    order = ["is_complete", "epochs_done", "val_acc"]
+    trials["accuracy"] = find_accuracies(trials)
+    order = ["is_complete", "epochs_done", "accuracy"]
     rows = trials.sort_values(order, ascending=False, kind="stable").head(NUM_BEST)
     return [
         {str(name): None if value is pd.NA else value for name, value in row.items()}
@@ -225,7 +235,7 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
     trial = state.best
     if trial is None:
         raise ConfigError(f"{state.header.name}: no trial is complete.")
-    loaded = load_recorded_data(state, trial, find_data(data))
+    loaded = load_recorded_data(state, trial, find_recorded_data(state, data))
     val = loaded.val
     assert val is not None, "a search has validation images"
     numerics = restore_numerics(trial.numerics, None)

@@ -55,6 +55,8 @@ def make_facts(state: SearchState) -> pd.DataFrame:
     header, budget, numerics = state.header, state.header.budget, state.header.numerics
     counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count)
     end, sampler = state.finished, budget.get("sampler") or {}
+    launch = " of its last launch" if state.resumes else ""
+    took = f"{end.reason}, after {end.wall_seconds / 60:.1f} minutes{launch}" if end else ""
     train_size, val_size = header.baseline["train_size"], header.baseline["val_size"]
     rungs = ", ".join(map(str, list_rungs(state)))
     promoted = f"about one of {budget.get('reduction_factor', 'all')} trials is promoted at a rung"
@@ -69,7 +71,7 @@ def make_facts(state: SearchState) -> pd.DataFrame:
         "trials": f"{len(state.trials)}: {counts}",
         "epochs trained": str(sum(trial.epochs_done for trial in state.trials.values())),
         "started": f"{header.created[:16].replace('T', ' ')} UTC",
-        "ended": f"{end.reason}, after {end.wall_seconds / 60:.1f} minutes" if end else "not ended",
+        "ended": took or "not ended",
         "processor": f"{processor}, threads for each trial: {numerics.threads}",
         "command": header.command,
     }
@@ -314,11 +316,13 @@ def make_comparison(states: Iterable[SearchState]) -> pd.DataFrame:
         epochs_trained, wall_seconds: of all trials; from the start to the last end.
     """
     by_name = {state.header.name: state for state in states}
-    rows = [
-        {"group": _describe_group(group)} | _compare(by_name[name])
-        for group, trials in split_groups(load_trials(by_name.values()))
-        for name in trials["search"].unique()
-    ]
+    groups = split_groups(load_trials(by_name.values()))
+    texts = [_describe_group(group) for group, _ in groups]
+    rows = []
+    for (group, trials), text in zip(groups, texts, strict=True):
+        if texts.count(text) > 1:
+            text += f", data {group['data_digest'][:6]}, split {group['split_hash'][:6]}"
+        rows += [{"group": text} | _compare(by_name[name]) for name in trials["search"].unique()]
     accuracies = ["baseline", "best", "gain", "scatter", "published"]
     columns = ["group", "search", "space", "trials", "complete", *accuracies]
     table = pd.DataFrame(rows, columns=[*columns, "measured", "epochs_trained", "wall_seconds"])

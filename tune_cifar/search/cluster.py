@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 # Before ray: it sets what ray reads when it is imported.
-from tune_cifar.search.worker import OWN_TOKEN, RAY_ENVIRONMENT
+from tune_cifar.search.worker import JOINS_CLUSTERS, OWN_TOKEN, RAY_ENVIRONMENT
 
 # isort: split
 
@@ -74,14 +75,20 @@ def start_ray(resources: Resources) -> None:
 @contextmanager
 def use_ray(resources: Resources, address: str | None) -> Iterator[None]:
     """Start Ray as `start_ray` does, or `join`; keep other searches of this process out."""
+    with _keep_others_out():
+        if address is not None:
+            _join(address)
+        else:
+            _start(resources.cpus_per_trial * resources.max_concurrent, resources.num_gpus)
+        yield
+
+
+@contextmanager
+def _keep_others_out() -> Iterator[None]:
     if not _in_use.acquire(blocking=False):
         hint = "Wait for its end, or run this one in another process."
         raise ConfigError(f"ray: one search at a time runs in a process, got a second. {hint}")
     try:
-        if address is not None:
-            join(address)
-        else:
-            _start(resources.cpus_per_trial * resources.max_concurrent, resources.num_gpus)
         yield
     finally:
         _in_use.release()
@@ -89,6 +96,8 @@ def use_ray(resources: Resources, address: str | None) -> Iterator[None]:
 
 def _start(num_cpus: int, num_gpus: int) -> None:
     global _current
+    if JOINS_CLUSTERS:
+        _refuse_both("without `address`")
     if ray.is_initialized():
         _check_is_ours()
         if _current is not None and _current.suits(num_cpus, num_gpus):
@@ -134,16 +143,22 @@ def join(address: str) -> None:
     Its workers get this very code, whatever is installed where they run.
 
     Raises:
-        ConfigError: it cannot be reached, has another version of Ray or Python, or this process
-            has Ray with a token of its own.
+        ConfigError: it cannot be reached, has another version of Ray or Python, another search
+            runs in this process, or it has Ray with a token of its own.
     """
+    with _keep_others_out():
+        _join(address)
+
+
+def _join(address: str) -> None:
     global _current
+    if ray.is_initialized() and _current is not None and _current.address == address:
+        _check_is_ours()
+        return
+    _check_address(address)
     if ray.is_initialized():
         _check_is_ours()
-        if _current is not None and _current.address == address:
-            return
         ray.shutdown()
-    _check_address(address)
     # Else a searcher like ours has one pending trial: workers would start one after another.
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
     variables = {name: RAY_ENVIRONMENT[name] for name in WORKER_VARIABLES}
@@ -167,8 +182,7 @@ def _check_address(address: str) -> None:
         hint = "Run the search on a node of the cluster, or as a job (`ray job submit`)."
         raise ConfigError(f"{rule}, got {address} (Ray Client). {hint}")
     if OWN_TOKEN is not None and os.environ.get("RAY_AUTH_TOKEN") == OWN_TOKEN:
-        rule = "a process must search on one machine or on a cluster, got both"
-        raise ConfigError(f"ray: {rule}. Run the one with `address` in another process.")
+        _refuse_both("with `address`")
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -180,6 +194,12 @@ def _check_address(address: str) -> None:
         reason = getattr(exc, "strerror", None) or str(exc)
         hint = "`ray status` on a node of the cluster shows whether it is there."
         raise ConfigError(f"`address`: {address} cannot be reached ({reason}). {hint}") from exc
+
+
+def _refuse_both(second: str) -> NoReturn:
+    """Refuse to use a cluster's token for processes of this machine, or the other way round."""
+    rule = "a process must search on one machine or on a cluster, got both"
+    raise ConfigError(f"ray: {rule}. Run the one {second} in another process.")
 
 
 def _describe_refusal(address: str, words: str) -> str:

@@ -17,6 +17,7 @@ from tune_cifar.models.build import build_model
 from tune_cifar.record.files import find_lock_problem
 from tune_cifar.search.rungs import list_stages
 from tune_cifar.space.select import SearchSpace
+from tune_cifar.train.step import build_initial_model
 
 # Checkpoints of a running trial: the two that CheckpointFolder keeps and the one being written.
 CHECKPOINTS_PER_TRIAL = 3
@@ -61,10 +62,14 @@ def estimate_disk_needs(
 ) -> DiskNeeds:
     """Return coarse upper bounds of what a search writes if no trial is stopped.
 
-    They come from the shapes of the baseline's model; nothing is allocated.
+    They come from the shapes of the baseline's model. Of the five networks nothing is allocated; a
+    network of the user's own is built, since its code may need values.
     """
-    with torch.device("meta"):
-        model = build_model(space.baseline, data)
+    if space.baseline.is_own:
+        model = build_initial_model(space.baseline, data)
+    else:
+        with torch.device("meta"):
+            model = build_model(space.baseline, data)
     num_bytes = FILE_FACTOR * sum(tensor.nbytes for tensor in model.state_dict().values())
     weights = round(num_bytes) + FILE_BYTES
     checkpoint = round(TENSORS_PER_WEIGHT * num_bytes) + FILE_BYTES

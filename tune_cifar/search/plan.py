@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import Confirmation, Learned, SearchResumed
 from tune_cifar.record.journal import check_is_new
 from tune_cifar.record.machine import count_cores
-from tune_cifar.record.mirror import check_mirror
+from tune_cifar.record.mirror import check_is_free, check_mirror
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.store import make_name, search_folder
 from tune_cifar.schema import MAX_SEED, DataInfo, Numerics
@@ -105,9 +105,16 @@ class Offer:
 
 
 class Found(NamedTuple):
-    """What a survey of a cluster found: offers, the largest kind of node first, and sentences."""
+    """What a survey of a cluster found.
+
+    Attributes:
+        offers: the largest kind of node first.
+        unable: why no trial may run on a node, by its name.
+        notes: a sentence for each node that gave no answer in time; it may still.
+    """
 
     offers: tuple[Offer, ...]
+    unable: dict[str, str]
     notes: tuple[str, ...]
     gpus_per_trial: float
 
@@ -129,6 +136,7 @@ class SearchPlan:
     Attributes:
         cost: measured, of one trial; on a cluster the mean over its slots.
         offers: of the cluster's nodes; none on this machine.
+        unable: see Found.
         past: the recorded search, when it is resumed.
         resumed: the event that a resumed search appends to its record; None for a new search.
         notes: what was restored, what has changed and whether MLflow is away, a sentence each.
@@ -144,6 +152,7 @@ class SearchPlan:
     resources: Resources
     cost: Cost
     offers: tuple[Offer, ...] = ()
+    unable: dict[str, str] = field(default_factory=dict)
     past: SearchState | None = None
     resumed: SearchResumed | None = None
     notes: tuple[str, ...] = ()
@@ -223,13 +232,15 @@ def settle_search(
     Raises:
         RecordError: when the name is taken.
         ConfigError, DataError: when the request does not fit the machine, the network breaks a
-            rule or the data are missing.
+            rule, the data are missing or the mirror has a search of this name.
     """
     check_request(request)
     name = request.name
     if name is None:
         name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
     check_is_new(search_folder(request.storage, name))
+    if request.mirror is not None:
+        check_is_free(request.mirror, name)
     space = resolve_network(space, describe_data(request.source))
     execution = choose_execution(space.baseline, request.execution)
     if survey is not None:
@@ -293,8 +304,10 @@ def check_on_cluster(
     data = load_train_val(request.source, config.train_size, config.val_size).info
     seconds = sum(offer.slots * offer.cost.epoch_seconds for offer in offers) / num_slots
     cost = offers[0].cost._replace(epoch_seconds=seconds)
-    notes = (*found.notes, *_check_tracking(request))
-    return SearchPlan(space, request, name, data, numerics, resources, cost, offers, notes=notes)
+    unable = (f"node {node} is left out: {why}" for node, why in found.unable.items())
+    notes = (*unable, *found.notes, *_check_tracking(request))
+    what = (space, request, name, data, numerics, resources, cost, offers, found.unable)
+    return SearchPlan(*what, notes=notes)
 
 
 def _check_place(space: SearchSpace, request: SearchRequest, resources: Resources) -> None:

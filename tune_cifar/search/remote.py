@@ -48,6 +48,9 @@ class RemoteTrials:
         for node_id, node in self._live.poll().items():
             if (offer := offers.get(node.name)) is not None:
                 self._change(node_id, node, "joined", offer.numerics)
+            elif (why := plan.unable.get(node.name)) is not None:
+                self._live.leave_out(node_id)
+                self._change(node_id, node, "left out", None, why)
 
     @property
     def has_slot(self) -> bool:

@@ -19,6 +19,7 @@ from tune_cifar.space.reader import parse_recorded
 from tune_cifar.space.select import SearchSpace, read_space, select_tier
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.numerics import compare_numerics
+from tune_cifar.train.recorded import describe_images
 
 # Facts of the environment that change proposals or trainings. Numerics has the others.
 DECIDING_FACTS = ("code", "optuna")
@@ -95,8 +96,7 @@ def find_changes(
     last = state.resumes[-1] if state.resumes else header
     deciding = compare_numerics(last.numerics, numerics)
     if data != header.data:
-        before, now = (f"{each.name}, split {each.split_hash}" for each in (header.data, data))
-        deciding.append(f"data: {before} -> {now}")
+        deciding.append(f"data: {describe_images(header.data)} -> {describe_images(data)}")
     harmless: list[str] = []
     for name in dict.fromkeys([*last.environment, *environment]):
         before, now = last.environment.get(name, "absent"), environment.get(name, "absent")

@@ -66,7 +66,7 @@ from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
 from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.recorded import Listener, Shown, make_header
 
-# Seconds that the end of a search waits for MLflow, and after a second Ctrl-C.
+# Seconds that the end of a search waits for MLflow; after a second Ctrl-C, and for the mirror then.
 UPLOAD_SECONDS = 60.0
 URGENT_SECONDS = 2.0
 
@@ -87,7 +87,7 @@ def prepare_search(
     plan = settle_search(space, request, THIS_MACHINE, make_survey(request))
     learned: list[Learned] = []
     for state in states if request.learn else ():
-        found, note = learn(space, state, plan.data)
+        found, note = learn(plan.space, state, plan.data)
         learned += found
         notes.append(note)
     notes = [*plan.notes, *notes]
@@ -179,6 +179,7 @@ def run_search(
     request, at_once = plan.request, False
     with use_ray(plan.resources, request.address), _open_record(plan) as record:
         uri = make_tracking_uri(request.storage, request.tracking_uri)
+        mirror = Mirror(record.state.folder, request.mirror) if request.mirror else None
         uploader = BackgroundUploader(uri, request.storage, record.state)
         show = Shown(listener or (lambda state, event: None))
 
@@ -186,15 +187,18 @@ def run_search(
             uploader.on_event(state, event)
             show(state, event)
 
-        driver = SearchDriver(record, plan.space, on_event, request.keep_weights)
-        mirror = Mirror(record.state.folder, request.mirror) if request.mirror else None
         with mirror or nullcontext():
             try:
-                _run_tune(driver, plan, on_interrupt)
+                driver = SearchDriver(record, plan.space, on_event, request.keep_weights)
+                try:
+                    _run_tune(driver, plan, on_interrupt)
+                finally:
+                    driver.finish()
             except KeyboardInterrupt:
                 at_once = True
+                if mirror:
+                    mirror.end_seconds = URGENT_SECONDS
             finally:
-                driver.finish()
                 faults = uploader.close(URGENT_SECONDS if at_once else UPLOAD_SECONDS)
         faults += [mirror.fault] if mirror and mirror.fault else []
         return record.state, faults

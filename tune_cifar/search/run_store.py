@@ -228,13 +228,15 @@ class CopiedFiles:
         self.folder = trial_folder(self._search, trial)
         self.folder.mkdir(parents=True)
         self._brought: dict[str, tuple[int, int]] = {}
+        # The checkpoint that came last: it stays if the next ones do not come.
+        self._newest: list[str] = []
         found = ray.get(self._store.fetch.remote(*self._ids))
         if found is None:
             raise SupersededError("a newer attempt has begun")
         for name, content in found.items():
             path = self.folder / name
             write_atomically(path, content)
-            self._brought[name] = _look_at(path)
+            self._brought[name], self._newest = _look_at(path), [name]
 
     def bring(self) -> None:
         """Send new files; delete what is no longer here; take over the sign to stop."""
@@ -247,18 +249,21 @@ class CopiedFiles:
             look = _look_at(path)
             if self._brought.get(name) != look:
                 put = self._store.put.remote(*self._ids, name, path.read_bytes())
-                self._check(self._ray.get(put), name)
-                self._brought[name] = look
-        is_stopping = self._ray.get(self._store.keep.remote(*self._ids, names))
+                if self._check(self._ray.get(put), name):
+                    self._brought[name] = look
+                    self._newest = self._newest if name == WEIGHTS else [name]
+        is_stopping = self._ray.get(self._store.keep.remote(*self._ids, names + self._newest))
         self._check("superseded" if is_stopping is None else "", "")
         if is_stopping:
             stop_file(self._search).touch()
 
-    def _check(self, problem: str, name: str) -> None:
+    def _check(self, problem: str, name: str) -> bool:
+        """Return whether a file came; a checkpoint may be left out, as on a full disk here."""
         if problem == "superseded":
             raise SupersededError("a newer attempt has begun")
-        if problem and name == WEIGHTS:  # a checkpoint is left out, as on a full disk here
+        if problem and name == WEIGHTS:
             raise DiskFullError(f"{name}: cannot write the file: {problem}. Make room.")
+        return not problem
 
     def close(self) -> None:
         """Delete the folder on this machine."""

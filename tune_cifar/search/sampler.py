@@ -195,13 +195,16 @@ def list_distributions(header: Header) -> dict[str, BaseDistribution]:
     return {name: json_to_distribution(text) for name, text in header.distributions.items()}
 
 
-def fit_point(space: SearchSpace, params: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the searched knobs' active values, or None when one is outside of its range."""
-    point = space.select_active({name: params[name] for name in space.distributions})
-    distributions = {name: space.distributions[name] for name in point}
+def fit_point(space: SearchSpace, config: TrainConfig) -> dict[str, Any] | None:
+    """Return a recipe's active values of the searched knobs.
+
+    None when one is outside of its range, or an argument that its network does not have.
+    """
     try:
+        point = space.select_active({name: config.get(name) for name in space.distributions})
+        distributions = {name: space.distributions[name] for name in point}
         create_trial(params=point, distributions=distributions, value=0.0)
-    except ValueError:
+    except (KeyError, ValueError):
         return None
     return point
 

@@ -58,7 +58,7 @@ def survey_nodes(
     fitting = [node for node in nodes if node.count_slots(request.cpus_per_trial, gpus)]
     if not fitting:
         raise ConfigError(_describe_no_room(nodes, request.cpus_per_trial, gpus))
-    answers, problems = _ask(fitting, space, request, gpus, recorded)
+    answers, unable, notes = _ask(fitting, space, request, gpus, recorded)
     offers = [
         Offer(
             node=node.name,
@@ -69,7 +69,7 @@ def survey_nodes(
         )
         for node, answer in answers
     ]
-    return Found(_check_alike(offers, request.allow_mixed), tuple(problems), gpus)
+    return Found(_check_alike(offers, request.allow_mixed), unable, tuple(notes), gpus)
 
 
 def _describe_no_room(nodes: list[Node], cpus: int, gpus: float) -> str:
@@ -88,8 +88,8 @@ def _ask(
     request: SearchRequest,
     gpus: float,
     recorded: Numerics | None,
-) -> tuple[list[tuple[Node, dict[str, Any]]], list[str]]:
-    """Return the answers of the nodes that give one in time, and a sentence for each other node."""
+) -> tuple[list[tuple[Node, dict[str, Any]]], dict[str, str], list[str]]:
+    """Return what the nodes answer, why others cannot train, and a sentence for each silent one."""
     packed = pack_data(request.source)
     data = None if packed is None else [ray.put(packed)]
     how: dict[str, Any] = {
@@ -111,26 +111,27 @@ def _ask(
         pending[task.remote(how, data)] = node
     ready, silent = ray.wait(list(pending), num_returns=len(pending), timeout=ANSWER_SECONDS)
     answers = []
+    unable = dict[str, str]()
     late = f"no answer in {ANSWER_SECONDS:.0f} s: others may use it"
-    problems = [f"node {pending[reference].name}: {late}" for reference in silent]
+    notes = [f"node {pending[reference].name}: {late}" for reference in silent]
     for reference in ready:
         node = pending[reference]
         try:
             answer = ray.get(reference, timeout=1)
         except (RayError, GetTimeoutError) as exc:
-            problems.append(f"node {node.name}: {_shorten(exc)}")
+            unable[node.name] = _shorten(exc)
             continue
         if "problem" in answer:
-            problems.append(f"node {node.name}: {answer['problem']}")
+            unable[node.name] = answer["problem"]
         elif answer["code"] != digest_code():
-            rule = "the code must be the driver's"
-            problems.append(f"node {node.name}: {rule}, got {answer['code']}")
+            unable[node.name] = f"the code must be the driver's, got {answer['code']}"
         else:
             answers.append((node, answer))
     if not answers:
+        problems = [f"node {name}: {why}" for name, why in unable.items()] + notes
         rule = "`address`: a node of the cluster must be able to train"
         raise ConfigError(f"{rule}, got {'; '.join(problems)}")
-    return sorted(answers, key=lambda answer: nodes.index(answer[0])), problems
+    return sorted(answers, key=lambda answer: nodes.index(answer[0])), unable, notes
 
 
 def _make_task(num_cpus: int, num_gpus: float) -> Any:

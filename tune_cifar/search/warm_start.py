@@ -39,7 +39,7 @@ def try_best_first(
     baseline = space.select_active(space.baseline_params)
     ranked = zip_longest(*(state.ranked[:num_best] for state in states))
     for trial in filter(None, chain.from_iterable(ranked)):
-        point = fit_point(space, trial.config.model_dump())
+        point = fit_point(space, trial.config)
         if point is None:
             notes.append(f"{trial.run_id} is left out: a value lies outside of this space")
         elif point != baseline and point not in points:
@@ -83,7 +83,7 @@ def learn(space: SearchSpace, state: SearchState, data: DataInfo) -> tuple[list[
     learned = []
     ended = [t for t in state.trials.values() if t.status not in ("running", "failed")]
     for trial in ended:
-        point = fit_point(space, trial.full_config.model_dump())
+        point = fit_point(space, trial.full_config)
         if point is not None and space.config(point) == trial.full_config:
             learned.append(
                 Learned(run_id=trial.run_id, params=point, status=trial.status, scores=trial.scores)

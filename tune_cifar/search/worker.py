@@ -35,16 +35,17 @@ RAY_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
 }
+JOINS_CLUSTERS = JOINS in os.environ
 OWN_TOKEN: str | None = None
 """Of the Ray that this process starts; None where it joins one, or has Ray from elsewhere."""
-if "ray" not in sys.modules and JOINS not in os.environ:
+if "ray" not in sys.modules and not JOINS_CLUSTERS:
     # Ray's processes listen on all addresses of the machine and run what they are sent. A token,
     # a new one for each command, keeps everybody else out; Ray's own would be a file in the user's
     # home. Where Ray is imported already, its own it is: it reads these then no more. A cluster
     # that is there has its own, too.
     OWN_TOKEN = secrets.token_hex(32)
     RAY_ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": OWN_TOKEN}
-elif JOINS in os.environ:
+elif JOINS_CLUSTERS:
     # Whom a cluster does not let in would try 20 times, with a second and a line of log for each.
     RAY_ENVIRONMENT["RAY_NUM_REDIS_GET_RETRIES"] = "4"
 for name, value in RAY_ENVIRONMENT.items():
@@ -66,6 +67,7 @@ from tune_cifar.record.priority import make_session_nice
 from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
 from tune_cifar.search.run_store import ACTOR, SupersededError, TrialFiles, open_trial_files
 from tune_cifar.train.numerics import compare_numerics, restore_numerics
+from tune_cifar.train.step import delete_idle_steps
 from tune_cifar.train.trial import train_trial
 
 # A worker reports the epochs of this time in one message, which costs the driver 10 ms.
@@ -120,6 +122,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
                     break
         if self._end is not None:
             self._close()
+            if self._end[0] == "out of memory":  # the next trial needs what idle steps hold
+                delete_idle_steps()
             if 0 < self._trial["gpus"] < 1:  # a neighbour may need the memory
                 torch.cuda.empty_cache()
         if epochs:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,10 +63,10 @@ def normalise(name: str, value: Any) -> Any:
 def find_value_problem(name: str, value: Any, label: str) -> str | None:
     """Return the rule of the schema that a knob's value breaks; `label` stands for the knob."""
     if name.startswith(ARGUMENT):
-        fits = isinstance(value, bool | str) or (
-            isinstance(value, int | float) and math.isfinite(value)
-        )
-        return None if fits else f"{label} must be a number, text, true or false, got {value!r}."
+        is_number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        fits = is_number or isinstance(value, bool | str)
+        rule = f"{label} must be a number (up to {sys.float_info.max:.1e}), text, true or false"
+        return None if fits else f"{rule}, got {value!r}."
     cause: BaseException | None = None
     try:
         TrainConfig(**{name: value})

@@ -84,10 +84,11 @@ def make_space_text(
 
     Args:
         arguments: name, kind (int, float, bool or str) and default of each further argument of the
-            constructor; a default of None becomes a line to fill in.
+            constructor; a default of None becomes a line to fill in. One of inf or nan, which a
+            file cannot hold, stays the constructor's.
         measured_lr: from an LR range test; None takes a usual value.
     """
-    given = list(arguments)
+    given = [argument for argument in arguments if not _is_endless(argument[2])]
     lines = [f"    {arg}: {_write(default)}" for arg, _, default in given if default is not None]
     missing = [f"    {arg}: FILL IN  # {kind}" for arg, kind, default in given if default is None]
     text = "".join(f"{line}\n" for line in [*lines, *missing])
@@ -107,6 +108,10 @@ def make_space_text(
         points="".join(f"  - {_write_map(point)}\n" for point in POINTS),
         only="dropout, " if takes_dropout else "",
     )
+
+
+def _is_endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _suggest(name: str, kind: str, default: Any) -> str:

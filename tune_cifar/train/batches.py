@@ -13,10 +13,23 @@ from tune_cifar.augment.policies import make_policy
 from tune_cifar.data.load import Split
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.schema import TrainConfig
-from tune_cifar.train.step import derive_seed, make_generator
+from tune_cifar.train.generators import derive_seed
+from tune_cifar.train.step import make_generator
 
 # A GPU augments so many images at a time, at most: 60 launches a block instead of a batch.
 BLOCK_SIZE = 8192
+
+
+def fit_to_side(num_images: int, side: int) -> int:
+    """Return how many images have as many pixels as so many of CIFAR-10's, but not more images."""
+    return max(1, min(num_images, num_images * CIFAR10.side**2 // side**2))
+
+
+def choose_block_size(batch_size: int, side: int, on_cuda: bool) -> int:
+    """Return how many images are augmented at a time: whole batches, on a CPU one."""
+    if not on_cuda:
+        return batch_size
+    return max(1, fit_to_side(BLOCK_SIZE, side) // batch_size) * batch_size
 
 
 class Batches:
@@ -37,9 +50,8 @@ class Batches:
         self._policy = make_policy(config, data)
         self._apply_pixel_ops = select_interpreter(config.augment_backend)
         self._device = split.images_NCHW.device
-        batch_size = config.batch_size
-        num_batches = max(1, BLOCK_SIZE // batch_size) if self._device.type == "cuda" else 1
-        self._block_size = num_batches * batch_size
+        on_cuda = self._device.type == "cuda"
+        self._block_size = choose_block_size(config.batch_size, data.side, on_cuda)
         places = {"order": torch.device("cpu"), "augment": self._device}
         self.generators = {
             purpose: make_generator(config.seed, purpose, place)

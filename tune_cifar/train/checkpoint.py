@@ -88,7 +88,11 @@ def save_weights(
     Raises:
         CheckpointError: the file cannot be written; the old one stays.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # Copies: safetensors refuses two names of one memory, as tied weights have.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights.items()
+    }
     _write(path, save(tensors, metadata))
 
 

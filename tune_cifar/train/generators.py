@@ -1,15 +1,44 @@
-"""The global random generators, which a network of the user's own may use."""
+"""Seeds by purpose, and the global random generators, which a network of the user's own may use."""
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from tune_cifar.train.step import derive_seed
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Return a 63-bit seed for one purpose, such as init, order, augment or dropout.
+
+    The random streams of different purposes are unrelated.
+    """
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def seed_globals(seed: int, purpose: str) -> Iterator[None]:
+    """Seed torch's, numpy's and Python's global generators; what they had comes back at the end.
+
+    Of torch that is the CPU's generator.
+    """
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    derived = derive_seed(seed, purpose)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived)
+            np.random.seed(derived % 2**32)
+            random.seed(derived)
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 class GlobalGenerators:

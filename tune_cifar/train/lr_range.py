@@ -29,6 +29,8 @@ SMOOTHING_DECADES = 0.2
 MIN_STEPS_PER_DECADE = 5
 # Of a sweep, so that what is typed cannot fill the memory.
 MAX_STEPS = 100_000
+# Weights that smooth a curve, at a time: a few arrays of 8 MB.
+MAX_WEIGHTS = 2**20
 # A sweep has diverged when its smoothed loss exceeds its lowest by this factor, as in fastai.
 DIVERGENCE_FACTOR = 4.0
 # A curve falls if its fall exceeds this fraction of its starting level, and this many standard
@@ -115,7 +117,16 @@ def smooth(log_lrs: Floats, losses: Floats, at: Floats | None = None) -> tuple[F
         log_lrs: log10 of the learning rates, like `at`.
         at: where to evaluate; by default at all points.
     """
-    offsets = log_lrs[None, :] - (log_lrs if at is None else at)[:, None]
+    places = log_lrs if at is None else at
+    size = max(1, MAX_WEIGHTS // len(log_lrs))
+    starts = range(0, len(places), size)
+    parts = [_smooth_at(log_lrs, losses, places[start : start + size]) for start in starts]
+    values, slopes = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return values, slopes
+
+
+def _smooth_at(log_lrs: Floats, losses: Floats, at: Floats) -> tuple[Floats, Floats]:
+    offsets = log_lrs[None, :] - at[:, None]
     weights = np.exp(-0.5 * (offsets / SMOOTHING_DECADES) ** 2)
     weights /= weights.sum(axis=1, keepdims=True)
     centres = (weights * offsets).sum(axis=1)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tune_cifar.data.files import DataSource
+from tune_cifar.data.files import DataSource, find_data
 from tune_cifar.data.load import TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, DataError, DiskFullError, Diverged, RecordError
 from tune_cifar.models.custom import add_source
@@ -155,7 +155,7 @@ def _find_changes(
         if before != value:
             changes.append(f"{knob}: {before} -> {value}")
     if header.data != data:
-        changes.append(f"data: {header.data.name} -> {data.name}")
+        changes.append(f"data: {describe_images(header.data)} -> {describe_images(data)}")
     if header.kind != "train":
         changes.append(KIND_WORDS[header.kind])
     return changes
@@ -240,6 +240,34 @@ def relative(record: Record, path: Path) -> str:
     return str(path.relative_to(record.state.folder))
 
 
+def find_recorded_data(state: SearchState, data: str | None) -> DataSource:
+    """Find the data of a record: the record says which they are, `data` only where they lie.
+
+    Raises:
+        ConfigError: when other data are found.
+        DataError: when none are.
+    """
+    wanted = state.header.data.name
+    # Other data than CIFAR-10 are found by their name, or where TUNE_CIFAR_DATA points.
+    is_there = data is None and wanted not in ("cifar10", "shapes") and _is_at_hand(wanted)
+    named = None if wanted == "cifar10" or is_there else wanted
+    source = find_data(data or named)
+    if source.name != wanted:
+        way_out = "Give its data as `data`."
+        raise ConfigError(
+            f"{state.header.name} was trained on {wanted}, got {source.name}. {way_out}"
+        )
+    return source
+
+
+def _is_at_hand(name: str) -> bool:
+    """Return whether the default places have the data of this name."""
+    try:
+        return find_data(None).name == name
+    except DataError:
+        return False
+
+
 def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource) -> TrainVal:
     """Load the run's images and check that they are the recorded ones.
 
@@ -255,10 +283,15 @@ def load_recorded_data(state: SearchState, trial: TrialState, source: DataSource
         name = "CIFAR-10" if recorded.name == "cifar10" else recorded.name
         hint = "Use `data='shapes'`." if is_synthetic else f"Point `data` at {name}."
         raise DataError(
-            f"{trial.run_id}: data must be the recorded {recorded.name} with split "
-            f"{recorded.split_hash}, got {data.info.name} with {data.info.split_hash}. {hint}"
+            f"{trial.run_id}: data must be the recorded {describe_images(recorded)}, "
+            f"got {describe_images(data.info)}. {hint}"
         )
     return data
+
+
+def describe_images(info: DataInfo) -> str:
+    """Return a name with the first digits of both hashes: any of the three may have changed."""
+    return f"{info.name} (files {info.digest[:8]}, split {info.split_hash[:8]})"
 
 
 def load_trained(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 import warnings
 from collections.abc import Callable, Hashable
 
@@ -24,26 +23,19 @@ from tune_cifar.augment.batched import apply_normalize
 from tune_cifar.augment.policies import Normalize
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.models.build import MODELS, build_model
+from tune_cifar.models.custom import load_factory
 from tune_cifar.models.dropout import round_probability, set_drop_probability, set_dropout_generator
 from tune_cifar.schema import Numerics, TrainConfig
+from tune_cifar.train.generators import derive_seed, seed_globals
 from tune_cifar.train.numerics import autocast, get_memory_mb, memory_format
 from tune_cifar.train.optim import Settings, apply_settings, make_optimizer
 
 # Before a capture, libraries choose their kernels and allocate their workspaces.
 WARM_UP_RUNS = 3
-# Of a GPU's memory for the captured steps of finished trainings.
+# Of the GPU's memory that this process may use, for the captured steps of finished trainings.
 IDLE_SHARE = 1 / 8
 # Factors of the two terms of a smoothed loss.
 Smoothing = tuple[float, float] | tuple[Tensor, Tensor]
-
-
-def derive_seed(seed: int, purpose: str) -> int:
-    """Return a 63-bit seed for one purpose: init, order, augment or dropout.
-
-    The random streams of different purposes are unrelated.
-    """
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def make_generator(seed: int, purpose: str, device: torch.device) -> torch.Generator:
@@ -71,8 +63,10 @@ def build_initial_model(config: TrainConfig, data: DataDescription = CIFAR10) ->
     network = MODELS.get(config.model, config.model), config.model_args, config.model_digest
     key = (*network, config.dropout if config.is_own else None, config.seed, data)
     if key not in _drawn:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, "init"))
+        if config.is_own:  # loaded once in a process: what its file draws must not move the weights
+            with seed_globals(config.seed, "init"):
+                load_factory(config.model, config.model_digest)
+        with seed_globals(config.seed, "init"):
             _drawn[key] = build_model(config, data)
         while len(_drawn) > MAX_DRAWN:
             del _drawn[next(iter(_drawn))]
@@ -275,7 +269,11 @@ def capture(
 
 
 def _count_reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved() if device.type == "cuda" else 0
+    """Return the bytes of a GPU's memory that are in use; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()  # as a capture does: what it empties must not count before it
+    return torch.cuda.memory_reserved()
 
 
 # Captured steps of finished trainings, the last used at the end. Each holds the activations.
@@ -299,6 +297,13 @@ def release_step(step: EagerStep, numerics: Numerics) -> None:
     """Keep a captured step of a finished training for the next config with its graph key."""
     if isinstance(step, CapturedStep):
         _idle[step.graph_key] = step
-        limit = IDLE_SHARE * get_memory_mb(numerics) * 2**20
+        on_cuda = numerics.device == "cuda"
+        fraction = torch.cuda.get_per_process_memory_fraction() if on_cuda else 1.0
+        limit = IDLE_SHARE * fraction * get_memory_mb(numerics) * 2**20
         while sum(other.num_bytes for other in _idle.values()) > limit:
             del _idle[next(iter(_idle))]
+
+
+def delete_idle_steps() -> None:
+    """Delete the captured steps of finished trainings."""
+    _idle.clear()

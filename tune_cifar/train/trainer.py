@@ -27,7 +27,7 @@ from tune_cifar.data.load import Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
 from tune_cifar.train.average import WeightAverage
-from tune_cifar.train.batches import Batches
+from tune_cifar.train.batches import Batches, fit_to_side
 from tune_cifar.train.generators import GlobalGenerators
 from tune_cifar.train.metrics import measure_logits
 from tune_cifar.train.numerics import apply_numerics, autocast, memory_format
@@ -43,8 +43,13 @@ from tune_cifar.train.step import (
 # on it. s7 takes 0.19 s for 1,000 images in batches of 100 to 200, 0.33 s in batches of 250 to 500
 # (bf16, one thread of an EPYC Zen 5, 2026-11-21); s10 evaluates 300 images/s in batches of 100, 275
 # in batches of 200, with equal bits (Zen 4, the same day). A GPU would launch kernels for longer
-# than it computes.
+# than it computes; of images larger than CIFAR-10's it takes fewer, for its memory.
 EVAL_BATCH_SIZE, EVAL_BATCH_SIZE_CUDA = 100, 1000
+
+
+def choose_eval_size(side: int, on_cuda: bool) -> int:
+    """Return the number of images in one forward pass of an evaluation."""
+    return fit_to_side(EVAL_BATCH_SIZE_CUDA, side) if on_cuda else EVAL_BATCH_SIZE
 
 
 class _Epoch(NamedTuple):
@@ -181,7 +186,9 @@ class Trainer:
         self._step.model.train()
         for lr, batch in zip(lrs, self._repeat_batches(), strict=False):
             settings = Settings(lr, self.config.momentum)
-            yield self._train_step(*batch, settings)[0].item()
+            with self._globals or nullcontext():
+                loss = self._train_step(*batch, settings)[0].item()
+            yield loss
 
     def _repeat_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield augmented batches without end, each pass over the images in a new order."""
@@ -221,7 +228,7 @@ class Trainer:
         self.model.eval()
         logits = []
         normalize, layout = Normalize(self._data.mean, self._data.std), memory_format(self.numerics)
-        size = EVAL_BATCH_SIZE_CUDA if self._device.type == "cuda" else EVAL_BATCH_SIZE
+        size = choose_eval_size(self._data.side, on_cuda=self._device.type == "cuda")
         for images_NCHW in torch.split(split.images_NCHW.to(self._device), size):
             images = apply_normalize(images_NCHW, normalize, layout)
             with autocast(self.numerics):

@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from tune_cifar.data.load import Split, TrainVal
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import CheckpointError, ConfigError, ExportError
-from tune_cifar.models.build import build_model
 from tune_cifar.models.custom import add_source
-from tune_cifar.record.environment import describe_environment
+from tune_cifar.record.environment import find_version
 from tune_cifar.record.files import write_atomically
 from tune_cifar.record.state import SearchState, TrialState
 from tune_cifar.schema import TrainConfig
 from tune_cifar.train.checkpoint import load_metadata, load_weights, save_weights
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.recorded import load_trained
+from tune_cifar.train.step import build_initial_model
 from tune_cifar.train.trainer import EVAL_BATCH_SIZE
 
 Format = Literal["onnx", "safetensors"]
@@ -160,7 +160,7 @@ def describe_run(
     """Return the metadata of an exported file, except what depends on its format."""
     info = state.header.data
     facts = {
-        "tune_cifar": describe_environment()["tune_cifar"],
+        "tune_cifar": find_version("tune_cifar"),
         "run_id": trial.run_id,
         "model": trial.config.model,
         "fingerprint": trial.fingerprint,
@@ -240,7 +240,7 @@ def load_network(path: Path, run_source: bool = False) -> RawNet:
         mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
         classes, side = json.loads(metadata["classes"]), int(metadata.get("side", CIFAR10.side))
         data = CIFAR10.model_copy(update={"class_names": tuple(classes), "side": side})
-        model = build_model(config, data)
+        model = build_initial_model(config, data)
         model.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError) as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
