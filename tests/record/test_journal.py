@@ -45,6 +45,7 @@ from tune_cifar.record.events import (
     EpochReported,
     Event,
     Header,
+    Learned,
     SearchEnded,
     TrialEnded,
     TrialRetried,
@@ -198,6 +199,16 @@ def test_a_tuple_is_a_list_for_the_writer_too(tmp_path: Path) -> None:
     )
     assert written.trials[0].params == {"a": [1, 2], "b": {"3": 4}}
     assert read_state(written.folder) == written
+
+
+def test_the_scores_of_learned_trials_are_by_numbers_again(tmp_path: Path) -> None:
+    """JSON has text for them, and a record that could not be read was refused when written."""
+    learned = Learned(run_id="x:1", params={}, status="stopped", scores={1: 0.5, 3: 0.7})
+    written = write_record(tmp_path, make_header(learned=[learned]), [])
+    assert written.header.learned[0].scores == {1: 0.5, 3: 0.7}
+    assert read_state(written.folder) == written
+    with pytest.raises(ValidationError):
+        Learned.model_validate({**learned.model_dump(), "scores": [0.5]})
 
 
 def test_the_state_keeps_no_reference_to_the_callers_objects(tmp_path: Path) -> None:
