@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,6 +199,10 @@ class NetCluster:
 
     def _clean(self) -> None:
         """Remove what this cluster, or one that was killed, has left."""
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if any(word.startswith(f"--node-ip-address={SUBNET}.") for word in words):
+                _kill_below(process)
         names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
         for line in names.splitlines():
             if (name := line.split()[0]).startswith("tc"):
@@ -214,14 +218,14 @@ def _run(command: str, check: bool = True) -> None:
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and all below it, and wait for its end."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    for child in family:
-        try:
-            child.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+    with suppress(psutil.NoSuchProcess):
+        _kill_below(psutil.Process(process.pid))
     process.kill()
     process.wait()
+
+
+def _kill_below(process: psutil.Process) -> None:
+    """Kill a process and all below it."""
+    for each in (*process.children(recursive=True), process):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
