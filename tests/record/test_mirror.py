@@ -103,6 +103,8 @@ def test_a_search_comes_back_as_it_was(
     assert names[-1] == RECORD_FILE, "what it names is there before the record is"
     assert names.index(KEPT) < names.index(OLD), "a checkpoint does not come without weights"
     assert list_mirrored(url) == ["s7-1"]
+    # A restore that was killed has left a file that the search no longer has.
+    write_atomically(tmp_path / "elsewhere" / ".new-s7-1" / NEW, b"old")
     restored = restore_search(url, "s7-1", tmp_path / "elsewhere")
     wanted = list_files(folder)
     del wanted["owner.json"]

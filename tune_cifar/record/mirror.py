@@ -107,8 +107,10 @@ def copy_search(
         Exception: as the store's driver does.
     """
     store, root = _open(url, folder.name)
-    # Read before the trials' files are listed, and written after them.
-    record, record_look = (folder / RECORD_FILE).read_bytes(), _look_at(folder / RECORD_FILE)
+    # Read before the trials' files are listed, and written after them. What is appended between the
+    # look and the reading is copied again.
+    record_look = _look_at(folder / RECORD_FILE)
+    record = (folder / RECORD_FILE).read_bytes()
     if copied is None:
         before = _list_remote(store, root)
         if RECORD_FILE in before:
@@ -200,6 +202,7 @@ def restore_search(url: str, name: str, storage: Path) -> Path:
     if folder.exists():
         raise RecordError(f"{folder}: a search of this name is here already. Delete or rename it.")
     part = storage / f".new-{name}"
+    shutil.rmtree(part, ignore_errors=True)  # of a restore that was killed
     try:
         store, root = _open(url, name)
         names = _list_remote(store, root)
