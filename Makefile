@@ -79,9 +79,10 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/augment.py
 	$(TUNE) search --space s10 --tier full --trials 100 --execution captured
 
-# What a session on a GPU runs, at a tiny size on a CPU: no typo is met there for the first time.
+# What a session on a GPU runs, at a tiny size on a CPU: no typo is met there for the first time. The
+# parts run at once.
 session-dry: $(READY)
-	for part in 1 2 3; do $(BIN)/python benchmarks/session.py $$part --dry || exit 1; done
+	printf '%s --dry\n' 3 1 2 | OMP_NUM_THREADS=1 xargs -L 1 -P 3 $(BIN)/python benchmarks/session.py
 
 # Days of trainings for the table of docs/method.md; stop it with Ctrl-C, start it to resume.
 rows: $(READY)

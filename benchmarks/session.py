@@ -81,6 +81,7 @@ def make_trainer(
     from tune_cifar.train.trainer import Trainer
 
     if session.is_dry:
+        space = "s7"  # the smallest network
         changes |= {"train_size": 48, "val_size": 20, "batch_size": 16, "pct_start": 0.5}
         changes["epochs"] = min(2, changes.get("epochs", 2))
     config = TrainConfig(**{**load_space(space, "full").baseline.model_dump(), **changes})
@@ -372,7 +373,7 @@ def packing(session: Session) -> Facts:
     """Count the epochs of trainings at once, as processes, under MPS and as threads."""
     facts: Facts = {}
     if session.is_dry:
-        pack(session, facts, "s10", "processes", (1,))
+        pack(session, facts, "s7", "processes", (1,))
         return facts
     control = shutil.which("nvidia-cuda-mps-control")
     for space, kind, numbers, under_mps in PACKINGS:
@@ -547,7 +548,7 @@ VARIANTS = [
 def variants(session: Session) -> Facts:
     """Time captured and compiled steps; the first one compiles."""
     facts: Facts = {}
-    for space, batch_size, execution in VARIANTS:
+    for space, batch_size, execution in VARIANTS[:2] if session.is_dry else VARIANTS:
         title = f"{space} {execution}"
         try:
             facts[title] = run_process(session, "cell", 60, space, str(batch_size), execution, "0")
@@ -598,8 +599,9 @@ def run_process(session: Session, step: str, limit: float, *words: str) -> Facts
     if session.is_dry:  # a slow CPU is no fault
         limit = DRY_LIMIT
     command = ["timeout", "-k", "5", f"{limit:.0f}", sys.executable, __file__, "--step", step]
+    command += words
     command += ["--dry"] if session.is_dry else []
-    command += ["--choice", json.dumps(session.choice), "--seconds", f"{limit:.0f}", *words]
+    command += ["--choice", json.dumps(session.choice), "--seconds", f"{limit:.0f}"]
     environment = os.environ | {"OUT": str(session.out)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == LIMIT_EXIT:
@@ -663,24 +665,25 @@ def run_part(number: int, out: Path, seconds: float, skip: list[str], is_dry: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", nargs="*")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("part", nargs="?", type=int, choices=tuple(PARTS))
+    what.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600.0, help="of the part")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STEP")
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--choice", type=json.loads, default=DEFAULT_CHOICE, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="session-"))
     if arguments.step:
         session = Session(out, arguments.dry, arguments.choice, arguments.seconds)
         try:
-            print(json.dumps(globals()[arguments.step](session, *arguments.part)))
+            step, *words = arguments.step
+            print(json.dumps(globals()[step](session, *words)))
         except Exception:
             traceback.print_exc()
             sys.exit(1)
         return
-    (number,) = map(int, arguments.part)
-    is_fine = run_part(number, out, arguments.seconds, arguments.skip, arguments.dry)
+    is_fine = run_part(arguments.part, out, arguments.seconds, arguments.skip, arguments.dry)
     sys.exit(0 if is_fine or not arguments.dry else 1)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import importlib
 import json
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -251,6 +253,31 @@ def test_the_imports_in_pages_and_notebooks_exist() -> None:
     assert len(imports) > 20
     for module, name in sorted(imports):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+class ParsedError(Exception):
+    """A script's words are read, and nothing else is to happen."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_benchmarks_that_a_page_names_take_its_words(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser) -> None:
+        parse_args(parser)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    typed = "\n".join(list_blocks(read(page), "sh", "console")).splitlines()
+    for text in [*list_spans(page), *typed]:
+        if match := re.match(r"(?:\$ )?python (benchmarks/\w+\.py.*)", text):
+            script, *words = shlex.split(match[1])
+            monkeypatch.setattr(sys, "argv", [script, *words])
+            with pytest.raises(ParsedError):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def test_the_targets_of_make_that_pages_name_exist() -> None:

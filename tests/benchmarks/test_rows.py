@@ -371,18 +371,21 @@ def test_a_search_that_goes_on_is_not_committed(queue: Queue) -> None:
 
 
 def make_row(test_acc: str, **changes: str) -> dict[str, str]:
-    row = {"test_acc": test_acc, "epochs": "40", "minutes": "103.4"}
+    row = {"test_acc": test_acc, "epochs": "40", "minutes": "103.4", "date": "2026-11-21T08:43:59Z"}
     return row | {"hardware": "AMD EPYC", "precision": "bf16"} | changes
 
 
 def test_a_cell_has_n_and_the_conditions_of_its_measurement() -> None:
     assert describe_cell([]) == "not yet measured"
     measured = [make_row("0.87"), make_row("0.873", minutes="102")]
-    conditions = "40 epochs; AMD EPYC, bf16; 103 min each"
+    conditions = "40 epochs; AMD EPYC, bf16; 103 min each; 2026-11-21"
     assert describe_cell(measured[:1]) == f"87.00 % (n = 1; {conditions})"
     assert describe_cell(measured) == f"87.15 ± 0.21 % (n = 2; {conditions})"
-    mixed = describe_cell([*measured, make_row("0.87", hardware="NVIDIA H200", minutes="2")])
-    assert "n = 3; 40 epochs; AMD EPYC, bf16 and NVIDIA H200, bf16; 69 min each" in mixed
+    other = {"hardware": "NVIDIA H200", "minutes": "2", "date": "2026-12-01T01:02:03Z"}
+    mixed = describe_cell([*measured, make_row("0.87", **other)])
+    machines = "AMD EPYC, bf16 and NVIDIA H200, bf16"
+    dates = "2026-11-21 to 2026-12-01"
+    assert f"n = 3; 40 epochs; {machines}; 69 min each; {dates}" in mixed
 
 
 @pytest.mark.parametrize("text", ["", f"{BEGIN}", f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
