@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from tests.faults.netcluster import ADDRESS, NetCluster, find_problem  # noqa: E402
 from tune_cifar.record.journal import read_state  # noqa: E402
 from tune_cifar.record.store import search_folder  # noqa: E402
-from tune_cifar.search.run_store import RunStore  # noqa: E402
+from tune_cifar.search.trial_files import FileServer  # noqa: E402
 
 # Eleven steps or more: a searched warm-up may be a tenth of them and needs more than one.
 TINY = ("train_size=24", "val_size=10", "batch_size=2", "epochs=1")
@@ -129,7 +129,7 @@ def measure_files(sizes: list[int], rounds: int) -> None:
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="tc-bench-") as name:
-        actor = ray.remote(RunStore).options(num_cpus=0).remote(name, None)
+        actor = ray.remote(FileServer).options(num_cpus=0).remote(name, None)
         for size in sizes:
             content = os.urandom(size * 10**6)
             times = {"put": list[float](), "fetch": list[float]()}

@@ -93,7 +93,7 @@ def main() -> None:
         figures["epochs"] = float(sum(trial.epochs_done for trial in trials))
         for what in ("mlflow_seconds", "mlflow_again_seconds"):
             start = time.perf_counter()
-            sync_search(f"sqlite:///{storage}/mlflow.db", storage, read_state(folder))
+            sync_search(f"sqlite:///{storage}/mlflow.db", storage, folder)
             figures[what] = time.perf_counter() - start
         short = write_search(storage, "short", 1)
         new_seconds = time_first_ask(short, 2)

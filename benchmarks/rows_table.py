@@ -22,7 +22,8 @@ COLUMNS = (
 # What was wrong with the published accuracy, and the goal for a search's best on the test set.
 SYSTEMS = {
     "s6": (
-        "the best epoch was picked on the test images; flip and warp on the wrong axes; batch 128 here, 4 there",
+        "the best epoch was picked on the test images; flip and warp on the wrong axes; "
+        "batch 128 here, 4 there",
         "90.5 % in 40 epochs",
     ),
     "s7": ("measured on the training images", "89.5 % in 60 epochs"),
@@ -32,7 +33,8 @@ SYSTEMS = {
         "94.5 % in 24 epochs",
     ),
     "s10_postact": (
-        "softmax into NLL; test images augmented; schedule stepped per epoch; the recipe here is s10's",
+        "softmax into NLL; test images augmented; schedule stepped per epoch; "
+        "the recipe here is s10's",
         "94.5 % in 24 epochs",
     ),
 }
@@ -112,7 +114,8 @@ def write_page(path: Path, rows: Sequence[Row]) -> None:
 def render_table(rows: Sequence[Row], spaces: Iterable[str] = tuple(SYSTEMS)) -> str:
     """Render the summary in Markdown, a line per space."""
     lines = [
-        "| space | published | what was wrong | goal | baseline, test | best confirmed recipe, test |",
+        "| space | published | what was wrong | goal | baseline, test "
+        "| best confirmed recipe, test |",
         "|---|---|---|---|---|---|",
     ]
     for space in spaces:

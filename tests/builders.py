@@ -55,7 +55,8 @@ from tune_cifar.schema import (
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.layout import Budget, Fidelity, SamplerBudget
 from tune_cifar.space.select import SearchSpace, load_space
-from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
+from tune_cifar.tracking.address import make_tracking_uri
+from tune_cifar.tracking.upload import BackgroundUploader
 from tune_cifar.train import recorded
 from tune_cifar.train.checkpoint import MAGIC
 from tune_cifar.train.metrics import Evaluation, evaluate_logits

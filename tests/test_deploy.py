@@ -120,7 +120,7 @@ STAND_INS = {
 def run_script(
     folder: Path, status: int = 0, seconds: int = 0, options: tuple[str, ...] = ()
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """Run the script with imitations of Slurm's commands; yield it and the file of what they were called with."""
+    """Run the script with imitations of Slurm's commands; yield it and the file of their calls."""
     programs, calls = folder / "bin", folder / "calls"
     programs.mkdir()
     calls.touch()

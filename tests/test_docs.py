@@ -163,7 +163,8 @@ def test_the_glossary_has_every_name_in_mlflow(tmp_path: Path, fp32: Numerics) -
     from tune_cifar.data.load import load_train_val
     from tune_cifar.record.events import TrialRetried
     from tune_cifar.report.lr_range import make_report
-    from tune_cifar.tracking.upload import upload_evaluation, upload_lr_range
+    from tune_cifar.tracking.lr_range import upload_lr_range
+    from tune_cifar.tracking.upload import upload_evaluation
     from tune_cifar.train.lr_range import Sweep, make_lrs
     from tune_cifar.train.metrics import evaluate_logits
 

@@ -29,7 +29,7 @@ FREE = {"errors", "schema"}
 DEPENDENCIES = {
     "ray": {
         *("search/run", "search/adapters", "search/worker", "search/cluster"),
-        *("search/survey", "search/run_store"),
+        *("search/survey", "search/trial_files"),
     },
     "optuna": {
         "space",

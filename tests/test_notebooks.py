@@ -18,7 +18,8 @@ from nbclient import NotebookClient
 
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
-from tune_cifar.tracking.upload import make_tracking_uri, sync_search
+from tune_cifar.tracking.address import make_tracking_uri
+from tune_cifar.tracking.upload import sync_search
 
 ANALYSIS = Path(__file__).parent.parent / "analysis"
 OWN = "04_own_network.ipynb"
@@ -186,7 +187,7 @@ def test_the_table_of_trials_is_the_same_from_mlflow(
 ) -> None:
     folder = copy_analysis(tmp_path)
     storage, uri = folder / "sample", make_tracking_uri(tmp_path, None)
-    sync_search(uri, storage, read_state(search_folder(storage, SAMPLES[0].name)))
+    sync_search(uri, storage, search_folder(storage, SAMPLES[0].name))
     notebook = read_notebook(SEARCH, folder)
     place = [cell.id for cell in notebook.cells].index("table")
     table = notebook.cells[place]

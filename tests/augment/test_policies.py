@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import pytest
-import torch
 
 from tune_cifar.augment.policies import (
     Crop,
@@ -18,8 +17,6 @@ from tune_cifar.augment.policies import (
     mean_color,
     split_policy,
 )
-from tune_cifar.data.files import DataSource
-from tune_cifar.data.load import load_train_val
 from tune_cifar.dataset import CIFAR10
 from tune_cifar.schema import TrainConfig, inactive_knobs
 
@@ -97,21 +94,6 @@ def test_each_active_knob_changes_the_policy_and_each_inactive_one_does_not() ->
 def test_backend_does_not_change_the_policy() -> None:
     albumentations = make_config(**ALL_KNOBS, augment_backend="albumentations")
     assert make_policy(albumentations) == make_policy(make_config(**ALL_KNOBS))
-
-
-@pytest.mark.slow
-@pytest.mark.real_data
-def test_constants_are_the_pixel_statistics_of_the_50000_training_images(
-    cifar10: DataSource,
-) -> None:
-    images_NCHW = load_train_val(cifar10, CIFAR10.num_all, 0).train.images_NCHW
-    level = torch.arange(256, dtype=torch.float64) / 255
-    for channel, (mean, std) in enumerate(zip(CIFAR10.mean, CIFAR10.std, strict=True)):
-        pixels = images_NCHW[:, channel].flatten()
-        frequency = pixels.bincount(minlength=256).double() / len(pixels)
-        measured_mean = (frequency * level).sum()
-        measured_std = (frequency * (level - measured_mean) ** 2).sum().sqrt()
-        assert abs(measured_mean - mean) <= 5e-5 and abs(measured_std - std) <= 5e-5
 
 
 def test_mean_color_is_the_nearest_pixel_to_the_mean() -> None:

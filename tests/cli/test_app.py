@@ -39,7 +39,7 @@ from tests.builders import (
     write_record,
 )
 from tune_cifar.cli.app import run
-from tune_cifar.cli.plan import _print_plan
+from tune_cifar.cli.plan import Limits, _print_plan, choose_space
 from tune_cifar.cli.summary import make_trial_table, print_search_summary
 from tune_cifar.cli.terminal import name_options
 from tune_cifar.data.files import FILES, DataSource
@@ -56,6 +56,7 @@ from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.search.plan import SearchRequest, settle_search
+from tune_cifar.space.layout import SpaceFile
 from tune_cifar.space.select import load_space, parse_setting, read_space, select_tier
 
 EXAMPLE = re.compile(r"^Example: python -m tune_cifar (.*)$", re.MULTILINE)
@@ -223,7 +224,6 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
         ConfigError,
         "`steps` must be at least 35 from 1e-06 to 10 (5 a decade), got",
     ),
-    ("lr-range --space s7 --seeds 0", ConfigError, "--seeds: a number >= 1 must be given, got 0."),
     (
         "lr-range --space s7 --out /proc/x",
         ConfigError,
@@ -249,6 +249,11 @@ MISTAKES: list[tuple[str, type[TuneCifarError], str]] = [
     ),
     ("leaderboard --search x", RecordError, "no search named 'x' in "),
     (
+        "leaderboard --space s1O",
+        RecordError,
+        "`space` must name a search space, got 's1O'. Did you mean s10?",
+    ),
+    (
         "ui",
         TrackingError,
         "mlflow.db: there is no MLflow database. Run a search first",
@@ -265,6 +270,31 @@ def test_a_mistake_is_answered_in_one_sentence(
 ) -> None:
     needs_data = command.split()[0] in ("train", "search", "preview", "lr-range", "plan")
     assert sentence in refuse(kind, *command.split(), *(["--data", "shapes"] if needs_data else []))
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("lr-range --space s7 --seeds 0", "Invalid value for '--seeds'"),
+        ("reproduce x:3 --search y", "Give a run id, or --best with --space or --search."),
+        ("reproduce x:3 --space y", "Give a run id, or --best with --space or --search."),
+        ("reproduce x:3 --tracking-uri sqlite:///x", "--tracking-uri belongs to --test."),
+        ("spaces new wide.py:Wide --data shapes", "--data belongs to --measure."),
+        (
+            "search --space s7 --data nowhere --warm-trials 3",
+            "--warm-trials belongs to --warm-start.",
+        ),
+        (
+            "search --space s7 --data nowhere --warm-start x --learn --warm-trials 3",
+            "--warm-trials is for --warm-start without --learn.",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("workplace")
+def test_an_option_that_would_be_ignored_is_wrong_usage(command: str, sentence: str) -> None:
+    answer = invoke(*command.split())
+    assert answer.exit_code == 2
+    assert sentence in " ".join(answer.stderr.replace("│", "").split())
 
 
 @pytest.mark.parametrize("command", ["train", "preview", "search", "lr-range", "plan"])
@@ -653,6 +683,20 @@ def test_plan_as_json_has_exactly_the_promised_keys() -> None:
     assert (found["data"], found["gpus_per_trial"]) == ("shapes", 0.0) and "--json" not in found[
         "command"
     ]
+
+
+def test_the_space_of_a_named_tier_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def read(name: str) -> SpaceFile:
+        names.append(name)
+        return read_space(name)
+
+    monkeypatch.setattr("tune_cifar.space.select.read_space", read)
+    choose_space(SearchRequest(SHAPES, tmp_path, "test"), "smoke", "cpu", [], Limits("3", None))
+    assert names == ["smoke"]
 
 
 def test_the_command_that_plan_shows_is_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:

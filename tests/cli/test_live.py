@@ -16,25 +16,32 @@ from rich.console import Console
 
 from tests.builders import (
     CONFIG,
+    NUMERICS,
+    SHAPES,
     STAGE_ACCS,
     make_budget,
     make_config,
     make_header,
     make_result,
     make_resume,
+    make_space,
     make_staged_trial,
     make_start,
     make_trial,
 )
-from tune_cifar.cli.live import SearchView, SweepView, TrainingView
+from tune_cifar.cli.live import SearchView, SweepView, TrainingView, run_plan
 from tune_cifar.cli.notebook import _NotebookView
 from tune_cifar.cli.summary import print_search_summary, print_synthetic_banner
 from tune_cifar.data.load import TrainVal
+from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import EpochReported, Event, NodeChanged, SearchEnded, TrialEnded
 from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState
 from tune_cifar.report.format import format_percent, format_seconds, format_value
 from tune_cifar.schema import DataInfo, Numerics
+from tune_cifar.search import cluster
+from tune_cifar.search.cost import Cost
 from tune_cifar.search.forecast import START_SECONDS, forecast_search
+from tune_cifar.search.plan import Resources, SearchPlan, SearchRequest
 from tune_cifar.train.lr_range import Sweep
 from tune_cifar.train.trainer import Trainer
 
@@ -418,11 +425,12 @@ def test_summarys_next_commands_repeat_the_options_and_are_never_broken() -> Non
 
 TYPED = (
     "python -m tune_cifar search --space s7 --tracking-uri 'postgresql://***@host/db' --trials 9 "
-    "--mirror=s3://my/runs --gpus-per-trial 0.5 --address auto --allow-mixed --keep-weights 10"
+    "--mirror=s3://my/runs --gpus-per-trial 0.5 --address auto --allow-mixed --keep-weights 10 "
+    "--set epochs=3 --data shapes --max-concurrent=2 --max-time 8m"
 )
 REPEATED = (
     " --tracking-uri 'postgresql://***@host/db' --mirror=s3://my/runs --gpus-per-trial 0.5 "
-    "--address auto --allow-mixed --keep-weights 10"
+    "--address auto --allow-mixed --keep-weights 10 --data shapes --max-concurrent=2"
 )
 
 
@@ -444,9 +452,29 @@ def test_the_command_to_continue_repeats_where_the_last_launch_ran_and_what_it_k
     events: list[Event] = [*make_trial(0, [0.3], None), end]
     if then is not None:
         events += [make_resume().model_copy(update={"command": then}), end]
-    print_search_summary(console, make_state(events, command=first), [], [], " --data shapes")
-    command = f"python -m tune_cifar search --name s7-1 --resume --data shapes{repeated}"
+    state = make_state(events, command=first)
+    print_search_summary(console, state, [], [], "", " --storage /runs")
+    command = f"python -m tune_cifar search --name s7-1 --resume --storage /runs{repeated}"
     assert f"continue it with:\n  {command}\n" in text.getvalue()
+
+
+def test_a_summary_needs_no_end_in_the_record() -> None:
+    """A second Ctrl-C may leave none."""
+    console, text = make_console()
+    print_search_summary(console, make_state(make_trial(0, [0.3], None)), [], [])
+    assert "s7-1 ended: 1 trials, 1 running\n" in text.getvalue()
+    assert "continue it with:\n  python -m tune_cifar search --name s7-1" in text.getvalue()
+
+
+def test_what_is_settled_is_said_before_it_runs(tmp_path: Path) -> None:
+    """By the command and from Python; another search keeps this one from running."""
+    request = SearchRequest(SHAPES, tmp_path, "test")
+    what = (make_space(), request, "x", SHAPES_INFO, NUMERICS, Resources(1, 0.0, 1, 0))
+    plan = SearchPlan(*what, Cost(1.0, 700.0, 24_000.0), notes=("3 trials are learned.",))
+    console, text = make_console(width=400)
+    with cluster._in_use, pytest.raises(ConfigError, match="one search at a time"):
+        run_plan(plan, console)
+    assert text.getvalue() == f"3 trials are learned.\n{plan.describe()}\n"
 
 
 def test_summarys_next_commands_need_no_data_option_for_synthetic_data() -> None:

@@ -37,7 +37,9 @@ from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, NameTakenError, RecordError, SpaceError
 from tune_cifar.record.events import Event
 from tune_cifar.record.files import WEIGHTS
+from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.search.plan import SearchPlan, SearchRequest
 from tune_cifar.train.recorded import make_header
@@ -113,8 +115,40 @@ def test_a_confirmation_trains_as_its_search_did(
     monkeypatch.setattr(run_module, "prepare_search", lambda space, request, settled: request)
     monkeypatch.setattr(notebook, "_run", lambda request, data: Run(request))
     asked: Any = Run(state, data="shapes").confirm(seeds=2, top=1, name="other").state
+    assert asked.command == "run.confirm(seeds=2, top=1, name='other')"
     found = (asked.device, asked.precision, asked.cpus_per_trial, asked.deterministic)
     assert (*found, asked.execution) == ("cpu", "tf32", 2, True, "compiled")
+
+
+def test_a_search_records_the_call_that_made_it(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_module = importlib.import_module("tune_cifar.search.run")
+    monkeypatch.setattr(run_module, "prepare_search", lambda space, request: request)
+    monkeypatch.setattr(notebook, "_run", lambda request, data: request)
+    words: dict[str, Any] = {"tier": "cpu", "trials": 2, "settings": {"epochs": 2}}
+    uri = "http://me:secret@host:5000"
+    asked = run_search("smoke", **words, data="shapes", learn=False, tracking_uri=uri, seed=3)
+    call = "space='smoke', tier='cpu', trials=2, settings={'epochs': 2}, data='shapes', seed=3"
+    assert asked.command == f"run_search({call}, tracking_uri='http://***@host:5000')"
+    assert (asked.seed, asked.tracking_uri, asked.storage) == (3, uri, workplace / "runs")
+
+
+def test_a_plan_and_the_options_of_a_search_do_not_mix() -> None:
+    made: Any = SearchPlan
+    with pytest.raises(ConfigError, match=r"^`tier` must be left out beside a SearchPlan"):
+        run_search(made(*[None] * 7), tier="cpu")
+    with pytest.raises(ConfigError, match=r"^`listener` needs a SearchPlan, got 's7'\. Make one"):
+        run_search("s7", lambda state, event: None)
+
+
+def test_an_evaluation_says_what_it_left_and_what_mlflow_lacks(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Run(read_state(search_folder(storage, "small"))).evaluate()
+    said = capsys.readouterr().err
+    assert found.num_images == 20 and f"figures: {storage / 'judge' / 'small-0'} (" in said
+    assert "evaluation of small:0 not uploaded to MLflow: " in said
 
 
 CONFIRM = """
@@ -200,6 +234,7 @@ def test_a_script_searches_twice_and_reproduces(workplace: Path) -> None:
     )
     assert done.returncode == 0 and done.stdout == "done\n", done.stdout + done.stderr
     assert "trial 0 complete (all epochs); best so far" in done.stderr
+    assert "search one: 2 trials" in done.stderr
     assert "epoch 1 of " in done.stderr and ": agrees" in done.stderr
 
 

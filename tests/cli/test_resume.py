@@ -28,6 +28,7 @@ from tune_cifar.cli.confirm import _finish
 from tune_cifar.cli.search import choose_keep_weights
 from tune_cifar.data.load import load_train_val
 from tune_cifar.errors import ConfigError, SpaceError
+from tune_cifar.record.environment import JOINS
 from tune_cifar.record.files import WEIGHTS
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState
@@ -162,7 +163,51 @@ def test_an_option_that_differs_from_the_training_is_named_with_both_values() ->
     assert "small is recorded with --tier full, got cpu; --set max_lr unset, got 0.2." in sentence
     answer = invoke("search", "--space", "smoke", "--name", "small", "--resume")
     assert answer.exit_code == 0 and answer.stdout.startswith("small:0: complete")
-    assert "--seed is a search's." in usage("search", "--seed", "1", "--name", "small", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--seed 1", "is a search's."),
+        ("--learn", "is a search's."),
+        ("--max-concurrent 1", "is of no use to a single training."),
+        ("--gpus-per-trial 1", "is of no use to a single training."),
+        ("--address auto", "is of no use to a single training."),
+        ("--allow-mixed", "is of no use to a single training."),
+        ("--mirror file:///x", "is of no use to a single training."),
+        ("--accept-changes", "is of no use to a single training."),
+    ],
+)
+@pytest.mark.usefixtures("storage", "without_joining")
+def test_an_option_that_a_training_cannot_obey_is_refused(words: str, why: str) -> None:
+    sentence = usage("search", *words.split(), "--name", "small", "--resume")
+    assert f"{words.split()[0]} {why}" in sentence
+
+
+@pytest.fixture
+def without_joining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --address sets in the environment does not stay."""
+    monkeypatch.setenv(JOINS, "")
+
+
+def test_a_search_begun_without_a_warm_start_is_not_resumed_with_one(store: Path) -> None:
+    header = read_state(search_folder(store, "x")).header
+    more = {"name": "y", "warm_start": [], "warm_trials": None}
+    write_record(store, header.model_copy(update=more), [SEARCH_INTERRUPTED])
+    for words, difference in {
+        "--warm-trials 9": "--warm-trials unset, got 9",
+        "--learn": "--learn off, got on",
+    }.items():
+        sentence = usage("search", *words.split(), "--name", "y", "--resume")
+        assert f"y is recorded with {difference}." in sentence
+
+
+@pytest.mark.usefixtures("workplace")
+def test_a_command_that_begins_or_goes_on_may_accept_changes() -> None:
+    """A mistake behind it is told."""
+    words = ("search", "--space", "s77", "--name", "z", "--accept-changes", "--data", "shapes")
+    assert "no search space named 's77'" in refuse(SpaceError, *words, "--continue")
+    assert "--accept-changes belongs to --resume." in usage(*words)
 
 
 @pytest.mark.usefixtures("store")
@@ -177,13 +222,13 @@ def test_an_interrupted_confirmation_names_the_command_that_continues_it(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space, settled = make_confirmation(read_state(search_folder(store, "x")), 1, 1, {})
-    typed = "python -m tune_cifar confirm --search x --gpus-per-trial 0.5 --mirror s3://a/b"
+    typed = "python -m tune_cifar confirm --search x --data shapes --gpus-per-trial 0.5"
     made = make_header("confirm", "x-confirm", space, 3, SHAPES_INFO, NUMERICS, typed)
     header = made.model_copy(update={"confirmation": settled})
     state = write_record(store, header, [SEARCH_INTERRUPTED])
     with pytest.raises(typer.Exit):
         _finish(state, "shapes", None, as_json=False)
-    options = "--resume --data shapes --gpus-per-trial 0.5 --mirror s3://a/b"
+    options = "--resume --data shapes --gpus-per-trial 0.5"
     command = f"python -m tune_cifar search --name x-confirm {options}"
     assert f"continue it with:\n  {command}\n" in capsys.readouterr().out
 

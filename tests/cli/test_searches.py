@@ -33,6 +33,7 @@ from tests.builders import (
     write_search,
 )
 from tune_cifar.cli.app import app
+from tune_cifar.cli.searches import _delete_folder
 from tune_cifar.errors import RecordError, TrackingError
 from tune_cifar.record.journal import Record, read_state
 from tune_cifar.record.state import SearchState
@@ -111,11 +112,11 @@ def test_the_list_shows_how_far_each_search_came_and_how_to_go_on(storage: Path)
 
 
 def test_the_list_repeats_where_an_unfinished_search_ran(tmp_path: Path) -> None:
-    typed = "python -m tune_cifar search --space s7 --address auto --keep-weights 10 --trials 4"
+    typed = "python -m tune_cifar search --space s7 --address auto --data cifar100 --trials 4"
     events = [*make_trial(0, [0.3], None), SEARCH_INTERRUPTED]
     write_search(tmp_path, "stopped", 2, events, command=typed)
     hint = invoke("searches", "list", "--storage", str(tmp_path)).stdout.splitlines()[-1]
-    options = f"--resume --storage {tmp_path} --address auto --keep-weights 10"
+    options = f"--resume --storage {tmp_path} --address auto --data cifar100"
     assert hint == f"continue stopped: python -m tune_cifar search --name stopped {options}"
 
 
@@ -189,6 +190,24 @@ def test_a_deleted_search_is_gone_and_the_others_stay(storage: Path) -> None:
         "judge/whole-2-0/a.png",
         "judge/whole-1/a.png",  # no trial of it
     ]
+
+
+def test_the_record_goes_last(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted deletion leaves a search that is listed and can be deleted."""
+    folder, deleted = storage / "searches" / "whole", list[str]()
+    record, unlink = (folder / "record.jsonl").read_bytes(), os.unlink
+    for name in ("record.jsonl", "a", "m", "z"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("a", "z", "record.jsonl", "m", "nonce"):  # whatever the order of a folder's files
+        (folder / name).write_bytes(record if name == "record.jsonl" else b"")
+
+    def note(path: Any, **more: Any) -> None:
+        deleted.append(Path(path).name)
+        unlink(path, **more)
+
+    monkeypatch.setattr(os, "unlink", note)
+    _delete_folder(folder)
+    assert len(deleted) >= 5 and deleted[-1] == "record.jsonl" and not folder.exists()
 
 
 def test_nothing_is_deleted_unless_the_answer_is_yes(storage: Path) -> None:
@@ -409,6 +428,14 @@ def test_a_failed_run_on_synthetic_data_is_repeated_without_a_data_option(tmp_pa
     )
     assert group["command"] == f"python -m tune_cifar reproduce s7-1:0 --storage {tmp_path}"
     assert group["traceback"] == "it failed", "its error file is gone: the recorded reason"
+
+
+def test_a_failed_run_is_repeated_with_the_data_that_its_search_was_given(tmp_path: Path) -> None:
+    typed = "python -m tune_cifar search --space s7 --data '/my data' --max-concurrent 2"
+    write_search(tmp_path, "s7-1", 1, make_trial(0, [], "failed"), command=typed)
+    answer = invoke("failures", "--search", "s7-1", "--storage", str(tmp_path))
+    command = f"python -m tune_cifar reproduce s7-1:0 --storage {tmp_path} --data '/my data'"
+    assert f"  repeat: {command}\n" in answer.stdout
 
 
 def test_a_search_without_failures_says_so(storage: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from tune_cifar.record.store import search_folder
 from tune_cifar.search.rungs import is_promoted, list_compared
 
 NAME = "x"
+# What a resumed search says of its record.
+RESTORED = re.compile(r"\d+ trials?; \d+ rungs? with \d+ scores?")
 # A resumed search starts Ray again, on a machine that may be busy.
 PATIENCE_SECONDS = 600.0
 

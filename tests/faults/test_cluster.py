@@ -11,12 +11,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.lab import Lab, check_complete, check_equal, count_epochs, interrupt, kill
+from tests.faults.lab import (
+    RESTORED,
+    Lab,
+    check_complete,
+    check_equal,
+    count_epochs,
+    interrupt,
+    kill,
+)
 from tests.faults.netcluster import ADDRESS, FAST_CHECKS, TEMPORARY, NetCluster, find_problem
 from tune_cifar.data.files import DataSource
 from tune_cifar.record.events import TrialPlaced, TrialRetried
 from tune_cifar.record.state import SearchState
-from tune_cifar.search.run_store import ATTEMPT_FILE, REFUSED_FILE
+from tune_cifar.search.trial_files import ATTEMPT_FILE, REFUSED_FILE
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
@@ -106,7 +114,7 @@ def test_nodes_may_die_come_and_be_cut_off_and_the_driver_may_move(
     kill(process)
     lab.prefix = tuple(net.enter(elsewhere))
     text = lab.finish()
-    assert "0 lost" in text
+    assert RESTORED.search(text)
     check_nothing_runs()
     check_complete(lab)
     check_equal(lab.state, undisturbed)
@@ -209,7 +217,7 @@ def test_a_node_that_fails_every_trial_is_left_out_and_named(tmp_path: Path) -> 
     lab = Lab(tmp_path / "lab", options=(*SIZES, "8", *ON_CLUSTER))
     with NetCluster(tmp_path / "net", [lab.folder]) as net:
         net.add()
-        broken = net.add(variables=plant_in_workers(tmp_path))
+        broken = net.add(variables=plant_in_workers(tmp_path, NO_FOLDER))
         text = lab.finish()
     check_complete(lab)
     assert lab.state.counts["failed"] == 0
@@ -218,16 +226,40 @@ def test_a_node_that_fails_every_trial_is_left_out_and_named(tmp_path: Path) -> 
     assert "left out: two trials in a row failed on it before their first epoch" in text
 
 
-def plant_in_workers(folder: Path) -> dict[str, str]:
-    """Let every worker of a node fail when a trial asks for a folder of its own."""
-    (folder / "sitecustomize.py").write_text(
-        "import sys, tempfile\n"
-        "if any('default_worker' in word for word in sys.orig_argv):\n"
-        "    def mkdtemp(*args, **options):\n"
-        "        raise OSError(30, 'Read-only file system')\n"
-        "    tempfile.mkdtemp = mkdtemp\n"
-    )
+NO_FOLDER = """
+    import tempfile
+    def mkdtemp(*args, **options):
+        raise OSError(30, "Read-only file system")
+    tempfile.mkdtemp = mkdtemp
+"""
+# Weights of the space's network have 350 kB. EFBIG instead of ENOSPC.
+NO_ROOM = """
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+"""
+
+
+def plant_in_workers(folder: Path, lines: str) -> dict[str, str]:
+    """Let every worker of a node begin with these lines."""
+    condition = "import sys\nif any('default_worker' in word for word in sys.orig_argv):"
+    (folder / "sitecustomize.py").write_text(condition + lines)
     return {"PYTHONPATH": str(folder)}
+
+
+def test_a_node_whose_own_disk_is_full_is_left_out_and_its_trial_goes_elsewhere(
+    tmp_path: Path,
+) -> None:
+    """Its checkpoints and weights find no room; the first node gets the baseline."""
+    lab = Lab(tmp_path / "lab", options=(*SIZES, "8", *ON_CLUSTER))
+    with NetCluster(tmp_path / "net", [lab.folder]) as net:
+        full = net.add(variables=plant_in_workers(tmp_path, NO_ROOM))
+        net.add()
+        text = lab.finish()
+    check_complete(lab)
+    assert lab.state.counts["failed"] == 0
+    assert lab.state.nodes[full].status == "left out"
+    assert "left out: no room: " in text
+    assert lab.state.trials[0].status == "complete" and lab.state.trials[0].node != full
 
 
 def test_without_a_node_the_search_waits_and_goes_on_with_the_next_one(tmp_path: Path) -> None:
@@ -333,6 +365,6 @@ def test_large_checkpoints_of_cifar10_survive_an_interrupt(
         assert saved and max(path.stat().st_size for path in saved) > 20e6
         resume = ("search", "--name", "x", "--resume", "--data", str(cifar10.folder))
         text = lab.run(*resume, *ON_CLUSTER)
-        assert "0 lost" in text and "resumed from epoch" in text
+        assert RESTORED.search(text) and "resumed from epoch" in text
     check_complete(lab)
     assert all(lab.state.trials[number].epochs_done >= done for number, done in before.items())

@@ -123,12 +123,21 @@ def test_more_cores_than_there_are_is_refused_before_anything_starts(
     assert list(workplace.iterdir()) == []
 
 
-@pytest.mark.parametrize("gpus", ["1.5", "0.5", "nan", "inf"])
+FRACTION = "must be 0 or 0.0001 to 1, since a trial uses one GPU"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "problem"),
+    [
+        ("0.5", "must be 0 on a CPU, got 0.5. Leave it out."),
+        *((gpus, f"{FRACTION}, got {gpus}.") for gpus in ("1.5", "nan", "inf")),
+    ],
+)
 def test_a_fraction_of_an_absent_gpu_is_refused_before_the_workers_start(
-    workplace: Path, gpus: str
+    workplace: Path, gpus: str, problem: str
 ) -> None:
     sentence = refuse(ConfigError, *SEARCH, "--gpus-per-trial", gpus)
-    assert sentence == f"`gpus_per_trial` must be 0 on a CPU, got {gpus}. Leave it out."
+    assert sentence == f"`gpus_per_trial` {problem}"
     assert list(workplace.iterdir()) == []
 
 

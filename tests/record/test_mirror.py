@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ def list_files(folder: Path) -> dict[str, bytes]:
 def test_a_search_comes_back_as_it_was(
     folder: Path, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    copied = copy_search(folder, url)
+    copied = mirror._copy(folder, url, None)
     assert set(copied) == {RECORD_FILE, OLD, KEPT, "trials/0003/error.txt"}
     names = list(copied)
     assert names[-1] == RECORD_FILE, "what it names is there before the record is"
@@ -116,17 +117,17 @@ def test_a_search_comes_back_as_it_was(
 def test_only_what_changed_is_copied_and_what_is_gone_here_goes_there(
     folder: Path, url: str, tmp_path: Path
 ) -> None:
-    before = copy_search(folder, url)
+    before = mirror._copy(folder, url, None)
     (folder / OLD).unlink()
     write_atomically(folder / NEW, b"newer")
-    after = copy_search(folder, url, before)
+    after = mirror._copy(folder, url, before)
     assert {name: look for name, look in after.items() if before.get(name) != look}.keys() == {NEW}
     files = list_files(restore_search(url, "s7-1", tmp_path / "elsewhere"))
     assert OLD not in files and files[NEW] == b"newer"
     # Without knowing what is there, as after a restart.
     write_atomically(folder / OLD, b"again")
     (folder / NEW).unlink()
-    copy_search(folder, url)
+    assert copy_search(folder, url) == 4
     files = list_files(restore_search(url, "s7-1", tmp_path / "further"))
     assert NEW not in files and files[OLD] == b"again"
 
@@ -135,24 +136,26 @@ def test_another_search_of_the_same_name_is_left_as_it_is(
     folder: Path, url: str, tmp_path: Path
 ) -> None:
     """Such as one that was begun again on a machine that had lost the first."""
-    check_is_free(url, "s7-1")
+    check_is_free(url, "s7-1", tmp_path)
     copy_search(folder, url)
     other = write_search(tmp_path / "new", "s7-1", 2, make_events()).folder
-    with pytest.raises(RecordError, match="another search named s7-1 is there"):
+    problem = f"^{re.escape(url)}: s7-1 cannot be copied: another search named s7-1 is there"
+    with pytest.raises(RecordError, match=problem):
         copy_search(other, url)
     restored = restore_search(url, "s7-1", tmp_path / "elsewhere")
     assert (restored / RECORD_FILE).read_bytes() == (folder / RECORD_FILE).read_bytes()
     assert (restored / OLD).exists()
     rule = "`mirror` must have no search of the new one's name, got s7-1. Bring it back: "
     with pytest.raises(ConfigError, match=rule) as caught:
-        check_is_free(url, "s7-1")
-    assert f"searches restore {url} s7-1 (then --continue)" in str(caught.value)
+        check_is_free(url, "s7-1", tmp_path / "my runs")
+    command = f"searches restore {url} s7-1 --storage '{tmp_path}/my runs' (then --continue)"
+    assert command in str(caught.value)
 
 
 def test_a_mirror_that_does_not_answer_refuses_no_name(tmp_path: Path) -> None:
     (tmp_path / "mirror").write_text("in the way")
-    check_is_free((tmp_path / "mirror").as_uri(), "s7-1")
-    check_is_free("ftp://127.0.0.1:9/x", "s7-1")
+    check_is_free((tmp_path / "mirror").as_uri(), "s7-1", tmp_path)
+    check_is_free("ftp://127.0.0.1:9/x", "s7-1", tmp_path)
 
 
 def test_what_changes_during_a_copy_leaves_a_search_that_can_be_resumed(
@@ -160,7 +163,7 @@ def test_what_changes_during_a_copy_leaves_a_search_that_can_be_resumed(
 ) -> None:
     """The record may not name what comes later, nor a checkpoint go before its successor."""
     url, list_files_now = (tmp_path / "mirror").as_uri(), mirror._list_files
-    before = copy_search(folder, url)
+    before = mirror._copy(folder, url, None)
     written = (folder / RECORD_FILE).read_bytes()
 
     def list_then_change(folder: Path) -> list[Path]:
@@ -172,11 +175,11 @@ def test_what_changes_during_a_copy_leaves_a_search_that_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(mirror, "_list_files", list_then_change)
-        after = copy_search(folder, url, before)
+        after = mirror._copy(folder, url, before)
     copy = tmp_path / "mirror" / "s7-1"
     assert (copy / RECORD_FILE).read_bytes() == written
     assert (copy / OLD).exists() and not (copy / NEW).exists()
-    copy_search(folder, url, after)
+    mirror._copy(folder, url, after)
     assert (copy / RECORD_FILE).read_bytes() == written + b"a later line"
     assert not (copy / OLD).exists() and (copy / NEW).exists()
 
@@ -234,9 +237,8 @@ def test_a_mirror_that_stays_away_is_a_sentence_with_the_command_that_completes_
         running.end_seconds = 1.0  # as after a second Ctrl-C
     assert time.monotonic() - begin < 10
     assert running.fault is not None
-    assert f"Complete it: python -m tune_cifar searches mirror s7-1 {place.as_uri()}" in (
-        running.fault
-    )
+    command = f"searches mirror s7-1 {place.as_uri()} --storage {tmp_path}/runs"
+    assert running.fault.endswith(f"Complete it: python -m tune_cifar {command}")
 
 
 def test_a_password_in_an_address_is_in_no_sentence(tmp_path: Path) -> None:

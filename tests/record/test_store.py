@@ -34,6 +34,7 @@ from tune_cifar.record.store import (
     load_searches,
     make_name,
     measure_folder,
+    repeat_storage,
     search_folder,
 )
 
@@ -51,6 +52,14 @@ def test_the_storage_is_the_option_then_the_variable_then_runs(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert find_storage("~/runs") == tmp_path.resolve() / "home" / "runs"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_command_needs_the_option_for_any_run_store_but_the_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_CIFAR_RUNS", str(tmp_path))
+    assert repeat_storage(tmp_path) == ""
+    assert repeat_storage(tmp_path / "my runs") == f" --storage '{tmp_path}/my runs'"
 
 
 def test_searches_are_listed_newest_first_and_damaged_ones_last(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from optuna.distributions import FloatDistribution, distribution_to_json
 
 from tests.builders import (
     EVENTS,
+    ROOT,
     SHAPES_INFO,
     invoke,
     make_header,
@@ -26,9 +27,12 @@ from tests.builders import (
     train_small,
     write_record,
 )
+from tune_cifar.cli.notebook import Run
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import SearchEnded, Stage
+from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.store import search_folder
 from tune_cifar.record.test_log import TestEvaluation, add_test_evaluations, find_test_log
 from tune_cifar.report.health import examine_space
 from tune_cifar.report.html import _list_best, make_report, write_report
@@ -131,6 +135,21 @@ def test_inactive_knobs_are_empty_in_the_report(tmp_path: Path) -> None:
     found = {row[3]: row[6:9] for row in rows if row[3] in ("constant", "onecycle")}
     assert found["constant"] == ["", "", ""] and all(found["onecycle"])
     assert not re.search("None|nan|NA", "".join(itertools.chain(*rows)))
+
+
+def test_a_proposal_keeps_a_baseline_value_that_the_file_leaves_to_the_default(
+    workplace: Path,
+) -> None:
+    """The best trials have another dropout than none."""
+    text = (ROOT / "search_spaces" / "smoke.yaml").read_text().replace("  dropout: 0.01\n", "", 1)
+    Path("smoke.yaml").write_text(text)
+
+    def score(trial: TrialState, stage: int) -> float:
+        return 0.8 - 2 * abs(trial.full_config.dropout - 0.08)
+
+    _, diff = examine(simulate_search(workplace / "runs", 30, score, name="./smoke.yaml"))
+    (added,) = (line for line in diff.splitlines() if line.startswith("+  dropout"))
+    assert "low: 0.0, high: 0.1" in added
 
 
 def test_few_trials_are_not_evaluated(tmp_path: Path) -> None:
@@ -270,7 +289,9 @@ def test_the_head_of_a_report_says_what_the_last_launch_took_and_whether_the_bes
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workplace: Path) -> None:
+def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     simulate_search(workplace / "runs", 3)
     path = workplace / "runs" / "reports" / "x.html"
     answer = invoke("report", "--search", "x", "--data", "nowhere")
@@ -281,6 +302,9 @@ def test_the_command_writes_the_report_into_the_run_store_and_replaces_it(workpl
     assert (found["search"], found["file"]) == ("x", "mine.html")
     assert "nowhere" in found["missing"]
     assert Path("mine.html").read_text(encoding="utf-8") == first
+    state = read_state(search_folder(workplace / "runs", "x"))
+    assert Run(state, data="nowhere").report() == path
+    assert "Without the figures of images." in capsys.readouterr().err
 
 
 def test_a_record_without_anything_to_report_is_refused(workplace: Path) -> None:
@@ -289,7 +313,8 @@ def test_a_record_without_anything_to_report_is_refused(workplace: Path) -> None
     rule = "only a search with ranges has a report, this is a single training."
     assert refuse(ConfigError, "report", "--search", "t") == f"t: {rule}"
     sentence = refuse(ConfigError, "report", "--search", "early")
-    assert sentence == "early: no trial has reached a rung yet. Wait, or give `resume=True`."
+    way_out = "Wait, or continue it: `search --name early --resume`."
+    assert sentence == f"early: no trial has reached a rung yet. {way_out}"
 
 
 def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(

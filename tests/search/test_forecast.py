@@ -17,9 +17,15 @@ from tests.builders import (
     make_trial,
     simulate_search,
 )
-from tune_cifar.record.events import Event
+from tune_cifar.record.events import Event, Learned
 from tune_cifar.record.state import SearchState
-from tune_cifar.search.forecast import START_SECONDS, Forecast, Spread, forecast_search
+from tune_cifar.search.forecast import (
+    START_SECONDS,
+    Forecast,
+    Spread,
+    _find_advantage,
+    forecast_search,
+)
 from tune_cifar.search.rungs import is_promoted
 from tune_cifar.space.layout import Fidelity, SamplerBudget
 
@@ -123,6 +129,24 @@ def test_as_many_reach_each_rung_as_did_on_lcbench(
 def test_until_its_startup_a_sampler_is_random() -> None:
     late = SamplerBudget(kind="gp", startup=1000)
     assert expect_learning("gp", sampler=late) == expect_learning("random")
+
+
+def test_what_was_learned_counts_for_the_startup_and_the_baseline_is_no_proposal(
+    tmp_path: Path,
+) -> None:
+    late, early = (
+        make_budget((1, 3), trials=40).model_copy(
+            update={"sampler": SamplerBudget(kind="gp", startup=startup)}
+        )
+        for startup in (30, 10)
+    )
+    expected = forecast_search(early, 1, 1.0)
+    assert forecast_search(late, 1, 1.0) != expected
+    assert forecast_search(late, 1, 1.0, num_learned=20) == expected
+    learned = [Learned(run_id="x:1", params={}, status="complete", scores={})] * 20
+    state = SearchState(tmp_path, make_header(learned=learned))
+    assert forecast_search(late, 1, 1.0, state) == expected
+    assert _find_advantage(0, late, 30) == 0.0 < _find_advantage(1, late, 30)
 
 
 def test_the_longer_the_window_the_more_go_on_once_proposals_get_better() -> None:

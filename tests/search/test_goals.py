@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.builders import SHAPES_INFO, ignore_event, make_result, make_space
-from tune_cifar.record.events import SearchResumed, Stage, utc_now
+from tests.builders import SHAPES_INFO, ignore_event, make_result, make_resume, make_space
+from tune_cifar.record.events import SearchEnded, SearchResumed, Stage, utc_now
 from tune_cifar.record.journal import Record, read_state
-from tune_cifar.record.state import SearchState
+from tune_cifar.record.state import TIME_LIMIT, SearchState
 from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.search.goals import find_reached_goal
-from tune_cifar.search.resume import restore_goals, restore_space
+from tune_cifar.search.resume import restore_limits, restore_space
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.recorded import make_header
 
@@ -108,7 +108,7 @@ def test_an_interrupted_search_keeps_its_goals_and_an_ended_one_goes_on_without(
     run(driver, [0.5])
     state = read_state(driver.record.state.folder)
     assert state.finished is not None and not state.is_finished
-    kept = restore_goals(restore_space(state.header), state).budget
+    kept = restore_limits(restore_space(state.header), state).budget
     assert (kept.target, kept.patience) == (0.6, 9)
     event = SearchResumed(
         time=utc_now(),
@@ -121,9 +121,27 @@ def test_an_interrupted_search_keeps_its_goals_and_an_ended_one_goes_on_without(
     )
     with Record.open(state.folder) as record:
         record.append(event)
-        changed = restore_goals(restore_space(state.header), record.state).budget
+        changed = restore_limits(restore_space(state.header), record.state).budget
         assert (changed.target, changed.patience) == (0.7, None)
         driver = SearchDriver(record, space.limit(target=0.7), ignore_event)
         assert run(driver, [0.65, 0.75]).is_finished
-        over = restore_goals(restore_space(state.header), record.state).budget
+        over = restore_limits(restore_space(state.header), record.state).budget
     assert (over.target, over.patience) == (None, None)
+
+
+def test_a_resumed_search_has_the_time_of_its_last_launch(tmp_path: Path, fp32: Numerics) -> None:
+    """An old record has it in the header alone."""
+    space = make_goal(target=0.6).limit(max_time_seconds=480.0)
+    driver = start(tmp_path, fp32, space)
+    run(driver, [0.5])
+    state = driver.record.state
+
+    def read_limit() -> float | None:
+        return restore_limits(restore_space(state.header), state).budget.max_time_seconds
+
+    found = [read_limit()]
+    for seconds in (None, 3600.0):
+        state.apply(make_resume().model_copy(update={"max_time_seconds": seconds}))
+        found.append(read_limit())
+        state.apply(SearchEnded(reason=TIME_LIMIT, wall_seconds=1.0))
+    assert [*found, read_limit()] == [480.0, 480.0, 3600.0, 3600.0]

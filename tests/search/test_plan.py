@@ -33,11 +33,14 @@ from tune_cifar.search.cost import CONTEXT_MB, Cost, measure_cost
 from tune_cifar.search.disk import DiskNeeds, check_disk
 from tune_cifar.search.forecast import START_SECONDS
 from tune_cifar.search.plan import (
+    Found,
+    Offer,
     Resources,
     SearchPlan,
     SearchRequest,
     Workers,
     check_and_measure,
+    check_on_cluster,
     check_request,
     settle_search,
 )
@@ -115,6 +118,7 @@ def test_a_plan_of_a_resumed_search_describes_the_rest(tmp_path: Path) -> None:
         ({"allow_mixed": True}, "`allow_mixed` is for the nodes of a cluster"),
         ({"mirror": "nowhere"}, "`mirror` must be a URL such as"),
         ({"mirror": "nosuch://x"}, "`mirror` must be a URL such as"),
+        ({"cpus_per_trial": 0}, "`cpus_per_trial` >= 1 must hold, got 0"),
     ],
 )
 def test_a_request_that_fits_no_machine_is_refused(
@@ -122,6 +126,34 @@ def test_a_request_that_fits_no_machine_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_request(SearchRequest(SHAPES, tmp_path, "test", **changes))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "sentence"),
+    [
+        ("cpu", 0.5, "`gpus_per_trial` must be 0 on a CPU, got 0.5"),
+        ("cuda", 0.0, "`gpus_per_trial` must be 0.0001 to 1 on a GPU, got 0"),
+    ],
+)
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_gpus_must_fit_what_trials_train_on_here_and_on_a_cluster(
+    tmp_path: Path,
+    fp32: Numerics,
+    monkeypatch: pytest.MonkeyPatch,
+    device: Any,
+    gpus: float,
+    sentence: str,
+    is_cluster: bool,
+) -> None:
+    monkeypatch.setattr("tune_cifar.search.plan.count_gpus", lambda name: int(device == "cuda"))
+    numerics = fp32.model_copy(update={"device": device})
+    request = SearchRequest(SHAPES, tmp_path, "test", gpus_per_trial=gpus)
+    offer = Offer("one", "10.0.0.1", 1, numerics, Cost(1.0, GB, 16 * GB))
+    with pytest.raises(ConfigError, match=sentence):
+        if is_cluster:
+            check_on_cluster(make_space(), request, "n", Found((offer,), {}, (), gpus))
+        else:
+            check_and_measure(make_space(), request, "n", numerics)
 
 
 def make_plan(trials: int, limit: float | None) -> SearchPlan:

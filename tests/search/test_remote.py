@@ -14,7 +14,7 @@ import pytest
 from ray.tune.utils.object_cache import _ObjectCache
 
 from tests.builders import SHAPES, SHAPES_INFO, ignore_event, make_result, make_space
-from tune_cifar.errors import ConfigError
+from tune_cifar.errors import ConfigError, DiskFullError
 from tune_cifar.record.events import Stage
 from tune_cifar.record.journal import Record
 from tune_cifar.record.store import search_folder
@@ -220,6 +220,34 @@ def test_a_node_with_other_numerics_is_left_out_and_the_trial_goes_elsewhere(
     assert remote._driver.record.state.trials[0].retries == []
 
 
+def test_a_node_whose_disk_is_full_is_left_out_and_the_last_one_ends_the_search(
+    remote: RemoteTrials, fp32: Numerics
+) -> None:
+    problem = "/tmp/x/weights.safetensors: cannot write the file: No space left. Make room."
+    config = ask(remote)
+    send(remote, config, ONE, fp32, "epochs", epochs())
+    send(remote, config, ONE, fp32, "no room", problem)
+    driver = remote._driver
+    node = driver.record.state.nodes["one"]
+    assert (node.status, node.text) == ("left out", f"no room: {problem}")
+    again = ask(remote)
+    assert (again["trial"], again["node"], driver.fault) == (0, TWO.id, None)
+    send(remote, again, TWO, fp32, "no room", problem)
+    assert isinstance(driver.fault, DiskFullError)
+    assert str(driver.fault) == f"node two: {problem} Then give `resume=True`."
+    assert driver.record.state.trials[0].status == "running"
+
+
+def test_an_attempt_that_believes_another_has_followed_is_tried_again(
+    remote: RemoteTrials, fp32: Numerics
+) -> None:
+    """None has: it could not read the file that says so, or read an old one."""
+    send(remote, ask(remote), ONE, fp32, "superseded", "Stale file handle")
+    trial = remote._driver.record.state.trials[0]
+    assert trial.status == "running" and "Stale file handle" in trial.retries[0].text
+    assert ask(remote)["trial"] == 0
+
+
 def test_attempts_on_unlike_nodes_are_not_taken_for_one_training(
     remote: RemoteTrials, fp32: Numerics
 ) -> None:
@@ -363,7 +391,7 @@ def test_a_process_that_joins_clusters_starts_no_ray_of_its_own(
 def test_while_a_search_runs_no_other_cluster_is_joined() -> None:
     """Joining would end the running one's."""
     running = pytest.raises(ConfigError, match="one search at a time runs in a process")
-    with cluster._keep_others_out(), running:
+    with cluster._in_use, running:
         cluster.join("127.0.0.1:9")
 
 

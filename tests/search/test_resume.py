@@ -114,6 +114,20 @@ def test_what_decides_results_must_be_accepted_and_the_rest_is_listed(
     check_accepted(changes, accept_changes=True)
 
 
+@pytest.mark.parametrize("name", ["optuna", "numpy", "scipy"])
+def test_a_library_of_the_sampler_must_be_accepted_unless_it_was_not_recorded(
+    tmp_path: Path, fp32: Numerics, name: str
+) -> None:
+    """On a cluster the Numerics are a node's, and numpy's version there is another."""
+    state, now = run_driver(tmp_path, fp32, []), describe_environment()
+    changes = find_changes(state, DATA, fp32, now | {name: "9.9"})
+    assert changes.deciding == (f"{name}: {now[name]} -> 9.9",)
+    old = {fact: value for fact, value in now.items() if fact != name}
+    state.header = state.header.model_copy(update={"environment": old})
+    changes = find_changes(state, DATA, fp32, now)
+    assert (changes.deciding, changes.harmless) == ((), (f"{name}: absent -> {now[name]}",))
+
+
 @pytest.mark.parametrize("name", DECIDING_PACKAGES)
 def test_a_changed_file_of_each_deciding_package_must_be_accepted(
     tmp_path: Path, fp32: Numerics, name: str
@@ -164,7 +178,7 @@ def test_the_description_of_what_is_restored_names_the_epochs_of_checkpoints(
     (sentence,) = describe_restored(state, (1, 3))
     assert sentence == (
         "5 trials; 2 rungs with 5 scores; 2 resumed from epochs 1, 2; "
-        "1 restarted without a checkpoint; 0 lost"
+        "1 restarted without a checkpoint"
     )
     newest = state.trial_folder(3) / "checkpoints" / "checkpoint-0002.pt"
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -186,7 +200,7 @@ def test_a_trial_at_the_end_of_a_stage_starts_the_next(tmp_path: Path, fp32: Num
     (sentence,) = describe_restored(driver.record.state, (1, 2, 3))
     assert sentence == (
         "3 trials; 1 rung with 2 scores; 1 resumed from epoch 1; 1 at the start of the next stage; "
-        "1 restarted without a checkpoint; 0 lost"
+        "1 restarted without a checkpoint"
     )
 
 

@@ -45,7 +45,7 @@ from tune_cifar.schema import REPRODUCIBLE_FIELDS, Numerics, TrainConfig
 from tune_cifar.search.adapters import TuneScheduler, TuneSearcher, guard
 from tune_cifar.search.disk import estimate_disk_needs
 from tune_cifar.search.driver import SearchDriver
-from tune_cifar.search.plan import SearchRequest, resolve_resources
+from tune_cifar.search.plan import SearchRequest, check_request, resolve_resources
 from tune_cifar.search.resume import restore_space
 from tune_cifar.search.worker import TrialWorker, pack_epochs, unpack_epochs
 from tune_cifar.train.recorded import make_header
@@ -680,10 +680,9 @@ CPUS_RULE = r"`cpus_per_trial` must be 1 to \d+ \(the cores here\)"
     [
         ({"cpus_per_trial": 0}, rf"{CPUS_RULE}, got 0"),
         ({"cpus_per_trial": 9999}, rf"{CPUS_RULE}, got 9999"),
-        ({"gpus_per_trial": 0.5}, "`gpus_per_trial` must be 0 on a CPU, got 0.5"),
     ],
 )
-def test_resources_that_do_not_fit_are_refused(
+def test_cores_that_are_not_there_are_refused(
     tmp_path: Path, fp32: Numerics, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
@@ -710,15 +709,20 @@ def test_trials_are_packed_on_gpus_by_their_fractions(
 @pytest.mark.parametrize(
     "gpus", [1.5, 2.0, 1e300, -1.0, -0.1, math.nan, math.inf, -math.inf, 1e-5, 5e-324]
 )
-def test_more_or_less_than_a_fraction_of_one_gpu_is_refused(
-    tmp_path: Path, fp32: Numerics, gpus: float
-) -> None:
+def test_more_or_less_than_a_fraction_of_one_gpu_is_refused(tmp_path: Path, gpus: float) -> None:
     """A trial trains on one GPU: another that Ray kept for it would stand idle."""
-    on_gpu = fp32.model_copy(update={"device": "cuda"})
     request = SearchRequest(SHAPES, tmp_path, "test", gpus_per_trial=gpus)
     rule = "`gpus_per_trial` must be 0 or 0.0001 to 1, since a trial uses one GPU"
     with pytest.raises(ConfigError, match=f"^{re.escape(rule)}, got {re.escape(f'{gpus:g}')}"):
-        resolve_resources(request, on_gpu, 2)
+        check_request(request)
+
+
+def test_a_search_of_a_gpu_that_may_not_be_used_is_refused(tmp_path: Path, fp32: Numerics) -> None:
+    """It would wait for ever: no trial fits. As a resumed one whose request says cpu."""
+    on_gpu = fp32.model_copy(update={"device": "cuda"})
+    request = SearchRequest(SHAPES, tmp_path, "test", device="cpu")
+    with pytest.raises(ConfigError, match="`device` must be cuda, as the search's, got cpu"):
+        resolve_resources(request, on_gpu, 0)
 
 
 # From here on: searches on Ray.

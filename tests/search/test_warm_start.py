@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from tests.builders import CIFAR10, make_space, run_in_a_process, simulate_search
+from tests.builders import CIFAR10, SHAPES, make_space, run_in_a_process, simulate_search
 from tests.search.test_resume import run_driver
 from tune_cifar.errors import ConfigError
 from tune_cifar.record.events import Header, decode_event, encode_event
+from tune_cifar.record.journal import read_state
 from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.store import search_folder
 from tune_cifar.schema import Numerics
+from tune_cifar.search.plan import SearchRequest
+from tune_cifar.search.run import prepare_search
 from tune_cifar.search.sampler import Sampler, fit_point
-from tune_cifar.search.warm_start import learn, try_best_first
+from tune_cifar.search.warm_start import drop_learned, learn, try_best_first
+from tune_cifar.space.layout import SamplerBudget
 from tune_cifar.space.reader import parse_space
 from tune_cifar.space.select import load_space, select_tier
 from tune_cifar.space.template import make_space_text
@@ -86,10 +91,14 @@ def test_a_search_of_ones_own_network_learns_from_another(tmp_path: Path) -> Non
     words = ("search", "--space=net.yaml", "--data=shapes", "--tier=full", "--trials=2")
     sizes = ("train_size=200", "val_size=100", "batch_size=10", "epochs=3")
     small = [f"--set={size}" for size in sizes]
-    for more in (("--name=x",), ("--name=y", "--warm-start=x"), ("--warm-start=x", "--learn")):
+    learns = ("--name=z", "--warm-start=x", "--learn")
+    for more in (("--name=x",), ("--name=y", "--warm-start=x"), learns):
         answer = run_in_a_process(*words, *small, *more, folder=tmp_path)
         assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "learned from 2 trials of x" in " ".join(answer.stdout.split())
+    states = [read_state(search_folder(tmp_path / "runs", name)) for name in ("x", "z")]
+    first, second = ([trial.params for trial in state.trials.values()] for state in states)
+    assert second[0] == first[0] and second[1] not in first
 
 
 def test_a_warm_start_needs_a_complete_trial(tmp_path: Path, fp32: Numerics) -> None:
@@ -149,6 +158,33 @@ def test_a_search_that_learned_proposes_as_if_the_trials_were_its_own(tmp_path: 
     asked = Sampler(space, 7, learned=header.learned).ask(9)
     assert asked == Sampler(space, 7).ask(9, list(state.trials.values()))
     assert asked != Sampler(space, 7).ask(9)
+
+
+def test_no_learned_trial_but_the_baseline_is_trained_again(tmp_path: Path) -> None:
+    """Its points had come first, and before its startup it draws as that search did."""
+    state = make_past(tmp_path)
+    learned, _ = learn(load_space("smoke", "cpu"), state, CIFAR10)
+    known = [trial.params for trial in learned]
+    startup = {"sampler": SamplerBudget(kind="tpe", startup=20)}
+    space = load_space("smoke", "cpu")
+    space = dataclasses.replace(space, budget=space.budget.model_copy(update=startup))
+    assert [space.select_active(point) in known for point in space.points] == [True]
+    space = drop_learned(space, learned)
+    sampler = Sampler(space, state.header.seed, learned=learned)
+    asked = [sampler.ask(number, [])[0] for number in range(12)]
+    assert asked[0] in known and space.points == ()
+    assert not [params for params in asked[1:] if params in known]
+    assert len({str(params) for params in asked}) == 12
+    assert asked[5] == Sampler(space, state.header.seed, learned=learned).ask(5, [])[0]
+
+
+@pytest.mark.parametrize("kind", ["random", "qmc"])
+def test_a_sampler_that_does_not_learn_is_told_nothing(tmp_path: Path, kind: Any) -> None:
+    make_past(tmp_path)
+    request = SearchRequest(SHAPES, tmp_path, "test", warm_start=("x",), learn=True)
+    rule = f"`learn`: the space's sampler must be tpe or gp, got {kind}"
+    with pytest.raises(ConfigError, match=rule):
+        prepare_search(make_space(sampler=SamplerBudget(kind=kind)), request)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.builders import ROOT
+from tests.builders import ROOT, make_result
+from tune_cifar.errors import DiskFullError
+from tune_cifar.schema import EpochResult
+from tune_cifar.search.trial_files import CopiedFiles, SharedFiles
 from tune_cifar.search.worker import TrialWorker, explain_end
 from tune_cifar.train import step as step_module
 
@@ -61,6 +65,25 @@ def test_a_trial_that_ran_out_of_memory_takes_the_idle_steps_with_it(
     worker.reset_config({"trial": 3, "gpus": 0, "rungs": [1]})
     assert worker.step()["outcome"] == outcome
     assert bool(idle) == (outcome == "failed")
+
+
+@pytest.mark.parametrize(
+    ("files", "outcome"), [(SharedFiles, "disk full"), (CopiedFiles, "no room")]
+)
+def test_a_full_disk_of_a_node_is_told_from_the_run_stores(
+    files: type[SharedFiles | CopiedFiles], outcome: str
+) -> None:
+    def train() -> Iterator[EpochResult]:
+        yield make_result(1)
+        raise DiskFullError("weights.safetensors: cannot write the file: No space left.")
+
+    worker = object.__new__(TrialWorker)
+    worker._files = object.__new__(files)
+    results = worker._tell_whose_disk(train())
+    assert next(results) == make_result(1)
+    with pytest.raises(Exception, match="No space left") as caught:
+        next(results)
+    assert explain_end(caught.value)[0] == outcome
 
 
 ENDING = """

@@ -47,7 +47,8 @@ from tune_cifar.record.store import search_folder
 from tune_cifar.report.plots.evaluation import save_evaluation
 from tune_cifar.search.driver import SearchDriver
 from tune_cifar.space.select import load_space
-from tune_cifar.tracking.upload import make_tracking_uri, sync_search, upload_evaluation
+from tune_cifar.tracking.address import make_tracking_uri
+from tune_cifar.tracking.upload import sync_search, upload_evaluation
 from tune_cifar.train.recorded import make_header
 
 pytestmark = pytest.mark.slow
@@ -215,7 +216,7 @@ def test_a_search_is_found_sorted_compared_and_looked_into_in_mlflows_page(
     storage, best = searched.storage, searched.best
     assert best is not None and searched.counts["complete"] == 6
     uri = make_tracking_uri(storage, None)
-    sync_search(uri, storage, searched)
+    sync_search(uri, storage, searched.folder)
     evaluation = evaluate_answers([0, 0, 2, 5, 5], [0, 0, 0, 3, 5])
     images, title = make_grey_images(5), "seen:3: 5 validation images"
     files = save_evaluation(evaluation, images, title, tmp_path / "judge")

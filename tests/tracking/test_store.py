@@ -24,8 +24,9 @@ from tests.builders import (
 from tune_cifar.errors import TrackingError
 from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
+from tune_cifar.tracking.address import make_tracking_uri
 from tune_cifar.tracking.runs import make_client
-from tune_cifar.tracking.upload import make_tracking_uri, sync_search
+from tune_cifar.tracking.upload import sync_search
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ def moved(tmp_path: Path) -> Path:
 def upload_another(storage: Path, name: str) -> None:
     events = [*make_trial(0, [0.3, 0.5, 0.7], "complete"), SEARCH_FINISHED]
     state = write_record(storage, make_header(name), events)
-    sync_search(make_tracking_uri(storage, None), storage, state)
+    sync_search(make_tracking_uri(storage, None), storage, state.folder)
 
 
 def test_artifacts_follow_a_run_store_that_was_moved(moved: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_search_that_was_interrupted_and_moved_goes_on_at_its_new_place(tmp_pa
     storage = (tmp_path / "before").rename(tmp_path / "after")
     shutil.rmtree(storage / "mlartifacts")
     state = read_state(search_folder(storage, "s7-1"))
-    sync_search(make_tracking_uri(storage, None), storage, state)
+    sync_search(make_tracking_uri(storage, None), storage, state.folder)
     upload_another(storage, "later")
     assert [path.name for path in tmp_path.iterdir()] == ["after"]
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,13 +57,14 @@ from tune_cifar.record.store import find_storage, search_folder
 from tune_cifar.report.trials import best_so_far, load_trials, load_uploaded_trials, split_groups
 from tune_cifar.schema import KNOBS, DataInfo, TrainConfig, inactive_knobs
 from tune_cifar.tracking import runs as mlruns
+from tune_cifar.tracking import upload as upload_module
+from tune_cifar.tracking.address import make_tracking_uri
 from tune_cifar.tracking.runs import EPOCH_METRICS
 from tune_cifar.tracking.server import list_views, run_ui, stop_ui
 from tune_cifar.tracking.upload import (
     BackgroundUploader,
     SyncReport,
     delete_runs,
-    make_tracking_uri,
     sync_search,
 )
 from tune_cifar.tracking.views import make_experiment_tags
@@ -72,9 +74,10 @@ def read_search(storage: Path) -> SearchState:
     return read_state(search_folder(storage, "s7-1"))
 
 
-def sync(storage: Path, **options: Any) -> SyncReport:
+def sync(storage: Path) -> SyncReport:
     """Into the database of the run store."""
-    return sync_search(make_tracking_uri(storage, None), storage, read_search(storage), **options)
+    uri = make_tracking_uri(storage, None)
+    return sync_search(uri, storage, search_folder(storage, "s7-1"))
 
 
 def make_hint(storage: Path, uri: str | None = None) -> str:
@@ -125,6 +128,21 @@ def test_the_hint_for_the_usual_run_store_is_short(workplace: Path) -> None:
     assert fault.endswith(
         "The record is complete. Upload the rest: python -m tune_cifar sync --search s7-1"
     )
+
+
+def test_sync_reads_a_record_once_nobody_else_uploads_it(tmp_path: Path) -> None:
+    """A search that ends meanwhile would be set back to what it was before."""
+    uri = f"sqlite:///{tmp_path}/no/such/folder/mlflow.db"
+    state = write_record(tmp_path, make_header(), [make_start(0)])
+    with ThreadPoolExecutor(1) as pool:
+        with upload_module._make_lock(uri, state.folder):
+            syncing = pool.submit(sync_search, uri, tmp_path, state.folder)
+            time.sleep(0.5)
+            with Record.open(state.folder) as record:
+                for event in make_trial(0, [0.3, 0.5, 0.7], "complete")[1:]:
+                    record.append(event)
+        with pytest.raises(TrackingError, match="2 left over"):
+            syncing.result()
 
 
 def test_an_uploader_with_nothing_to_upload_closes_at_once(tmp_path: Path) -> None:
@@ -649,10 +667,11 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_continue_when_the_search_i
     with subprocess.Popen([sys.executable, "-c", KILLED, str(place)], cwd=root) as driver:
         try:
             wait_for(lambda: look(place) == running)
-            live = sync(place, is_live=True)
+            live = sync(place)
         finally:
             driver.kill()
-    assert live == SyncReport("s7-1", uploaded=0, already=2, closed=0), "its own driver uploads"
+    expected = SyncReport("s7-1", uploaded=0, already=2, closed=0, live=True)
+    assert live == expected, "its own driver uploads"
     assert look(place) == running
     assert sync(place) == SyncReport("s7-1", uploaded=0, already=2, closed=2)
     closed = {"s7-1": ("KILLED", 0), "000 s7-1": ("FINISHED", 3), "001 s7-1": ("KILLED", 1)}
@@ -677,11 +696,10 @@ def test_a_killed_drivers_runs_are_closed_by_sync_and_continue_when_the_search_i
 SYNC = """
 import sys
 from pathlib import Path
-from tune_cifar.record.journal import read_state
 from tune_cifar.record.store import search_folder
 from tune_cifar.tracking.upload import sync_search
 uri, storage, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-print(sync_search(uri, storage, read_state(search_folder(storage, name))))
+print(sync_search(uri, storage, search_folder(storage, name)))
 """
 
 
@@ -758,7 +776,7 @@ def test_a_searchs_trials_come_back_from_mlflow_as_the_record_has_them(place: Pa
     ]
     state = write_record(place, make_header(), events)
     uri = make_tracking_uri(place, None)
-    sync_search(uri, place, state)
+    sync_search(uri, place, state.folder)
     recorded, uploaded = load_trials([state]), load_uploaded_trials(uri, "s7-1")
     assert list(uploaded.columns) == list(recorded.columns) and len(uploaded) == 7
     absent = {knob: set(uploaded["trial"][uploaded[knob].isna()]) for knob in KNOBS}
@@ -781,10 +799,10 @@ def test_a_searchs_trials_come_back_from_mlflow_as_the_record_has_them(place: Pa
 @pytest.mark.slow
 def test_the_newest_search_of_a_name_and_its_most_complete_runs_are_read(place: Path) -> None:
     uri = make_tracking_uri(place, None)
-    sync_search(uri, place, write_record(place, make_header(), make_events()))
+    sync_search(uri, place, write_record(place, make_header(), make_events()).folder)
     later = make_header(created="2026-02-01T12:00:00+00:00")
     events = make_trial(0, [0.3, 0.5, 0.9], "complete")
-    sync_search(uri, place, write_record(place / "again", later, events))
+    sync_search(uri, place, write_record(place / "again", later, events).folder)
     tags = {"search": "s7-1", "search_created": later.created, "trial": "0", "run_id": "s7-1:0"}
     connect(uri).create_run("1", 1000, tags | {"origin": "baseline"}, "a copy")
     uploaded = load_uploaded_trials(uri, "s7-1")
@@ -816,7 +834,7 @@ def test_after_any_single_call_that_failed_the_runs_are_those_of_an_undisturbed_
     uri, breaks = make_tracking_uri(place, None), Breaks(monkeypatch)
     prefix = f"{kind.__name__}-{'late' if is_late else 'early'}"
     breaks.set(0, False, Crash())
-    report = sync_search(uri, place, write_short_record(place, f"{prefix}-0"))
+    report = sync_search(uri, place, write_short_record(place, f"{prefix}-0").folder)
     assert report == SyncReport(f"{prefix}-0", uploaded=3, already=0, closed=0)
     num_calls = len(breaks.calls)
     client = connect(uri)
@@ -827,15 +845,15 @@ def test_after_any_single_call_that_failed_the_runs_are_those_of_an_undisturbed_
         breaks.set(number, is_late, kind("it broke"))
         if kind is Crash:
             with pytest.raises(Crash):
-                sync_search(uri, place, state)
-            sync_search(uri, place, state)
+                sync_search(uri, place, state.folder)
+            sync_search(uri, place, state.folder)
         else:
-            sync_search(uri, place, state)
+            sync_search(uri, place, state.folder)
             assert len(breaks.calls) > num_calls, "some were made again"
         is_same = read_all(client, state.header.name) == expected
         assert is_same, f"call {number}, {breaks.calls[number - 1]}"
         report = SyncReport(state.header.name, uploaded=0, already=3, closed=0)
-        assert sync_search(uri, place, state) == report
+        assert sync_search(uri, place, state.folder) == report
 
 
 @pytest.mark.slow
@@ -861,14 +879,14 @@ def test_duplicate_runs_are_deleted(place: Path) -> None:
 def test_a_search_of_the_same_name_that_came_later_has_runs_of_its_own(place: Path) -> None:
     uri = make_tracking_uri(place, None)
     first = write_record(place, make_header(), make_events())
-    sync_search(uri, place, first)
+    sync_search(uri, place, first.folder)
     header = make_header(created="2026-02-01T12:00:00+00:00")
     second = write_record(place / "again", header, make_events())
-    assert sync_search(uri, place, second).uploaded == 5
+    assert sync_search(uri, place, second.folder).uploaded == 5
     assert len(connect(uri).search_runs(["1"])) == 12
     assert delete_runs(uri, place, first) == 6
     assert delete_runs(uri, place, first) == 0
-    assert sync_search(uri, place, second).already == 5
+    assert sync_search(uri, place, second.folder).already == 5
 
 
 @pytest.mark.slow
@@ -894,6 +912,7 @@ def test_a_search_that_another_process_uploads_is_refused(
     with open_driver(place) as driver:
         driver.report(*make_trial(0, [0.3, 0.5, 0.7], "complete"))
         wait_for(lambda: "000 s7-1" in look(place))
+        driver.record.close()  # else it would be a live search, which its own driver uploads
         with pytest.raises(TrackingError, match="another process uploads this search"):
             sync(place)
         assert driver.uploader.close(600) == []
@@ -992,9 +1011,12 @@ def test_no_credentials_of_the_address_stand_in_a_sentence(place: Path) -> None:
     for host in (f"127.0.0.1:{find_free_port()}", "no such host"):
         uri = f"http://somebody:hunter2@{host}"
         sentences = upload_events(place / host, uri, make_events())
-        for call in (sync_search, delete_runs):
+        for call in (
+            functools.partial(sync_search, uri, place, state.folder),
+            functools.partial(delete_runs, uri, place, state),
+        ):
             with pytest.raises(TrackingError) as caught:
-                call(uri, place, state)
+                call()
             sentences.append(str(caught.value))
         assert len(sentences) == 3
         for sentence in sentences:
@@ -1053,8 +1075,8 @@ def test_a_full_disk_under_the_database_is_reported_and_sync_completes_it(
             assert "(sqlite3.OperationalError) database or disk is full" in fault
             assert driver.record.state.is_finished
         filler.unlink()
-        state = read_search(tmp_path / "runs")
-        assert sync_search(uri, tmp_path / "runs", state).uploaded == 4
+        folder = search_folder(tmp_path / "runs", "s7-1")
+        assert sync_search(uri, tmp_path / "runs", folder).uploaded == 4
         runs = connect(uri).search_runs(["1"])
         assert len(runs) == 6 and "RUNNING" not in {run.info.status for run in runs}
     finally:
@@ -1067,9 +1089,8 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
 ) -> None:
     monkeypatch.setattr("tune_cifar.tracking.upload.FIRST_PAUSE_SECONDS", 0.2)
     store, port = make_tracking_uri(place, None), find_free_port()
-    write_record(place / "other", make_header("other"), make_events())
-    other = read_state(search_folder(place / "other", "other"))
-    sync_search(store, place, other)  # the server needs a database
+    other = write_record(place / "other", make_header("other"), make_events())
+    sync_search(store, place, other.folder)  # the server needs a database
     events = make_events()
     with open_driver(place, f"http://127.0.0.1:{port}") as driver:
         driver.report(*events[:5])
@@ -1088,9 +1109,10 @@ def test_a_server_may_be_down_at_the_start_come_be_killed_and_come_back(
     assert look(place)["s7-1"] == ("RUNNING", 0), "the server was dead"
     server, uri = run_ui(store, port)
     try:
-        report = sync_search(uri, place, read_search(place))
+        folder = search_folder(place, "s7-1")
+        report = sync_search(uri, place, folder)
         assert report == SyncReport("s7-1", uploaded=4, already=1, closed=1)
-        again = sync_search(uri, place, read_search(place))
+        again = sync_search(uri, place, folder)
         assert again == SyncReport("s7-1", uploaded=0, already=5, closed=0)
     finally:
         stop_ui(server)
@@ -1111,10 +1133,10 @@ def test_an_experiment_has_views_of_its_searches_for_each_tier_and_keeps_changed
 ) -> None:
     uri = make_tracking_uri(place, None)
     header = make_header("t", kind="train", distributions={})
-    sync_search(uri, place, write_record(place, header, make_trial(0, [0.4], None)))
+    sync_search(uri, place, write_record(place, header, make_trial(0, [0.4], None)).folder)
     assert list_views(uri) == {}, "a training searches nothing"
     header = make_header("a", **RANGES)
-    sync_search(uri, place, write_record(place, header, make_trial(0, [0.4], None)))
+    sync_search(uri, place, write_record(place, header, make_trial(0, [0.4], None)).folder)
     views = list_views(uri)
     assert list(views) == ["s7: Searches", "s7: Trials, best first (cpu)"]
     page = "runs?workflowType=machine_learning&viewStateShareKey=tune_cifar"
@@ -1133,7 +1155,7 @@ def test_an_experiment_has_views_of_its_searches_for_each_tier_and_keeps_changed
     for name, value in mine.items():
         connect(uri).set_experiment_tag(experiment.experiment_id, name, value)
     header = make_header("b", distributions={"max_lr": "{}"})
-    sync_search(uri, place, write_record(place, header, []))
+    sync_search(uri, place, write_record(place, header, []).folder)
     after = connect(uri).get_experiment_by_name("s7").tags
     full = {key: after[key] for key in after if key.endswith("tune_cifar_trials_full")}
     assert after == experiment.tags | mine | full

@@ -27,7 +27,7 @@ from tune_cifar.report.plots.lr_range import save_lr_range
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space.layout import Range
 from tune_cifar.space.select import load_space, read_space
-from tune_cifar.tracking.upload import upload_lr_range
+from tune_cifar.tracking.lr_range import upload_lr_range
 from tune_cifar.train.lr_range import (
     DIVERGENCE_FACTOR,
     ESTIMATORS,

@@ -36,7 +36,8 @@ from tune_cifar.report.plots.evaluation import (
     draw_reliability,
     save_evaluation,
 )
-from tune_cifar.tracking.upload import make_tracking_uri, sync_search
+from tune_cifar.tracking.address import make_tracking_uri
+from tune_cifar.tracking.upload import sync_search
 from tune_cifar.train.metrics import Mistake, evaluate_logits, load_evaluation, measure_logits
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.trainer import Trainer
@@ -341,7 +342,7 @@ def test_an_evaluation_is_logged_on_its_trials_run_and_a_second_time_changes_not
     from mlflow import MlflowClient
 
     uri, out = make_tracking_uri(storage, None), tmp_path / "out"
-    sync_search(uri, storage, trained)
+    sync_search(uri, storage, trained.folder)
     out.mkdir()
     (out / "notes.txt").write_text("not part of the evaluation")
     for _ in range(2):

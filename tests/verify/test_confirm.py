@@ -29,6 +29,7 @@ from tests.builders import (
     invoke,
     make_result,
     make_resume,
+    make_stages_driver,
     make_trial,
     refuse,
     run_in_a_process,
@@ -194,6 +195,17 @@ def test_changes_hold_for_all_candidates_alike(tmp_path: Path) -> None:
 def test_candidates_that_a_change_makes_equal_are_one(tmp_path: Path) -> None:
     state = write_search(tmp_path, [0.5, 0.7, 0.8])
     assert list_runs(make_confirmation(state, 2, 1, {"max_lr": 0.2})[1]) == ["x:0"]
+
+
+def test_a_baseline_that_was_scored_by_replicates_is_confirmed_once(tmp_path: Path) -> None:
+    """Its last stage was trained under another seed."""
+    driver = make_stages_driver(tmp_path, NUMERICS, replicates=2)
+    driver.ask()
+    for stage in (Stage(1), Stage(2), Stage(3), Stage(3, 1)):
+        for epoch in range(1, stage.length + 1):
+            driver.report(0, stage, make_result(epoch, 0.5))
+    driver.record.close()
+    assert list_runs(make_confirmation(driver.record.state, 2, 1, {})[1]) == ["c:0"]
 
 
 @pytest.mark.parametrize(
@@ -508,13 +520,12 @@ def test_only_a_finished_confirmation_with_a_score_chooses_what_is_tested(tmp_pa
     assert check_confirmed(finished, "x") is finished
     unfinished = write_confirmed(tmp_path, state, [0.5], name="half")
     failed = write_confirmed(tmp_path, state, ["failed"] * 4, name="bad")
-    command = "python -m tune_cifar"
-    first, resume = f"{command} confirm --search x", f"{command} search --name half --resume"
     sentences = {
-        f"search x is not confirmed. Run first: {first}": None,
-        f"confirmation half is not finished. Run first: {resume}": unfinished,
-        "no training of confirmation bad has a score. "
-        f"See: {command} failures --search bad": failed,
+        "search x is not confirmed. Confirm it first, without `final`.": None,
+        "confirmation half is not finished. Continue it first: `resume=True`, without `final`.": (
+            unfinished
+        ),
+        "no training of confirmation bad has a score. `failures --search bad` says why.": failed,
     }
     for sentence, found in sentences.items():
         with pytest.raises(RecordError) as caught:
@@ -727,9 +738,7 @@ def test_nothing_is_resumed_and_nothing_tested_before_there_is_a_confirmation(
     words = ("confirm", "--search", "x", "--data", "shapes")
     sentence = "There is no confirmation of x to resume. Leave --resume out."
     assert refuse(ConfigError, *words, "--resume") == sentence
-    error = invoke(*words, "--final").exception  # it ends with a command
-    assert type(error) is RecordError
-    assert str(error).startswith("`final`: search x is not confirmed.")
+    assert "`final`: search x is not confirmed." in refuse(RecordError, *words, "--final")
 
 
 def test_the_data_must_be_the_searchs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -918,7 +927,8 @@ def test_a_search_is_confirmed_interrupted_and_resumed(tmp_path: Path) -> None:
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in text, text
     assert "x-confirm: 4 trainings of 1 epoch each; 1 at once" in text
-    command = "python -m tune_cifar search --name x-confirm --resume --data shapes"
+    options = "--data shapes --max-concurrent=1"
+    command = f"python -m tune_cifar search --name x-confirm --resume {options}"
     assert f"continue it with:\n  {command}\n" in text
     broken = read_state(record.parent)
     assert not broken.is_finished and len(broken.trials) < 4

@@ -26,6 +26,7 @@ from tests.builders import (
     refuse,
     write_search,
 )
+from tune_cifar.cli.confirm import evaluate_tests
 from tune_cifar.cli.evaluate import evaluate_test, say_test
 from tune_cifar.cli.terminal import stdout
 from tune_cifar.errors import DataError, RecordError
@@ -232,10 +233,19 @@ def test_an_evaluation_that_was_logged_meanwhile_is_not_repeated(
     assert fresh is not None and fresh[0].accuracy == first.test_acc and len(fresh[1]) == 1000
     assert first.data_digest == state.header.data.digest
     assert evaluate_test_set(trainer, state, trial, SHAPES, "a test") == (first, None)
-    assert evaluate_test(state, trial, trainer, SHAPES, None, stdout()) == (first, None)
+    assert evaluate_test(state, trial, trainer, SHAPES, "x", None, stdout()) == (first, None)
     again, fresh = evaluate_test_set(trainer, state, trial, SHAPES, "a test", again=True)
     assert fresh is not None
     assert load_test_log(find_test_log(storage)) == [first, again]
+
+
+@pytest.mark.usefixtures("few_test_images")
+def test_the_log_has_the_command_that_the_caller_gives(storage: Path, trained: SearchState) -> None:
+    """In a notebook the process was started by another one."""
+    state = replace(trained, folder=search_folder(storage, "small"))
+    evaluate_tests(state, "shapes", "run.confirm(final=True)", None, stdout())
+    (row,) = load_test_log(find_test_log(storage))
+    assert row.command == "run.confirm(final=True)"
 
 
 def start(storage: Path, folder: Path) -> subprocess.Popen[str]:

@@ -14,10 +14,11 @@ from tune_cifar.cli.terminal import (
     paste,
     print_json,
     repeat_launch,
-    repeat_options,
+    repeat_place,
     say,
     stderr,
     stdout,
+    this_command,
 )
 from tune_cifar.errors import ConfigError, NameTakenError
 
@@ -144,8 +145,6 @@ def resume_confirmation(
         from tune_cifar.search.run import prepare_resume
 
         plan = prepare_resume(request, None, None, accepts_changes)
-    for note in (*plan.notes, plan.describe()):
-        say(note, console)
     _run(plan, data, as_json)
 
 
@@ -167,21 +166,18 @@ def _run(plan: SearchPlan, data: str | None, as_json: bool) -> None:
 
 def _finish(state: SearchState, data: str | None, tracking_uri: str | None, as_json: bool) -> None:
     """Report, after the test set where it is final; exit status 130 when it is unfinished."""
-    from tune_cifar.record.store import find_storage
-
     settled, console = state.header.confirmation, stderr() if as_json else stdout()
     assert settled is not None
-    storage = None if state.storage == find_storage(None) else str(state.storage)
-    given = repeat_options(data=data, storage=storage)
     if not state.is_finished:
-        given += repeat_launch(state)
+        given = repeat_place(state) + repeat_launch(state)
         command = f"python -m tune_cifar search --name {state.header.name} --resume{given}"
         paste(f"\ncontinue it with:\n  {command}", console)
         raise typer.Exit(130)
     if settled.final:
-        evaluate_tests(state, data, tracking_uri, console)
+        evaluate_tests(state, data, this_command(), tracking_uri, console)
     _report(state, as_json, console)
     if not (settled.final or as_json):
+        given = repeat_place(state, data)
         command = f"python -m tune_cifar confirm --search {settled.search}{given} --final"
         paste(f"\nnext:\n  {command}", console)
 
@@ -271,19 +267,10 @@ def _plan(
     """
     from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.data.files import describe_data
-    from tune_cifar.record.store import load_searches
-    from tune_cifar.verify.confirm import (
-        check_confirmed,
-        find_confirmation,
-        make_confirmation,
-        make_final,
-    )
+    from tune_cifar.verify.confirm import make_confirmation, settle_final
 
-    search = state.header.name
     if is_final:
-        found = find_confirmation(load_searches(request.storage), search, is_final=False)
-        about = describe_data(request.source)
-        space, settled = make_final(state, check_confirmed(found, search), wanted[1], about)
+        space, settled = settle_final(state, wanted[1], describe_data(request.source))
     else:
         space, settled = make_confirmation(state, *wanted)
     print_synthetic_banner(console, request.source.name)
@@ -294,12 +281,9 @@ def _plan(
     with console.status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
-        name = request.name or choose_name(request.storage, search, is_final)
+        name = request.name or choose_name(request.storage, state.header.name, is_final)
         request = replace(request, name=name, keep_weights=count_weights(settled))
-        plan = prepare_search(space, request, settled)
-    for note in (*plan.notes, plan.describe()):
-        say(note, console)
-    return plan
+        return prepare_search(space, request, settled)
 
 
 def _report(state: SearchState, as_json: bool, console: Console) -> None:
@@ -322,9 +306,13 @@ def _report(state: SearchState, as_json: bool, console: Console) -> None:
 
 
 def evaluate_tests(
-    state: SearchState, data: str | None, tracking_uri: str | None, console: Console
+    state: SearchState, data: str | None, command: str, tracking_uri: str | None, console: Console
 ) -> None:
-    """Evaluate on the test set every complete training that was not evaluated on it before."""
+    """Evaluate on the test set every complete training that was not evaluated on it before.
+
+    Args:
+        command: of the user, for the test log.
+    """
     from tune_cifar.record.test_log import find_test_evaluations
     from tune_cifar.train.numerics import restore_numerics
     from tune_cifar.train.recorded import load_recorded_data, load_trained
@@ -341,7 +329,7 @@ def evaluate_tests(
         way_out = "They belong to what is confirmed: confirm it under another --name."
         numerics = restore_numerics(trial.numerics)
         trainer = load_trained(state, trial, loaded, numerics, way_out)
-        row, kept = evaluate_test(state, trial, trainer, source, tracking_uri, console)
+        row, kept = evaluate_test(state, trial, trainer, source, command, tracking_uri, console)
         if kept is None:
             before = f"evaluated before, for {row.run_id} on {row.date}"
             say_test(trial.run_id, row, before, console)

@@ -81,15 +81,15 @@ def import_(
         found = import_data(source, name, size, test, folder, show)
     about = found.data.description
     place = name if folder is None else str(found.folder)
-    if as_json:
-        print_json({**found.data.model_dump(mode="json"), "folder": str(found.folder)})
-        return
+    console = stderr() if as_json else stdout()
     counts = f"{about.num_train:,} training, {about.num_val:,} validation and {about.num_test:,}"
     images = f"{about.num_classes} classes, {about.side}x{about.side} pixels"
-    say(f"{name}: {counts} test images, {images}, in {found.folder}")
+    say(f"{name}: {counts} test images, {images}, in {found.folder}", console)
     for note in found.notes:
-        say(note, style="yellow")
-    paste(f"next: python -m tune_cifar search --space s7 --data {shlex.quote(place)}")
+        say(note, console, "yellow")
+    paste(f"next: python -m tune_cifar search --space s7 --data {shlex.quote(place)}", console)
+    if as_json:
+        print_json({**found.data.model_dump(mode="json"), "folder": str(found.folder)})
 
 
 @app.command("list")
@@ -120,7 +120,7 @@ def list_(as_json: options.Json = False) -> None:
 
 @app.command()
 def verify(data: options.Data = None, as_json: options.Json = False) -> None:
-    """Check every file of CIFAR-10 against its official MD5; exit status 1 when one does not match.
+    """Check CIFAR's files against their official MD5; exit status 1 when one does not match.
 
     Example: python -m tune_cifar data verify --data ./data
     """
@@ -132,10 +132,10 @@ def verify(data: options.Data = None, as_json: options.Json = False) -> None:
     checks = verify_data(source)
     if as_json:
         print_json([check.__dict__ for check in checks])
+    elif source.name == "shapes":
+        say("Synthetic data are generated: they have no files.")
     elif not checks:
-        is_synthetic = source.name == "shapes"
-        what = "Synthetic data are generated" if is_synthetic else "Imported data are checked"
-        say(f"{what}: they have no files." if is_synthetic else f"{what} whenever they are read.")
+        say("Imported data are checked whenever they are read.")
     else:
         table = Table("file", "bytes", "MD5", "result", box=None, header_style="bold")
         for check in checks:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli import options
-from tune_cifar.cli.terminal import print_json, say, stderr, stdout, this_command
+from tune_cifar.cli.terminal import print_json, say, stderr, stdout
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.schema import label_data
 
@@ -51,9 +51,7 @@ def evaluate(
     """
     from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.record.store import find_storage
-    from tune_cifar.train.metrics import evaluate_logits
-    from tune_cifar.train.numerics import restore_numerics
-    from tune_cifar.train.recorded import load_recorded_data, load_trained
+    from tune_cifar.train.recorded import evaluate_trained, load_recorded_data
 
     if context.info_name == "judge":
         say("`judge` is called `evaluate` now; the old name goes with the next release.", stderr())
@@ -64,16 +62,11 @@ def evaluate(
         raise RecordError(f"{trial.run_id} was trained without validation images. {way_out}")
     options.check_tracking_uri(state.storage, tracking_uri, console)
     loaded = load_recorded_data(state, trial, options.find_recorded_data(state, data))
-    assert loaded.val is not None
-    way_out = "Evaluate the best one: --best --search, or keep more: search --keep-weights."
-    numerics = restore_numerics(trial.numerics, device)
-    trainer = load_trained(state, trial, loaded, numerics, way_out)
     print_synthetic_banner(console, loaded.info.name)
-    names = loaded.about.class_names
-    logits_NK = trainer.predict(loaded.val)
-    evaluation = evaluate_logits(logits_NK, loaded.val.labels_N, names, "validation")
+    way_out = "Evaluate the best one: --best --search, or keep more: search --keep-weights."
+    evaluation, split = evaluate_trained(state, trial, loaded, way_out, device)
     _print_evaluation(trial, evaluation, console)
-    kept = keep_evaluation(state, trial, evaluation, loaded.val, out, tracking_uri)
+    kept = keep_evaluation(state, trial, evaluation, split, out, tracking_uri)
     say_kept(kept, console)
     if as_json:
         print_json({"run_id": trial.run_id, "recorded_val_acc": trial.val_acc, **kept})
@@ -120,7 +113,8 @@ def keep_evaluation(
         the evaluation as JSON has it, with `folder`, `files` and `mlflow_fault` (or None).
     """
     from tune_cifar.report.plots.evaluation import save_evaluation
-    from tune_cifar.tracking.upload import make_tracking_uri, upload_evaluation
+    from tune_cifar.tracking.address import make_tracking_uri
+    from tune_cifar.tracking.upload import upload_evaluation
     from tune_cifar.train.metrics import find_evaluation_folder
 
     folder = out or find_evaluation_folder(state.storage, trial.run_id, evaluation.part)
@@ -148,6 +142,7 @@ def evaluate_test(
     trial: TrialState,
     trainer: Trainer,
     source: DataSource,
+    command: str,
     tracking_uri: str | None,
     console: Console,
     again: bool = False,
@@ -155,6 +150,7 @@ def evaluate_test(
     """Evaluate on the test set, write it into the test log, and keep its figures.
 
     Args:
+        command: of the user, for the log.
         again: although this training was evaluated before.
 
     Returns:
@@ -164,7 +160,7 @@ def evaluate_test(
     from tune_cifar.record.test_log import find_test_log
     from tune_cifar.verify.test_set import evaluate_test_set
 
-    row, fresh = evaluate_test_set(trainer, state, trial, source, this_command(), again)
+    row, fresh = evaluate_test_set(trainer, state, trial, source, command, again)
     if fresh is None:
         return row, None
     evaluation, split = fresh

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stderr, stdout
-from tune_cifar.errors import ConfigError
-
-
-class Format(StrEnum):
-    """What --format takes."""
-
-    ONNX = "onnx"
-    SAFETENSORS = "safetensors"
 
 
 def export(
     file_format: Annotated[
-        Format,
+        Literal["onnx", "safetensors"],
         typer.Option(
             "--format", help="onnx runs anywhere; safetensors holds weights, for PyTorch."
         ),
@@ -56,14 +47,11 @@ def export(
 
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     path = out or Path(f"{trial.run_id.replace(':', '-')}.{file_format}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
-    if path.is_dir():
-        raise ConfigError(f"--out: a file must be given, got the folder {path}.")
+    options.check_out_file(path)
     console = stderr() if as_json else stdout()
     print_synthetic_banner(console, state.header.data.name)
     loaded = load_recorded_data(state, trial, options.find_recorded_data(state, data))
-    agreement = export_run(state, trial, loaded, file_format.value, path)
+    agreement = export_run(state, trial, loaded, file_format, path)
     num_bytes = path.stat().st_size
     network = f"{trial.run_id} ({trial.config.model})"
     say(f"{network} as {file_format}: {path}, {num_bytes:,} bytes", console)

@@ -11,6 +11,7 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.terminal import print_json, say, stdout
+from tune_cifar.errors import RecordError, did_you_mean
 from tune_cifar.schema import label_data
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def leaderboard(
 
     folder = find_storage(storage)
     states = load_searches(folder, space, search)
+    if space is not None and not states:
+        _check_space_name(space, folder)
     trials = load_trials(states)
     if as_json:
         values = trials.astype("object").where(trials.notna(), None)
@@ -59,6 +62,18 @@ def leaderboard(
         _print_groups(trials[trials["kind"] != "confirm"], list(dict.fromkeys(searched)), top)
         _print_confirmations(states)
         _print_tests(states, folder)
+
+
+def _check_space_name(space: str, storage: Path) -> None:
+    """Refuse a space that no file and no recorded search has."""
+    from tune_cifar.record.store import load_searches
+    from tune_cifar.space.select import list_spaces
+
+    known = [path.stem for path in list_spaces()]
+    if space not in known:
+        known += [state.header.space for state in load_searches(storage)]
+        hint = did_you_mean(space, known)
+        raise RecordError(f"`space` must name a search space, got {space!r}.{hint}")
 
 
 def _confirms(state: SearchState, search: str) -> bool:

@@ -301,9 +301,15 @@ class SweepView(_View):
 
 
 def run_plan(plan: SearchPlan, console: Console) -> tuple[SearchState, list[str]]:
-    """Run what is settled and show it live; the record as it ends, and what MLflow did not take."""
+    """Say what is settled, run it and show it live.
+
+    Returns:
+        the record as it ends, and what MLflow did not take.
+    """
     from tune_cifar.search.run import run_search
 
+    for note in (*plan.notes, plan.describe()):
+        say(note, console)
     budget, num_concurrent = plan.space.budget, plan.resources.max_concurrent
     with SearchView(console, budget, num_concurrent, plan.cost.epoch_seconds) as view:
         return run_search(plan, view.on_event, view.stop)

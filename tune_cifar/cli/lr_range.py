@@ -44,7 +44,7 @@ Steps = Annotated[
     int,
     typer.Option("--steps", metavar="N", help="Training steps of a sweep."),
 ]
-Seeds = Annotated[int, typer.Option("--seeds", metavar="N", help="Sweeps, a seed each.")]
+Seeds = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Sweeps, a seed each.")]
 Write = Annotated[
     bool,
     typer.Option("--write", help="Propose max_lr's range for the space file, as a diff."),
@@ -104,8 +104,6 @@ def lr_range(
 
     if yes and not write:
         raise typer.BadParameter("--yes belongs to --write.")
-    if seeds < 1:
-        raise ConfigError(f"--seeds: a number >= 1 must be given, got {seeds}.")
     lrs = make_lrs(low, high, steps)
     source = find_data(data)
     recipe = _load_recipe(space, tier, settings or [], describe_data(source))
@@ -224,7 +222,8 @@ def _track(
     uri: str | None, store: Path, report: dict[str, Any], folder: Path, console: Console
 ) -> None:
     """Log to MLflow; a fault is a sentence. The folder has everything."""
-    from tune_cifar.tracking.upload import make_tracking_uri, upload_lr_range
+    from tune_cifar.tracking.address import make_tracking_uri
+    from tune_cifar.tracking.lr_range import upload_lr_range
 
     try:
         upload_lr_range(make_tracking_uri(store, uri), store, report, folder)

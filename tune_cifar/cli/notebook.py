@@ -7,10 +7,11 @@ command's display appears on stderr.
 from __future__ import annotations
 
 import html
+import inspect
 import io
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from tune_cifar.cli.live import SearchView, only_shows
 from tune_cifar.cli.options import count_kept_weights, keep_ray_access
 from tune_cifar.cli.plan import find_tier
 from tune_cifar.cli.terminal import say, stderr
-from tune_cifar.errors import ConfigError, RecordError
+from tune_cifar.errors import ConfigError, RecordError, hide_credentials
 from tune_cifar.record.events import Event
 from tune_cifar.record.state import SearchState, TrialState, describe_counts
 from tune_cifar.record.store import find_storage
@@ -120,30 +121,23 @@ class Run:
         Raises:
             ConfigError, RecordError: as `tune_cifar confirm`.
         """
+        command = _describe_call("run.confirm", _list_given(self.confirm, locals()))
         from tune_cifar.cli.confirm import choose_name, count_weights, evaluate_tests, find_same
         from tune_cifar.cli.options import find_recorded_data
         from tune_cifar.data.files import describe_data
-        from tune_cifar.record.store import load_searches
         from tune_cifar.search.run import prepare_resume, prepare_search
-        from tune_cifar.verify.confirm import (
-            check_confirmed,
-            find_confirmation,
-            make_confirmation,
-            make_final,
-        )
+        from tune_cifar.verify.confirm import make_confirmation, settle_final
 
         storage, numerics = self.state.storage, self.state.header.numerics
         source = find_recorded_data(self.state, self.data)
         if final:
-            found = find_confirmation(load_searches(storage), self.name, is_final=False)
-            checked = check_confirmed(found, self.name)
-            space, settled = make_final(self.state, checked, seeds, describe_data(source))
+            space, settled = settle_final(self.state, seeds, describe_data(source))
         else:
             space, settled = make_confirmation(self.state, top, seeds, {}, epochs)
         request = SearchRequest(
             source=source,
             storage=storage,
-            command=f"run.confirm(seeds={seeds})",
+            command=command,
             name=name,
             device=numerics.device,
             precision=numerics.precision,
@@ -166,7 +160,7 @@ class Run:
             request = replace(request, name=same.header.name)
             done = _run(prepare_resume(request, None, None, accept_changes), self.data)
         if final and done.state.is_finished:
-            evaluate_tests(done.state, self.data, self.tracking_uri, Console(file=io.StringIO()))
+            evaluate_tests(done.state, self.data, command, self.tracking_uri, stderr())
         return done
 
     def reproduce(self, trial: int | None = None) -> Reproduction:
@@ -194,23 +188,15 @@ class Run:
 
         Figures and the evaluation are kept in the run store and logged to MLflow.
         """
-        from tune_cifar.cli.evaluate import keep_evaluation
+        from tune_cifar.cli.evaluate import keep_evaluation, say_kept
         from tune_cifar.cli.options import find_recorded_data
-        from tune_cifar.train.metrics import evaluate_logits
-        from tune_cifar.train.numerics import restore_numerics
-        from tune_cifar.train.recorded import load_recorded_data, load_trained
+        from tune_cifar.train.recorded import evaluate_trained, load_recorded_data
 
         chosen = self._choose(trial)
         source = find_recorded_data(self.state, self.data)
         loaded = load_recorded_data(self.state, chosen, source)
-        if loaded.val is None:
-            raise RecordError(f"{chosen.run_id} was trained without validation images.")
-        numerics = restore_numerics(chosen.numerics, None)
-        trainer = load_trained(self.state, chosen, loaded, numerics, "Keep more: `keep_weights`.")
-        names = loaded.about.class_names
-        logits_NK = trainer.predict(loaded.val)
-        found = evaluate_logits(logits_NK, loaded.val.labels_N, names, "validation")
-        keep_evaluation(self.state, chosen, found, loaded.val, None, self.tracking_uri)
+        found, val = evaluate_trained(self.state, chosen, loaded, "Keep more: `keep_weights`.")
+        say_kept(keep_evaluation(self.state, chosen, found, val, None, self.tracking_uri), stderr())
         return found
 
     def report(self, out: Path | None = None) -> Path:
@@ -219,7 +205,8 @@ class Run:
         from tune_cifar.report.html import write_report
 
         path = out or find_report(self.state.storage, self.name)
-        write_report(self.state, path, self.data)
+        if missing := write_report(self.state, path, self.data):
+            print(f"Without the figures of images. {missing}", file=sys.stderr)
         return path
 
     def _choose(self, trial: int | None) -> TrialState:
@@ -275,8 +262,9 @@ def run_search(
     Ctrl-C, or the interrupt of a notebook's kernel, ends it in order: the run has what is done.
 
     Args:
-        space: a name or a path. A SearchPlan (of `prepare_search`) is run as it is; then the
-            recorded state and the faults of the upload are returned.
+        space: a name or a path. A SearchPlan (of `prepare_search`) is run as it is, and takes
+            `listener` and `on_interrupt` alone; then the recorded state and the faults of the
+            upload are returned.
         listener, on_interrupt: of a SearchPlan; see `tune_cifar.search.run.run_search`.
         max_time: such as "8m".
         settings: hyperparameters to fix, by name.
@@ -284,7 +272,10 @@ def run_search(
     Raises:
         ConfigError, SpaceError, DataError, RecordError: as the command does.
     """
-    keep_ray_access(address)
+    values = dict(locals())
+    given = _list_given(run_search, values)
+    _refuse_mixed(given)
+    keep_ray_access(space.request.address if isinstance(space, SearchPlan) else address)
     from tune_cifar.search import run
 
     if isinstance(space, SearchPlan):
@@ -292,33 +283,43 @@ def run_search(
     from tune_cifar.data.files import find_data
     from tune_cifar.space.rules import parse_duration
 
-    request = SearchRequest(
-        source=find_data(data),
-        storage=find_storage(storage),
-        command=f"run_search({str(space)!r})",
-        name=name,
-        seed=seed,
-        device=device,
-        precision=precision,
-        deterministic=deterministic,
-        execution=execution,
-        cpus_per_trial=cpus_per_trial,
-        gpus_per_trial=gpus_per_trial,
-        max_concurrent=max_concurrent,
-        tracking_uri=tracking_uri,
-        keep_weights=keep_weights,
-        warm_start=tuple(warm_start),
-        warm_trials=warm_trials,
-        learn=learn,
-        address=address,
-        allow_mixed=allow_mixed,
-        mirror=mirror,
-    )
+    # The parameters that are named as its fields, and what is made of some.
+    asked = {each.name: values[each.name] for each in fields(SearchRequest) if each.name in values}
+    asked |= {"source": find_data(data), "storage": find_storage(storage)}
+    asked |= {"command": _describe_call("run_search", given), "warm_start": tuple(warm_start)}
+    request = SearchRequest(**asked)
     chosen = _choose_space(request, space, tier, settings)
     num_trials = None if trials is None else count_trials(str(trials))
     seconds = None if max_time is None else parse_duration(max_time)
     limited = chosen.limit(num_trials, seconds, target, patience)
     return _run(run.prepare_search(limited, request), data)
+
+
+def _list_given(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call that are not their defaults."""
+    defaults = {name: each.default for name, each in inspect.signature(function).parameters.items()}
+    return {name: values[name] for name in defaults if values[name] != defaults[name]}
+
+
+def _describe_call(name: str, given: Mapping[str, Any]) -> str:
+    """Return a call as the record keeps it: without the secret of an address."""
+    words = []
+    for each, value in given.items():
+        text = repr(str(value) if isinstance(value, Path) else value)
+        words.append(f"{each}={hide_credentials(text)}")
+    return f"{name}({', '.join(words)})"
+
+
+def _refuse_mixed(given: Mapping[str, Any]) -> None:
+    """Refuse options beside a plan, and listeners without one."""
+    is_plan = isinstance(given["space"], SearchPlan)
+    for name in given:
+        is_listener = name in ("listener", "on_interrupt")
+        if is_plan and not is_listener and name != "space":
+            raise ConfigError(f"`{name}` must be left out beside a SearchPlan, which settles it.")
+        if is_listener and not is_plan:
+            way_out = "Make one with `prepare_search`."
+            raise ConfigError(f"`{name}` needs a SearchPlan, got {given['space']!r}. {way_out}")
 
 
 def _keep_weights(plan: SearchPlan) -> SearchPlan:
@@ -348,6 +349,7 @@ def _run(plan: SearchPlan, data: str | None) -> Run:
     from tune_cifar.search.run import run_search as run_plan
 
     if _is_in_notebook():
+        print(*plan.notes, plan.describe(), sep="\n")
         view = _NotebookView(plan, _make_notebook_show())
         state, faults = run_plan(plan, view.on_event, view.stop)
         view.end(state)

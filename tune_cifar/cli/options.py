@@ -1,7 +1,6 @@
-"""Options that several commands share, each declared once.
+"""Options that several commands share, each declared once, and what reads or checks them.
 
-All are runtime options: none changes a recipe. Those that most people need first have no panel, so
-`--help` shows them on top.
+Those that most people need first have no panel, so `--help` shows them on top.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tune_cifar.cli.terminal import say, stderr, this_command
-from tune_cifar.errors import SpaceError
+from tune_cifar.errors import ConfigError, SpaceError
 from tune_cifar.record.environment import JOINS
 
 if TYPE_CHECKING:
@@ -360,12 +359,21 @@ def choose_run(
     from tune_cifar.data.files import find_data
     from tune_cifar.record.store import find_best, find_run, load_searches
 
-    if (run is None) == (not best) or (best and space is None and search is None):
+    is_named = space is not None or search is not None
+    if (run is None) != best or best != is_named:
         raise typer.BadParameter("Give a run id, or --best with --space or --search.")
     if run is not None:
         return find_run(storage, run)
     name = find_data(data).name if data and search is None else "cifar10"
     return find_best(load_searches(storage), space, search, name)
+
+
+def check_out_file(path: Path) -> None:
+    """Refuse an --out that cannot be a file."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
+    if path.is_dir():
+        raise ConfigError(f"--out: a file must be given, got the folder {path}.")
 
 
 def find_recorded_data(state: SearchState, data: str | None) -> DataSource:

@@ -100,10 +100,10 @@ def choose_space(
     pinned = dict(parse_setting(setting) for setting in settings)
     num_trials = count_trials(limits.trials) if limits.trials else None
     read = (num_trials, limits.max_time_seconds, limits.target, limits.patience)
-    # A mistake is told before torch is imported to look for a GPU.
     about = describe_data(request.source)
-    load_space(space, tier or "cpu", pinned, about).limit(*read)
     if tier is None:
+        # A mistake is told before torch is imported to look for a GPU.
+        load_space(space, "cpu", pinned, about).limit(*read)
         tier = find_tier(request)
         if tier == "cpu":
             say("No GPU here: tier cpu, a small budget (--tier full for the real one).", stderr())

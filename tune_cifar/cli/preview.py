@@ -40,10 +40,7 @@ def preview(
     pins = dict(parse_setting(setting) for setting in settings or [])
     found = load_space(space, "full", pins, about)
     path = out or Path(f"preview-{found.name}.png")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out: the folder must be there, got {path.parent}.")
-    if path.is_dir():
-        raise ConfigError(f"--out: a file must be given, got the folder {path}.")
+    options.check_out_file(path)
     path = path if path.suffix else path.with_suffix(".png")
     loaded = load_train_val(source, about.num_classes, 1)
     images = loaded.train.images_NCHW[:NUM_PREVIEW_ROWS]

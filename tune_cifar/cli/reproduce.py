@@ -9,7 +9,7 @@ import typer
 
 from tune_cifar.cli import options
 from tune_cifar.cli.evaluate import evaluate_test, say_test
-from tune_cifar.cli.terminal import paste, print_json, say, stderr, stdout
+from tune_cifar.cli.terminal import paste, print_json, say, stderr, stdout, this_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,8 +58,9 @@ def reproduce(
     from tune_cifar.train.recorded import load_recorded_data, load_trained
     from tune_cifar.verify.test_set import check_testable
 
-    for option, is_given in {"--no-retrain": no_retrain, "--again": again}.items():
-        if is_given and not test:
+    given = {"--no-retrain": no_retrain, "--again": again, "--tracking-uri": tracking_uri}
+    for option, value in given.items():
+        if value and not test:
             raise typer.BadParameter(f"{option} belongs to --test.")
     state, trial = options.choose_run(run, best, space, search, find_storage(storage), data)
     source = options.find_recorded_data(state, data)
@@ -91,7 +92,8 @@ def reproduce(
             row = logged[0]
         else:
             assert trainer is not None
-            row, kept = evaluate_test(state, trial, trainer, source, tracking_uri, console, again)
+            how = (this_command(), tracking_uri, console, again)
+            row, kept = evaluate_test(state, trial, trainer, source, *how)
         if kept is None:
             before = f"evaluated before, for {row.run_id} on {row.date}; --again does it once more"
             say_test(trial.run_id, row, before, console)

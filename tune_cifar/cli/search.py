@@ -57,7 +57,7 @@ Learn = Annotated[
     bool,
     typer.Option(
         "--learn",
-        help="With --warm-start: tell the sampler all its results, train none of them again.",
+        help="With --warm-start: tell the sampler its results; train only the baseline again.",
         rich_help_panel=options.SEARCHING,
     ),
 ]
@@ -89,6 +89,16 @@ SEARCHS = (
     "seed",
     "warm_start",
     "warm_trials",
+    "learn",
+)
+# Options that a search and a confirmation have.
+SEVERAL = (
+    "max_concurrent",
+    "gpus_per_trial",
+    "address",
+    "allow_mixed",
+    "mirror",
+    "accept_changes",
 )
 
 
@@ -150,7 +160,7 @@ def search(
         device = state.header.numerics.device
         keep_weights = choose_keep_weights(context, state)
     else:
-        _refuse_misplaced(space, accept_changes, learn and not warm_start)
+        _refuse_misplaced(context, space, continue_)
         source = find_data(data)
     more = {"device": device, "keep_weights": keep_weights}
     request = options.make_request(context, source, **more)
@@ -173,14 +183,20 @@ def _is_begun(storage: Path, name: str | None) -> bool:
     return is_taken(search_folder(storage, name))
 
 
-def _refuse_misplaced(space: str | None, accepts_changes: bool, learns_nothing: bool) -> None:
-    """Refuse what a new search must or must not have."""
+def _refuse_misplaced(context: typer.Context, space: str | None, may_go_on: bool) -> None:
+    """Refuse what a new search must or must not have.
+
+    Args:
+        may_go_on: the same command will go on with it.
+    """
     if space is None:
         raise typer.BadParameter("Give --space for a new search, or --resume with --name.")
-    if accepts_changes:
-        raise typer.BadParameter("--accept-changes belongs to --resume.")
-    if learns_nothing:
-        raise typer.BadParameter("--learn belongs to --warm-start.")
+    if not may_go_on:
+        options.refuse_given(context, ("accept_changes",), "belongs to --resume.")
+    if not context.params["warm_start"]:
+        options.refuse_given(context, ("learn", "warm_trials"), "belongs to --warm-start.")
+    elif context.params["learn"]:
+        options.refuse_given(context, ("warm_trials",), "is for --warm-start without --learn.")
 
 
 def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> SearchState:
@@ -193,9 +209,14 @@ def _find_resumed(context: typer.Context, storage: Path, name: str | None) -> Se
     header = state.header
     if header.kind != "search":
         options.refuse_given(context, SEARCHS, "is a search's.")
-    more: dict[str, Any] = {"seed": header.seed, "warm_start": header.warm_start or None}
-    if header.warm_start:
-        more |= {"warm_trials": header.warm_trials, "learn": bool(header.learned)}
+    if header.kind == "train":
+        options.refuse_given(context, SEVERAL, "is of no use to a single training.")
+    more: dict[str, Any] = {
+        "seed": header.seed,
+        "warm_start": header.warm_start or None,
+        "warm_trials": header.warm_trials,
+        "learn": bool(header.learned),
+    }
     options.refuse_changed(context, header, more)
     return state
 
@@ -209,21 +230,18 @@ def choose_keep_weights(context: typer.Context, state: SearchState) -> int:
 
 
 def _plan_search(space: SearchSpace, request: SearchRequest) -> SearchPlan:
-    """Settle a new search and say what it will do."""
+    """Settle a new search."""
     from tune_cifar.cli.summary import print_synthetic_banner
 
     print_synthetic_banner(stdout(), request.source.name)
     with stdout().status("measuring 20 training steps and starting the workers ..."):
         from tune_cifar.search.run import prepare_search
 
-        plan = prepare_search(space, request)
-    for note in (*plan.notes, plan.describe()):
-        say(note)
-    return plan
+        return prepare_search(space, request)
 
 
 def _plan_resume(request: SearchRequest, limits: Limits, accepts_changes: bool) -> SearchPlan:
-    """Settle how a recorded search goes on and say what of it is there."""
+    """Settle how a recorded search goes on."""
     from tune_cifar.cli.summary import print_synthetic_banner
 
     goals, max_seconds = (limits.target, limits.patience), limits.max_time_seconds
@@ -231,10 +249,7 @@ def _plan_resume(request: SearchRequest, limits: Limits, accepts_changes: bool) 
     with stdout().status("reading the record and starting the workers ..."):
         from tune_cifar.search.run import prepare_resume
 
-        plan = prepare_resume(request, limits.trials, max_seconds, accepts_changes, *goals)
-    for note in (*plan.notes, plan.describe()):
-        say(note)
-    return plan
+        return prepare_resume(request, limits.trials, max_seconds, accepts_changes, *goals)
 
 
 def _leave_if_over(

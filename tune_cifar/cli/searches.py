@@ -18,7 +18,6 @@ from tune_cifar.cli.terminal import (
     stdout,
 )
 from tune_cifar.errors import (
-    ConfigError,
     RecordError,
     RenamedError,
     TrackingError,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
     from tune_cifar.record.failures import FailureGroup
     from tune_cifar.record.state import SearchState
@@ -113,13 +113,9 @@ def mirror(
 
     check_mirror(url)
     folder = _find_folder(find_storage(storage), name)
-    try:
-        with stdout().status(f"copying {name} ..."):
-            files = copy_search(folder, url)
-    except Exception as exc:  # each kind of store raises its own
-        reason = hide_credentials(str(exc) or type(exc).__name__)[:300].rstrip(".")
-        raise RecordError(f"{hide_credentials(url)}: {name} cannot be copied: {reason}.") from exc
-    say(f"{name}: {_count(len(files), 'file')} in {hide_credentials(url)}")
+    with stdout().status(f"copying {name} ..."):
+        num_files = copy_search(folder, url)
+    say(f"{name}: {_count(num_files, 'file')} in {hide_credentials(url)}")
 
 
 @app.command()
@@ -177,7 +173,7 @@ def delete(
     unread = "a damaged record"
     try:
         state = read_state(folder)
-    except (RecordError, ConfigError) as exc:
+    except RecordError as exc:
         if isinstance(exc, RenamedError):
             unread = "a record of another name"
         if not keep_mlflow:
@@ -230,7 +226,8 @@ def _check_not_live(folder: Path) -> None:
 
 
 def _delete_runs(root: Path, tracking_uri: str | None, state: SearchState) -> int:
-    from tune_cifar.tracking.upload import delete_runs, make_tracking_uri
+    from tune_cifar.tracking.address import make_tracking_uri
+    from tune_cifar.tracking.upload import delete_runs
 
     try:
         return delete_runs(make_tracking_uri(root, tracking_uri), root, state)
@@ -242,17 +239,21 @@ def _delete_runs(root: Path, tracking_uri: str | None, state: SearchState) -> in
 def _delete_folder(folder: Path) -> None:
     """Delete a search's folder; links in it go, their targets stay.
 
-    The record goes last, so that an interrupted
-    deletion leaves a search that is listed and can be deleted.
+    The record goes last, so that an interrupted deletion leaves a search that is listed and can be
+    deleted.
     """
     import shutil
 
+    from tune_cifar.record.journal import RECORD_FILE
+
     _check_not_live(folder)
-    trials = folder / "trials"
     try:
-        if trials.is_dir() and not trials.is_symlink():
-            shutil.rmtree(trials)
-        shutil.rmtree(folder)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == RECORD_FILE):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        folder.rmdir()
     except OSError as exc:
         raise RecordError(
             f"{folder} could not be deleted: {exc.strerror} ({exc.filename})."
@@ -298,7 +299,7 @@ def failures(
 
     (state,) = load_searches(find_storage(storage), search=search)
     groups = group_failures(state)
-    given = repeat_options(storage=storage)
+    given = repeat_options(storage=storage) + repeat_launch(state, ("--data",))
     commands = [f"python -m tune_cifar reproduce {group.run_id}{given}" for group in groups]
     if as_json:
         pairs = zip(groups, commands, strict=True)
@@ -340,22 +341,13 @@ def sync(
         TimeRemainingColumn,
     )
 
-    from tune_cifar.record.journal import is_live, read_state
     from tune_cifar.record.store import find_searches, find_storage
-    from tune_cifar.tracking.upload import make_tracking_uri
+    from tune_cifar.tracking.address import make_tracking_uri
 
     root = find_storage(storage)
     uri = make_tracking_uri(root, tracking_uri)
     console = stderr() if as_json else stdout()
     answers: list[dict[str, Any]] = []
-    states: list[tuple[SearchState, bool]] = []
-    for folder in find_searches(root, search):
-        try:
-            live = is_live(folder)
-            states.append((read_state(folder), live))
-        except (RecordError, ConfigError) as exc:
-            answers.append({"search": folder.name, "error": str(exc)})
-            say(str(exc), stderr(), "red")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -369,11 +361,10 @@ def sync(
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        for state, live in states:
-            task = progress.add_task(state.header.name, total=len(state.trials))
-            answers.append(
-                _sync_one(uri, root, state, live, console, partial(progress.advance, task))
-            )
+        for folder in find_searches(root, search):
+            task = progress.add_task(folder.name, total=None)
+            on_upload = partial(_advance, progress, task)
+            answers.append(_sync_one(uri, root, folder, console, on_upload))
             progress.remove_task(task)
     if as_json:
         print_json(answers)
@@ -383,13 +374,16 @@ def sync(
         raise typer.Exit(1)
 
 
+def _advance(progress: Progress, task: TaskID, num_trials: int) -> None:
+    progress.update(task, advance=1, total=num_trials)
+
+
 def _sync_one(
     uri: str,
     root: Path,
-    state: SearchState,
-    live: bool,
+    folder: Path,
     console: Console,
-    on_upload: Callable[[], None],
+    on_upload: Callable[[int], None],
 ) -> dict[str, Any]:
     """Upload what MLflow lacks of one search, and print what was done.
 
@@ -399,13 +393,12 @@ def _sync_one(
 
     from tune_cifar.tracking.upload import sync_search
 
-    name = state.header.name
     try:
-        report = sync_search(uri, root, state, live, on_upload)
-    except TrackingError as exc:
+        report = sync_search(uri, root, folder, on_upload)
+    except (RecordError, TrackingError) as exc:
         say(str(exc), stderr(), "red")
-        return {"search": name, "error": str(exc)}
+        return {"search": folder.name, "error": str(exc)}
     uploaded, closed = _count(report.uploaded, "trial"), _count(report.closed, "run")
-    line = f"{name}: {uploaded} uploaded, {report.already} already there, {closed} closed"
-    say(line + ("; it is running: the rest is left to its driver" if live else ""), console)
-    return asdict(report) | {"live": live}
+    line = f"{folder.name}: {uploaded} uploaded, {report.already} already there, {closed} closed"
+    say(line + ("; it is running: the rest is left to its driver" if report.live else ""), console)
+    return asdict(report)

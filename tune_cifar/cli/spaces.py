@@ -123,6 +123,8 @@ def new(
     from tune_cifar.schema import OWN_MODEL, TrainConfig
     from tune_cifar.space.template import make_space_text
 
+    if data is not None and not measure:
+        raise typer.BadParameter("--data belongs to --measure.")
     if not OWN_MODEL.fullmatch(model):
         raise ConfigError(f"MODEL must be FILE.py:NAME or package.module:NAME, got {model!r}.")
     where, network = model.rsplit(":", 1)

@@ -87,12 +87,12 @@ def print_search_summary(
         dropped: searched hyperparameters that --set left without effect.
         data_option, storage_option: for the next commands, each with a space before it, or empty.
     """
-    assert state.finished is not None
-    header, best = state.header, state.best
-    took, reason = format_seconds(state.finished.wall_seconds), state.finished.reason
-    counts = describe_counts(state.counts) or "none"
-    took += " of its last launch" if state.resumes else ""
-    line = f"\n{header.name} ended after {took} ({reason}): {len(state.trials)} trials, {counts}"
+    header, best, end = state.header, state.best, state.finished
+    counts, took = describe_counts(state.counts) or "none", ""
+    if end is not None:  # a second Ctrl-C may leave none
+        launch = " of its last launch" if state.resumes else ""
+        took = f" after {format_seconds(end.wall_seconds)}{launch} ({end.reason})"
+    line = f"\n{header.name} ended{took}: {len(state.trials)} trials, {counts}"
     say(line, console, "bold")
     if label := header.data.label:
         say(f"{label}: these accuracies say nothing about CIFAR-10.", console, "bold yellow")
@@ -104,7 +104,8 @@ def print_search_summary(
     if dropped:
         say(f"not searched, without effect under --set: {', '.join(dropped)}", console)
     if best is None:
-        advice = " Give it more --max-time." if reason == TIME_LIMIT else ""
+        is_over = end is not None and end.reason == TIME_LIMIT
+        advice = " Give it more --max-time." if is_over else ""
         say(f"No trial reached its last epoch: there is no score to compare.{advice}", console)
     else:
         score, epochs = format_percent(best.score), best.config.epochs
@@ -168,7 +169,7 @@ def _print_next(
     """Print the commands that follow, to paste."""
     name, python = state.header.name, "python -m tune_cifar"
     if not state.is_finished:
-        given = f"{data_option}{storage_option}{repeat_launch(state)}"
+        given = f"{storage_option}{repeat_launch(state)}"
         resume = f"search --name {name} --resume{given}"
         paste(f"\ncontinue it with:\n  {python} {resume}", console)
     commands = []

@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 from tune_cifar.errors import hide_credentials
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from rich.console import Console
 
     from tune_cifar.record.state import SearchState
@@ -46,8 +48,11 @@ app = typer.Typer(
 PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 QUOTES = "'\""
 COMMAND = "python -m tune_cifar "
-# Where a search runs and what is kept of it, which its record does not settle.
-LAUNCH_OPTIONS = ("--tracking-uri", "--mirror", "--gpus-per-trial", "--address", "--keep-weights")
+# Where data lie, where a search runs and what is kept of it: its record does not settle that.
+LAUNCH_OPTIONS = (
+    *("--data", "--tracking-uri", "--mirror", "--address", "--allow-mixed", "--gpus-per-trial"),
+    *("--max-concurrent", "--keep-weights"),
+)
 
 
 @functools.cache
@@ -126,10 +131,13 @@ def this_command() -> str:
     return COMMAND + shlex.join(map(hide_credentials, sys.argv[1:]))
 
 
-def repeat_launch(state: SearchState) -> str:
+def repeat_launch(state: SearchState, names: Collection[str] = LAUNCH_OPTIONS) -> str:
     """Options of a record's last command that the next one needs too; each with a space before it.
 
     Secrets of addresses are hidden, as in the record.
+
+    Args:
+        names: of the options that the next command has.
     """
     last = state.resumes[-1] if state.resumes else state.header
     words = last.command.removeprefix(COMMAND)
@@ -138,10 +146,9 @@ def repeat_launch(state: SearchState) -> str:
     typed, kept = shlex.split(words), list[str]()
     for word, value in zip(typed, [*typed[1:], ""], strict=True):
         name, is_joined, _ = word.partition("=")
-        if name in LAUNCH_OPTIONS:
-            kept += [word] if is_joined else [word, value]
-        elif word == "--allow-mixed":
-            kept.append(word)
+        if name in names:
+            has_value = name != "--allow-mixed" and not is_joined
+            kept += [word, value] if has_value else [word]
     return "".join(f" {shlex.quote(word)}" for word in kept)
 
 
@@ -149,3 +156,10 @@ def repeat_options(**given: str | None) -> str:
     """Options that were given, for a command to type next; each with a space before it."""
     named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
     return "".join(f" --{name} {shlex.quote(value)}" for name, value in named.items())
+
+
+def repeat_place(state: SearchState, data: str | None = None) -> str:
+    """Options that lead to a record's run store, and to data; each with a space before it."""
+    from tune_cifar.record.store import repeat_storage
+
+    return repeat_options(data=data) + repeat_storage(state.storage)

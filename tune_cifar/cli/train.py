@@ -11,7 +11,7 @@ from tune_cifar.cli import options
 from tune_cifar.cli.terminal import (
     paste,
     repeat_launch,
-    repeat_options,
+    repeat_place,
     say,
     stdout,
     this_command,
@@ -71,8 +71,7 @@ def train(
     found = resolve_network(load_space(space, tier, pins, about), about)
     execution = choose_execution(found.baseline, execution)
     numerics = resolve_numerics(device, precision, cpus_per_trial, deterministic, execution)
-    given = repeat_options(data=data, storage=storage)
-    _train(found, source, numerics, folder, name, resume, tracking_uri, given)
+    _train(found, source, numerics, folder, name, resume, tracking_uri, data)
 
 
 def _find_recorded(context: typer.Context, storage: Path, name: str) -> SearchState:
@@ -91,20 +90,17 @@ def _find_recorded(context: typer.Context, storage: Path, name: str) -> SearchSt
 
 def resume_training(state: SearchState, data: str | None, tracking_uri: str | None) -> None:
     """Continue a recorded training, from its record alone."""
-    from tune_cifar.record.store import find_storage
     from tune_cifar.search.resume import restore_space
     from tune_cifar.train.numerics import restore_numerics
 
     header = state.header
-    storage = None if state.storage == find_storage(None) else str(state.storage)
-    given = repeat_options(data=data, storage=storage)
     if state.is_finished:
-        _say_end(state, given)
+        _say_end(state, data)
         return
     source = options.find_recorded_data(state, data)
     numerics = restore_numerics(header.numerics)
     space = restore_space(header)
-    _train(space, source, numerics, state.storage, header.name, True, tracking_uri, given)
+    _train(space, source, numerics, state.storage, header.name, True, tracking_uri, data)
 
 
 def _train(
@@ -115,13 +111,14 @@ def _train(
     name: str | None,
     resume: bool,
     tracking_uri: str | None,
-    given: str,
+    data_option: str | None,
 ) -> None:
     """Train to the end, showing it; exit status 130 when it was interrupted."""
     from tune_cifar.cli.live import TrainingView
     from tune_cifar.cli.summary import print_synthetic_banner
     from tune_cifar.record.events import EpochReported, Event
-    from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
+    from tune_cifar.tracking.address import make_tracking_uri
+    from tune_cifar.tracking.upload import BackgroundUploader
     from tune_cifar.train.recorded import open_training, run_training
 
     options.check_tracking_uri(storage, tracking_uri, stdout())
@@ -147,16 +144,16 @@ def _train(
                 say(fault, style="yellow")
     if is_interrupted:
         say("interrupted; continue it with:")
-        given += repeat_launch(record.state)
+        given = repeat_place(record.state) + repeat_launch(record.state)
         paste(f"  python -m tune_cifar search --name {name} --resume{given}")
         raise typer.Exit(130)
-    _say_end(record.state, given)
+    _say_end(record.state, data_option)
 
 
-def _say_end(state: SearchState, given: str) -> None:
+def _say_end(state: SearchState, data: str | None) -> None:
     from tune_cifar.report.format import format_percent
 
     trial = state.trials[0]
     reason = f" ({trial.reason})" if trial.status == "diverged" else ""
     say(f"{trial.run_id}: {trial.status}, val_acc {format_percent(trial.val_acc)}{reason}")
-    paste(f"next: python -m tune_cifar reproduce {trial.run_id}{given}")
+    paste(f"next: python -m tune_cifar reproduce {trial.run_id}{repeat_place(state, data)}")

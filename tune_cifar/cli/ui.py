@@ -63,8 +63,8 @@ def ui(
 
 def _serve_mlflow(storage: Path, tracking_uri: str | None, port: int | None) -> None:
     """Serve MLflow's UI; print its address and a link for each saved view of a space."""
+    from tune_cifar.tracking.address import make_tracking_uri
     from tune_cifar.tracking.server import list_views, run_ui, stop_ui
-    from tune_cifar.tracking.upload import make_tracking_uri
 
     uri, process = make_tracking_uri(storage, tracking_uri), None
     try:

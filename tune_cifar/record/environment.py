@@ -28,7 +28,8 @@ DECIDING_PACKAGES = (
     "search",
     "record",
 )
-# Shown beside every result. Only those in train.numerics.COMPUTING_LIBRARIES may change bits.
+# Shown beside every result. Those in train.numerics.COMPUTING_LIBRARIES may change a training's
+# bits, those in search.resume.DECIDING_FACTS what is proposed.
 RECORDED_LIBRARIES = (
     "tune_cifar",
     "torch",
@@ -38,6 +39,7 @@ RECORDED_LIBRARIES = (
     "mlflow",
     "albumentations",
     "numpy",
+    "scipy",
 )
 
 

@@ -271,13 +271,15 @@ class SearchResumed(Frozen):
     Attributes:
         trials: number of trials that the search is to have in all.
         changes: changes of code or environment that the user accepted.
-        target, patience: those of the budget from here on.
+        target, patience, max_time_seconds: those of the budget from here on; old records have no
+            time limit here, and the header's counts.
     """
 
     time: Time
     trials: Annotated[int, Field(ge=1)]
     target: float | None = None
     patience: int | None = None
+    max_time_seconds: float | None = None
     changes: list[str]
     numerics: Numerics
     environment: dict[str, str]

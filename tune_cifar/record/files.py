@@ -72,6 +72,12 @@ def describe_lock_problem(exc: OSError) -> str:
     return f"the file system must have locks (flock), got {exc.strerror!r}"
 
 
+def look_at(path: Path) -> tuple[int, int]:
+    """Return a file's modification time and size, which tell whether it has changed."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tune_cifar.errors import ConfigError, RecordError, hide_credentials
-from tune_cifar.record.files import CHECKPOINTS, ERROR, WEIGHTS
+from tune_cifar.record.files import CHECKPOINTS, ERROR, WEIGHTS, look_at
 from tune_cifar.record.journal import RECORD_FILE, check_name
-from tune_cifar.record.store import search_folder
+from tune_cifar.record.store import repeat_storage, search_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +65,26 @@ class Mirror:
             self._problem = f"no end of the copy in {self.end_seconds:.0f} s"
         if self._problem is None:
             return None
-        name = self._folder.name
-        hint = f"Complete it: python -m tune_cifar searches mirror {name} {_hide(self._url)}"
-        return f"{_hide(self._url)}: the mirror is not complete: {self._problem}. {hint}"
+        url, storage = _hide(self._url), repeat_storage(self._folder.parents[1])
+        words = f"searches mirror {self._folder.name} {url}{storage}"
+        hint = f"Complete it: python -m tune_cifar {words}"
+        return f"{url}: the mirror is not complete: {self._problem}. {hint}"
 
     def _run(self) -> None:
         wait = EVERY_SECONDS
         while True:
             is_last = self._is_over.wait(wait)
             end = time.monotonic() + self.end_seconds
-            while not self._copy() and is_last and time.monotonic() + 5 < end:
+            while not self._copy_new() and is_last and time.monotonic() + 5 < end:
                 time.sleep(5)
             if is_last:
                 return
             wait = EVERY_SECONDS if self._problem is None else min(2 * wait, LONGEST_SECONDS)
 
-    def _copy(self) -> bool:
+    def _copy_new(self) -> bool:
         """Copy what is new; return whether everything is there."""
         try:
-            self._copied = copy_search(self._folder, self._url, self._copied)
+            self._copied = _copy(self._folder, self._url, self._copied)
             self._problem = None
         except Exception as exc:  # each kind of store raises its own
             self._problem = _shorten(exc)
@@ -91,8 +92,21 @@ class Mirror:
         return self._problem is None
 
 
-def copy_search(
-    folder: Path, url: str, copied: dict[str, tuple[int, int]] | None = None
+def copy_search(folder: Path, url: str) -> int:
+    """Copy a search's folder to URL/NAME, or complete it there; return the number of its files.
+
+    Raises:
+        RecordError: another search of this name is there, or it cannot be written.
+    """
+    try:
+        return len(_copy(folder, url, None))
+    except Exception as exc:  # each kind of store raises its own
+        problem = f"{folder.name} cannot be copied: {_shorten(exc).rstrip('.')}"
+        raise RecordError(f"{_hide(url)}: {problem}.") from exc
+
+
+def _copy(
+    folder: Path, url: str, copied: dict[str, tuple[int, int]] | None
 ) -> dict[str, tuple[int, int]]:
     """Copy what is new in a search's folder to URL/NAME; delete there what is gone here.
 
@@ -109,7 +123,7 @@ def copy_search(
     store, root = _open(url, folder.name)
     # Read before the trials' files are listed, and written after them. What is appended between the
     # look and the reading is copied again.
-    record_look = _look_at(folder / RECORD_FILE)
+    record_look = look_at(folder / RECORD_FILE)
     record = (folder / RECORD_FILE).read_bytes()
     if copied is None:
         before = _list_remote(store, root)
@@ -122,7 +136,7 @@ def copy_search(
     for path in paths:
         name = path.relative_to(folder).as_posix()
         with suppress(FileNotFoundError):  # an old checkpoint, deleted meanwhile
-            look = _look_at(path)
+            look = look_at(path)
             if copied is None or copied.get(name) != look:
                 _put(store, path.read_bytes(), f"{root}/{name}")
             looks[name] = look
@@ -145,11 +159,6 @@ def _list_files(folder: Path) -> list[Path]:
     """
     found = [sorted(folder.glob(pattern)) for pattern in reversed(COPIED)]
     return [path for paths in reversed(found) for path in paths]
-
-
-def _look_at(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
 
 
 def _check_is_same(there: bytes, here: bytes, name: str) -> None:
@@ -222,8 +231,11 @@ def restore_search(url: str, name: str, storage: Path) -> Path:
     return folder
 
 
-def check_is_free(url: str, name: str) -> None:
+def check_is_free(url: str, name: str, storage: Path) -> None:
     """Refuse the name of a search that a mirror has; if it does not answer, nothing is refused.
+
+    Args:
+        storage: the run store of the new search.
 
     Raises:
         ConfigError: with the command that brings that search back.
@@ -240,7 +252,8 @@ def check_is_free(url: str, name: str) -> None:
     thread.join(LOOK_SECONDS)
     if found == [True]:
         rule = "`mirror` must have no search of the new one's name"
-        hint = f"Bring it back: python -m tune_cifar searches restore {_hide(url)} {name}"
+        words = f"searches restore {_hide(url)} {name}{repeat_storage(storage)}"
+        hint = f"Bring it back: python -m tune_cifar {words}"
         raise ConfigError(f"{rule}, got {name}. {hint} (then --continue), or choose another name.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from tune_cifar.errors import ConfigError, RecordError, RenamedError, did_you_mean
+from tune_cifar.errors import RecordError, RenamedError, did_you_mean
 from tune_cifar.record.events import NAME
 from tune_cifar.record.files import number_names
 from tune_cifar.record.journal import (
@@ -28,7 +29,7 @@ from tune_cifar.schema import Status
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["running", "finished", "interrupted", "driver died", "renamed", "damaged"]
+SearchStatus = Literal["running", "finished", "interrupted", "driver died", "renamed", "damaged"]
 # A name has 64 characters at most; this leaves 20 for the time and a number.
 MAX_START = 44
 DATA_WORDS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "synthetic data"}
@@ -43,6 +44,14 @@ def find_storage(option: str | Path | None) -> Path:
     with suppress(RuntimeError):  # `~name` of an unknown user stays as it is
         path = path.expanduser()
     return path.resolve()
+
+
+def repeat_storage(storage: Path) -> str:
+    """Return the option that leads a command to a run store, after a space; nothing if it need not.
+
+    For the command line that a sentence tells to type.
+    """
+    return "" if storage == find_storage(None) else f" --storage {shlex.quote(str(storage))}"
 
 
 def searches_folder(storage: Path) -> Path:
@@ -142,7 +151,7 @@ class SearchRow:
     """
 
     name: str
-    stage: Stage
+    stage: SearchStatus
     size_bytes: int
     kind: str | None = None
     space: str | None = None
@@ -165,10 +174,10 @@ def _make_search_row(folder: Path) -> SearchRow:
     try:
         live = is_live(folder)  # first: a search that ends meanwhile must not look as if it died
         state = read_state(folder)
-    except (RecordError, ConfigError) as exc:
-        problem: Stage = "renamed" if isinstance(exc, RenamedError) else "damaged"
+    except RecordError as exc:
+        problem: SearchStatus = "renamed" if isinstance(exc, RenamedError) else "damaged"
         return SearchRow(folder.name, problem, measure_folder(folder), error=str(exc))
-    stage: Stage = "running" if live else "driver died"
+    stage: SearchStatus = "running" if live else "driver died"
     if state.finished is not None:
         stage = "finished" if state.is_finished else "interrupted"
     header, best = state.header, state.best

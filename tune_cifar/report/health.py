@@ -11,6 +11,7 @@ import pandas as pd
 from tune_cifar.errors import SpaceError
 from tune_cifar.record.state import SearchState
 from tune_cifar.report.tables import TOP_FRACTION
+from tune_cifar.schema import TrainConfig
 from tune_cifar.space.layout import Range
 from tune_cifar.space.reader import describe_edit, parse_recorded, set_range
 from tune_cifar.space.rules import find_value_problem
@@ -56,6 +57,7 @@ def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.Data
     ranked = trials.sort_values("rung_score", ascending=False, kind="stable")["trial"]
     best = scored[scored["trial"].isin(ranked.head(math.ceil(TOP_FRACTION * num_trials)))]
     file = parse_recorded(state.header.space_text, state.header.space)
+    baseline = TrainConfig(**file.baseline)
     idle = _find_idle(importances)
     sentences, text = [], file.text
     for name, rows in best.groupby("knob", sort=False):
@@ -76,7 +78,7 @@ def examine_space(state: SearchState, slices: pd.DataFrame, importances: pd.Data
             hint = "a pinned value would leave the trials to the other knobs"
             sentences.append(f"{knob}: no effect was seen; {hint}.")
             continue
-        given = [values[knob] for values in (file.baseline, *file.points) if knob in values]
+        given = [baseline.get(knob), *(point[knob] for point in file.points if knob in point)]
         fixed = [_place(float(value), searched) for value in given]
         narrowed = _narrow(searched, places, crowded, fixed)
         if narrowed is not None:

@@ -19,16 +19,14 @@ from tune_cifar.record.failures import group_failures
 from tune_cifar.record.state import SearchState
 from tune_cifar.record.test_log import TestEvaluation, find_test_evaluations
 from tune_cifar.report import tables
-from tune_cifar.report.format import format_percent
+from tune_cifar.report.format import format_percent, format_value
 from tune_cifar.report.health import examine_space
 from tune_cifar.report.plots import evaluation
 from tune_cifar.report.plots import search as figures
 from tune_cifar.report.plots.interactive import make_parallel_html
 from tune_cifar.report.plots.style import make_svg
 from tune_cifar.report.trials import describe_gain, find_accuracies, load_trials
-from tune_cifar.train.metrics import evaluate_logits
-from tune_cifar.train.numerics import restore_numerics
-from tune_cifar.train.recorded import find_recorded_data, load_recorded_data, load_trained
+from tune_cifar.train.recorded import evaluate_trained, find_recorded_data, load_recorded_data
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +75,8 @@ def write_report(state: SearchState, path: Path, data: str | None) -> str | None
         kind = KIND_WORDS[state.header.kind]
         raise ConfigError(f"{name}: only a search with ranges has a report, this is {kind}.")
     if not any(trial.scores for trial in state.trials.values()):
-        raise ConfigError(f"{name}: no trial has reached a rung yet. Wait, or give `resume=True`.")
+        way_out = f"Wait, or continue it: `search --name {name} --resume`."
+        raise ConfigError(f"{name}: no trial has reached a rung yet. {way_out}")
     missing, evaluated = None, []
     try:
         evaluated = list(_draw_best(state, data))
@@ -107,7 +106,7 @@ def make_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": format_percent, "number": _format_number}
+    environment.filters |= {"percent": format_percent, "number": format_value}
     slices, importances = tables.make_slices(state), tables.make_importances(state)
     numerics = state.header.numerics
     settings = numerics.model_dump(exclude={"versions", "settings"}) | (numerics.settings or {})
@@ -130,13 +129,6 @@ def make_report(
         nodes=_count_trials_of_nodes(state),
         environment=settings | numerics.versions | state.header.environment,
     )
-
-
-def _format_number(value: object) -> str:
-    """Return a knob's value; nothing where it is inactive."""
-    if value is None or value != value:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _find_test(state: SearchState) -> TestEvaluation | None:
@@ -236,12 +228,7 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
     if trial is None:
         raise ConfigError(f"{state.header.name}: no trial is complete.")
     loaded = load_recorded_data(state, trial, find_recorded_data(state, data))
-    val = loaded.val
-    assert val is not None, "a search has validation images"
-    numerics = restore_numerics(trial.numerics, None)
-    trainer = load_trained(state, trial, loaded, numerics, NO_WEIGHTS)
-    names = loaded.about.class_names
-    found = evaluate_logits(trainer.predict(val), val.labels_N, names, "validation")
+    found, val = evaluate_trained(state, trial, loaded, NO_WEIGHTS)
     title = _make_title(state, f"{trial.run_id}: {found.num_images:,} validation images")
     pictures = val.images_NCHW.permute(0, 2, 3, 1).numpy()
     for kind, figure in evaluation.draw_evaluation(found, pictures, title).items():
@@ -256,7 +243,7 @@ def _draw_best(state: SearchState, data: str | None) -> Iterator[Picture]:
 
 
 def _find_pair(slices: pd.DataFrame, importances: pd.DataFrame) -> tuple[str, str] | None:
-    """Return the two most important knobs that are numbers and active in the same trials."""
+    """Return the two most important knobs whose values are no text, active in the same trials."""
     is_text = slices["value"].map(lambda value: isinstance(value, str))
     choices = set(slices[is_text]["knob"])
     numeric = [str(knob) for knob in importances["knob"] if knob not in choices]

@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import create_trial
 
-from tune_cifar.record.state import SearchState, TrialState
+from tune_cifar.record.state import SearchState, TrialState, describe_counts
 from tune_cifar.report.trials import (
     best_so_far,
     load_curves,
@@ -53,7 +53,6 @@ def list_rungs(state: SearchState) -> tuple[int, ...]:
 def make_facts(state: SearchState) -> pd.DataFrame:
     """Return what was done and on what, one row per fact: `fact` and `value` in words."""
     header, budget, numerics = state.header, state.header.budget, state.header.numerics
-    counts = ", ".join(f"{count} {status}" for status, count in state.counts.items() if count)
     end, sampler = state.finished, budget.get("sampler") or {}
     launch = " of its last launch" if state.resumes else ""
     took = f"{end.reason}, after {end.wall_seconds / 60:.1f} minutes{launch}" if end else ""
@@ -68,7 +67,7 @@ def make_facts(state: SearchState) -> pd.DataFrame:
         "rungs": f"{rungs} epochs, fidelity {header.fidelity}",
         "early stopping": promoted,
         "sampler": f"{sampler.get('kind', 'none')}, seed {header.seed}",
-        "trials": f"{len(state.trials)}: {counts}",
+        "trials": f"{len(state.trials)}: {describe_counts(state.counts)}",
         "epochs trained": str(sum(trial.epochs_done for trial in state.trials.values())),
         "started": f"{header.created[:16].replace('T', ' ')} UTC",
         "ended": took or "not ended",
@@ -190,9 +189,9 @@ def _correlate_ranks(pairs: list[tuple[float, float | None]]) -> float:
 def make_slices(state: SearchState) -> pd.DataFrame:
     """Return one row per trial and searched knob.
 
-    Columns: `knob`, `value` (as text for a choice; None where the knob is inactive), `trial`,
-    `status`, `origin`, `rung_score` (at the first rung; chance for a diverged trial) and `score`
-    (NaN unless the trial is complete).
+    Columns: `knob`, `value` (None where the knob is inactive), `trial`, `status`, `origin`,
+    `rung_score` (at the first rung; chance for a diverged trial) and `score` (NaN unless the trial
+    is complete).
     """
     first = list_rungs(state)[0]
     rows = []

@@ -98,12 +98,6 @@ def load_trials(searches: Iterable[SearchState]) -> pd.DataFrame:
     return _make_frame(TRIAL_COLUMNS, rows)
 
 
-def make_uploaded_trials(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return load_trials' table from rows that MLflow holds; integers may be missing there, too."""
-    dtypes = {name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}
-    return _make_frame(dtypes, rows)
-
-
 def load_curves(searches: Iterable[SearchState]) -> pd.DataFrame:
     """Return one row per reported epoch: its trial, `stage` (length in epochs), its EpochResult."""
     rows = []
@@ -223,5 +217,7 @@ def load_uploaded_trials(tracking_uri: str, search: str) -> pd.DataFrame:
     path = find_sqlite_file(tracking_uri)
     if path is not None and not path.exists():
         raise TrackingError(f"{path}: there is no MLflow database. Check `tracking_uri`.")
+    # Integers may be missing there, too.
+    dtypes = {name: dtype.replace("int64", "Int64") for name, dtype in TRIAL_COLUMNS.items()}
     with translate_errors(f"{check_name(search)}: reading its trials from MLflow"):
-        return make_uploaded_trials(read_trials(tracking_uri, search))
+        return _make_frame(dtypes, read_trials(tracking_uri, search))

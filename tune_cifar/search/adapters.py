@@ -98,12 +98,6 @@ class WorkerCache(_ObjectCache):  # type: ignore[misc]
         return super().flush_cached_objects(force_all) if force_all else iter(())
 
 
-def keep_workers(controller: Any) -> None:
-    """Give Ray Tune's controller a WorkerCache, before it has a worker."""
-    if not isinstance(controller._actor_cache, WorkerCache):
-        controller._actor_cache = WorkerCache()
-
-
 class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
     """Passes every message of a worker on to the driver, before Tune uses it."""
 
@@ -115,7 +109,9 @@ class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """On a cluster keep free workers, and tell attempts apart that wait for one."""
         if self._remote is not None:
-            keep_workers(tune_controller._tune_controller)
+            controller = tune_controller._tune_controller  # which has no worker yet
+            if not isinstance(controller._actor_cache, WorkerCache):
+                controller._actor_cache = WorkerCache()
             self._remote.add(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -138,9 +134,11 @@ class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
             self._driver.retry(number, "out of memory", text)
         elif outcome == "disk full":
             raise DiskFullError(f"{text} Then give `resume=True`.")
-        elif outcome == "unlike" and self._remote is not None:
+        elif outcome in ("unlike", "no room") and self._remote is not None:
             self._remote.leave_out(message)
-        elif not self._retry_elsewhere(number, text):
+        elif outcome == "superseded":  # `take` has found that no newer attempt has begun
+            self._driver.retry(number, "worker died", f"the worker stopped: {text}")
+        elif self._remote is None or not self._remote.retry_elsewhere(number, text):
             self._driver.fail(number, text)
         return False
 
@@ -154,9 +152,6 @@ class TuneScheduler(FIFOScheduler):  # type: ignore[misc]
         if attempt == newest and number in self._driver.running:
             fault = classify_death(error)
             guard(self._driver, lambda: self._driver.retry(number, fault, text), None)
-
-    def _retry_elsewhere(self, number: int, text: str) -> bool:
-        return self._remote is not None and self._remote.retry_elsewhere(number, text)
 
 
 def _read_error(trial: Any) -> str:

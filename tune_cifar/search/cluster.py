@@ -26,6 +26,7 @@ import ray
 
 from tune_cifar.errors import ConfigError
 from tune_cifar.search.plan import Resources, SearchRequest, count_fitting
+from tune_cifar.search.trial_files import ACCESS_RULE
 
 # With these, those who start Ray jobs make Ray upload or fetch a working folder. Workers on this
 # machine need none.
@@ -68,27 +69,38 @@ def start_ray(resources: Resources) -> None:
     Raises:
         ConfigError: when another search runs in this process, or other code has started Ray.
     """
-    with use_ray(resources, None):
+    with use_ray(resources):
+        pass
+
+
+def join(address: str) -> None:
+    """Become a driver of the cluster at HOST:PORT, or of this machine's (auto).
+
+    Its workers get this very code, whatever is installed where they run.
+
+    Raises:
+        ConfigError: it cannot be reached, has another version of Ray or Python, another search
+            runs in this process, or it has Ray with a token of its own.
+    """
+    with use_ray(address):
         pass
 
 
 @contextmanager
-def use_ray(resources: Resources, address: str | None) -> Iterator[None]:
-    """Start Ray as `start_ray` does, or `join`; keep other searches of this process out."""
-    with _keep_others_out():
-        if address is not None:
-            _join(address)
-        else:
-            _start(resources.cpus_per_trial * resources.max_concurrent, resources.num_gpus)
-        yield
+def use_ray(place: Resources | str) -> Iterator[None]:
+    """Start Ray as `start_ray` does, or `join` an address; keep this process's other searches out.
 
-
-@contextmanager
-def _keep_others_out() -> Iterator[None]:
+    Raises:
+        ConfigError: as these do.
+    """
     if not _in_use.acquire(blocking=False):
         hint = "Wait for its end, or run this one in another process."
         raise ConfigError(f"ray: one search at a time runs in a process, got a second. {hint}")
     try:
+        if isinstance(place, str):
+            _join(place)
+        else:
+            _start(place.cpus_per_trial * place.max_concurrent, place.num_gpus)
         yield
     finally:
         _in_use.release()
@@ -135,19 +147,6 @@ def _hide_variables() -> Iterator[None]:
         yield
     finally:
         os.environ.update({name: value for name, value in hidden.items() if value is not None})
-
-
-def join(address: str) -> None:
-    """Become a driver of the cluster at HOST:PORT, or of this machine's (auto).
-
-    Its workers get this very code, whatever is installed where they run.
-
-    Raises:
-        ConfigError: it cannot be reached, has another version of Ray or Python, another search
-            runs in this process, or it has Ray with a token of its own.
-    """
-    with _keep_others_out():
-        _join(address)
 
 
 def _join(address: str) -> None:
@@ -212,8 +211,8 @@ def _describe_refusal(address: str, words: str) -> str:
     if "Could not find any running Ray instance" in words:
         return "`address`: no Ray runs on this machine. Give HOST:PORT, or `ray start` it here."
     if "Failed to connect to Ray cluster" in words:  # though something listens there
-        rule = "the cluster and this process must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
-        return f"`address`: {rule}, got none or another: {address} does not let this process in."
+        problem = f"got none or another: {address} does not let this process in"
+        return f"`address`: {ACCESS_RULE}, {problem}."
     reason = lines[0][:300].rstrip(".") if lines else "no reason given"
     hint = "A search joins from a machine on which `ray start --address` has been typed."
     return f"`address`: {address} cannot be joined ({reason}). {hint}"

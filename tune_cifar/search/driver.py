@@ -34,7 +34,7 @@ from tune_cifar.record.state import INTERRUPTED, TIME_LIMIT, SearchState, TrialS
 from tune_cifar.schema import EpochResult
 from tune_cifar.search.goals import find_reached_goal
 from tune_cifar.search.rungs import is_promoted, list_compared, list_stages
-from tune_cifar.search.sampler import Confirmer, Proposer, Sampler
+from tune_cifar.search.sampler import Confirmer, Sampler
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import CheckpointFolder
 from tune_cifar.train.recorded import Listener, relative, write_error
@@ -218,7 +218,7 @@ class SearchDriver:
         self._append(TrialPlaced(trial=number, node=node.node, attempt=self.attempts[number]))
 
     def requeue(self, number: int) -> None:
-        """Queue a trial again that has done nothing."""
+        """Queue a trial again whose attempt ended by no fault of its own, or never began."""
         self._running.discard(number)
         if number not in self._waiting:
             self._waiting.append(number)
@@ -259,7 +259,7 @@ class SearchDriver:
     def end(
         self, number: int, status: EndStatus, reason: str, error_file: Path | None = None
     ) -> None:
-        """Record a trial's end, report it to the sampler and delete the checkpoints."""
+        """Record a trial's end; delete its checkpoints and, unless it is complete, its weights."""
         trial = self.record.state.trials[number]
         folder = self.record.state.trial_folder(number)
         score = trial.find_score(status)
@@ -346,7 +346,7 @@ class SearchDriver:
         self._listener(self.record.state, event)
 
 
-def _make_proposer(space: SearchSpace, state: SearchState) -> Proposer:
+def _make_proposer(space: SearchSpace, state: SearchState) -> Sampler | Confirmer:
     """Return the proposer that the header asks for; a sampler learns from the recorded trials."""
     header = state.header
     if header.confirmation is not None:

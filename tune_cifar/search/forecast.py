@@ -93,12 +93,14 @@ class _Past:
             first rung.
         running: the unfinished trials.
         advantage: mean of the scored trials' advantage over random ones; their ranks hold it.
+        num_learned: trials of other searches that the sampler knew from the start.
     """
 
     num_started: int
     scores: tuple[tuple[float, ...], ...]
     running: tuple[_Waiting, ...]
     advantage: float
+    num_learned: int
 
 
 @dataclass
@@ -118,6 +120,7 @@ def forecast_search(
     state: SearchState | None = None,
     start_seconds: float = START_SECONDS,
     effort: int = 40_000,
+    num_learned: int = 0,
 ) -> Forecast:
     """Forecast a search from many simulated ones; equal arguments give equal forecasts.
 
@@ -128,8 +131,9 @@ def forecast_search(
         state: of a search to resume; by default nothing has happened.
         start_seconds: until the workers train.
         effort: trials to simulate in all, about; at most MAX_DRAWS searches are simulated.
+        num_learned: trials of other searches that the sampler knows; a `state` says its own.
     """
-    steps, past = list_steps(budget), _read_past(budget, state)
+    steps, past = list_steps(budget), _read_past(budget, state, num_learned)
     num_left = max(1, budget.trials - past.num_started + len(past.running))
     generator = random.Random(0)
     num_draws = min(MAX_DRAWS, max(1, effort // num_left))
@@ -171,7 +175,7 @@ def _simulate(
     def start(now: float, count: int = 1) -> None:
         for number, rung, num_epochs, quality in islice(waiting, count):
             course.num_started += 1
-            expected = _find_advantage(number, budget) - past.advantage
+            expected = _find_advantage(number, budget, past.num_learned) - past.advantage
             known = generator.gauss(expected, 1.0) if quality is None else quality
             push(now, number, rung, num_epochs, known)
 
@@ -199,11 +203,11 @@ def _simulate(
     return course
 
 
-def _find_advantage(number: int, budget: Budget) -> float:
-    """Return how much better than random the proposal of this trial is expected to be."""
+def _find_advantage(number: int, budget: Budget, num_learned: int) -> float:
+    """Return how much better than random this trial is expected to be; the baseline is not."""
     step, drift = LEARNING.get(budget.sampler.kind, (0.0, 0.0))
-    num_learnt = number - budget.sampler.startup
-    return step + drift * min(num_learnt, MAX_LEARNT) if num_learnt >= 0 else 0.0
+    num_learnt = number + num_learned - budget.sampler.startup
+    return step + drift * min(num_learnt, MAX_LEARNT) if number and num_learnt >= 0 else 0.0
 
 
 def _count_done(task: _Task, limit: float, epoch_seconds: float) -> int:
@@ -212,8 +216,10 @@ def _count_done(task: _Task, limit: float, epoch_seconds: float) -> int:
     return max(0, task.num_epochs - num_missing)
 
 
-def _read_past(budget: Budget, state: SearchState | None) -> _Past:
+def _read_past(budget: Budget, state: SearchState | None, num_learned: int) -> _Past:
     """Read the trials alone: another thread may add some meanwhile."""
+    if state is not None:
+        num_learned = len(state.header.learned)
     trials = list(state.trials.values()) if state else []
     ends = list(accumulate(list_steps(budget)))
     first_rung = budget.rungs[0]
@@ -235,8 +241,9 @@ def _read_past(budget: Budget, state: SearchState | None) -> _Past:
         tuple(qualities[number] for number in list(arrivals.get(rung, ())) if number in qualities)
         for rung in budget.rungs
     )
-    advantage = fmean(_find_advantage(n, budget) for n in qualities) if qualities else 0.0
-    return _Past(len(trials), scores, tuple(running), advantage)
+    advantages = [_find_advantage(number, budget, num_learned) for number in qualities]
+    advantage = fmean(advantages) if advantages else 0.0
+    return _Past(len(trials), scores, tuple(running), advantage, num_learned)
 
 
 def _find_spread(values: list[float]) -> Spread:

@@ -43,7 +43,7 @@ class SearchRequest:
 
     Attributes:
         warm_start: searches whose best `warm_trials` trials each are tried after the baseline.
-        learn: take over all their results instead, and train none of them again.
+        learn: take over all their results instead, and train none of them again but the baseline.
         address: HOST:PORT of a Ray cluster that is there, or auto; None starts Ray on this machine.
         allow_mixed: nodes of the cluster may differ in what changes a training's bits.
         mirror: URL to which the search is copied while it runs.
@@ -162,8 +162,13 @@ class SearchPlan:
     @cached_property
     def forecast(self) -> Forecast:
         """Epochs and time still to come, by simulation."""
-        budget, num_at_once = self.space.budget, self.resources.max_concurrent
-        return forecast_search(budget, num_at_once, self.cost.epoch_seconds, self.past)
+        return forecast_search(
+            self.space.budget,
+            self.resources.max_concurrent,
+            self.cost.epoch_seconds,
+            self.past,
+            num_learned=len(self.learned),
+        )
 
     @property
     def disk_needs(self) -> DiskNeeds:
@@ -240,7 +245,7 @@ def settle_search(
         name = make_name(request.storage, f"{space.name[:39]}-{space.tier}")
     check_is_new(search_folder(request.storage, name))
     if request.mirror is not None:
-        check_is_free(request.mirror, name)
+        check_is_free(request.mirror, name, request.storage)
     space = resolve_network(space, describe_data(request.source))
     execution = choose_execution(space.baseline, request.execution)
     if survey is not None:
@@ -269,7 +274,7 @@ def check_and_measure(
         ConfigError, DataError: when the request does not fit the machine or the data are missing.
     """
     resources = resolve_resources(request, numerics, count_gpus(request.device))
-    _check_place(space, request, resources)
+    _check_place(space, request, numerics, resources)
     config = space.baseline
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load_train_val, request.source, config.train_size, config.val_size)
@@ -299,7 +304,7 @@ def check_on_cluster(
     num_slots = sum(offer.slots for offer in offers)
     how_many = found.gpus_per_trial, min(num_slots, at_once or num_slots), 0
     resources = Resources(request.cpus_per_trial, *how_many)
-    _check_place(space, request, resources)
+    _check_place(space, request, numerics, resources)
     config = space.baseline
     data = load_train_val(request.source, config.train_size, config.val_size).info
     seconds = sum(offer.slots * offer.cost.epoch_seconds for offer in offers) / num_slots
@@ -310,9 +315,16 @@ def check_on_cluster(
     return SearchPlan(*what, notes=notes)
 
 
-def _check_place(space: SearchSpace, request: SearchRequest, resources: Resources) -> None:
-    """Check request, MLflow's address and the run store's disk."""
-    check_request(request)
+def _check_place(
+    space: SearchSpace, request: SearchRequest, numerics: Numerics, resources: Resources
+) -> None:
+    """Check a trial's GPUs, MLflow's address and the run store's disk."""
+    gpus, device = resources.gpus_per_trial, numerics.device
+    if gpus and device == "cpu":
+        raise ConfigError(f"`gpus_per_trial` must be 0 on a CPU, got {gpus:g}. Leave it out.")
+    if not gpus and device == "cuda":
+        hint = "Leave it out, or give `device='cpu'`."
+        raise ConfigError(f"`gpus_per_trial` must be {MIN_GPUS:g} to 1 on a GPU, got 0. {hint}")
     make_tracking_uri(request.storage, request.tracking_uri)  # refuses a bad one at once
     how_many = (resources.max_concurrent, request.keep_weights)
     needs = estimate_disk_needs(space, *how_many, describe_data(request.source))
@@ -326,7 +338,7 @@ def _check_tracking(request: SearchRequest) -> tuple[str, ...]:
 
 
 def check_request(request: SearchRequest) -> None:
-    """Refuse what does not depend on the machine: seed, number of weights, warm start.
+    """Refuse what does not depend on the machine: seed, number of weights, warm start, resources.
 
     Raises:
         ConfigError: with the rule.
@@ -340,6 +352,12 @@ def check_request(request: SearchRequest) -> None:
         raise ConfigError("`learn` needs the name of a search as `warm_start`, got none.")
     if request.max_concurrent is not None and request.max_concurrent < 1:
         raise ConfigError(f"`max_concurrent` >= 1 must hold, got {request.max_concurrent}.")
+    if request.cpus_per_trial < 1:
+        raise ConfigError(f"`cpus_per_trial` >= 1 must hold, got {request.cpus_per_trial}.")
+    gpus = request.gpus_per_trial
+    if gpus and not MIN_GPUS <= gpus <= 1:
+        rule = f"`gpus_per_trial` must be 0 or {MIN_GPUS:g} to 1, since a trial uses one GPU"
+        raise ConfigError(f"{rule}, got {gpus:g}.")
     if request.mirror is not None:
         check_mirror(request.mirror)
     if request.allow_mixed and request.address is None:
@@ -350,30 +368,17 @@ def resolve_resources(request: SearchRequest, numerics: Numerics, num_gpus: int)
     """Check the requested resources against the machine; by default as many trials run as fit.
 
     Raises:
-        ConfigError: when not even one trial fits.
+        ConfigError: when a trial has too many cores, or the search a GPU that may not be used.
     """
     cpus, at_once = request.cpus_per_trial, request.max_concurrent
     check_cpus(cpus)  # of a resumed search they come from the record
-    gpus = resolve_gpus(request, numerics)
-    num_fitting = count_fitting(count_cores(), num_gpus, cpus, gpus)
-    return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
-
-
-def resolve_gpus(request: SearchRequest, numerics: Numerics) -> float:
-    """Return the GPUs of a trial: by default one where trainings use CUDA.
-
-    Raises:
-        ConfigError: GPUs on a CPU, or more than one.
-    """
+    if numerics.device == "cuda" and not num_gpus:  # of a resumed search, likewise
+        raise ConfigError(f"`device` must be cuda, as the search's, got {request.device}.")
     gpus = request.gpus_per_trial
     if gpus is None:
         gpus = 1.0 if numerics.device == "cuda" else 0.0
-    if gpus and numerics.device == "cpu":
-        raise ConfigError(f"`gpus_per_trial` must be 0 on a CPU, got {gpus:g}. Leave it out.")
-    if gpus and not MIN_GPUS <= gpus <= 1:
-        rule = f"`gpus_per_trial` must be 0 or {MIN_GPUS:g} to 1, since a trial uses one GPU"
-        raise ConfigError(f"{rule}, got {gpus:g}.")
-    return gpus
+    num_fitting = count_fitting(count_cores(), num_gpus, cpus, gpus)
+    return Resources(cpus, gpus, min(num_fitting, at_once or num_fitting), num_gpus)
 
 
 def count_fitting(num_cpus: int, num_gpus: int, cpus: int, gpus: float) -> int:

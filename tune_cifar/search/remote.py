@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
+from tune_cifar.errors import DiskFullError
 from tune_cifar.record.events import Fault, NodeChanged, NodeStatus
 from tune_cifar.record.state import TrialState
 from tune_cifar.schema import Numerics
@@ -25,11 +27,24 @@ def classify_death(error: str) -> Fault:
     return "node lost" if any(words in error for words in NODE_LOST) else "worker died"
 
 
+@dataclass
+class _Attempt:
+    """The newest attempt of a trial."""
+
+    bound: str
+    """Ray's id of the node that it is meant for."""
+    tune_trial: Any = None
+    """Tune's object for it."""
+    place: str | None = None
+    """Ray's id of the node that it runs on, once it has reported."""
+    has_trained: bool = False
+
+
 class RemoteTrials:
     """Follows the attempts of the trials of one search on the nodes of a cluster.
 
     Args:
-        nonce: of the run store; see `start_run_store`.
+        nonce: see `serve_files`.
     """
 
     def __init__(self, driver: SearchDriver, plan: SearchPlan, nonce: str) -> None:
@@ -37,13 +52,10 @@ class RemoteTrials:
         self._plan = plan
         self._nonce = nonce
         self._live = LiveNodes()
-        self._bound: dict[int, str] = {}  # the node of each trial's newest attempt
-        self._tune_trials: dict[int, Any] = {}  # Tune's object for it
+        self._attempts: dict[int, _Attempt] = {}  # by trial
         self._known: dict[str, NodeChanged] = {}  # by Ray's id, also of lost ones
         self._newest: dict[str, str] = {}  # Ray's id of each name: a node may come back
-        self._places: dict[int, str] = {}  # of each trial's newest attempt, once it has reported
-        self._trained: set[int] = set()  # trials whose newest attempt has reported an epoch
-        self._failed_on: dict[int, str] = {}
+        self._failed_on: dict[int, str] = {}  # the node, by trial
         offers = {offer.node: offer for offer in plan.offers}
         for node_id, node in self._live.poll().items():
             if (offer := offers.get(node.name)) is not None:
@@ -63,8 +75,8 @@ class RemoteTrials:
     def _count_free(self, node: Node) -> int:
         """Return how many more trials fit on a node."""
         size = self._plan.resources.cpus_per_trial, self._plan.resources.gpus_per_trial
-        running = self._driver.running
-        return node.count_slots(*size) - sum(self._bound.get(n) == node.id for n in running)
+        attempts = (self._attempts.get(number) for number in self._driver.running)
+        return node.count_slots(*size) - sum(a is not None and a.bound == node.id for a in attempts)
 
     def _choose_node(self, number: int) -> str:
         """Return the id of the node with most room, not of that on which the trial failed.
@@ -79,37 +91,35 @@ class RemoteTrials:
 
     def add(self, tune_trial: Any) -> None:
         """Take Tune's object for an attempt."""
-        self._tune_trials[tune_trial.config["trial"]] = tune_trial
+        self._attempts[tune_trial.config["trial"]].tune_trial = tune_trial
 
     def make_config(self, trial: TrialState) -> dict[str, Any]:
         """Return what a worker must know beside the trial, for the attempt that begins."""
         number = trial.number
-        self._places.pop(number, None)
-        self._tune_trials.pop(number, None)
-        self._trained.discard(number)
-        self._bound.pop(number, None)
-        self._bound[number] = self._choose_node(number)
+        self._attempts.pop(number, None)  # the room of the one before is free
+        node_id = self._choose_node(number)
+        self._attempts[number] = _Attempt(node_id)
         cluster = {
             "attempt": self._driver.attempts[number],
             "nonce": self._nonce,
             "data": self._plan.data.model_dump(),
             "allow_mixed": self._plan.request.allow_mixed,
         }
-        return {"cluster": cluster, "node": self._bound[number]}
+        return {"cluster": cluster, "node": node_id}
 
     def take(self, message: dict[str, Any]) -> bool:
         """Note where a message comes from; return whether it is of the trial's newest attempt."""
         number, place = message["trial"], json.loads(message["place"])
         if message["attempt"] != self._driver.attempts[number]:
             return False
-        node_id, numerics = place["id"], place["numerics"]
-        if number not in self._places and message["outcome"] != "unlike":
-            self._places[number] = node_id
+        attempt, node_id, numerics = self._attempts[number], place["id"], place["numerics"]
+        if attempt.place is None and message["outcome"] != "unlike":
+            attempt.place = node_id
             node = self._live.poll().get(node_id)
             if numerics is not None and node is not None:
                 self._place(number, node, Numerics(**numerics))
         if message["outcome"] == "epochs":
-            self._trained.add(number)
+            attempt.has_trained = True
             self._live.note_success(node_id)
         return True
 
@@ -121,12 +131,19 @@ class RemoteTrials:
             self._driver.place(number, self._change(node.id, node, "joined", numerics))
 
     def leave_out(self, message: dict[str, Any]) -> None:
-        """Give a node no more trials, since its Numerics differ from the search's."""
-        place = json.loads(message["place"])
+        """Give a node no more trials: its Numerics differ from the search's, or its disk is full.
+
+        Raises:
+            DiskFullError: its disk is full, and no other node is left.
+        """
+        place, outcome, text = json.loads(message["place"]), message["outcome"], message["text"]
+        node = self._live.poll().get(place["id"])
+        if node is not None and outcome == "no room" and not self._live.has_another(node.id):
+            raise DiskFullError(f"node {node.name}: {text} Then give `resume=True`.")
         self._live.leave_out(place["id"])
-        if (node := self._live.poll().get(place["id"])) is not None:
+        if node is not None:
             numerics = Numerics(**place["numerics"])
-            self._change(node.id, node, "left out", numerics, f"unlike: {message['text']}")
+            self._change(node.id, node, "left out", numerics, f"{outcome}: {text}")
         self._driver.requeue(message["trial"])
 
     def retry_elsewhere(self, number: int, text: str) -> bool:
@@ -138,8 +155,9 @@ class RemoteTrials:
         Returns:
             whether it is tried again.
         """
-        node_id = self._places.get(number)
-        if node_id is None or number in self._trained or not self._live.has_another(node_id):
+        attempt = self._attempts[number]
+        node_id = attempt.place
+        if node_id is None or attempt.has_trained or not self._live.has_another(node_id):
             return False
         if number in self._failed_on:
             self._live.absolve(number)
@@ -159,9 +177,9 @@ class RemoteTrials:
         """
         live = self._live.poll()
         for number in self._driver.running:
-            tune_trial = self._tune_trials.get(number)
-            is_waiting = tune_trial is not None and tune_trial.status == "PENDING"
-            if is_waiting and self._bound[number] not in live:
+            attempt = self._attempts[number]
+            is_waiting = attempt.tune_trial is not None and attempt.tune_trial.status == "PENDING"
+            if is_waiting and attempt.bound not in live:
                 self._driver.requeue(number)
         for node_id, known in self._known.items():
             if node_id not in live and self._takes_part(node_id, known.node):

@@ -22,7 +22,7 @@ from tune_cifar.train.numerics import compare_numerics
 from tune_cifar.train.recorded import describe_images
 
 # Facts of the environment that change proposals or trainings. Numerics has the others.
-DECIDING_FACTS = ("code", "optuna")
+DECIDING_FACTS = ("code", "optuna", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ def restore_space(header: Header) -> SearchSpace:
     return replace(space, budget=budget, points=tuple(header.points), obstacle=None)
 
 
-def restore_goals(space: SearchSpace, state: SearchState) -> SearchSpace:
-    """Return the space with the goals of the last driver; without any if the search has ended."""
+def restore_limits(space: SearchSpace, state: SearchState) -> SearchSpace:
+    """Return the space with the last driver's time limit and goals; an ended search has no goal."""
     last = state.resumes[-1].model_dump() if state.resumes else state.header.budget
     kept = {} if state.is_finished else last
-    goals = {name: kept.get(name) for name in ("target", "patience")}
-    return replace(space, budget=space.budget.model_copy(update=goals))
+    limits = {name: kept.get(name) for name in ("target", "patience")}
+    if (seconds := last.get("max_time_seconds")) is not None:
+        limits["max_time_seconds"] = seconds
+    return replace(space, budget=space.budget.model_copy(update=limits))
 
 
 def check_resumable(header: Header, num_trials: int) -> None:
@@ -102,7 +104,9 @@ def find_changes(
         before, now = last.environment.get(name, "absent"), environment.get(name, "absent")
         is_listed = any(change.startswith(f"{name}: ") for change in deciding)
         if before != now and not is_listed:
-            changes = deciding if name in DECIDING_FACTS else harmless
+            # A record from before a fact was recorded does not say what it was.
+            is_deciding = name in DECIDING_FACTS and name in last.environment
+            changes = deciding if is_deciding else harmless
             changes.append(f"{name}: {before} -> {now}")
     if _has_changed(header):
         file = f"the file of {header.space}"
@@ -133,8 +137,8 @@ def check_accepted(changes: Changes, accept_changes: bool) -> None:
 def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
     """Return a sentence on what is restored of a search, and one more for everything damaged.
 
-    A running trial is resumed from its newest intact checkpoint, or restarted without one; none is
-    lost. One that had finished a stage starts the next.
+    A running trial is resumed from its newest intact checkpoint, or restarted without one. One that
+    had finished a stage starts the next.
     """
     num_scores = [len(state.arrivals.get(rung, {})) for rung in rungs]
     num_reached = sum(count > 0 for count in num_scores)
@@ -161,8 +165,7 @@ def describe_restored(state: SearchState, rungs: Collection[int]) -> list[str]:
         parts.append(f"{num_next} at the start of the next stage")
     if restarted := epochs.count(None):
         parts.append(f"{restarted} restarted without a checkpoint")
-    sentence = "; ".join([*parts, "0 lost"])
-    return [sentence, *([state.repaired] if state.repaired else []), *damaged]
+    return ["; ".join(parts), *([state.repaired] if state.repaired else []), *damaged]
 
 
 def _count(number: int, noun: str) -> str:

@@ -46,6 +46,7 @@ from tune_cifar.search.plan import (
     SearchRequest,
     check_and_measure,
     check_on_cluster,
+    check_request,
     count_trials,
     settle_search,
 )
@@ -55,14 +56,15 @@ from tune_cifar.search.resume import (
     check_resumable,
     describe_restored,
     find_changes,
-    restore_goals,
+    restore_limits,
     restore_space,
 )
-from tune_cifar.search.run_store import NONCE_FILE, start_run_store
 from tune_cifar.search.survey import THIS_MACHINE, make_survey
-from tune_cifar.search.warm_start import learn, try_best_first
+from tune_cifar.search.trial_files import serve_files
+from tune_cifar.search.warm_start import check_learner, drop_learned, learn, try_best_first
 from tune_cifar.space.select import SearchSpace
-from tune_cifar.tracking.upload import BackgroundUploader, make_tracking_uri
+from tune_cifar.tracking.address import make_tracking_uri
+from tune_cifar.tracking.upload import BackgroundUploader
 from tune_cifar.train.numerics import restore_numerics
 from tune_cifar.train.recorded import Listener, Shown, make_header
 
@@ -82,7 +84,9 @@ def prepare_search(
     """
     notes: list[str] = []
     states = [load_searches(request.storage, search=name)[0] for name in request.warm_start]
-    if not request.learn:
+    if request.learn:
+        check_learner(space)
+    else:
         space, notes = try_best_first(space, states, request.warm_trials)
     plan = settle_search(space, request, THIS_MACHINE, make_survey(request))
     learned: list[Learned] = []
@@ -90,8 +94,13 @@ def prepare_search(
         found, note = learn(plan.space, state, plan.data)
         learned += found
         notes.append(note)
-    notes = [*plan.notes, *notes]
-    return replace(plan, confirmation=confirmation, learned=tuple(learned), notes=tuple(notes))
+    return replace(
+        plan,
+        space=drop_learned(plan.space, learned),
+        confirmation=confirmation,
+        learned=tuple(learned),
+        notes=(*plan.notes, *notes),
+    )
 
 
 def prepare_resume(
@@ -106,7 +115,7 @@ def prepare_resume(
 
     Args:
         trials: see `count_trials`; None leaves the recorded number.
-        max_time_seconds: of this launch; None takes the recorded limit, counted from now.
+        max_time_seconds: of this launch; None takes the last launch's, counted from now.
         accept_changes: resume although code, data or numerics have changed.
         target, patience: None keeps those of a search that has not ended; one that has goes on
             without.
@@ -116,9 +125,10 @@ def prepare_resume(
         ConfigError: when changes are not accepted, or the request does not fit the machine.
     """
     assert request.name is not None
+    check_request(request)
     with Record.open(search_folder(request.storage, request.name)) as record:
         state = record.state
-    space = restore_goals(restore_space(state.header), state)
+    space = restore_limits(restore_space(state.header), state)
     num_trials = state.num_trials if trials is None else count_trials(trials, len(state.trials))
     space = space.limit(num_trials, max_time_seconds, target, patience)
     check_resumable(state.header, num_trials)
@@ -141,6 +151,7 @@ def prepare_resume(
         trials=num_trials,
         target=space.budget.target,
         patience=space.budget.patience,
+        max_time_seconds=space.budget.max_time_seconds,
         changes=list(changes.deciding),
         numerics=numerics,
         environment=environment,
@@ -177,7 +188,7 @@ def run_search(
         ConfigError: when another search runs in this process, or other code has started Ray.
     """
     request, at_once = plan.request, False
-    with use_ray(plan.resources, request.address), _open_record(plan) as record:
+    with use_ray(request.address or plan.resources), _open_record(plan) as record:
         uri = make_tracking_uri(request.storage, request.tracking_uri)
         mirror = Mirror(record.state.folder, request.mirror) if request.mirror else None
         uploader = BackgroundUploader(uri, request.storage, record.state)
@@ -273,19 +284,14 @@ def _run_tune(
 
 @contextmanager
 def _open_remote(driver: SearchDriver, plan: SearchPlan) -> Iterator[RemoteTrials | None]:
-    """Serve the run store to the workers of a cluster; None on this machine."""
+    """Serve the search's files to the workers of a cluster; None on this machine."""
     if plan.request.address is None:
         yield None
         return
-    folder = driver.record.state.folder
     packed = pack_data(plan.request.source)
-    actor, nonce = start_run_store(folder, None if packed is None else [ray.put(packed)])
-    try:
+    data = None if packed is None else [ray.put(packed)]
+    with serve_files(driver.record.state.folder, data) as nonce:
         yield RemoteTrials(driver, plan, nonce)
-    finally:
-        (folder / NONCE_FILE).unlink(missing_ok=True)
-        with suppress(Exception):  # the cluster may be gone
-            ray.kill(actor)
 
 
 @contextmanager

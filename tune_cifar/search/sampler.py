@@ -10,6 +10,9 @@ a search with early stopping, Optuna ranks complete trials before stopped ones a
 
 A knob that a trial's other values make inactive is not part of its proposal, and the sampler is
 told nothing of it.
+
+Trials of other searches that were learned are never drawn again at random, though these searches
+may have had the same seed.
 """
 
 from __future__ import annotations
@@ -30,12 +33,15 @@ from tune_cifar.dataset import CIFAR10
 from tune_cifar.record.events import Confirmation, Header, Origin
 from tune_cifar.schema import Status, TrainConfig
 from tune_cifar.search.gaussian_process import Seen, UnitCube, propose_by_gp
+from tune_cifar.space.layout import MAX_TRIALS
 from tune_cifar.space.select import SearchSpace
 
 LEAST_AT_RUNG = 10
 """Scores with which a rung is high enough for TPE to learn from it alone."""
 # The largest seed that Optuna's samplers take (numpy's). A trial's is (seed + number).
 MAX_SAMPLER_SEED = 2**32 - 1
+# Times that values are drawn at random until they are no learned trial's.
+MAX_DRAWS = 10
 
 
 class Proposal(NamedTuple):
@@ -57,13 +63,6 @@ class PastTrial(Protocol):
     def scores(self) -> dict[int, float]: ...
 
 
-class Proposer(Protocol):
-    """Proposes a search's trials."""
-
-    def propose(self, number: int, trials: Collection[PastTrial]) -> Proposal:
-        """Return the trial of this number, given those before it, in the order of their numbers."""
-
-
 class Confirmer:
     """Proposes a confirmation's trials, which its header lists."""
 
@@ -71,6 +70,7 @@ class Confirmer:
         self._confirmation = confirmation
 
     def propose(self, number: int, trials: Collection[PastTrial]) -> Proposal:
+        """Return the trial of this number; those before it do not count."""
         candidate, seed = self._confirmation.find(number)
         config = TrainConfig(**{**candidate.config, "seed": seed})
         return Proposal({"candidate": candidate.run_id, "seed": seed}, "confirm", config)
@@ -134,13 +134,23 @@ class Sampler:
             self._space.budget.sampler,
         )
         if found.kind == "random" or _count_ended(trials, rungs) < found.startup:
-            return make_study(RandomSampler(seed=seed)).ask(self._space.distributions).params
+            return self._draw_at_random(seed)
         if found.kind == "gp":
             seen = [_see(trial, rungs, self._chance) for trial in trials]
             return propose_by_gp(self._cube, seen, rungs, seed, self._select_active)
         study = make_study(self._make_tpe(seed))
         study.add_trials(self._freeze(trials, find_rung(trials, rungs)))
         return study.ask(self._space.distributions).params
+
+    def _draw_at_random(self, seed: int) -> dict[str, Any]:
+        """Return random values of all searched knobs; not those of a learned trial, if it can."""
+        known = [trial.params for trial in self._learned]
+        # No trial of this search has one of the further seeds.
+        for each in range(seed, seed + MAX_DRAWS * MAX_TRIALS, MAX_TRIALS):
+            params = make_study(RandomSampler(seed=each)).ask(self._space.distributions).params
+            if self._select_active(params) not in known:
+                break
+        return params
 
     def _freeze(self, trials: Iterable[PastTrial], rung: int) -> list[FrozenTrial]:
         """Return what TPE learns from: the trials that reached the rung, and the running ones.

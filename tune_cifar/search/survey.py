@@ -9,7 +9,7 @@ from tune_cifar.search.cluster import Node, join, list_nodes, start_ray  # befor
 # isort: split
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_cifar.data.files import DataSource
@@ -114,6 +114,8 @@ def _ask(
     unable = dict[str, str]()
     late = f"no answer in {ANSWER_SECONDS:.0f} s: others may use it"
     notes = [f"node {pending[reference].name}: {late}" for reference in silent]
+    for reference in silent:
+        ray.cancel(reference, force=True)  # else it would measure beside the trials
     for reference in ready:
         node = pending[reference]
         try:
@@ -122,7 +124,7 @@ def _ask(
             unable[node.name] = _shorten(exc)
             continue
         if "problem" in answer:
-            unable[node.name] = answer["problem"]
+            unable[node.name] = str(answer["problem"])
         elif answer["code"] != digest_code():
             unable[node.name] = f"the code must be the driver's, got {answer['code']}"
         else:
@@ -146,7 +148,7 @@ def measure_in_worker(
     """Measure the baseline in a worker of this machine's Ray, as a trial is trained.
 
     Raises:
-        ConfigError, DataError: what the training meets.
+        ConfigError, DataError: what the training meets, or what ended the worker.
     """
     how = {
         "config": space.baseline.model_dump(mode="json"),
@@ -155,9 +157,15 @@ def measure_in_worker(
         "source": source,
     }
     task = _make_task(resources.cpus_per_trial, resources.gpus_per_trial)
-    answer = ray.get(task.remote(how, None))
+    try:
+        answer = ray.get(task.remote(how, None))
+    except RayTaskError:  # a bug keeps its traceback
+        raise
+    except RayError as exc:
+        rule = "a worker must measure the baseline before a search"
+        raise ConfigError(f"ray: {rule}, got {_shorten(exc).rstrip('.')}.") from exc
     if "problem" in answer:
-        raise ConfigError(answer["problem"])
+        raise answer["problem"]
     return Cost(*answer["cost"])
 
 
@@ -171,7 +179,10 @@ def _shorten(exc: Exception) -> str:
 
 
 def measure_node(how: dict[str, Any], data: list[Any] | None) -> dict[str, Any]:
-    """Return this node's Numerics, the digest of its code, and the cost of the baseline here."""
+    """Return this node's Numerics, the digest of its code, and the cost of the baseline here.
+
+    Or, as `problem`, the exception that keeps it from training.
+    """
     if how["model_source"]:
         add_source(how["model_source"])
     try:
@@ -189,12 +200,13 @@ def measure_node(how: dict[str, Any], data: list[Any] | None) -> dict[str, Any]:
             images = ray.get(data[0]).select(*sizes)
         cost = measure_cost(config, images, numerics)
     except TuneCifarError as exc:
-        return {"problem": str(exc)}
+        return {"problem": exc}
     except Exception as exc:
         if not is_out_of_memory(exc):
             raise
         reason = str(exc).splitlines()[0]
-        return {"problem": f"memory: the baseline must fit, got {reason} Lower batch_size."}
+        problem = f"memory: the baseline must fit, got {reason} Lower batch_size."
+        return {"problem": ConfigError(problem)}
     return {"numerics": numerics.model_dump(), "code": digest_code(), "cost": tuple(cost)}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 
 from tune_cifar.errors import ConfigError
-from tune_cifar.record.environment import describe_environment
+from tune_cifar.record.environment import digest_code
 from tune_cifar.record.events import KIND_WORDS, Learned
 from tune_cifar.record.state import SearchState
 from tune_cifar.schema import DataInfo
@@ -48,6 +48,25 @@ def try_best_first(
     return replace(space, points=(*points, *rest)), notes
 
 
+def check_learner(space: SearchSpace) -> None:
+    """Refuse to tell trials to a sampler that does not learn.
+
+    Raises:
+        ConfigError: the space's does not.
+    """
+    kind = space.budget.sampler.kind
+    if kind not in ("tpe", "gp"):
+        hint = "Leave `learn` out: `warm_start` alone trains the best trials again."
+        raise ConfigError(f"`learn`: the space's sampler must be tpe or gp, got {kind}. {hint}")
+
+
+def drop_learned(space: SearchSpace, learned: Sequence[Learned]) -> SearchSpace:
+    """Return the space without the points whose results are known."""
+    known = [trial.params for trial in learned]
+    points = [point for point in space.points if space.select_active(point) not in known]
+    return replace(space, points=tuple(points))
+
+
 def learn(space: SearchSpace, state: SearchState, data: DataInfo) -> tuple[list[Learned], str]:
     """Return another search's ended trials, to tell the sampler before the first one.
 
@@ -73,7 +92,7 @@ def learn(space: SearchSpace, state: SearchState, data: DataInfo) -> tuple[list[
         "fidelity": (header.fidelity, ours["fidelity"]),
         "rungs": (list(header.budget.get("rungs", ())), ours["rungs"]),
         "replicates": (header.budget.get("replicates", 1), ours["replicates"]),
-        "code": (last.environment.get("code"), describe_environment().get("code")),
+        "code": (last.environment.get("code"), digest_code()),
     }
     changed = [f"{name}: {a} -> {b}" for name, (a, b) in compared.items() if a != b]
     if changed:

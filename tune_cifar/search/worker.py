@@ -65,7 +65,13 @@ from tune_cifar.record.events import Stage
 from tune_cifar.record.files import stop_file
 from tune_cifar.record.priority import make_session_nice
 from tune_cifar.schema import DataInfo, EpochResult, Numerics, TrainConfig
-from tune_cifar.search.run_store import ACTOR, SupersededError, TrialFiles, open_trial_files
+from tune_cifar.search.trial_files import (
+    ACTOR,
+    CopiedFiles,
+    SharedFiles,
+    SupersededError,
+    open_trial_files,
+)
 from tune_cifar.train.numerics import compare_numerics, restore_numerics
 from tune_cifar.train.step import delete_idle_steps
 from tune_cifar.train.trial import train_trial
@@ -81,7 +87,7 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         """Take the first trial; Ray calls this when the worker starts."""
         make_session_nice()
         self._results: Iterator[tuple[Stage, EpochResult]] | None = None
-        self._files: TrialFiles | None = None
+        self._files: SharedFiles | CopiedFiles | None = None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -103,8 +109,8 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
 
         Returns:
             a message: trial, outcome (epochs, paused, diverged, failed, out of memory, disk full,
-            unlike, superseded) and text, which is a description or, of epochs, what `pack_epochs`
-            returns. On a cluster also attempt, and place: what `describe_place` returns.
+            no room, unlike, superseded) and text, which is a description or, of epochs, what
+            `pack_epochs` returns. On a cluster also attempt, and place: see `describe_place`.
         """
         epochs: list[tuple[Stage, EpochResult]] = []
         deadline = time.monotonic() + REPORT_SECONDS
@@ -153,7 +159,9 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         else:
             recorded, numerics = numerics, restore_numerics(numerics)
             self._here = numerics
-            check_likeness(recorded, numerics, cluster["allow_mixed"])
+            changes = compare_numerics(recorded, numerics)
+            if changes and not cluster["allow_mixed"]:
+                raise UnlikeError("; ".join(changes))
             data = self._load_data(config)
             ids = (trial["trial"], cluster["attempt"], cluster["nonce"])
             self._files = open_trial_files(folder.parents[1], *ids)
@@ -167,16 +175,30 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             results = train_trial(
                 short, data, numerics, folder, is_final=is_final, replicate=stage.replicate
             )
-            for result in results:
-                self._bring()
+            for result in self._tell_whose_disk(results):
+                self._upload()
                 yield stage, result
-            self._bring()
+            self._upload()
             if stop_file(folder.parents[1]).exists():
                 return
 
-    def _bring(self) -> None:
+    def _tell_whose_disk(self, results: Iterator[EpochResult]) -> Iterator[EpochResult]:
+        """Yield the results of a training.
+
+        Raises:
+            NoRoomError: this node's own disk is full.
+            DiskFullError: the run store's is.
+        """
+        try:
+            yield from results
+        except DiskFullError as exc:
+            if isinstance(self._files, CopiedFiles):
+                raise NoRoomError(str(exc)) from exc
+            raise
+
+    def _upload(self) -> None:
         if self._files is not None:
-            self._files.bring()
+            self._files.upload()
 
     def _load_data(self, config: TrainConfig) -> TrainVal:
         """Load this node's own copy of the images if it is the driver's data, else the driver's."""
@@ -186,16 +208,16 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
             with suppress(DataError):
                 if (data := load_train_val(source, *sizes)).info == wanted:
                     return data
-        if self._brought is None:
+        if self._drivers_data is None:
             reference = ray.get(ray.get_actor(ACTOR).get_data.remote())
             if reference is None:
                 digest = f"digest {wanted.digest}"
                 raise DataError(f"data: the driver must have {wanted.name} with {digest}.")
-            (self._brought,) = ray.get(reference)
-        return self._brought.select(*sizes)
+            (self._drivers_data,) = ray.get(reference)
+        return self._drivers_data.select(*sizes)
 
-    _brought: PackedData | None = None
-    """The driver's images; they stay for all trials of this worker."""
+    _drivers_data: PackedData | None = None
+    """They stay for all trials of this worker."""
 
 
 def request_resources(cpus: int, gpus: float, config: dict[str, Any]) -> Any:
@@ -225,19 +247,12 @@ def list_own_data(source: DataSource) -> Iterator[DataSource]:
                 yield found
 
 
-def check_likeness(recorded: Numerics, here: Numerics, allow_mixed: bool) -> None:
-    """Refuse to train where bits would differ.
-
-    Raises:
-        UnlikeError: with what differs.
-    """
-    changes = compare_numerics(recorded, here)
-    if changes and not allow_mixed:
-        raise UnlikeError("; ".join(changes))
-
-
 class UnlikeError(Exception):
     """This node differs from the search's in what changes a training's bits."""
+
+
+class NoRoomError(Exception):
+    """The disk on which this node keeps the files of trials is full."""
 
 
 def describe_place(numerics: Numerics | None) -> str:
@@ -270,9 +285,11 @@ def explain_end(exc: Exception) -> tuple[str, str]:
         return "superseded", str(exc)
     if isinstance(exc, UnlikeError):
         return "unlike", str(exc)
+    if isinstance(exc, NoRoomError):
+        return "no room", str(exc)
     if isinstance(exc, Diverged):
         return "diverged", str(exc)
-    if isinstance(exc, DiskFullError):  # when its weights were written
+    if isinstance(exc, DiskFullError):  # the run store's, when the weights were written
         return "disk full", str(exc)
     text = "".join(traceback.format_exception(exc))
     return "out of memory" if is_out_of_memory(exc) else "failed", text

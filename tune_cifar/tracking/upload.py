@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,21 +22,12 @@ from filelock import FileLock, Timeout
 
 from tune_cifar.errors import TrackingError, hide_credentials
 from tune_cifar.record.events import EpochReported, Event, SearchEnded, TrialEnded
+from tune_cifar.record.journal import is_live, read_state
 from tune_cifar.record.state import SearchState, TrialState
-from tune_cifar.record.store import find_storage
-from tune_cifar.tracking.address import find_sqlite_file
-from tune_cifar.tracking.address import make_tracking_uri as make_tracking_uri
-from tune_cifar.tracking.runs import METRICS_PER_BATCH, SearchRuns, to_ms
-from tune_cifar.tracking.store import (
-    check_locks,
-    create_experiment,
-    describe_error,
-    find_experiment,
-    make_client,
-    place_experiment,
-    translate_errors,
-)
-from tune_cifar.tracking.views import MAX_TAG_CHARACTERS
+from tune_cifar.record.store import repeat_storage
+from tune_cifar.tracking.address import find_sqlite_file, make_tracking_uri
+from tune_cifar.tracking.runs import SearchRuns
+from tune_cifar.tracking.store import check_locks, describe_error, translate_errors
 
 # An upload waits this long for what follows at once, such as the end of a trial at its rung.
 SETTLE_SECONDS = 0.25
@@ -59,12 +50,14 @@ class SyncReport:
         uploaded: number of trials uploaded now.
         already: number of trials that were complete in MLflow already.
         closed: number of runs that MLflow showed as RUNNING and are closed now.
+        live: a driver holds the search: the rest is left to it.
     """
 
     search: str
     uploaded: int
     already: int
     closed: int
+    live: bool = False
 
 
 class BackgroundUploader:
@@ -174,36 +167,56 @@ class BackgroundUploader:
 def sync_search(
     tracking_uri: str,
     storage: Path,
-    state: SearchState,
-    is_live: bool = False,
-    on_upload: Callable[[], None] = lambda: None,
+    folder: Path,
+    on_upload: Callable[[int], None] = lambda num_trials: None,
 ) -> SyncReport:
     """Complete MLflow from a record. A second call changes nothing more.
 
+    While a driver holds the search no run is closed; and nothing is uploaded when the driver
+    uploads to this very address itself.
+
     Args:
-        is_live: a driver holds the search. Then no run is closed; and nothing is uploaded when
-            the driver uploads to this very address itself.
-        on_upload: called after each trial that is complete in MLflow now.
+        folder: of the search. Its record is read once its runs are locked: what another process
+            uploads until then is not replaced by what was known before.
+        on_upload: called after each trial that is complete in MLflow now, with the number of all.
 
     Raises:
+        RecordError: when the record cannot be read.
         TrackingError: when something could not be uploaded, or another process uploads the
             search.
     """
-    name, end = state.header.name, None if is_live else state
+    lock, live = _make_lock(tracking_uri, folder), is_live(folder)
+    try:
+        # A driver that uploads to this address keeps its search's runs locked until its end.
+        is_locked = _try_lock(lock, 0.0 if live else LOCK_SECONDS)
+        if not is_locked and not live:
+            raise TrackingError(f"{folder.name}: another process uploads this search. Try again.")
+        live = is_live(folder) if is_locked else live
+        state = read_state(folder)
+        if is_locked:
+            on_trial = partial(on_upload, len(state.trials))
+            return _complete(_Uploader(tracking_uri, storage, state, live, on_trial, lock), state)
+        with translate_errors(f"{folder.name}: reading its runs from MLflow"):
+            runs = SearchRuns(tracking_uri, storage, state, is_running=True)
+            num_complete = sum(map(runs.is_complete, state.trials.values()))
+            return SyncReport(folder.name, 0, num_complete, 0, live)
+    finally:
+        lock.release()
+
+
+def _complete(uploader: _Uploader, state: SearchState) -> SyncReport:
+    """Upload what MLflow lacks, unless a driver goes on with it its end, too."""
+    name, live = state.header.name, uploader.is_running
     left, is_end_left = _copy_trials(state.trials.values()), False
-    with _Uploader(tracking_uri, storage, state, is_live, on_upload) as uploader:
-        if is_live and not uploader.try_lock(0.0):
-            with translate_errors(f"{name}: reading its runs from MLflow"):
-                runs = SearchRuns(tracking_uri, storage, state, is_running=True)
-                return SyncReport(name, 0, sum(map(runs.is_complete, state.trials.values())), 0)
-        for _ in range(LAST_ROUNDS):
-            left, is_end_left = uploader.upload(left, end)
-            if not left and not is_end_left:
-                break
+    for _ in range(LAST_ROUNDS):
+        left, is_end_left = uploader.upload(left, None if live else state)
+        if not left and not is_end_left:
+            break
     if left or is_end_left:
         problem = _describe_left(len(left) + is_end_left, uploader.fault)
         raise TrackingError(f"{name}: {problem} Later: {uploader.sync_command}")
-    return SyncReport(name, uploader.num_uploaded, uploader.num_already, uploader.num_closed)
+    done = uploader.num_uploaded, uploader.num_already, uploader.num_closed
+    return SyncReport(name, *done, live)
 
 
 def delete_runs(tracking_uri: str, storage: Path, state: SearchState) -> int:
@@ -249,63 +262,6 @@ def upload_evaluation(
     return f"{problem}. The files are kept. Complete MLflow: {command}"
 
 
-def upload_lr_range(
-    tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path
-) -> None:
-    """Log an LR range test as a run of its own, with its folder as artifacts.
-
-    The run has no record: when a call fails, it is closed as FAILED.
-
-    Args:
-        report: what its sweeps.json holds.
-
-    Raises:
-        TrackingError: when MLflow cannot be reached or refuses.
-    """
-    with translate_errors(f"{report['name']}: uploading the run to MLflow"):
-        storage.mkdir(parents=True, exist_ok=True)
-        _log_lr_range(tracking_uri, storage, report, folder)
-
-
-def _log_lr_range(
-    tracking_uri: str, storage: Path, report: Mapping[str, Any], folder: Path
-) -> None:
-    from mlflow.entities import Metric, Param
-
-    client, now = make_client(tracking_uri), to_ms(report["created"])
-    data_name = report["data"]["name"]
-    name, artifacts = place_experiment(tracking_uri, storage, report["space"], data_name)
-    found = find_experiment(client, name)
-    experiment_id = found[0] if found else create_experiment(client, name, artifacts, {})
-    metrics = []
-    for key, estimate in report["estimators"].items():
-        if estimate["lr"] is not None:
-            metrics.append(Metric(f"lr_{key.replace('/', '_over_')}", estimate["lr"], now, 0))
-    for sweep in report["sweeps"]:
-        for step, loss in enumerate(sweep["losses"], start=1):
-            if loss is not None:
-                metrics.append(Metric(f"loss_seed_{sweep['seed']}", loss, now, step))
-    params = [Param(knob, str(report["config"][knob])) for knob in report["living_knobs"]]
-    tags = {
-        "kind": "lr_range",
-        "tier": report["tier"],
-        "data": data_name,
-        "verdict": report["verdict"],
-        "mlflow.note.content": f"`{report['command']}`"[:MAX_TAG_CHARACTERS],
-    }
-    run_id = client.create_run(experiment_id, now, tags, report["name"]).info.run_id
-    try:
-        client.log_batch(run_id, params=params)
-        for start in range(0, len(metrics), METRICS_PER_BATCH):
-            client.log_batch(run_id, metrics[start : start + METRICS_PER_BATCH])
-        client.log_artifacts(run_id, str(folder))
-    except BaseException:
-        with suppress(Exception):  # the first fault is raised
-            client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
-
-
 class _Uploader(AbstractContextManager["_Uploader"]):
     """Uploads trials and the end of one search; leaving its context releases the search's lock.
 
@@ -313,6 +269,7 @@ class _Uploader(AbstractContextManager["_Uploader"]):
 
     Attributes:
         fault: the last fault without credentials; empty before the first.
+        is_running: a driver holds the search.
         num_uploaded, num_already: trials that were uploaded, and that were complete already.
         num_closed: runs that MLflow showed as RUNNING and were closed.
         sync_command: the command that completes MLflow later.
@@ -325,30 +282,20 @@ class _Uploader(AbstractContextManager["_Uploader"]):
         state: SearchState,
         is_running: bool,
         on_upload: Callable[[], None] = lambda: None,
+        lock: FileLock | None = None,
     ) -> None:
         self.fault = ""
+        self.is_running = is_running
         self.num_uploaded = self.num_already = self.num_closed = 0
         self.sync_command = _make_sync_command(tracking_uri, storage, state)
         self._on_upload = on_upload
         self._make_runs = partial(SearchRuns, tracking_uri, storage, state, is_running)
         self._resumes = list(state.resumes)
         self._runs: SearchRuns | None = None
-        # One lock per address: a live search may be uploaded to another one.
-        address = f"{zlib.crc32(tracking_uri.encode()):08x}"
-        self._lock = FileLock(state.folder / f"mlflow-{address}.lock")
+        self._lock = lock or _make_lock(tracking_uri, state.folder)
 
     def __exit__(self, *exc_info: object) -> None:
         self._lock.release()
-
-    def try_lock(self, timeout_seconds: float) -> bool:
-        """Lock the search's runs for this process; return False when another has locked them."""
-        if not self._lock.is_locked:
-            check_locks(Path(self._lock.lock_file).parent)
-            try:
-                self._lock.acquire(timeout=timeout_seconds)
-            except Timeout:
-                return False
-        return True
 
     def upload(
         self, trials: Mapping[int, TrialState], end: SearchState | None
@@ -399,7 +346,7 @@ class _Uploader(AbstractContextManager["_Uploader"]):
         """Return the search's runs, opened; None when that fails."""
         if self._runs is None:
             try:
-                if not self.try_lock(LOCK_SECONDS):
+                if not _try_lock(self._lock, LOCK_SECONDS):
                     raise TrackingError("another process uploads this search")
                 runs = self._make_runs()
                 runs.open(self._resumes)
@@ -413,10 +360,25 @@ class _Uploader(AbstractContextManager["_Uploader"]):
         self.fault, self._runs = describe_error(fault), None
 
 
+def _make_lock(tracking_uri: str, folder: Path) -> FileLock:
+    """Return the lock of a search's runs, one for each address: a live one may have several."""
+    address = f"{zlib.crc32(tracking_uri.encode()):08x}"
+    return FileLock(folder / f"mlflow-{address}.lock")
+
+
+def _try_lock(lock: FileLock, timeout_seconds: float) -> bool:
+    """Lock a search's runs for this process; return False when another has locked them."""
+    if not lock.is_locked:
+        check_locks(Path(lock.lock_file).parent)
+        try:
+            lock.acquire(timeout=timeout_seconds)
+        except Timeout:
+            return False
+    return True
+
+
 def _make_sync_command(tracking_uri: str, storage: Path, state: SearchState) -> str:
-    command = f"python -m tune_cifar sync --search {state.header.name}"
-    if storage != find_storage(None):
-        command += f" --storage {shlex.quote(str(storage))}"
+    command = f"python -m tune_cifar sync --search {state.header.name}{repeat_storage(storage)}"
     if tracking_uri != make_tracking_uri(storage, None):
         command += f" --tracking-uri {shlex.quote(hide_credentials(tracking_uri))}"
     return command

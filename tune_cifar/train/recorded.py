@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_cifar.data.files import DataSource, find_data
-from tune_cifar.data.load import TrainVal, load_train_val
+from tune_cifar.data.load import Split, TrainVal, load_train_val
 from tune_cifar.errors import ConfigError, DataError, DiskFullError, Diverged, RecordError
 from tune_cifar.models.custom import add_source
 from tune_cifar.record.environment import describe_environment
@@ -34,7 +34,8 @@ from tune_cifar.record.store import make_name, search_folder
 from tune_cifar.schema import DataInfo, Numerics, TrainConfig
 from tune_cifar.space.select import SearchSpace
 from tune_cifar.train.checkpoint import load_weights
-from tune_cifar.train.numerics import compare_numerics
+from tune_cifar.train.metrics import Evaluation, evaluate_logits
+from tune_cifar.train.numerics import compare_numerics, restore_numerics
 from tune_cifar.train.trainer import Trainer
 from tune_cifar.train.trial import train_trial
 
@@ -317,3 +318,27 @@ def load_trained(
     trainer = Trainer(trial.config, data, numerics.model_copy(update={"execution": "eager"}))
     trainer.model.load_state_dict(load_weights(path))
     return trainer
+
+
+def evaluate_trained(
+    state: SearchState,
+    trial: TrialState,
+    data: TrainVal,
+    hint: str,
+    device: str | None = None,
+) -> tuple[Evaluation, Split]:
+    """Evaluate the weights that the run left on its validation images; return these, too.
+
+    Args:
+        hint: see `load_trained`.
+        device: instead of the recorded one.
+
+    Raises:
+        RecordError: the run has no validation images, or its weights were not kept.
+    """
+    if data.val is None:
+        raise RecordError(f"{trial.run_id} was trained without validation images.")
+    numerics = restore_numerics(trial.numerics, device)
+    logits_NK = load_trained(state, trial, data, numerics, hint).predict(data.val)
+    names = data.about.class_names
+    return evaluate_logits(logits_NK, data.val.labels_N, names, "validation"), data.val

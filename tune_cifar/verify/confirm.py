@@ -21,6 +21,7 @@ from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.errors import ConfigError, RecordError
 from tune_cifar.record.events import KIND_WORDS, Candidate, Confirmation
 from tune_cifar.record.state import SearchState
+from tune_cifar.record.store import load_searches
 from tune_cifar.record.test_log import TestEvaluation
 from tune_cifar.schema import MAX_SEED, TrainConfig
 from tune_cifar.space.layout import MAX_TRIALS, Budget, SamplerBudget
@@ -128,12 +129,25 @@ def make_confirmation(
     )
     candidates = [baseline]
     for trial in state.ranked:
-        config = _change(trial.config.model_dump(mode="json"), changes)
+        config = _change(trial.full_config.model_dump(mode="json"), changes)
         is_new = config not in [candidate.config for candidate in candidates]
         if is_new and len(candidates) <= num_top:
             candidates.append(Candidate(run_id=trial.run_id, score=trial.score, config=config))
     space, made = _make_space(state, candidates, num_seeds, changes, is_final=False)
     return space, made.model_copy(update={"top": num_top, "epochs": epochs})
+
+
+def settle_final(
+    state: SearchState, num_seeds: int, data: DataDescription
+) -> tuple[SearchSpace, Confirmation]:
+    """Return what the search's newest confirmation lets train for the test set: see `make_final`.
+
+    Raises:
+        RecordError: as `check_confirmed`.
+    """
+    name = state.header.name
+    found = find_confirmation(load_searches(state.storage), name, is_final=False)
+    return make_final(state, check_confirmed(found, name), num_seeds, data)
 
 
 def make_final(
@@ -231,16 +245,15 @@ def check_confirmed(state: SearchState | None, search: str) -> SearchState:
     Raises:
         RecordError: when there is none, it is not finished, or none of its trainings has a score.
     """
-    command = "python -m tune_cifar"
     if state is None:
-        hint = f"Run first: {command} confirm --search {search}"
+        hint = "Confirm it first, without `final`."
         raise RecordError(f"`final`: search {search} is not confirmed. {hint}")
     name = state.header.name
     if not state.is_finished:
-        hint = f"Run first: {command} search --name {name} --resume"
+        hint = "Continue it first: `resume=True`, without `final`."
         raise RecordError(f"`final`: confirmation {name} is not finished. {hint}")
     if all(found.mean is None for found in summarise(state)):
-        hint = f"See: {command} failures --search {name}"
+        hint = f"`failures --search {name}` says why."
         raise RecordError(f"`final`: no training of confirmation {name} has a score. {hint}")
     return state
 

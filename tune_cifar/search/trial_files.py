@@ -1,7 +1,7 @@
-"""A search's files on a cluster: written by an actor on the driver's node, or by the workers.
+"""The files of trials on a cluster: written by an actor on the driver's node, or by the workers.
 
 A worker that sees the run store writes into it, as on one machine. Any other keeps its trial's
-folder on a disk of its own; before it reports an epoch, it brings what is new to the actor. There
+folder on a disk of its own; before it reports an epoch, it uploads what is new to the actor. There
 an attempt that has been superseded by a newer one can change nothing; in the run store itself it
 ends after its epoch.
 
@@ -17,14 +17,16 @@ import secrets
 import shutil
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from tune_cifar.errors import ConfigError, DiskFullError
 from tune_cifar.record.files import (
     CHECKPOINTS,
     WEIGHTS,
+    look_at,
     stop_file,
     trial_folder,
     write_atomically,
@@ -36,18 +38,19 @@ NONCE_FILE = ".seen"
 REFUSED_FILE = "refused.txt"
 # In a trial's folder: the nonce of the launch, and the number of its newest attempt that sees it.
 ATTEMPT_FILE = "attempt"
-ACTOR = "run store"
+ACTOR = "file server"
 # A checkpoint's name in a trial's folder.
 CHECKPOINT = re.compile(rf"{CHECKPOINTS}/checkpoint-\d{{4}}\.pt")
 SCRATCH_PREFIX, LOCK_FILE = "tune_cifar-trial-", ".lock"
+ACCESS_RULE = "the cluster and this process must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
 
 
 class SupersededError(Exception):
-    """A newer attempt of the trial has begun."""
+    """A newer attempt of the trial has begun, or nobody can tell."""
 
 
-class RunStore:
-    """Writes the files of one search for workers that do not see its folder. A Ray actor.
+class FileServer:
+    """Reads and writes the files of one search for workers that do not see them. A Ray actor.
 
     Args:
         folder: the search's.
@@ -120,20 +123,28 @@ class RunStore:
 
 
 def _read_attempt(folder: Path, nonce: str) -> int | None:
-    """Return the newest attempt of this launch that trains in the run store; None without one."""
+    """Return the newest attempt of this launch that trains in the run store; None without one.
+
+    Raises:
+        SupersededError: the file cannot be read, as when a network file system fails.
+    """
+    path = folder / ATTEMPT_FILE
     try:
-        found, number = (folder / ATTEMPT_FILE).read_text().split()
-    except (OSError, ValueError):
+        found, number = path.read_text().split()
+        return int(number) if found == nonce else None
+    except FileNotFoundError:
         return None
-    return int(number) if found == nonce else None
+    except (OSError, ValueError) as exc:
+        raise SupersededError(f"{path}: cannot read the newest attempt: {exc}") from exc
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{CHECKPOINTS}/checkpoint-*.pt"))
 
 
-def start_run_store(folder: Path, data: list[Any] | None) -> tuple[Any, str]:
-    """Start the actor on this node; return it and the nonce in the search's folder.
+@contextmanager
+def serve_files(folder: Path, data: list[Any] | None) -> Iterator[str]:
+    """Run the actor on this node; yield the nonce that stands in the search's folder meanwhile.
 
     Raises:
         ConfigError: the cluster cannot answer this process, and ends whatever it starts.
@@ -141,41 +152,27 @@ def start_run_store(folder: Path, data: list[Any] | None) -> tuple[Any, str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nonce = secrets.token_hex(16)
-    write_atomically(folder / NONCE_FILE, nonce.encode())
+    nonce, actor = secrets.token_hex(16), None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": ACTOR, "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 4}
-    actor = ray.remote(RunStore).options(**options).remote(str(folder), data, nonce)
+    write_atomically(folder / NONCE_FILE, nonce.encode())
     try:
-        ray.get(actor.__ray_ready__.remote())
-    except ray.exceptions.ActorDiedError as exc:
-        (folder / NONCE_FILE).unlink()
-        rule = "the cluster and this process must have the same RAY_AUTH_MODE and RAY_AUTH_TOKEN"
-        problem = "what this process starts there ends at once"
-        raise ConfigError(f"`address`: {rule}, got a cluster where {problem}.") from exc
-    return actor, nonce
+        actor = ray.remote(FileServer).options(**options).remote(str(folder), data, nonce)
+        try:
+            ray.get(actor.__ray_ready__.remote())
+        except ray.exceptions.ActorDiedError as exc:
+            problem = "what this process starts there ends at once"
+            raise ConfigError(f"`address`: {ACCESS_RULE}, got a cluster where {problem}.") from exc
+        yield nonce
+    finally:
+        (folder / NONCE_FILE).unlink(missing_ok=True)
+        with suppress(Exception):  # the cluster may be gone
+            ray.kill(actor)
 
 
-class TrialFiles(Protocol):
-    """The folder of a trial's attempt, as its worker has it."""
-
-    @property
-    def folder(self) -> Path:
-        """Where `train_trial` trains."""
-
-    def bring(self) -> None:
-        """Bring what is new to the run store.
-
-        Raises:
-            SupersededError: a newer attempt of the trial has begun.
-            DiskFullError: the weights cannot be written.
-        """
-
-    def close(self) -> None:
-        """Delete what is on this machine alone."""
-
-
-def open_trial_files(search_folder: Path, trial: int, attempt: int, nonce: str) -> TrialFiles:
+def open_trial_files(
+    search_folder: Path, trial: int, attempt: int, nonce: str
+) -> SharedFiles | CopiedFiles:
     """Begin an attempt in the run store itself if it is seen from here, else in a copy.
 
     Raises:
@@ -204,8 +201,12 @@ class SharedFiles:
             raise SupersededError("a newer attempt has begun")
         write_atomically(folder / ATTEMPT_FILE, f"{nonce} {attempt}".encode())
 
-    def bring(self) -> None:
-        """Check that no newer attempt, of this launch or of a later one, has begun."""
+    def upload(self) -> None:
+        """Check that no newer attempt, of this launch or of a later one, has begun.
+
+        Raises:
+            SupersededError: one has.
+        """
         attempt, nonce = self._ids
         if _read_attempt(self.folder, nonce) != attempt:
             raise SupersededError("a newer attempt has begun")
@@ -215,44 +216,49 @@ class SharedFiles:
 
 
 class CopiedFiles:
-    """A trial's folder on a disk of this machine, with the way of its files to the run store."""
+    """A trial's folder on a disk of this machine, uploaded to the run store."""
 
     def __init__(self, trial: int, attempt: int) -> None:
         import ray
 
         self._ray: Any = ray
-        self._store = ray.get_actor(ACTOR)
+        self._server = ray.get_actor(ACTOR)
         self._ids = (trial, attempt)
         _remove_leftovers()
         self._search, self._lock = _make_scratch_folder()
         self.folder = trial_folder(self._search, trial)
         self.folder.mkdir(parents=True)
-        self._brought: dict[str, tuple[int, int]] = {}
+        self._uploaded: dict[str, tuple[int, int]] = {}
         # The checkpoint that came last: it stays if the next ones do not come.
         self._newest: list[str] = []
-        found = ray.get(self._store.fetch.remote(*self._ids))
+        found = ray.get(self._server.fetch.remote(*self._ids))
         if found is None:
             raise SupersededError("a newer attempt has begun")
         for name, content in found.items():
             path = self.folder / name
             write_atomically(path, content)
-            self._brought[name], self._newest = _look_at(path), [name]
+            self._uploaded[name], self._newest = look_at(path), [name]
 
-    def bring(self) -> None:
-        """Send new files; delete what is no longer here; take over the sign to stop."""
+    def upload(self) -> None:
+        """Send new files; delete what is no longer here; take over the sign to stop.
+
+        Raises:
+            SupersededError: a newer attempt of the trial has begun.
+            DiskFullError: the run store cannot take the weights.
+        """
         # Weights first: the last checkpoint says that they are there.
         weights = self.folder / WEIGHTS
         paths = [weights] if weights.exists() else []
         paths += _list_checkpoints(self.folder)
         names = [path.relative_to(self.folder).as_posix() for path in paths]
         for name, path in zip(names, paths, strict=True):
-            look = _look_at(path)
-            if self._brought.get(name) != look:
-                put = self._store.put.remote(*self._ids, name, path.read_bytes())
+            look = look_at(path)
+            if self._uploaded.get(name) != look:
+                put = self._server.put.remote(*self._ids, name, path.read_bytes())
                 if self._check(self._ray.get(put), name):
-                    self._brought[name] = look
+                    self._uploaded[name] = look
                     self._newest = self._newest if name == WEIGHTS else [name]
-        is_stopping = self._ray.get(self._store.keep.remote(*self._ids, names + self._newest))
+        is_stopping = self._ray.get(self._server.keep.remote(*self._ids, names + self._newest))
         self._check("superseded" if is_stopping is None else "", "")
         if is_stopping:
             stop_file(self._search).touch()
@@ -269,11 +275,6 @@ class CopiedFiles:
         """Delete the folder on this machine."""
         shutil.rmtree(self._search, ignore_errors=True)
         self._lock.close()
-
-
-def _look_at(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
 
 
 def _make_scratch_folder() -> tuple[Path, IO[str]]:
