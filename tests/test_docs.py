@@ -443,7 +443,7 @@ def make_small_for_own_network(words: Words) -> Words:
         small += ["--tier=cpu", "--set=model_args.width=16", "--max-concurrent=1"]
     if name == "confirm":
         small += ["--top=1", "--seeds=1", "--max-concurrent=1"]
-    if "--data" in list_options(name):
+    if "--data" in list_options(name) and name != "spaces new":  # which measures nothing here
         small += ["--data", "shapes"]
     if "--best" in small and "--space" in small:
         small[small.index("--space") : small.index("--space") + 2] = ["--search", NAME]
