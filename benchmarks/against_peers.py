@@ -240,6 +240,9 @@ class Results(NamedTuple):
 
 def collect(rows: Sequence[dict[str, Any]]) -> Results:
     """Return the results on the data sets and seeds that all methods have."""
+    kinds = sorted({(row["noise"], row["num_trainings"]) for row in rows})
+    if len(kinds) > 1:
+        raise SystemExit(f"rows must have one noise and one number of trainings, got {kinds}.")
     by_method: dict[str, dict[tuple[str, int], list[float]]] = {}
     for row in rows:
         by_method.setdefault(row["method"], {})[row["data_set"], row["seed"]] = row["regrets"]

@@ -2,7 +2,7 @@
 
     python benchmarks/augment.py [--rounds 3] [--seconds 2] [--json FILE]
 
-One thread. A row per operation and per policy of the five systems, Normalize included in each.
+One thread. A row per operation and per policy of the five systems, normalization included in each.
 batched: draws and images of a batch of 128 on the device, channels_last. albumentations: image by
 image, as a Dataset does it, without collation.
 """
@@ -66,8 +66,9 @@ def run_batched(seconds: float) -> Figures:
     """Measure every row in batches, on the device that the numerics choose."""
     import torch
 
-    from tune_cifar.augment.batched import apply_policy, draw_policy
+    from tune_cifar.augment.batched import apply_normalize, apply_pixel_ops, draw_policy
     from tune_cifar.augment.policies import make_policy
+    from tune_cifar.dataset import CIFAR10
     from tune_cifar.train.numerics import memory_format, resolve_numerics
 
     numerics = resolve_numerics()
@@ -81,7 +82,7 @@ def run_batched(seconds: float) -> Figures:
 
         def make(policy: Any = policy) -> None:
             draws = draw_policy(policy, len(images), generator)
-            apply_policy(policy, images, draws, layout)
+            apply_normalize(apply_pixel_ops(policy, images, draws), CIFAR10, layout)
             if numerics.device == "cuda":
                 torch.cuda.synchronize()
 

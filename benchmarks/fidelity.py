@@ -344,9 +344,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rungs", type=read_rungs, default=(1, 3, 8))
     parser.add_argument("--train-size", type=int, default=6000)
     parser.add_argument("--val-size", type=int, default=2000)
-    parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
+    parser.add_argument("--table", type=Path, help="default: results/fidelity-SPACE.jsonl")
     parser.add_argument("--figure", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.table = arguments.table or HERE / "results" / f"fidelity-{arguments.space}.jsonl"
+    return arguments
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/levers.py train --out FILE --space s8 [--set NAME=VALUE ...] [--seeds 5]
                                       --try NAME=VALUE [--try NAME=VALUE ...]
-    python benchmarks/levers.py show --out FILE
+    python benchmarks/levers.py show --out FILE --space s8 [--set NAME=VALUE ...]
 
 Every `--try` changes the recipe of the space's tier full, with what `--set` fixes for all. `train`
 takes hours and can be resumed; the variants of a seed follow one another. `show` prints the mean
@@ -33,15 +33,18 @@ def train(arguments: argparse.Namespace) -> None:
             changes = {} if variant == USUAL else dict([parse_setting(variant)])
             settings = {**fixed, **changes, "seed": seed}
             config = load_space(arguments.space, "full", settings).baseline
-            jobs.append(Job({"space": arguments.space, "variant": variant, "seed": seed}, config))
+            key = {"space": arguments.space, "set": fixed, "variant": variant, "seed": seed}
+            jobs.append(Job(key, config))
     run_jobs(jobs, arguments.out)
 
 
 def show(arguments: argparse.Namespace) -> None:
     """Print a row for each variant."""
     scores: dict[str, dict[int, float]] = {}
+    fixed = dict(parse_setting(setting) for setting in arguments.set)
     for row in read_rows(arguments.out):
-        scores.setdefault(row["variant"], {})[row["seed"]] = row["val_acc"]
+        if (row["space"], row["set"]) == (arguments.space, fixed):
+            scores.setdefault(row["variant"], {})[row["seed"]] = row["val_acc"]
     usual = scores[USUAL]
     print("| variant | val_acc | minus unchanged |\n|---|---|---|")
     for variant, found in scores.items():

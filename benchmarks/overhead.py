@@ -6,8 +6,8 @@
 One trial at a time, each with 24 epochs; seconds per trial from the first trial's start to the end
 of the run.
 
-- ours: `run_search` with a worker that invents its epochs: TPE, a synced record, uploads to MLflow
-  (SQLite)
+- ours: `run_search` with a worker that invents its epochs: the sampler of s7's tier cpu, a synced
+  record, uploads to MLflow (SQLite)
 - ours, rungs: the same with one epoch, as if only rungs were reported
 - stock: a function trainable, a new process per trial, Ray's MLflow callback, random points;
   smallest number only
@@ -106,6 +106,7 @@ def run_ours(num_trials: int, epochs: int) -> Figures:
 
 def run_stock(num_trials: int) -> Figures:
     """Run Ray Tune as in its tutorial, with nothing to train."""
+    import ray
     from ray import tune
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
@@ -116,6 +117,7 @@ def run_stock(num_trials: int) -> Figures:
 
     with tempfile.TemporaryDirectory() as folder:
         callback = MLflowLoggerCallback(f"sqlite:///{folder}/mlflow.db", experiment_name="stock")
+        ray.init()  # ours has started it when its first trial starts
         begin = since_start()
         results = tune.Tuner(
             tune.with_resources(train_nothing, {"cpu": 1}),

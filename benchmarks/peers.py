@@ -124,7 +124,10 @@ class Optuna:
     def __init__(self, lcbench: Lcbench, seed: int, pruner: BasePruner) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed)
-        self._study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+        # Hyperband draws a trial's bracket by the name.
+        self._study = optuna.create_study(
+            study_name=str(seed), direction="maximize", sampler=sampler, pruner=pruner
+        )
         self._distributions = lcbench.distributions
         self._trials: list[optuna.Trial] = []
 

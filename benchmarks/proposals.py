@@ -23,7 +23,7 @@ Two intervals, both 95 %:
   to random search, where they are up to twice as wide as needed.
 
 The end of a search is optimistic for all samplers: as the table runs out, a bad ask too gets what
-    is left.
+is left.
 """
 
 from __future__ import annotations
@@ -174,13 +174,16 @@ def read_table(space: SearchSpace, path: Path) -> Table:
 def choose_sampler(space: SearchSpace, name: str) -> SearchSpace:
     """Return the space, without its points, for `random`, `qmc`, `tpe` or `tpe/<startup>`; or gp.
 
+    Answers have a score after the last rung alone, so there is no other.
+
     What stands after a `+` is not the space's, see Simulator.
     """
     kind, _, written = name.partition("+")[0].partition("/")
     startup = int(written) if written else space.budget.sampler.startup
     startup = startup if kind in ("tpe", "gp") else 0
     sampler = SamplerBudget.model_validate({"kind": kind, "startup": startup})
-    return replace(space, budget=space.budget.model_copy(update={"sampler": sampler}), points=())
+    update = {"sampler": sampler, "rungs": space.budget.rungs[-1:]}
+    return replace(space, budget=space.budget.model_copy(update=update), points=())
 
 
 class Simulator:
@@ -456,7 +459,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--space", default="s8")
-    parser.add_argument("--table", type=Path, default=HERE / "results" / "fidelity-s8.jsonl")
+    parser.add_argument("--table", type=Path, help="default: results/fidelity-SPACE.jsonl")
     parser.add_argument("--samplers", default="tpe,tpe/6,random,qmc")
     parser.add_argument(
         "--against", default="random", help="the sampler that others are compared with"
@@ -464,7 +467,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--asks", type=int, default=40)
     parser.add_argument("--figure", type=Path)
-    show(parser.parse_args())
+    arguments = parser.parse_args()
+    arguments.table = arguments.table or HERE / "results" / f"fidelity-{arguments.space}.jsonl"
+    show(arguments)
 
 
 if __name__ == "__main__":

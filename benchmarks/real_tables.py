@@ -39,8 +39,8 @@ RUNGS, SEEDS = (1, 3, 8), (0, 1)
 SIZES = {"epochs": RUNGS[-1], "train_size": 6000, "val_size": 2000}
 CONFIG_SEED, SEARCH_STEP = 11, 1000
 NUM_RESAMPLES = 2000
-SHOWN = (120, 240, 360, 480)
-"""Trial-epochs after which searches are compared."""
+SHOWN = (60, 120, 180, 240)
+"""Trial-epochs after which searches are compared: 80 configurations at random pay about 260."""
 Array = NDArray[np.float64]
 
 
@@ -133,10 +133,10 @@ def simulate(space: SearchSpace, table: Table, seed: int) -> Array:
         index = 0
         if number:
             params, _ = sampler.ask(number, trials)
+            asked = np.array([name in params for name in space.distributions])
+            # A knob that is active in one of the two alone is as far off as it can be.
             differences = np.where(
-                table.active & np.array([name in params for name in space.distributions]),
-                table.places - cube.locate([params]),
-                0.0,
+                table.active & asked, table.places - cube.locate([params]), table.active ^ asked
             )
             distances = (differences**2).sum(axis=1)
             distances[[trial.index for trial in trials]] = np.inf

@@ -12,8 +12,12 @@ and longest training of the space's tier cpu; all else is each side's own defaul
 - stock: a function trainable with a DataLoader, ASHA with its defaults, OptunaSearch, Ray's MLflow
   callback and a time budget; its best is `get_best_result`. One core a trial, as ours.
 
+Ours so begins with the baseline and the points of the space file, which were written by hand: this
+compares what users get, not samplers.
+
 Then both bests and the baseline are trained again by one and the same loop, ours, under new seeds,
-evaluated on all validation images: as long as in the search, and over 10 epochs of 15,000 images.
+evaluated on all validation images, which contain those that chose, for both sides alike: as long as
+in the search, and over 10 epochs of 15,000 images.
 
 `show` prints the mean of each side, and ours minus stock with 95 % t intervals: of a round over
 its seeds, of all over the means of the rounds.

@@ -73,7 +73,7 @@ def run_ours(space: str, seconds: float) -> Figures:
     images_per_second = config.batch_size / trainer.measure_step_seconds(num_steps)
 
     batch = data.train.images_NCHW[: config.batch_size]
-    images = apply_normalize(batch, memory_format=memory_format(trainer.numerics))
+    images = apply_normalize(batch, data.about, memory_format(trainer.numerics))
 
     def forward() -> None:
         with autocast(trainer.numerics):

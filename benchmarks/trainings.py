@@ -76,7 +76,8 @@ def run_jobs(jobs: Sequence[Job], path: Path) -> None:
     total, done = sum(job.config.epochs for job in jobs), 0
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(NUM_WORKERS, context) as pool:
+    pool = ProcessPoolExecutor(NUM_WORKERS, context)
+    try:
         futures = {pool.submit(train_once, job.config): job for job in jobs}
         for future in as_completed(futures):
             job, found = futures[future], future.result()
@@ -89,3 +90,5 @@ def run_jobs(jobs: Sequence[Job], path: Path) -> None:
             name = " ".join(f"{key} {value}" for key, value in job.key.items())
             cost = f"{found['seconds']} s; {done}/{total} epochs, {left:.0f} min left"
             print(f"{name}: {100 * score:.2f} %, {cost}", flush=True)
+    finally:  # after a fault nothing more is trained
+        pool.shutdown(cancel_futures=True)

@@ -175,7 +175,7 @@ def test_last_smaller_batch_counts_as_a_step() -> None:
         ({"nesterov": 1}, "nesterov: input should be a valid boolean, got 1."),
         (
             {"milestone_fractions": 0.5},
-            "milestone_fractions: input should be a valid tuple, got 0.5.",
+            "milestone_fractions must be a list, got 0.5.",
         ),
         (
             {"milestone_fractions": ["a"]},
@@ -320,6 +320,21 @@ def test_literal_below_the_top_level_is_described_without_a_hint() -> None:
         Outer.model_validate({"inner": {"kind": "x"}})
     sentence = describe_validation_error(caught.value, Outer)
     assert sentence == "inner.kind must be 'a' or 'b', got 'x'."
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"inner": {"kind": "a"', "the file must be JSON, got: EOF while parsing"),
+        ('["a"]', "the file must be names with values, got ['a']."),
+        ('{"inner": 3}', "inner must be names with values, got 3."),
+    ],
+)
+def test_a_file_that_is_no_json_or_no_record_is_described(content: str, sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate_json(content)
+    found = describe_validation_error(caught.value, Outer)
+    assert found.startswith(sentence) and content not in found
 
 
 def test_epoch_result_refuses_what_json_cannot_hold() -> None:

@@ -32,6 +32,12 @@ _BOUNDS = {
     "less_than": ("lt", "<"),
     "less_than_equal": ("le", "<="),
 }
+# Pydantic's types of values that are no collection, and what they must be.
+_COLLECTIONS = {
+    "tuple_type": "a list",
+    "dict_type": "names with values",
+    "model_type": "names with values",
+}
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -62,13 +68,19 @@ def first_problem(error: ValidationError) -> ErrorDetails:
 
 def describe_problem(problem: ErrorDetails, model: type[BaseModel]) -> str:
     """Return one pydantic problem as a sentence: `max_lr > 0 must hold, got -1.`"""
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"]) or "the file"
     context, got = problem.get("ctx", {}), problem["input"]
     kind = problem["type"]
     if kind == "extra_forbidden":
         return f"{where} is not a known name.{did_you_mean(where, model.model_fields)}"
     if kind == "missing":
         return f"{where} must be given."
+    if kind == "json_invalid":
+        return f"{where} must be JSON, got: {context['error']}."
+    if kind == "too_short":
+        return f"{where} must not be empty."
+    if kind in _COLLECTIONS:
+        return f"{where} must be {_COLLECTIONS[kind]}, got {got!r}."
     if kind == "value_error":
         sentence = str(context["error"])
         return sentence if sentence.endswith((".", "?")) else f"{sentence}."

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import pickle
+import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -330,11 +334,86 @@ def test_arrays_that_break_a_rule_are_refused(
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, images=np.array([{"a": 1}], dtype=object), labels=np.array([0]))
-    with pytest.raises(DataError, match=r"must be an .npz of plain arrays"):
+    with pytest.raises(DataError, match=r"cannot be read: Object arrays cannot be loaded"):
         import_data(path, "pets")
     path.write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(DataError, match=r"must be an .npz of plain arrays"):
+    with pytest.raises(DataError, match=r"cannot be read: File is not a zip file"):
         import_data(path, "pets")
+
+
+def damage_npz(path: Path) -> Path:
+    """An .npz with compressed images, which unpack to nothing."""
+    np.savez_compressed(path, images=np.zeros((36, 12, 12, 3), np.uint8), labels=np.zeros(36, int))
+    content = bytearray(path.read_bytes())
+    content[60:120] = b"\xff" * 60
+    path.write_bytes(content)
+    return path
+
+
+def encrypt_npz(path: Path) -> Path:
+    """An .npz whose every member says that it is encrypted."""
+    content = bytearray(write_npz(path).read_bytes())
+    for header, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for found in re.finditer(header, content):
+            content[found.start() + offset] |= 1
+    path.write_bytes(content)
+    return path
+
+
+def name_by_no_list(path: Path) -> Path:
+    return write_npz(path, class_names=np.array("cat"))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (damage_npz, "x.npz", "Error -3 while decompressing data"),
+        (encrypt_npz, "x.npz", "is encrypted, password required"),
+        (name_by_no_list, "x.npz", "iteration over a 0-d array"),
+    ],
+)
+def test_a_source_that_is_damaged_is_refused_in_a_sentence(
+    make: Callable[[Path], Path], name: str, reason: str, tmp_path: Path
+) -> None:
+    source = make(tmp_path / name)
+    with pytest.raises(DataError) as caught:
+        import_data(source, "pets")
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{source}: the source is damaged, or cannot be read: ")
+    assert reason in sentence and "\n" not in sentence
+
+
+def test_a_link_to_itself_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    link = write_folder(tmp_path / "photos", 3) / "cat" / "a.png"
+    link.symlink_to(link.name)
+    # Python 3.13 finds it where the image is read.
+    with pytest.raises(DataError, match=r"cannot be read: (Symlink loop|Too many levels)"):
+        import_data(tmp_path / "photos", "pets")
+
+
+def test_a_class_folder_without_permission_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system is made to refuse: root may read every folder."""
+    folder, list_folder = write_folder(tmp_path / "photos", 3), Path.iterdir
+
+    def refuse_owls(path: Path) -> Iterator[Path]:
+        if path.name == "owl":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse_owls)
+    with pytest.raises(DataError, match=r"photos: the source .* Permission denied: '.*owl'\.$"):
+        import_data(folder, "pets")
+
+
+def test_a_source_may_have_a_name_that_is_not_utf_8_and_a_class_may_not(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / os.fsdecode(b"caf\xe9"), 3)
+    assert import_data(folder, "pets").data.imported_from == "folder caf?"
+    (folder / "cat").rename(folder / os.fsdecode(b"caf\xe9"))
+    rule = r"class names must be UTF-8, got 'caf\udce9'. Rename it."
+    with pytest.raises(DataError, match=re.escape(f"{folder}: {rule}")):
+        import_data(folder, "more")
 
 
 @pytest.mark.parametrize("shape", ["N C H W", "N H W", "N H W 1"])
@@ -424,6 +503,33 @@ def test_a_damaged_description_is_named(tmp_path: Path) -> None:
         read_imported(folder)
 
 
+def test_a_description_that_is_cut_in_half_is_no_json(tmp_path: Path) -> None:
+    path = tmp_path / DESCRIPTION_FILE
+    path.write_text('{"description": {"name": "pets"')
+    with pytest.raises(DataError) as caught:
+        read_imported(tmp_path)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{path}: the file must be JSON, got: EOF while parsing")
+    assert sentence.endswith("Import the data again.") and "pets" not in sentence
+
+
+def test_a_description_must_have_the_digests_of_both_parts(tmp_path: Path) -> None:
+    folder = import_data(write_folder(tmp_path / "photos", 3), "pets").folder
+    written = json.loads((folder / DESCRIPTION_FILE).read_text())
+    del written["sha256"]["test"]
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(written))
+    with pytest.raises(DataError, match=r"dataset.json: sha256.test must be given\. Import"):
+        read_imported(folder)
+
+
+def test_the_scatter_of_many_validation_images_is_not_rounded_to_nothing(tmp_path: Path) -> None:
+    data = import_data(write_folder(tmp_path / "photos", 3), "pets").data
+    many = {"class_names": tuple(map(str, range(1000))), "num_val": 10_000}
+    about = data.description.model_copy(update=many)
+    (note,) = importing._list_notes(data.model_copy(update={"description": about}))
+    assert "10000 validation images measure an accuracy to about 0.5 points" in note
+
+
 def test_every_prefix_of_an_unbalanced_split_has_the_classes_in_proportion() -> None:
     labels = np.repeat([0, 1, 2], [600, 300, 30])
     order, num_train = order_split(labels, 3)
@@ -474,6 +580,15 @@ def test_cifar100_is_read_with_its_fine_labels(
     assert set(Counter(data.val.labels_N.tolist()).values()) == {50}
     assert (data.info.name, data.info.num_classes) == ("cifar100", 100)
     assert load_test(source).labels_N.tolist()[:2] == [7, 7]
+
+
+@pytest.mark.parametrize("inner", ["", "cifar-100-python"])
+def test_a_folder_with_cifar100_alone_is_cifar100(inner: str, tmp_path: Path) -> None:
+    folder = write_cifar100(tmp_path / "c", None, 100)
+    assert find_data(str(folder / inner)) == DataSource("cifar100", folder)
+    (folder / "cifar-10-batches-py").mkdir()
+    with pytest.raises(DataError, match=r"data_batch_1: the file is missing"):
+        find_data(str(folder))  # CIFAR-10 comes first
 
 
 def test_other_files_are_refused_as_cifar100(

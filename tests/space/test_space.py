@@ -222,6 +222,13 @@ def test_budget_is_described_in_one_line() -> None:
     assert cpu == f"8 trials, rungs at 1, 2 {rungs} 2, sampler random, at most 1.5 min"
 
 
+@pytest.mark.parametrize(("seconds", "words"), [(86_400.0, "1440"), (100.0, "1.67"), (1.0, "0.02")])
+def test_a_time_limit_is_described_in_minutes(seconds: float, words: str) -> None:
+    budget = select_tier(parse(MINI), "cpu").budget
+    budget = budget.model_copy(update={"max_time_seconds": seconds})
+    assert budget.describe().endswith(f", at most {words} min")
+
+
 def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "mini.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + MINI.encode())
@@ -251,7 +258,7 @@ REFUSALS = {
     "not_a_map": (
         "  - Nothing.",
         "  Nothing.",
-        "corrects: input should be a list, got 'Nothing.'.",
+        "corrects must be a list, got 'Nothing.'.",
     ),
     "baseline_unknown": (
         "  max_lr: 0.01",
@@ -287,7 +294,7 @@ REFUSALS = {
     ),
     "search_empty_entry": (RANGE, "{}", "pct_start.low must be given."),
     "search_high_missing": (RANGE, "{low: 0.1}", "pct_start.high must be given."),
-    "search_not_an_entry": (RANGE, "0.1", "pct_start: input should be names with values, got 0.1."),
+    "search_not_an_entry": (RANGE, "0.1", "pct_start must be names with values, got 0.1."),
     "log_from_zero": (
         "{low: 1.0e-4, high: 1, log: true}",
         "{low: 0.0, high: 1, log: true}",
@@ -398,10 +405,20 @@ REFUSALS = {
         "  batch_size: {low: 64, high: 45001}\n  pct_start:",
         "everywhere in the search, batch_size <= train_size must hold, got batch_size 45001",
     ),
+    "coupled_momentum": (
+        "  pct_start:",
+        "  nesterov: {choices: [false, true]}\n  momentum: {low: 0.0, high: 0.95}\n  pct_start:",
+        "everywhere in the search, momentum > 0 must hold with nesterov, got 0.",
+    ),
+    "tier_not_a_map": (
+        MINI[MINI.index("    trials: 9") : MINI.index("  cpu:")],
+        "    - 9\n",
+        "full must be names with values, got (9,).",
+    ),
     "search_empty": (
         MINI[MINI.index("  max_lr: {") : MINI.index("points:")],
         "  {}\n",
-        "search: dictionary should have",
+        "search must not be empty.",
     ),
     "point_unknown": (
         "- {max_lr: 0.1}",
@@ -529,7 +546,7 @@ REFUSALS = {
     "only_empty": (
         "only: [max_lr, cutout_size]",
         "only: []",
-        "only: tuple should have at least 1 item",
+        "only must not be empty.",
     ),
     "only_inactive": (
         "only: [max_lr",
@@ -593,8 +610,8 @@ REFUSALS = {
 # Lines between the first replaced character and the line that the error names.
 OTHER_LINE = (
     {"baseline_inactive": 1, "search_inactive": 1, "twice": 1, "set_searched": 1}
-    | {"missing_section": -1, "not_a_map": -1, "search_empty": -1}
-    | {"coupled": -3, "startup_long": -4, "tier_unknown": -7}
+    | {"missing_section": -1, "not_a_map": -1, "search_empty": -1, "tier_not_a_map": -1}
+    | {"coupled": -3, "coupled_momentum": -3, "startup_long": -4, "tier_unknown": -7}
 )
 
 
@@ -609,6 +626,15 @@ def test_refusal_names_file_line_and_rule(case: str) -> None:
     message = refuse(text)
     pattern = ".*".join(re.escape(part) for part in sentence.split(".*"))
     assert re.match(f"mini\\.yaml:{line}: .*{pattern}", message), message
+
+
+def test_point_without_momentum_is_refused_with_nesterov_unless_it_is_recorded() -> None:
+    text = MINI.replace("epochs: 4\n", "epochs: 4\n  nesterov: true\n", 1)
+    text = text.replace("points:\n", "  momentum: {low: 0.0, high: 0.95}\npoints:\n")
+    rule = "everywhere in the search, momentum > 0 must hold with nesterov, got 0."
+    for written in (text, text.replace("{max_lr: 0.1}", "{max_lr: 0.1, momentum: 0.0}")):
+        assert refuse(written) == f"mini.yaml:18: {rule}"
+    assert "momentum" in parse_recorded(text, "mini").search  # the rule is younger than records
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "just words", "- a\n- b\n", "null"])
@@ -986,16 +1012,22 @@ def test_deciding_knobs_are_all_whose_value_makes_another_one_inactive() -> None
 
 
 def test_coupled_knobs_are_those_that_searching_can_make_invalid() -> None:
-    """Values that each knob allows by itself, in a configuration without slack."""
+    """Values that each knob allows by itself, in configurations without slack."""
     tight = load_space("s7").baseline.model_copy(
         update={"train_size": 128, "batch_size": 128, "base_momentum": 0.5, "max_momentum": 0.5}
+        | {"schedule": "constant", "nesterov": True}
+    )
+    bases: tuple[dict[str, Any], ...] = (
+        {},
+        {"nesterov": False, "momentum": 0.0},
+        {"optimizer": "adam", "momentum": 0.0},
     )
     coupled = set()
-    values = (0, 1e-3, 0.5, 0.899, 1, 8, 129, 1000)
-    for knob, value in itertools.product(set(KNOBS) - set(STRUCTURAL), values):
+    values = (0, 1e-3, 0.5, 0.899, 1, 8, 129, 1000, True, "sgd")
+    for base, knob, value in itertools.product(bases, set(KNOBS) - set(STRUCTURAL), values):
         if find_value_problem(knob, value, knob) is None:
             try:
-                TrainConfig(**{**tight.model_dump(), knob: value})
+                TrainConfig(**{**tight.model_dump(), **base, knob: value})
             except ConfigError:
                 coupled.add(knob)
     assert coupled == set(COUPLED)

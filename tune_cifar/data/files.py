@@ -138,9 +138,9 @@ def find_data(data: str | None) -> DataSource:
     is tried.
 
     Args:
-        data: a folder that holds cifar-10-batches-py, that folder itself, "cifar10" or "cifar100"
-            (in the same places), "shapes" for synthetic data, or an imported data set by its name
-            or folder. TUNE_CIFAR_DATA takes the same values.
+        data: a folder that holds cifar-10-batches-py, else cifar-100-python; such a folder itself;
+            "cifar10" or "cifar100" (in the same places); "shapes" for synthetic data; or an
+            imported data set by its name or folder. TUNE_CIFAR_DATA takes the same values.
 
     Raises:
         DataError: there are no data, or one of the training files is missing.
@@ -300,17 +300,18 @@ def _find_data_at(place: str, given_by: str) -> DataSource:
     if imported := find_imported(place):
         return DataSource(read_imported(imported).description.name, imported)
     given = _expand(Path(place))
+    for name, layout in LAYOUTS.items():
+        folder = _get_outer_folder(given, layout.folder)
+        if place and not _find_folder_problem(folder / layout.folder):
+            return _check_train_files_exist(folder, name)
     folder = _get_outer_folder(given)
     problem = _find_folder_problem(given) if place else "is not a folder"
     problem = problem or _find_folder_problem(folder / BATCHES_FOLDER, "has none")
-    if problem:
-        rule = f"{given_by} must be a folder with {BATCHES_FOLDER} in it"
-        words = ["shapes", *LAYOUTS, *list_imported()]
-        is_name = given.name == place
-        known = " `data list` lists imported data sets." if is_name else ""
-        hint = f"{did_you_mean(place, words)}{known} {_describe_remedy(folder)}"
-        raise DataError(f"{rule}, got {place!r}, which {problem}.{hint}")
-    return _check_train_files_exist(folder)
+    rule = f"{given_by} must be a folder with {BATCHES_FOLDER} in it"
+    words = ["shapes", *LAYOUTS, *list_imported()]
+    known = " `data list` lists imported data sets." if given.name == place else ""
+    hint = f"{did_you_mean(place, words)}{known} {_describe_remedy(folder)}"
+    raise DataError(f"{rule}, got {place!r}, which {problem}.{hint}")
 
 
 def _find_published(name: str) -> DataSource:

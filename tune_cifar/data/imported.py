@@ -32,18 +32,24 @@ Labels = npt.NDArray[np.int64]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class Digests(Frozen):
+    """SHA-256 of each part's file."""
+
+    train: Sha256
+    test: Sha256
+
+
 class ImportedData(Frozen):
     """The contents of dataset.json.
 
     Attributes:
-        sha256: of each part's file.
         imported_from: the source's name and kind, without its folder.
         num_duplicates: test images that are equal to a training image, pixel by pixel.
         created: date of the import.
     """
 
     description: DataDescription
-    sha256: dict[Part, Sha256]
+    sha256: Digests
     imported_from: str
     num_duplicates: int = Field(ge=0)
     created: str
@@ -51,7 +57,7 @@ class ImportedData(Frozen):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that name the data in records: of both files."""
-        both = self.sha256["train"] + self.sha256["test"]
+        both = self.sha256.train + self.sha256.test
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
 
@@ -115,9 +121,10 @@ def load_part(folder: Path, part: Part) -> tuple[Images, Labels]:
         content = path.read_bytes()
     except OSError as exc:
         raise DataError(f"{path}: the file cannot be read: {exc.strerror}.") from exc
+    expected: str = getattr(data.sha256, part)
     found = hashlib.sha256(content).hexdigest()
-    if found != data.sha256[part]:
-        rule = f"the file must have SHA-256 {data.sha256[part][:16]}..., found {found[:16]}..."
+    if found != expected:
+        rule = f"the file must have SHA-256 {expected[:16]}..., found {found[:16]}..."
         raise DataError(f"{path}: {rule}. Import the data again.")
     tensors = load(content)
     about = data.description

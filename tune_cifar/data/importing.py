@@ -25,6 +25,7 @@ from tune_cifar.data.imported import (
     NAME_PATTERN,
     PART_FILES,
     TAKEN_NAMES,
+    Digests,
     Images,
     ImportedData,
     Labels,
@@ -101,6 +102,7 @@ def import_data(
         parts["train"] = (images, labels)
         parts["test"] = (others, np.array(tested.labels, dtype=np.int64))
     origin = f"{opened.kind} {source.name}" + (f", test {test.name}" if test else "")
+    origin = origin.encode(errors="replace").decode()  # a file's name may be no UTF-8
     data = _write(target, name, opened.class_names, origin, parts)
     return Imported(target, data, tuple(_list_notes(data)))
 
@@ -115,12 +117,14 @@ def _check_new(name: str, target: Path) -> None:
 
 
 def _check_classes(source: Source, least: int) -> None:
-    """Refuse class names that differ by case only, and classes without images for every part."""
+    """Refuse class names that are not UTF-8 or differ by case only, and too small classes."""
     names = source.class_names
     if not 2 <= len(names) <= MAX_CLASSES:
         raise DataError(f"{source.path}: 2 to {MAX_CLASSES} classes must hold, got {len(names)}.")
     seen: dict[str, str] = {}
     for name in names:
+        if name.encode(errors="replace").decode() != name:
+            raise DataError(f"{source.path}: class names must be UTF-8, got {name!r}. Rename it.")
         if (other := seen.setdefault(name.casefold(), name)) != name:
             rule = "class names must differ by more than case"
             raise DataError(f"{source.path}: {rule}, got {other!r} and {name!r}.")
@@ -234,7 +238,7 @@ def _write(
         with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as new:
             folder = Path(new) / name
             folder.mkdir()
-            sha256: dict[Part, str] = {}
+            sha256: dict[str, str] = {}
             for part, (pixels, numbers) in parts.items():
                 content = save({"images": pixels, "labels": numbers})
                 sha256[part] = hashlib.sha256(content).hexdigest()
@@ -250,7 +254,7 @@ def _write(
                     mean=means,
                     std=stds,
                 ),
-                sha256=sha256,
+                sha256=Digests(**sha256),
                 imported_from=origin,
                 num_duplicates=count_duplicates(images, parts["test"][0]),
                 created=datetime.now(UTC).date().isoformat(),
@@ -285,5 +289,5 @@ def _list_notes(data: ImportedData) -> Iterator[str]:
         sd = (0.25 / about.num_val) ** 0.5
         yield (
             f"{about.num_val} validation images measure an accuracy to about "
-            f"{100 * sd:.0f} points: small differences between trials are chance."
+            f"{100 * sd:.2g} points: small differences between trials are chance."
         )

@@ -53,21 +53,30 @@ def open_source(path: Path, class_names: Sequence[str] | None = None) -> Source:
         class_names: of the training images, when this is the source of test images.
 
     Raises:
-        DataError: it is none of the three kinds, is empty, or has classes or labels that break a
-            rule.
+        DataError: it is none of the three kinds, is damaged or empty, or has classes or labels
+            that break a rule.
     """
-    if path.is_dir():
-        opened = _open_folder(path)
-    elif path.suffix == ".npz" and path.is_file():
-        opened = _open_npz(path)
-    elif path.suffix == ".parquet" and path.is_file():
-        opened = _open_parquet(path)
-    else:
-        kinds = "a folder of class folders, an .npz or a .parquet file"
-        raise DataError(f"{path}: the source must be {kinds}, got something else.")
+    try:
+        opened = _open(path)
+    except DataError:
+        raise
+    except Exception as exc:  # the system, zip files and numpy raise many kinds
+        reason = " ".join(str(exc).split())
+        raise DataError(f"{path}: the source is damaged, or cannot be read: {reason}.") from exc
     if not len(opened.labels):
         raise DataError(f"{path}: the source must hold images, got none.")
     return opened if class_names is None else _match_classes(opened, class_names)
+
+
+def _open(path: Path) -> Source:
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".npz" and path.is_file():
+        return _open_npz(path)
+    if path.suffix == ".parquet" and path.is_file():
+        return _open_parquet(path)
+    kinds = "a folder of class folders, an .npz or a .parquet file"
+    raise DataError(f"{path}: the source must be {kinds}, got something else.")
 
 
 def _match_classes(source: Source, class_names: Sequence[str]) -> Source:
@@ -113,16 +122,13 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _open_npz(path: Path) -> Source:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            num_bytes = sum(entry.file_size for entry in archive.infolist())
-        if num_bytes > MAX_NPZ_BYTES:
-            rule = f"the file must unpack to at most {MAX_NPZ_BYTES / 2**30:.0f} GiB"
-            raise DataError(f"{path}: {rule}, got {num_bytes / 2**30:.1f} GiB.")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as exc:
-        raise DataError(f"{path}: the file must be an .npz of plain arrays, got: {exc}.") from exc
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(entry.file_size for entry in archive.infolist())
+    if num_bytes > MAX_NPZ_BYTES:
+        rule = f"the file must unpack to at most {MAX_NPZ_BYTES / 2**30:.0f} GiB"
+        raise DataError(f"{path}: {rule}, got {num_bytes / 2**30:.1f} GiB.")
+    with np.load(path, allow_pickle=False) as arrays:
+        found = {name: arrays[name] for name in arrays.files}
     for name in ("images", "labels"):
         if name not in found:
             got = ", ".join(found) or "nothing"

@@ -121,7 +121,7 @@ class Budget(TrialBudget):
         if self.sampler.startup:
             text += f" (startup {self.sampler.startup})"
         if self.max_time_seconds:
-            text += f", at most {self.max_time_seconds / 60:.3g} min"
+            text += f", at most {round(self.max_time_seconds / 60, 2):g} min"
         if self.target is not None:
             text += f", until {100 * self.target:g} %"
         if self.patience is not None:

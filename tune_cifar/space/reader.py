@@ -82,7 +82,7 @@ def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
     search: Searched = {
         name: _read_entry(doc, name, entry, baseline) for name, entry in raw.search.items()
     }
-    _check_baseline(doc, baseline, search)
+    _check_baseline(doc, baseline, search, is_recorded)
     points = tuple(_read_point(doc, i, baseline, search) for i in range(len(raw.points)))
     if not {*TIERS} <= {*raw.budget} <= {*TIERS, *OPTIONAL_TIERS}:
         rule = f"budget must hold the tiers {' and '.join(TIERS)} and may hold {OPTIONAL_TIERS[0]}"
@@ -98,8 +98,8 @@ def parse_space(text: str, path: Path, is_recorded: bool = False) -> SpaceFile:
 def parse_recorded(text: str, name: str) -> SpaceFile:
     """Check the text of a space that a record holds.
 
-    That its rungs suit its fidelity is not checked: the rule is younger than some records, which
-    name no fidelity.
+    Not checked is that its rungs suit its fidelity, and that no rule between knobs breaks in the
+    search: these rules are younger than some records.
 
     Args:
         name: the space's.
@@ -155,8 +155,7 @@ def _translate(doc: Document, exc: ValidationError) -> SpaceError:
         model = SamplerBudget
     last = max(i for i, part in enumerate(loc) if isinstance(part, str))
     problem["loc"] = loc[last:]
-    sentence = describe_problem(problem, model).replace("a valid tuple", "a list")
-    return doc.error(loc, sentence.replace("a valid dictionary", "names with values"))
+    return doc.error(loc, describe_problem(problem, model))
 
 
 def _read_knobs(doc: Document, where: Where, values: dict[str, Any]) -> dict[str, Any]:
@@ -252,11 +251,13 @@ def _find_step_problem(kind: type, step: Any, found: Range) -> str | None:
     return None
 
 
-def _check_baseline(doc: Document, baseline: dict[str, Any], search: Searched) -> None:
+def _check_baseline(
+    doc: Document, baseline: dict[str, Any], search: Searched, is_recorded: bool
+) -> None:
     """Refuse a baseline that is no configuration or lies outside the search, and inactive knobs."""
     if problem := find_conflict(baseline, {}):
         raise doc.error(("baseline",), problem)
-    if problem := find_conflict(baseline, search):
+    if not is_recorded and (problem := find_conflict(baseline, search)):
         raise doc.error(("search",), f"everywhere in the search, {problem}")
     config = TrainConfig(**baseline)
     for name, entry in search.items():
@@ -308,7 +309,11 @@ def _read_tier(
             rule = f"{knob} must appear once in a tier, searched or set"
             raise doc.error(at, f"{rule}, got it twice.")
     chosen = {knob: search[knob] for knob in searched}
-    config = _check_tier(doc, where, {**baseline, **settings}, chosen, settings)
+    values = {**baseline, **settings}
+    if problem := find_conflict(values, {} if is_recorded else chosen):
+        raise doc.error((*where, "set"), problem)
+    config = TrainConfig(**values)
+    _check_tier(doc, where, config, chosen, settings)
     problem = find_rungs_problem(entry.rungs, config.epochs)
     if problem is None and not is_recorded:
         problem = find_fidelity_problem(entry, config, chosen)
@@ -327,11 +332,9 @@ def _read_tier(
 
 
 def _check_tier(
-    doc: Document, where: Where, values: dict[str, Any], search: Searched, settings: dict[str, Any]
-) -> TrainConfig:
-    if problem := find_conflict(values, search):
-        raise doc.error((*where, "set"), problem)
-    config = TrainConfig(**values)
+    doc: Document, where: Where, config: TrainConfig, search: Searched, settings: dict[str, Any]
+) -> None:
+    """Refuse a tier without validation, and inactive knobs that it sets or searches."""
     if config.val_size == 0:
         sentence = "val_size >= 1 must hold in a search, got 0. Trials are compared on it."
         raise doc.error((*where, "set", "val_size"), sentence)
@@ -340,4 +343,3 @@ def _check_tier(
         if knob in inactive:
             part = "set" if knob in settings else "only"
             raise doc.error((*where, part, knob), describe_inactive(knob, inactive[knob]))
-    return config

@@ -33,7 +33,7 @@ DECIDING = (
     *("shift_scale_rotate_p", "shift_limit", "scale_limit", "rotate_limit"),
 )
 # Knobs in a rule of TrainConfig between two knobs.
-COUPLED = ("batch_size", "base_momentum", "max_momentum")
+COUPLED = ("batch_size", "base_momentum", "max_momentum", "optimizer", "nesterov", "momentum")
 # Knobs in a rule of the data alone: the widest augmentation and its pixels.
 SIZED = ("crop_pad", "cutout_size")
 
