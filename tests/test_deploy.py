@@ -106,13 +106,15 @@ def test_the_compose_file_has_known_fields_no_password_and_listens_on_loopback()
     assert "deploy/.env" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-# Stand-ins for what the script calls: each notes its words; `srun` runs what it is given.
-STAND_INS = {
+# Imitations of what the script calls: each notes its words; `srun` runs what it is given, and the
+# search ends once all nodes have been started.
+IMITATIONS = {
     "scontrol": 'case $1 in show) printf "n1\\nn2\\nn3\\n";; esac',
     "srun": 'for word; do case $word in --*) shift;; *) break;; esac; done; "$@"',
     "hostname": "echo 10.0.0.1 fe80::1",
     "ray": "case $1 in start) sleep 30 & wait;; status) exit 0;; esac",
-    "python": 'trap "exit 130" TERM; sleep ${SECONDS_OF_SEARCH} & wait $!; exit ${STATUS}',
+    "python": 'trap "exit 130" TERM; until [ "$(grep -c "^ray start" "$CALLS")" = 3 ]; do '
+    "sleep 0.05; done; sleep $SECONDS_OF_SEARCH & wait $!; exit $STATUS",
 }
 
 
@@ -124,7 +126,7 @@ def run_script(
     programs, calls = folder / "bin", folder / "calls"
     programs.mkdir()
     calls.touch()
-    for name, body in STAND_INS.items():
+    for name, body in IMITATIONS.items():
         path = programs / name
         path.write_text(f'#!/bin/bash\necho "{name} $*" >> {calls}\n{body}\n')
         path.chmod(0o755)
@@ -136,6 +138,7 @@ def run_script(
         "SLURM_CPUS_PER_TASK": "8",
         "SECONDS_OF_SEARCH": str(seconds),
         "STATUS": str(status),
+        "CALLS": str(calls),
     }
     with (folder / "output").open("wb") as output:
         words = ["bash", str(SBATCH), *options]

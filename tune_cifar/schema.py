@@ -154,7 +154,7 @@ class TrainConfig(Frozen):
     )
     """What applies the policy: our own code on whole batches, or albumentations image by image."""
     crop_pad: int = knob(0, "crop padding", "augment/policies", unit="px", ge=0, le=16)
-    """Pad by reflection (101) on each side, then crop 32x32 at random; 0 is off."""
+    """Pad by reflection (101) on each side, then crop the image's size at random; 0 is off."""
     hflip_p: float = knob(0.0, "flip probability", "augment/policies", ge=0.0, le=1.0)
     hflip_mode: Literal["random", "alternating"] = knob("random", "flip mode", "train/batches")
     """random: every epoch draws anew. alternating: an image is flipped in a fraction hflip_p of the

@@ -25,14 +25,13 @@ from tune_cifar.augment.policies import (
     Cutout,
     Gray,
     HFlip,
-    Normalize,
     Policy,
     ShiftScaleRotate,
 )
 
 NUM_IMAGES = 20_000
 WARP = ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=30.0, p=0.6)
-POLICY: Policy = (Crop(4), HFlip(0.3), WARP, Cutout(8, 0.5), Gray(0.7), Normalize())
+POLICY: Policy = (Crop(4), HFlip(0.3), WARP, Cutout(8, 0.5), Gray(0.7))
 
 
 def make_generator(seed: int = 20) -> torch.Generator:
@@ -53,7 +52,7 @@ def are_equal(a: Draws, b: Draws) -> bool:
     return all(left.dtype == right.dtype and torch.equal(left, right) for left, right in pairs)
 
 
-def test_draws_hold_one_entry_for_each_operation_but_normalize() -> None:
+def test_draws_hold_one_entry_for_each_operation() -> None:
     kinds = [CropDraws, HFlipDraws, ShiftScaleRotateDraws, CutoutDraws, GrayDraws]
     assert [type(op_draws) for op_draws in draw()] == kinds
     assert all(column.shape == (NUM_IMAGES,) for column in columns(draw()))
@@ -66,7 +65,7 @@ def test_selected_frequency_is_the_probability(place: int, p: float) -> None:
 
 
 def test_probability_one_selects_every_image() -> None:
-    policy: Policy = (HFlip(1.0), Cutout(8, 1.0), Gray(1.0), Normalize())
+    policy: Policy = (HFlip(1.0), Cutout(8, 1.0), Gray(1.0))
     assert all(op_draws.selected.all() for op_draws in draw(policy))
 
 
@@ -145,13 +144,13 @@ def test_draws_do_not_depend_on_how_images_are_divided_into_batches() -> None:
 
 
 def test_draws_of_an_operation_do_not_depend_on_the_other_operations() -> None:
-    for op, op_draws in zip(POLICY[:-1], draw(), strict=True):
-        assert are_equal(draw((op, Normalize())), (op_draws,))
+    for op, op_draws in zip(POLICY, draw(), strict=True):
+        assert are_equal(draw((op,)), (op_draws,))
 
 
 def test_draws_of_the_next_batch_do_not_depend_on_the_policy() -> None:
     states = []
-    for policy in (POLICY, (HFlip(0.01), Normalize())):
+    for policy in (POLICY, (HFlip(0.01),)):
         generator = make_generator()
         draw_policy(policy, 128, generator)
         states.append(generator.get_state())
@@ -160,15 +159,15 @@ def test_draws_of_the_next_batch_do_not_depend_on_the_policy() -> None:
 
 def test_stronger_knobs_move_the_same_images_further() -> None:
     strong = ShiftScaleRotate(shift_limit=0.2, scale_limit=0.4, rotate_limit=60.0, p=0.9)
-    (weak_draws,), (strong_draws,) = draw((WARP, Normalize())), draw((strong, Normalize()))
+    (weak_draws,), (strong_draws,) = draw((WARP,)), draw((strong,))
     assert not (weak_draws.selected & ~strong_draws.selected).any()
     assert torch.allclose(strong_draws.angle, 2 * weak_draws.angle, atol=1e-4)
 
 
-def test_policy_that_is_only_normalize_draws_nothing() -> None:
+def test_an_empty_policy_draws_nothing() -> None:
     generator = make_generator()
     state = generator.get_state()
-    assert draw_policy((Normalize(),), 128, generator) == ()
+    assert draw_policy((), 128, generator) == ()
     assert torch.equal(generator.get_state(), state)
 
 

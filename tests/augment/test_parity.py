@@ -20,7 +20,6 @@ from tune_cifar.augment.batched import (
     ShiftScaleRotateDraws,
     apply_normalize,
     apply_pixel_ops,
-    apply_policy,
     change_all_and_choose,
     change_some,
     cut_hole,
@@ -34,19 +33,18 @@ from tune_cifar.augment.policies import (
     Cutout,
     Gray,
     HFlip,
-    Normalize,
     PixelOp,
     Policy,
     ShiftScaleRotate,
     mean_color,
 )
-from tune_cifar.augment.reference import apply_pixel_ops_reference, apply_policy_reference
+from tune_cifar.augment.reference import apply_pixel_ops_reference
 from tune_cifar.dataset import CIFAR10
 
 S7_WARP = ShiftScaleRotate(0.1, 0.1, 30.0, 0.5)
-S7: Policy = (HFlip(0.3), S7_WARP, Cutout(16, 0.5), Gray(0.5), Normalize())
-S10: Policy = (Crop(4), HFlip(0.5), Cutout(8, 0.5), Normalize())
-EVERYTHING: Policy = (Crop(4), HFlip(0.5), S7_WARP, Cutout(16, 0.5), Gray(0.5), Normalize())
+S7: Policy = (HFlip(0.3), S7_WARP, Cutout(16, 0.5), Gray(0.5))
+S10: Policy = (Crop(4), HFlip(0.5), Cutout(8, 0.5))
+EVERYTHING: Policy = (Crop(4), HFlip(0.5), S7_WARP, Cutout(16, 0.5), Gray(0.5))
 
 # Measured with OpenCV 5.0 for the three warps below: pixels differ by at most 1 level, and 1 in
 # 6,300 to 9,900 (1,000 noise images, the hardest) or 1 in 30,000 to 43,000 (4,000 real ones)
@@ -75,7 +73,7 @@ def map_columns(function: Callable[[Tensor], Tensor], draws: Draws) -> Any:
 
 
 def apply_one(op: PixelOp, image_CHW: Tensor, draws: Any) -> Tensor:
-    return apply_pixel_ops((op, Normalize()), image_CHW[None], (draws,))[0]
+    return apply_pixel_ops((op,), image_CHW[None], (draws,))[0]
 
 
 def to_hwc(image_CHW: Tensor) -> Any:
@@ -118,7 +116,7 @@ def check_warp(ours: Tensor, theirs: Tensor) -> None:
     ids=str,
 )
 def test_batched_equals_reference_on_uint8_for_the_same_draws(op: PixelOp) -> None:
-    policy = (op, Normalize())
+    policy = (op,)
     ours = apply_pixel_ops(policy, noise_images(), draw(policy))
     assert not torch.equal(ours, noise_images())
     assert torch.equal(ours, apply_pixel_ops_reference(policy, noise_images(), draw(policy)))
@@ -130,22 +128,10 @@ def test_batched_equals_reference_on_uint8_for_the_same_draws(op: PixelOp) -> No
     ids=["s7", "s6 and s8", "strongest"],
 )
 def test_batched_warp_equals_reference_within_rounding_for_the_same_draws(op: PixelOp) -> None:
-    policy = (op, Normalize())
+    policy = (op,)
     ours = apply_pixel_ops(policy, noise_images(), draw(policy))
     assert (ours != noise_images()).float().mean() > 0.4
     check_warp(ours, apply_pixel_ops_reference(policy, noise_images(), draw(policy)))
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("policy", [(Normalize(),), S10], ids=["normalize", "s10"])
-def test_batched_equals_reference_after_normalize(
-    policy: Policy, memory_format: torch.memory_format
-) -> None:
-    ours = apply_policy(policy, noise_images(), draw(policy), memory_format)
-    theirs = apply_policy_reference(policy, noise_images(), draw(policy), memory_format)
-    for images in (ours, theirs):
-        assert images.dtype == torch.float32 and images.is_contiguous(memory_format=memory_format)
-    assert (ours - theirs).abs().max() < 1e-6
 
 
 def test_whole_policy_of_s7_equals_reference_but_for_rounding() -> None:
@@ -252,9 +238,12 @@ def test_gray_means_to_gray_with_its_defaults() -> None:
     assert torch.equal(apply_one(Gray(1.0), image, GrayDraws(YES)), to_chw(theirs))
 
 
-def test_normalize_means_normalize() -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalize_means_normalize(memory_format: torch.memory_format) -> None:
     theirs = A.Normalize(CIFAR10.mean, CIFAR10.std, p=1.0)(image=to_hwc(noise_images()[0]))["image"]
-    assert (apply_normalize(noise_images()[:1])[0] - to_chw(theirs)).abs().max() < 1e-6
+    ours = apply_normalize(noise_images()[:1], CIFAR10, memory_format)
+    assert ours.dtype == torch.float32 and ours.is_contiguous(memory_format=memory_format)
+    assert (ours[0] - to_chw(theirs)).abs().max() < 1e-6
 
 
 # Images whose result is known
@@ -268,14 +257,14 @@ def test_flip_swaps_left_and_right_and_leaves_top_and_channels(apply: Any) -> No
     image[0, 0, :5, :10] = 200
     expected = torch.zeros_like(image)
     expected[0, 0, :5, -10:] = 200
-    assert torch.equal(apply((HFlip(1.0), Normalize()), image, (HFlipDraws(YES),)), expected)
+    assert torch.equal(apply((HFlip(1.0),), image, (HFlipDraws(YES),)), expected)
 
 
 @pytest.mark.parametrize(
     "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
 )
 def test_crop_borders_mirror_without_repeating_the_edge(apply: Any) -> None:
-    policy, ramp = (Crop(4), Normalize()), torch.arange(32, dtype=torch.uint8)
+    policy, ramp = (Crop(4),), torch.arange(32, dtype=torch.uint8)
     to_the_right = ramp.expand(1, 3, 32, 32).contiguous()
     leftmost = CropDraws(top=torch.tensor([4]), left=torch.tensor([0]))
     row = apply(policy, to_the_right, (leftmost,))[0, 0, 0]
@@ -289,7 +278,7 @@ def test_crop_borders_mirror_without_repeating_the_edge(apply: Any) -> None:
     "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
 )
 def test_warp_turns_counter_clockwise_and_shifts_right_and_down(apply: Any) -> None:
-    policy, image = (S7_WARP, Normalize()), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    policy, image = (S7_WARP,), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     image[..., 4:8, 20:22] = 255
     quarter = ShiftScaleRotateDraws(YES, number(90.0), number(1.0), number(0.0), number(0.0))
     assert torch.equal(apply(policy, image, (quarter,)), image.rot90(1, (2, 3)))
@@ -304,7 +293,7 @@ def test_warp_that_moves_nothing_returns_the_image() -> None:
 
 @pytest.mark.parametrize("size", [1, 8, 16, 31, 32])
 def test_hole_is_one_square_of_the_mean_color_inside_the_image(size: int) -> None:
-    policy: Policy = (Cutout(size, 1.0), Normalize())
+    policy: Policy = (Cutout(size, 1.0),)
     white = torch.full((500, 3, 32, 32), 255, dtype=torch.uint8)
     holed = apply_pixel_ops(policy, white, draw(policy, 500))
     inside = (holed != 255).any(dim=1)
@@ -314,23 +303,24 @@ def test_hole_is_one_square_of_the_mean_color_inside_the_image(size: int) -> Non
 
 
 def test_hole_is_zero_after_normalize() -> None:
-    policy: Policy = (Cutout(32, 1.0), Normalize())
-    assert apply_policy(policy, noise_images(), draw(policy)).abs().max() < 0.01
+    policy: Policy = (Cutout(32, 1.0),)
+    holed = apply_pixel_ops(policy, noise_images(), draw(policy))
+    assert apply_normalize(holed, CIFAR10).abs().max() < 0.01
 
 
 def test_normalize_follows_its_definition() -> None:
     mean, std = torch.tensor([CIFAR10.mean, CIFAR10.std], dtype=torch.float64).view(2, 1, 3, 1, 1)
     expected = (noise_images().double() / 255 - mean) / std
-    assert (apply_normalize(noise_images()) - expected).abs().max() < 1e-6
+    assert (apply_normalize(noise_images(), CIFAR10) - expected).abs().max() < 1e-6
 
 
 # Purity and refusals
 
 
 @pytest.mark.parametrize(
-    "apply", [apply_policy, apply_policy_reference], ids=["batched", "reference"]
+    "apply", [apply_pixel_ops, apply_pixel_ops_reference], ids=["batched", "reference"]
 )
-def test_apply_policy_is_pure(apply: Any) -> None:
+def test_applying_a_policy_is_pure(apply: Any) -> None:
     images, draws = noise_images().clone(), draw(EVERYTHING)
     copies = [column.clone() for column in columns(draws)]
     state = torch.get_rng_state()
@@ -345,28 +335,28 @@ def test_result_does_not_depend_on_the_other_images_of_the_batch() -> None:
     parts = []
     for rows in (slice(0, 1), slice(1, 65), slice(65, 200)):
         part = map_columns(lambda column, rows=rows: column[rows], draws)
-        parts.append(apply_policy(EVERYTHING, noise_images()[rows], part))
-    assert torch.equal(torch.cat(parts), apply_policy(EVERYTHING, noise_images(), draws))
+        parts.append(apply_pixel_ops(EVERYTHING, noise_images()[rows], part))
+    assert torch.equal(torch.cat(parts), apply_pixel_ops(EVERYTHING, noise_images(), draws))
 
 
 def test_result_does_not_depend_on_the_memory_format_of_the_images() -> None:
     draws = draw(EVERYTHING)
     channels_last = noise_images().contiguous(memory_format=torch.channels_last)
-    expected = apply_policy(EVERYTHING, noise_images(), draws)
-    assert torch.equal(apply_policy(EVERYTHING, channels_last, draws), expected)
+    expected = apply_pixel_ops(EVERYTHING, noise_images(), draws)
+    assert torch.equal(apply_pixel_ops(EVERYTHING, channels_last, draws), expected)
 
 
 def test_images_that_are_not_uint8_are_refused() -> None:
-    normalized = apply_normalize(noise_images())
+    normalized = apply_normalize(noise_images(), CIFAR10)
     with pytest.raises(TypeError, match="images must be uint8, got torch"):
-        apply_normalize(normalized)
+        apply_normalize(normalized, CIFAR10)
     with pytest.raises(TypeError, match="images must be uint8, got torch"):
-        apply_policy(S10, normalized, draw(S10))
+        apply_pixel_ops(S10, normalized, draw(S10))
 
 
 def test_draws_of_another_policy_are_refused() -> None:
     with pytest.raises(TypeError, match="draws must be this policy's, got GrayDraws for HFlip"):
-        apply_policy((HFlip(0.5), Normalize()), noise_images(), draw((Gray(0.5), Normalize())))
+        apply_pixel_ops((HFlip(0.5),), noise_images(), draw((Gray(0.5),)))
 
 
 def test_reference_leaves_opencv_single_threaded() -> None:
@@ -385,18 +375,20 @@ def test_cuda_equals_cpu_for_the_same_draws(policy: Policy) -> None:
     check_warp(on_cuda, apply_pixel_ops(policy, noise_images(), draws))
     if policy is S10:
         assert torch.equal(on_cuda, apply_pixel_ops(policy, noise_images(), draws))
-    normalized = apply_policy((Normalize(),), noise_images().cuda(), ())
-    assert (normalized.cpu() - apply_normalize(noise_images())).abs().max() < 1e-6
+    normalized = apply_normalize(noise_images().cuda(), CIFAR10)
+    assert (normalized.cpu() - apply_normalize(noise_images(), CIFAR10)).abs().max() < 1e-6
 
 
 @pytest.mark.gpu
 def test_cuda_never_makes_the_host_wait() -> None:
     images, generator = noise_images().cuda(), torch.Generator("cuda").manual_seed(1)
-    apply_policy(EVERYTHING, images, draw_policy(EVERYTHING, len(images), generator))
+    augmented = apply_pixel_ops(EVERYTHING, images, draw_policy(EVERYTHING, len(images), generator))
+    apply_normalize(augmented, CIFAR10, torch.channels_last)
     torch.cuda.set_sync_debug_mode("error")
     try:
         draws = draw_policy(EVERYTHING, len(images), generator)
-        result = apply_policy(EVERYTHING, images, draws, torch.channels_last)
+        augmented = apply_pixel_ops(EVERYTHING, images, draws)
+        result = apply_normalize(augmented, CIFAR10, torch.channels_last)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.is_cuda and all(column.is_cuda for column in columns(draws))

@@ -11,11 +11,9 @@ from tune_cifar.augment.policies import (
     Cutout,
     Gray,
     HFlip,
-    Normalize,
     ShiftScaleRotate,
     make_policy,
     mean_color,
-    split_policy,
 )
 from tune_cifar.dataset import CIFAR10
 from tune_cifar.schema import TrainConfig, inactive_knobs
@@ -39,8 +37,8 @@ def make_config(**knobs: Any) -> TrainConfig:
     return TrainConfig(**required, max_lr=0.01, batch_size=128, epochs=1, **knobs)
 
 
-def test_policy_of_a_configuration_without_augmentation_is_just_normalize() -> None:
-    assert make_policy(make_config()) == (Normalize(CIFAR10.mean, CIFAR10.std),)
+def test_policy_of_a_configuration_without_augmentation_is_empty() -> None:
+    assert make_policy(make_config()) == ()
 
 
 def test_policy_holds_every_knob_in_the_one_order() -> None:
@@ -50,7 +48,6 @@ def test_policy_holds_every_knob_in_the_one_order() -> None:
         ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=30.0, p=0.5),
         Cutout(size=16, p=0.4, fill=mean_color(CIFAR10)),
         Gray(p=0.6),
-        Normalize(),
     )
 
 
@@ -88,7 +85,7 @@ def test_each_active_knob_changes_the_policy_and_each_inactive_one_does_not() ->
         assert make_policy(make_config(**ALL_KNOBS | {name: value})) != complete, name
         alone = make_config(**{name: value})
         if name in inactive_knobs(alone):
-            assert make_policy(alone) == (Normalize(),), name
+            assert make_policy(alone) == (), name
 
 
 def test_backend_does_not_change_the_policy() -> None:
@@ -100,14 +97,6 @@ def test_mean_color_is_the_nearest_pixel_to_the_mean() -> None:
     assert mean_color(CIFAR10) == (125, 123, 114)
     for pixel, mean in zip(mean_color(CIFAR10), CIFAR10.mean, strict=True):
         assert abs(pixel - 255 * mean) <= 0.5
-
-
-@pytest.mark.parametrize(
-    "policy", [(), (HFlip(0.5),), (Normalize(), HFlip(0.5)), (Normalize(), Normalize())]
-)
-def test_split_policy_refuses_a_policy_whose_normalize_is_not_once_at_the_end(policy: Any) -> None:
-    with pytest.raises(ValueError, match="Normalize must be there once, at the end, got"):
-        split_policy(policy)
 
 
 def test_policies_are_readable_without_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import textwrap
@@ -198,7 +199,7 @@ def test_a_file_is_tried_once_in_a_process(tmp_path: Path, monkeypatch: pytest.M
     needs = "\nclass Needs(Net):\n    def __init__(self, num_classes, size: int): ...\n"
     path = write(tmp_path, needs)
     found = check_network(make_own("Needs"), CIFAR10, tmp_path, needs_all=False)
-    assert found.arguments == (Argument("size", "int", None),)
+    assert found.arguments == (Argument("size", "int", None, is_required=True),)
     monkeypatch.setattr("tune_cifar.models.custom.CHECK_SECONDS", 0.0)
     assert check_network(make_own("Needs"), CIFAR10, tmp_path, needs_all=False) == found
     line = find_line(path, "class Needs")
@@ -466,3 +467,160 @@ def test_a_network_with_tied_weights_is_kept_and_exported(fp32: Numerics, tmp_pa
     write_safetensors(tmp_path / "net.safetensors", trainers[0].model, metadata, data.about)
     network = load_network(tmp_path / "net.safetensors").network
     assert all(torch.equal(network.state_dict()[name], weight) for name, weight in state.items())
+
+
+FLAT = """
+class Flat(Net):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.head = nn.Linear(8 * 8 * 8, num_classes)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = SHAPED
+        return self.head(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("shaped", "is_sound"),
+    [
+        ("x.view(x.size(0), -1)", False),  # what channels_last has not
+        ("x.permute(0, 2, 3, 1).view(x.size(0), -1)", False),  # what contiguous has not
+        ("x.flatten(1)", True),
+    ],
+)
+def test_a_network_must_run_in_both_memory_formats(
+    shaped: str, is_sound: bool, tmp_path: Path
+) -> None:
+    path = write(tmp_path, FLAT.replace("SHAPED", shaped))
+    line = find_line(path, f"x = {shaped}")
+    problem = try_network(make_request(make_own("Flat"), CIFAR10, tmp_path)).get("problem")
+    if is_sound:
+        assert problem is None
+    else:
+        assert problem.startswith(f"net.py:{line}: RuntimeError: view size is not compatible")
+
+
+def test_what_a_constructor_computes_of_its_parameters_lasts_for_one_step(tmp_path: Path) -> None:
+    more = """
+    class Once(Net):
+        def __init__(self, num_classes: int):
+            super().__init__(num_classes)
+            self.power = nn.Parameter(torch.tensor(0.0))
+            self.scale = self.power.exp()
+
+        def forward(self, images):
+            return super().forward(images) * self.scale
+    """
+    write(tmp_path, more)
+    assert "backward through the graph a second time" in refuse(tmp_path, make_own("Once"))
+
+
+NORMED = """
+class Normed(Net):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nn.utils.weight_norm(self.head)
+"""
+
+
+def test_a_network_that_cannot_be_copied_is_built_for_each_training(
+    fp32: Numerics, tmp_path: Path
+) -> None:
+    text = f"import warnings\n{HEAD}{NORMED}"
+    (tmp_path / "net.py").write_text(text)
+    assert "problem" not in try_network(make_request(make_own("Normed"), CIFAR10, tmp_path))
+    config = make_own("Normed", model_digest=add_source(text), ema_decay=0.9, epochs=2)
+    data = load_train_val(SHAPES, config.train_size, config.val_size)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(build_initial_model(config))
+    first, second = ([found.val_loss for found in Trainer(config, data, fp32)] for _ in range(2))
+    assert first == second and len(first) == 2
+
+
+def test_every_batch_size_that_would_be_tried_is_checked(tmp_path: Path) -> None:
+    """The choices, or the ends of a range."""
+    more = """
+    class Normed(Net):
+        def __init__(self, num_classes: int, width: int = 8, deep: bool = False):
+            super().__init__(num_classes)
+            self.norm = nn.BatchNorm1d(num_classes)
+
+        def forward(self, images):
+            return self.norm(super().forward(images))
+    """
+    write(tmp_path, more)
+    space = make_space(tmp_path, baseline="    width: 8\n")
+    baseline = space.baseline.model_copy(
+        update={"model": "net.py:Normed", "train_size": 1025, "batch_size": 100}
+    )
+    space = replace(space, baseline=baseline)
+    assert make_request(baseline, CIFAR10, tmp_path)["single"] is None
+    with pytest.raises(ConfigError, match=r"got 1025 in batches of 64\. Change one of them\."):
+        resolve_network(space, CIFAR10)
+
+
+def test_an_argument_whose_default_is_none_need_not_be_given(tmp_path: Path) -> None:
+    more = """
+    class Maybe(Net):
+        def __init__(self, num_classes: int, size: int = None):
+            super().__init__(num_classes, width=size or 8)
+    """
+    write(tmp_path, more)
+    for arguments in ({}, {"size": 4}):
+        config = make_own("Maybe", model_args=arguments)
+        answer = try_network(make_request(config, CIFAR10, tmp_path))
+        assert "problem" not in answer and not answer["missing"]
+
+
+TOKENS = """
+class Tokens(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 6, 4, stride=4)
+        self.mix = nn.Linear(6, 5)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.flat = nn.Flatten()
+        self.head = nn.Linear(20, num_classes)
+
+    def forward(self, images):
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = self.mix(x).transpose(1, 2).unflatten(2, (8, 8))
+        return self.head(self.flat(self.pool(x)))
+
+
+class Pooled(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 4, stride=4)
+        self.pool, self.flat = nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        self.head = nn.Linear(20, num_classes)
+
+    def forward(self, images):
+        return self.head(self.flat(self.pool(self.conv(images))))
+
+
+class Last(Pooled):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.pool, self.head = nn.AvgPool2d(8), nn.Linear(5, num_classes)
+"""
+
+
+def test_a_linear_layer_counts_on_every_token(workplace: Path) -> None:
+    write(workplace, TOKENS)
+    macs = {row.name: row.macs for row in describe_model("net.py:Tokens").layers}
+    assert macs["mix"] == 6 * 5 * 64 and macs["head"] == 20 * 10
+    assert macs["embed"] == 3 * 6 * 16 * 64
+
+
+def test_a_receptive_field_is_unknown_behind_a_pooling_without_a_window(workplace: Path) -> None:
+    """And behind what mixes positions; a Flatten of one position leaves it known."""
+    write(workplace, TOKENS)
+    fields = [row.receptive_field for row in describe_model("net.py:Pooled").layers]
+    assert fields == [4, None, None, None]
+    fields = [row.receptive_field for row in describe_model("net.py:Last").layers]
+    assert fields == [4, 32, 32, 32]

@@ -37,3 +37,28 @@ def test_an_average_of_what_does_not_move_is_that() -> None:
         average.update(step)
     for name, tensor in source.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+class Counting(nn.Module):
+    """Puts a new tensor in its buffers' place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, values: torch.Tensor) -> None:
+        self.mean = 0.5 * self.mean + 0.5 * values
+        self.count = self.count + 1
+
+
+def test_a_buffer_that_the_network_replaces_is_averaged_too() -> None:
+    model, source = Counting(), Counting()
+    average = WeightAverage(model, source, 0.9)
+    for step in (1, 2):
+        source(torch.ones(2))
+        average.update(step)
+    first = (1 - 2 / 11) * 0.5
+    expected = first + (1 - 3 / 12) * (0.75 - first)
+    torch.testing.assert_close(model.mean, torch.full((2,), expected))
+    assert model.count == 2

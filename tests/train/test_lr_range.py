@@ -28,6 +28,7 @@ from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.space.layout import Range
 from tune_cifar.space.select import load_space, read_space
 from tune_cifar.tracking.lr_range import upload_lr_range
+from tune_cifar.train import step as step_module
 from tune_cifar.train.lr_range import (
     DIVERGENCE_FACTOR,
     ESTIMATORS,
@@ -45,6 +46,7 @@ from tune_cifar.train.lr_range import (
     smooth,
     summarise,
 )
+from tune_cifar.train.step import CapturedStep
 from tune_cifar.train.trainer import Trainer
 
 LRS = make_lrs(1e-6, 10.0, 200)
@@ -388,6 +390,32 @@ def test_sweeps_repeat_bit_by_bit_differ_by_seed_and_leave_trainings_alone(
     assert train_here(config, few, fp32) == before
     assert [sweep.seed for sweep in one] == [3, 4] and one[0].losses != one[1].losses
     assert len(steps) == 8
+
+
+def test_a_steep_fall_to_a_low_loss_is_no_divergence() -> None:
+    """Behind it the smoothed level, the end of a line, is below any loss."""
+    losses = [2.3, 2.3, 2.3, 1.2, 0.1, 0.02]
+    sweep = follow_sweep(0, make_lrs(1e-4, 1e-3, 6), losses)
+    assert sweep.diverged_at is None and list(sweep.losses) == losses
+
+
+def test_the_sweeps_of_all_seeds_have_one_captured_step(
+    few: TrainVal, fp32: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a second one would be captured, and hold its memory."""
+    made: list[int] = []
+
+    class CountedStep(CapturedStep):
+        def __init__(self, *args: Any) -> None:
+            made.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(step_module, "_idle", {})
+    monkeypatch.setattr(step_module, "CapturedStep", CountedStep)
+    captured = fp32.model_copy(update={"execution": "captured"})
+    config = make_small(schedule="constant", epochs=1)
+    assert len(list(run_sweeps(config, few, captured, LRS[90:94], 3))) == 3
+    assert len(made) == 1
 
 
 # Files, MLflow

@@ -13,12 +13,12 @@ import torch
 
 from tests.builders import FEW_IMAGES, SHAPES, curve, make_config, train_here
 from tune_cifar.data.load import TrainVal, load_train_val
-from tune_cifar.errors import CheckpointError, Diverged
+from tune_cifar.errors import CheckpointError, ConfigError, Diverged
 from tune_cifar.schema import Numerics, TrainConfig
 from tune_cifar.train import step as step_module
 from tune_cifar.train.batches import choose_block_size
 from tune_cifar.train.checkpoint import load_checkpoint, save_checkpoint
-from tune_cifar.train.generators import derive_seed
+from tune_cifar.train.generators import GlobalGenerators, derive_seed
 from tune_cifar.train.numerics import resolve_numerics
 from tune_cifar.train.optim import schedule_steps
 from tune_cifar.train.trainer import Trainer, choose_eval_size
@@ -278,3 +278,71 @@ def test_a_training_whose_validation_loss_is_not_finite_diverges(
     with pytest.raises(Diverged) as caught:
         next(iter(trainer))
     assert (caught.value.epoch, caught.value.step) == (1, 4)
+
+
+def test_training_images_of_another_number_than_the_configs_are_refused(
+    shapes: TrainVal, fp32: Numerics
+) -> None:
+    """Their fingerprint would be another training's; validation images may be missing."""
+    rule = r"`data` must hold train_size = 50 training images, got 60\. Load them"
+    with pytest.raises(ConfigError, match=rule):
+        Trainer(make_config(train_size=50), shapes, fp32)
+
+
+def test_alternating_flips_alternate_in_a_sweep_too(few: TrainVal, fp32: Numerics) -> None:
+    changes = {"hflip_p": 0.5, "hflip_mode": "alternating", "schedule": "constant"}
+    trainer = Trainer(make_config(**FEW_IMAGES | changes), few, fp32)
+    epochs: list[int] = []
+    choose = trainer._batches.choose_flips
+    trainer._batches.choose_flips = lambda epoch: epochs.append(epoch) or choose(epoch)  # type: ignore
+    list(trainer.sweep([1e-3] * 3 * trainer.config.num_steps_per_epoch))
+    assert epochs == [0, 1, 2]
+
+
+class FakeGpus:
+    """The generators of two GPUs, of which a process is on the first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.states = [torch.tensor([5]), torch.tensor([6])]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: self.states[0])
+        monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(self.states))
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
+        monkeypatch.setattr(torch.cuda, "manual_seed", self.seed)
+
+    def set(self, state: torch.Tensor, device: torch.device) -> None:
+        self.states[0] = state
+
+    def seed(self, seed: int) -> None:
+        self.states[0] = torch.tensor([seed])
+
+
+def test_a_training_on_the_cpu_leaves_the_gpus_generators_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To ask for them would take memory of every GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "get_rng_state_all", "manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    found = GlobalGenerators(0, torch.device("cpu"))
+    with found:
+        drawn = torch.rand(3)
+    assert found.state["cuda"] == []
+    with GlobalGenerators(0, torch.device("cpu")):
+        assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_training_on_a_gpu_has_the_generator_of_that_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus = FakeGpus(monkeypatch)
+    found = GlobalGenerators(0, torch.device("cuda"))
+    assert gpus.states == [5, 6] and found.state["cuda"] == [derive_seed(0, "global")]
+    with found:
+        assert gpus.states == [derive_seed(0, "global"), 6]
+        gpus.states[0] = torch.tensor([7])
+    assert gpus.states == [5, 6] and found.state["cuda"] == [7]
+    # Of a checkpoint from before, which holds the state of every GPU.
+    found.state = found.state | {"cuda": [torch.tensor([8]), torch.tensor([9])]}
+    with found:
+        assert gpus.states == [8, 6]

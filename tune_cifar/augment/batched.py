@@ -1,4 +1,4 @@
-"""A policy on whole batches, on the images' device: `draw_policy` draws, `apply_policy` is pure.
+"""A policy on whole batches, on the images' device: `draw_policy` draws, the rest is pure.
 
 On the CPU an operation computes only the images that it selects. On CUDA it computes all images and
 torch.where chooses, so that the host never waits for the device. `reference` makes the same uint8
@@ -27,12 +27,11 @@ from tune_cifar.augment.policies import (
     Cutout,
     Gray,
     HFlip,
-    Normalize,
     PixelOp,
     Policy,
     ShiftScaleRotate,
-    split_policy,
 )
+from tune_cifar.dataset import DataDescription
 
 # OpenCV's RGB2GRAY on uint8: 0.299, 0.587, 0.114 in units of 2^-15, compared on all 2^24 colours
 # (OpenCV 5.0). The weighted sum is below 2^24, so it is exact in float32.
@@ -80,13 +79,13 @@ class GrayDraws(NamedTuple):
 
 OpDraws = CropDraws | HFlipDraws | ShiftScaleRotateDraws | CutoutDraws | GrayDraws
 Draws = tuple[OpDraws, ...]
-"""One entry for each operation of the policy but Normalize, which is not random."""
+"""One entry for each operation of the policy."""
 
 SelectingDraws = TypeVar(
     "SelectingDraws", HFlipDraws, ShiftScaleRotateDraws, CutoutDraws, GrayDraws
 )
 Change = Callable[[Tensor, SelectingDraws], Tensor]
-"""What an operation does to selected images (uint8, N, 3, 32, 32); pure."""
+"""What an operation does to selected images (uint8, N, 3, H, W); pure."""
 
 
 class Stream(IntEnum):
@@ -117,7 +116,7 @@ def draw_policy(
     generator: torch.Generator,
     flipped_N: Tensor | None = None,
 ) -> Draws:
-    """Draw the random numbers of num_images images; none for a policy that is only Normalize.
+    """Draw the random numbers of num_images images; none for an empty policy.
 
     Each image takes len(Stream) uniform numbers, whatever the policy. On the CPU they follow each
     other image by image: the draws do not depend on how the images are divided into batches.
@@ -126,15 +125,14 @@ def draw_policy(
         generator: is advanced; the draws are on its device.
         flipped_N: which images are flipped, bool (N,), in place of a draw; see `alternate_flips`.
     """
-    pixel_ops, _ = split_policy(policy)
-    if not pixel_ops:
+    if not policy:
         return ()
     uniform = torch.rand(num_images, len(Stream), generator=generator, device=generator.device)
     return tuple(
         HFlipDraws(flipped_N)
         if flipped_N is not None and isinstance(op, HFlip)
         else _draw_op(op, uniform.unbind(1))
-        for op in pixel_ops
+        for op in policy
     )
 
 
@@ -156,54 +154,43 @@ def alternate_flips(phases_N: Tensor, p: float, epoch: int) -> Tensor:
     return (phases_N + epoch * p).remainder(1.0) < p
 
 
-def apply_policy(
-    policy: Policy,
-    images_NCHW: Tensor,
-    draws: Draws,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Tensor:
-    """Augment and normalize a batch. Pure: nothing is drawn, and the images are not changed.
-
-    Args:
-        images_NCHW: uint8 (N, 3, 32, 32).
-        draws: `draw_policy`'s for this policy and N, on the images' device.
-        memory_format: of the result; channels_last takes one copy of the float batch.
-
-    Returns:
-        float32 (N, 3, 32, 32), normalized.
-
-    Raises:
-        TypeError: the images are not uint8, or the draws belong to another policy.
-    """
-    _, normalize = split_policy(policy)
-    return apply_normalize(apply_pixel_ops(policy, images_NCHW, draws), normalize, memory_format)
-
-
 def apply_normalize(
     images_NCHW: Tensor,
-    op: Normalize | None = None,
+    data: DataDescription,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Turn uint8 images into normalized float32 ones of the given memory format.
+    """Compute (pixel / 255 - mean) / std per channel, as float32 of the given memory format.
 
-    Evaluation does only this; training does it after the other operations.
+    Evaluation does only this; training does it after the policy. Origin: all but s6, which trained
+    on inputs in [0, 1].
+
+    Args:
+        images_NCHW: uint8 (N, 3, H, W); they are not changed.
+        data: what the images belong to.
+        memory_format: of the result; channels_last takes one copy of the float batch.
 
     Raises:
         TypeError: the images are not uint8.
     """
     _check_uint8(images_NCHW)
-    op = op or Normalize()
-    mean = _constant(tuple(255 * m for m in op.mean), images_NCHW.device)
-    factor = _constant(tuple(1 / (255 * s) for s in op.std), images_NCHW.device)
+    mean = _constant(tuple(255 * m for m in data.mean), images_NCHW.device)
+    factor = _constant(tuple(1 / (255 * s) for s in data.std), images_NCHW.device)
     return images_NCHW.float().sub_(mean).mul_(factor).contiguous(memory_format=memory_format)
 
 
 def apply_pixel_ops(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor:
-    """Apply the operations before Normalize: uint8 to uint8."""
+    """Augment a batch: uint8 to uint8. Pure: nothing is drawn, and the images are not changed.
+
+    Args:
+        images_NCHW: uint8 (N, 3, H, W), square.
+        draws: `draw_policy`'s for this policy and N, on the images' device.
+
+    Raises:
+        TypeError: the images are not uint8, or the draws belong to another policy.
+    """
     _check_uint8(images_NCHW)
-    pixel_ops, _ = split_policy(policy)
     images = images_NCHW.contiguous()
-    for op, drawn in zip(pixel_ops, draws, strict=True):
+    for op, drawn in zip(policy, draws, strict=True):
         match op, drawn:
             case Crop(), CropDraws():
                 images = apply_crop(op, images, drawn)
@@ -226,7 +213,7 @@ def apply_crop(op: Crop, images: Tensor, draws: CropDraws) -> Tensor:
 
     Rows are padded on the left and right only; a row above or below the image is read at its
     mirrored place. The windows of a padded row overlap in memory, so a cropped row is one copy of
-    32 contiguous bytes.
+    contiguous bytes, 32 of CIFAR-10's.
     """
     num_images, channels, height, width = images.shape
     pad, mirrored = op.pad, images.flip(-1)
@@ -357,7 +344,7 @@ def _change_selected(
 def _check_uint8(images: Tensor) -> None:
     if images.dtype != torch.uint8:
         rule = "augmentation: the images must be uint8"
-        raise TypeError(f"{rule}, got {images.dtype}. Normalize comes last.")
+        raise TypeError(f"{rule}, got {images.dtype}. Normalize them last.")
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 Operations work on uint8 pixels of square RGB images, in pixels, degrees and probabilities; an
 interpreter (`batched`, `reference`) applies them. All five source systems use a subsequence of one
-order, kept by `make_policy`: crop, hflip, shift_scale_rotate, cutout, gray, normalize. Borders are
-mirrored without repeating the edge pixel (reflect-101: d c b | a b c d | c b a), as in all sources.
+order, kept by `make_policy`: crop, hflip, shift_scale_rotate, cutout, gray. Borders are mirrored
+without repeating the edge pixel (reflect-101: d c b | a b c d | c b a), as in all sources.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Cutout:
 
     Origin: all five, as CoarseDropout. Deviates from s7 and s10: they gave the fill in the units of
     normalized pixels (s7's holes were black); here it is the mean colour in pixel units, hence 0
-    after Normalize (to 0.01).
+    after `batched.apply_normalize` (to 0.01).
     """
 
     size: int
@@ -92,28 +92,13 @@ class Gray:
     """Probability that an image becomes gray."""
 
 
-@dataclass(frozen=True)
-class Normalize:
-    """Compute (pixel / 255 - mean) / std per channel, as float32.
-
-    Origin: all but s6, which trained on inputs in [0, 1].
-    """
-
-    mean: tuple[float, float, float] = CIFAR10.mean
-    std: tuple[float, float, float] = CIFAR10.std
-
-
 PixelOp = Crop | HFlip | ShiftScaleRotate | Cutout | Gray
-Op = PixelOp | Normalize
-Policy = tuple[Op, ...]
+Policy = tuple[PixelOp, ...]
 
 
 def make_policy(config: TrainConfig, data: DataDescription = CIFAR10) -> Policy:
-    """Return the operations whose strength is not 0 in this config, in the one order.
-
-    Normalize is always the last.
-    """
-    ops: list[Op] = []
+    """Return the operations whose strength is not 0 in this config, in the one order."""
+    ops: list[PixelOp] = []
     if config.crop_pad:
         ops.append(Crop(config.crop_pad))
     if config.hflip_p:
@@ -125,18 +110,4 @@ def make_policy(config: TrainConfig, data: DataDescription = CIFAR10) -> Policy:
         ops.append(Cutout(config.cutout_size, config.cutout_p, mean_color(data), data.side))
     if config.gray_p:
         ops.append(Gray(config.gray_p))
-    return (*ops, Normalize(data.mean, data.std))
-
-
-def split_policy(policy: Policy) -> tuple[tuple[PixelOp, ...], Normalize]:
-    """Return the operations on pixels, and the Normalize after them.
-
-    Raises:
-        ValueError: Normalize is not there exactly once, at the end: holes would be filled in the
-            wrong units.
-    """
-    pixel_ops = tuple(op for op in policy if not isinstance(op, Normalize))
-    last = policy[-1] if policy else None
-    if not isinstance(last, Normalize) or len(pixel_ops) != len(policy) - 1:
-        raise ValueError(f"policy: Normalize must be there once, at the end, got {policy}.")
-    return pixel_ops, last
+    return tuple(ops)

@@ -32,7 +32,6 @@ from tune_cifar.augment.policies import (
     PixelOp,
     Policy,
     ShiftScaleRotate,
-    split_policy,
 )
 
 # One thread per trial; OpenCV's own threads would compete for the core.
@@ -41,31 +40,14 @@ cv2.setNumThreads(0)
 Image = NDArray[np.uint8]
 
 
-def apply_policy_reference(
-    policy: Policy,
-    images_NCHW: Tensor,
-    draws: Draws,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Tensor:
-    """Apply `batched.apply_policy` through albumentations: same arguments, draws and result.
+def apply_pixel_ops_reference(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor:
+    """Apply `batched.apply_pixel_ops` through albumentations: same arguments, draws and result.
 
     Equal on uint8 for crop, flip, cutout and gray, within OpenCV's fixed-point interpolation for
-    the warp, within 1e-6 for normalize. Computes on the CPU; the result is on the images' device.
+    the warp. Computes on the CPU; the result is on the images' device.
     """
-    _, normalize = split_policy(policy)
-    images = apply_pixel_ops_reference(policy, images_NCHW, draws)
-    images_NHWC = images.permute(0, 2, 3, 1).cpu().numpy()
-    transform = A.Normalize(mean=normalize.mean, std=normalize.std, max_pixel_value=255.0)
-    normalized_NHWC = torch.from_numpy(np.stack([transform.apply(image) for image in images_NHWC]))
-    result = normalized_NHWC.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
-    return result.to(images_NCHW.device)
-
-
-def apply_pixel_ops_reference(policy: Policy, images_NCHW: Tensor, draws: Draws) -> Tensor:
-    """Apply the operations before Normalize: uint8 to uint8, on the images' device."""
-    pixel_ops, _ = split_policy(policy)
     images: list[Image] = list(images_NCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-    for op, op_draws in zip(pixel_ops, draws, strict=True):
+    for op, op_draws in zip(policy, draws, strict=True):
         rows = zip(*(column.tolist() for column in op_draws), strict=True)
         for number, row in enumerate(rows):
             drawn = dict(zip(op_draws._fields, row, strict=True))

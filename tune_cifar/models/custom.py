@@ -20,7 +20,7 @@ import linecache
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +53,9 @@ class Argument:
     kind: str
     """int, float, bool or str."""
     default: Any
-    """None where the recipe must give it."""
+    """None where the constructor has none."""
+    is_required: bool = False
+    """Whether the recipe must give it."""
 
 
 @dataclass(frozen=True)
@@ -203,25 +205,32 @@ def read_arguments(factory: Callable[..., Any], where: str) -> tuple[bool, tuple
                 continue
             types = "int, float, bool or str"
             raise ConfigError(f"{where}: argument {name} must be annotated as {types}.")
-        arguments.append(Argument(name, kind.__name__, found.default if has_default else None))
+        default = found.default if has_default else None
+        arguments.append(Argument(name, kind.__name__, default, is_required=not has_default))
     return "dropout" in parameters, tuple(arguments)
 
 
 def check_network(
-    config: TrainConfig, data: DataDescription, folder: Path, needs_all: bool = True
+    config: TrainConfig,
+    data: DataDescription,
+    folder: Path,
+    needs_all: bool = True,
+    batch_sizes: Sequence[int] = (),
 ) -> Network:
     """Import, build and try a network in a process of its own.
 
-    Two images go through it forward and backward, in training and in evaluation.
+    Two images go through it forward and backward, in training and in evaluation, in both memory
+    formats.
 
     Args:
         folder: of the space file.
+        batch_sizes: that a search would try beside the config's.
         needs_all: refuse a config that lacks an argument; else such a network is not built.
 
     Raises:
         ConfigError: one sentence with file and line on the first rule that it breaks.
     """
-    request = make_request(config, data, folder)
+    request = make_request(config, data, folder, batch_sizes)
     # A file is tried once in a process; what a package holds may change behind its name.
     try_once = _try_elsewhere if request["source"] is not None else _try_elsewhere.__wrapped__
     answer = try_once(config.model, json.dumps(request))
@@ -253,13 +262,16 @@ def _try_elsewhere(reference: str, request: str) -> dict[str, Any]:
     return answer
 
 
-def make_request(config: TrainConfig, data: DataDescription, folder: Path) -> dict[str, Any]:
+def make_request(
+    config: TrainConfig, data: DataDescription, folder: Path, batch_sizes: Sequence[int] = ()
+) -> dict[str, Any]:
     """Return what the process that tries a network is told, for `try_network`.
 
     Raises:
         ConfigError: the network's file is not there.
     """
     file = find_file(config.model, folder)
+    sizes = (config.batch_size, *batch_sizes)
     return {
         "reference": config.model,
         "source": None if file is None else file.read_text(encoding="utf-8"),
@@ -267,7 +279,8 @@ def make_request(config: TrainConfig, data: DataDescription, folder: Path) -> di
         "dropout": config.dropout,
         "num_classes": data.num_classes,
         "side": data.side,
-        "has_single": config.train_size % config.batch_size == 1,
+        "train_size": config.train_size,
+        "single": next((size for size in sizes if config.train_size % size == 1), None),
     }
 
 
@@ -341,34 +354,41 @@ def _check_given(given: dict[str, Any], arguments: tuple[Argument, ...], place: 
         if not fits:
             got = f"{type(value).__name__} {value!r}"
             raise ConfigError(f"{place}: argument {name} must be {kind.__name__}, got {got}.")
-    return [each.name for each in arguments if each.default is None and each.name not in given]
+    return [each.name for each in arguments if each.is_required and each.name not in given]
 
 
 def _check_model(model: Any, request: dict[str, Any], place: str) -> None:
-    """Send two images through the network."""
+    """Send two images through the network, in both memory formats."""
     side, num_classes = request["side"], request["num_classes"]
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{place}: it must return an nn.Module, got {type(model).__name__}.")
     torch.manual_seed(0)
     images, labels = torch.randn(2, 3, side, side), torch.tensor([0, 1])
-    logits = {}
-    for mode in (True, False):
-        with torch.set_grad_enabled(mode):
-            logits[mode] = model.train(mode)(images)
-        _check_logits(logits[mode], num_classes, place)
-    if all(_are_probabilities(found) for found in logits.values()):
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):  # a training has one of the two
+        model = model.to(memory_format=layout)
+        images = images.contiguous(memory_format=layout)
+        for mode in (True, False):
+            with torch.set_grad_enabled(mode):
+                logits = model.train(mode)(images)
+            _check_logits(logits, num_classes, place)
+            if mode:
+                loss = nn.functional.cross_entropy(logits, labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+            found.append(logits)
+    if all(_are_probabilities(logits) for logits in found):
         rule = "it must return logits, got probabilities (rows that sum to 1)"
         raise ConfigError(f"{place}: {rule}. Leave the softmax out.")
-    nn.functional.cross_entropy(logits[True], labels).backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             raise ConfigError(f"{place}: parameter {name} gets no gradient. It is not used.")
-    if request["has_single"]:
+    if request["single"] is not None:
         try:
             model.train()(images[:1])
         except ValueError as exc:
             rule = "train_size must leave no last batch of one image, which batch norm refuses"
-            raise ConfigError(f"{place}: {rule}. Change batch_size or train_size.") from exc
+            got = f"{request['train_size']} in batches of {request['single']}"
+            raise ConfigError(f"{place}: {rule}, got {got}. Change one of them.") from exc
     _check_device(model, images, place)
 
 

@@ -17,6 +17,7 @@ from tune_cifar.models.custom import build_with_defaults
 from tune_cifar.schema import OWN_MODEL, TrainConfig
 
 IMAGE_SHAPE = (1, 3, CIFAR10.side, CIFAR10.side)
+WINDOWS = nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d
 
 
 class ReceptiveField(NamedTuple):
@@ -43,7 +44,8 @@ class LayerRow:
     """Multiply-accumulates of one image in conv and linear layers, without biases."""
     receptive_field: int | None
     """Side in pixels of the image; dilation, strides and pooling are counted, padding is not. None
-    where a tensor comes from no layer: the network computes between its layers."""
+    behind what the network computes between its layers, and behind a layer that changes the number
+    of positions by another rule than a window's."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,16 @@ def count_macs(module: nn.Module, output_shape: Sequence[int]) -> int:
     """Return weights x output positions of a conv or linear layer, else 0."""
     if not isinstance(module, nn.Conv2d | nn.Linear):
         return 0
-    return module.weight.numel() * math.prod(output_shape[2:])
+    positions = output_shape[1:-1] if isinstance(module, nn.Linear) else output_shape[2:]
+    return module.weight.numel() * math.prod(positions)
 
 
 class ReceptiveFieldWalk:
     """A context that computes the receptive fields of all leaf modules during a forward pass.
 
     Where paths meet (a module with several inputs), the largest receptive field counts. Behind an
-    operation between modules none is known.
+    operation between modules none is known, nor behind a layer that changes the number of positions
+    without a window (AdaptiveAvgPool2d, Flatten).
 
     Attributes:
         receptive_fields: ReceptiveField by id(module), as far as it is known.
@@ -144,6 +148,11 @@ class ReceptiveFieldWalk:
     def _record(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not inputs or not all(id(tensor) in self._tensors for tensor in inputs):
             return
+        if not isinstance(output, Tensor):
+            return
+        before, after = (math.prod(tensor.shape[2:]) for tensor in (inputs[0], output))
+        if before != after and not isinstance(module, WINDOWS):
+            return
         fields = [self._tensors[id(tensor)][1] for tensor in inputs]
         size, jump = max(field.size for field in fields), max(field.jump for field in fields)
         field = apply_window(module, ReceptiveField(size, jump))
@@ -153,7 +162,7 @@ class ReceptiveFieldWalk:
 
 def apply_window(module: nn.Module, field: ReceptiveField) -> ReceptiveField:
     """Return the receptive field after a conv or pooling (square windows); other layers keep it."""
-    if not isinstance(module, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
+    if not isinstance(module, WINDOWS):
         return field
 
     def side(name: str) -> int:

@@ -21,20 +21,21 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, source: nn.Module, decay: float) -> None:
         self.model = model
+        self._source = source
         self._decay = decay
-        averaged, trained = (_list_tensors(network) for network in (model, source))
-        pairs = list(zip(averaged, trained, strict=True))
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average after this step, counted from 1; nothing waits for a GPU."""
         weight = 1 - min(self._decay, (1 + step) / (10 + step))
-        averaged, trained = zip(*self._averaged, strict=True)
+        # Listed each time: a network may put another tensor in a buffer's place.
+        pairs = list(zip(_list_tensors(self.model), _list_tensors(self._source), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        averaged, trained = zip(*floats, strict=True)
         torch._foreach_lerp_(averaged, trained, weight)
-        for copy, count in self._copied:  # batch norm's number of batches
-            copy.copy_(count)
+        for copy, count in pairs:
+            if not copy.is_floating_point():  # batch norm's number of batches
+                copy.copy_(count)
 
 
 def _list_tensors(model: nn.Module) -> list[Tensor]:

@@ -27,6 +27,8 @@ from tune_cifar.record.files import write_atomically
 MAGIC = b"tune_cifar checkpoint 1\n"
 # The shortest time between two checkpoints of a training, so that writing them costs little.
 CHECKPOINT_SECONDS = 60.0
+# The newest checkpoints of a training that are kept: one may be damaged.
+NUM_KEPT = 2
 # No room on the disk, in the quota, or a file too large.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
@@ -128,15 +130,11 @@ class CheckpointFolder:
     Args:
         folder: created when the first checkpoint is written.
         every_seconds: shortest time between two checkpoints, for `is_due`.
-        keep: number of the newest checkpoints that are kept.
     """
 
-    def __init__(
-        self, folder: Path, every_seconds: float = CHECKPOINT_SECONDS, keep: int = 2
-    ) -> None:
+    def __init__(self, folder: Path, every_seconds: float = CHECKPOINT_SECONDS) -> None:
         self.folder = folder
         self._every_seconds = every_seconds
-        self._keep = keep
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
@@ -159,7 +157,7 @@ class CheckpointFolder:
             save_checkpoint(path, state)
         finally:
             self._last = time.monotonic()
-        kept = [old for old in self._paths() if old <= path][-self._keep :]
+        kept = [old for old in self._paths() if old <= path][-NUM_KEPT:]
         _remove([old for old in self._paths() if old not in kept])
         return path
 

@@ -49,22 +49,26 @@ class GlobalGenerators:
 
     Args:
         seed: of the training.
+        device: of the training. A GPU's generator belongs to the state, no other GPU's does.
 
     Attributes:
         state: of tensors and plain containers, for a checkpoint.
     """
 
-    def __init__(self, seed: int) -> None:
-        before = _read()
-        torch.manual_seed(derive_seed(seed, "global"))
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        before = self._read()
+        torch.default_generator.manual_seed(derive_seed(seed, "global"))
+        if device.type == "cuda":
+            torch.cuda.manual_seed(derive_seed(seed, "global"))
         np.random.seed(derive_seed(seed, "numpy") % 2**32)
         random.seed(derive_seed(seed, "python"))
-        self.state = _read()
-        _write(before)
+        self.state = self._read()
+        self._write(before)
 
     def __enter__(self) -> None:
-        self._before = _read()
-        _write(self.state)
+        self._before = self._read()
+        self._write(self.state)
 
     def __exit__(
         self,
@@ -72,26 +76,25 @@ class GlobalGenerators:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.state = _read()
-        _write(self._before)
+        self.state = self._read()
+        self._write(self._before)
 
+    def _read(self) -> dict[str, Any]:
+        kind, words, *rest = np.random.get_state()
+        version, numbers, gauss = random.getstate()
+        on_cuda = self._device.type == "cuda"
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(self._device)] if on_cuda else [],
+            "numpy": [str(kind), torch.from_numpy(np.asarray(words).astype(np.int64)), *rest],
+            "python": [version, list(numbers), gauss],
+        }
 
-def _read() -> dict[str, Any]:
-    kind, words, *rest = np.random.get_state()
-    version, numbers, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [str(kind), torch.from_numpy(np.asarray(words).astype(np.int64)), *rest],
-        "python": [version, list(numbers), gauss],
-    }
-
-
-def _write(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, words, *rest = state["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    def _write(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        if self._device.type == "cuda":  # checkpoints of before hold more, of the other GPUs
+            torch.cuda.set_rng_state(state["cuda"][0], self._device)
+        kind, words, *rest = state["numpy"]
+        np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))

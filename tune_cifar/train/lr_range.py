@@ -31,7 +31,8 @@ MIN_STEPS_PER_DECADE = 5
 MAX_STEPS = 100_000
 # Weights that smooth a curve, at a time: a few arrays of 8 MB.
 MAX_WEIGHTS = 2**20
-# A sweep has diverged when its smoothed loss exceeds its lowest by this factor, as in fastai.
+# A sweep has diverged when its smoothed loss exceeds its lowest by this factor, as in fastai, and
+# its first loss.
 DIVERGENCE_FACTOR = 4.0
 # A curve falls if its fall exceeds this fraction of its starting level, and this many standard
 # deviations of the smoothed curve's noise: the highest and lowest of pure noise lie 4 to 5 apart.
@@ -100,7 +101,8 @@ def follow_sweep(seed: int, lrs: Sequence[float], losses: Iterable[float]) -> Sw
         count += 1
         level = float(smooth(log_lrs[:count], taken[:count], log_lrs[count - 1 : count])[0][0])
         lowest = min(lowest, level)
-        if level > DIVERGENCE_FACTOR * lowest:
+        # The level is a line's end: behind a steep fall it undershoots, below 0 even.
+        if level > max(DIVERGENCE_FACTOR * lowest, taken[0]):
             diverged_at = lr
             break
     return Sweep(seed, tuple(lrs[:count]), tuple(taken[:count].tolist()), diverged_at)
@@ -375,5 +377,6 @@ def run_sweeps(
             yield loss
 
     for seed in range(config.seed, config.seed + num_seeds):
-        trainer = Trainer(TrainConfig(**{**config.model_dump(), "seed": seed}), data, numerics)
-        yield follow_sweep(seed, lrs, watch(trainer.sweep(lrs)))
+        seeded = TrainConfig(**{**config.model_dump(), "seed": seed})
+        # Nothing holds the Trainer longer: the next one takes its captured step.
+        yield follow_sweep(seed, lrs, watch(Trainer(seeded, data, numerics).sweep(lrs)))

@@ -73,7 +73,7 @@ class Evaluation:
     Attributes:
         loss: mean cross-entropy per image, without label smoothing.
         classes: in the order of the labels.
-        confusion: int64 (10, 10), true classes by rows, predicted ones by columns.
+        confusion: int64 (classes, classes), true classes by rows, predicted ones by columns.
         ece: expected calibration error: |accuracy - mean confidence| of each bin, weighted by its
             number of images.
         mistakes: the ten most confident wrong predictions, or fewer; of equally confident ones the
@@ -96,7 +96,7 @@ class Evaluation:
 
     @property
     def confusion_shares(self) -> Tensor:
-        """Confusion as fractions of each true class's images (0 without any), float64 (10, 10)."""
+        """Confusion as fractions of each true class's images (0 without any), float64."""
         return self.confusion.double() / self.confusion.sum(1, keepdim=True).clamp(min=1)
 
     @property

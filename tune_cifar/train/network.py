@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tune_cifar.dataset import DataDescription
 from tune_cifar.errors import ConfigError, did_you_mean
@@ -35,7 +36,9 @@ def resolve_network(space: SearchSpace, data: DataDescription) -> SearchSpace:
     config = space.baseline
     if not config.is_own or space.model_source:
         return space
-    network = check_network(config, data, space.path.parent)
+    sizes = space.distributions.get("batch_size")
+    batch_sizes = _list_values(read_distribution(sizes)) if sizes else ()
+    network = check_network(config, data, space.path.parent, batch_sizes=batch_sizes)
     _check_space(space, network)
     add_source(network.source)
     baseline = config.model_copy(update={"model_digest": network.digest})
@@ -60,9 +63,13 @@ def _check_space(space: SearchSpace, network: Network) -> None:
         _check_type(where, argument, read_distribution(distribution))
 
 
+def _list_values(found: Range | Choices) -> tuple[Any, ...]:
+    """Return the choices, or the ends of a range."""
+    return tuple(found.values) if isinstance(found, Choices) else (found.low, found.high)
+
+
 def _check_type(where: str, argument: Argument, found: Range | Choices) -> None:
-    values = found.values if isinstance(found, Choices) else (found.low, found.high)
-    kinds = {type(value).__name__ for value in values}
+    kinds = {type(value).__name__ for value in _list_values(found)}
     if not kinds <= {argument.kind, *(["int"] if argument.kind == "float" else [])}:
         got = " and ".join(sorted(kinds))
         rule = f"{ARGUMENT}{argument.name} is {argument.kind} in the constructor"

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tune_cifar.augment.batched import apply_normalize
-from tune_cifar.augment.policies import Normalize
 from tune_cifar.dataset import CIFAR10, DataDescription
 from tune_cifar.models.build import MODELS, build_model
 from tune_cifar.models.custom import load_factory
@@ -58,7 +57,8 @@ MAX_DRAWN = 2
 def build_initial_model(config: TrainConfig, data: DataDescription = CIFAR10) -> nn.Module:
     """Return the config's network on the CPU; its initial weights depend on the seed alone.
 
-    They are drawn once per process for a network, its arguments and source, and a seed.
+    They are drawn once per process for a network, its arguments and source, and a seed; a network
+    that cannot be copied is built each time.
     """
     network = MODELS.get(config.model, config.model), config.model_args, config.model_digest
     key = (*network, config.dropout if config.is_own else None, config.seed, data)
@@ -70,7 +70,10 @@ def build_initial_model(config: TrainConfig, data: DataDescription = CIFAR10) ->
             _drawn[key] = build_model(config, data)
         while len(_drawn) > MAX_DRAWN:
             del _drawn[next(iter(_drawn))]
-    model = copy.deepcopy(_drawn[key])
+    try:
+        model = copy.deepcopy(_drawn[key])
+    except Exception:  # it holds what nobody can copy, such as the tensors of weight_norm
+        model = _drawn.pop(key)
     if not config.is_own:
         set_drop_probability(model, round_probability(config.dropout))
     return model
@@ -141,9 +144,7 @@ class EagerStep:
         self, network: Callable[[Tensor], Tensor], images_NCHW: Tensor, labels_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run forward and backward, so that the parameters have new gradients."""
-        normalize = Normalize(self._data.mean, self._data.std)
-        layout = memory_format(self._numerics)
-        images = apply_normalize(images_NCHW, normalize, layout)
+        images = apply_normalize(images_NCHW, self._data, memory_format(self._numerics))
         with autocast(self._numerics):
             logits = network(images)
         loss = smoothed_cross_entropy(logits.float(), labels_N, self._smoothing)

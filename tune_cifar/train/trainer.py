@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from tune_cifar.augment.batched import apply_normalize
-from tune_cifar.augment.policies import Normalize
 from tune_cifar.data.load import Split, TrainVal
 from tune_cifar.errors import CheckpointError, ConfigError, Diverged
 from tune_cifar.schema import EpochResult, Numerics, TrainConfig
@@ -67,12 +66,13 @@ class Trainer:
 
     Args:
         config: the recipe.
-        data: uint8 images; `data.val` may be None, then val_loss and val_acc are None.
+        data: uint8 images, of them config.train_size to train on; `data.val` may be None, then
+            val_loss and val_acc are None.
         numerics: applied to this process (thread count, deterministic flags) at construction.
 
     Attributes:
         model: the network that is evaluated and kept, on the numerics' device; with ema_decay
-            the average of the one that is trained.
+            the average of the one that is trained. It belongs to this Trainer; copy it to keep it.
         epoch: number of epochs trained.
         step: number of optimizer steps done; progress displays read it while an epoch runs.
         results: the EpochResults of all epochs trained.
@@ -82,7 +82,8 @@ class Trainer:
 
     Raises:
         Diverged: when a training or validation loss is not finite.
-        ConfigError: when the recipe does not fit the images, or the schedule cannot be built.
+        ConfigError: when the recipe does not fit the images or their number, or the schedule cannot
+            be built.
     """
 
     def __init__(self, config: TrainConfig, data: TrainVal, numerics: Numerics) -> None:
@@ -95,6 +96,9 @@ class Trainer:
         self._data = data.about
         if problem := data.about.find_problem(config):
             raise ConfigError(f"configuration: {problem}")
+        if (size := len(data.train)) != config.train_size:
+            rule = f"`data` must hold train_size = {config.train_size} training images"
+            raise ConfigError(f"{rule}, got {size}. Load them with the config's sizes.")
         if config.is_own and (got := numerics.execution) != "eager":
             raise ConfigError(f"`execution` must be eager for a network of your own, got {got}.")
         self._schedule = schedule_steps(config)
@@ -107,7 +111,7 @@ class Trainer:
             average = place_model(average, self._device, numerics)
             self._average = WeightAverage(average, self._step.model, config.ema_decay)
             self.model = average
-        self._globals = GlobalGenerators(config.seed) if config.is_own else None
+        self._globals = GlobalGenerators(config.seed, self._device) if config.is_own else None
         self._batches = Batches(config, self._train, data.about)
         self._generators = {**self._batches.generators, "dropout": self._step.generator}
         self._next: _Epoch | None = None
@@ -192,8 +196,8 @@ class Trainer:
 
     def _repeat_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield augmented batches without end, each pass over the images in a new order."""
-        while True:
-            yield from self._batches.make_batches(self._batches.draw_order(), self.epoch)
+        for epoch in itertools.count(self.epoch):
+            yield from self._batches.make_batches(self._batches.draw_order(), epoch)
 
     def _train_step(
         self, images_NCHW: Tensor, labels_N: Tensor, settings: Settings
@@ -227,10 +231,10 @@ class Trainer:
         """
         self.model.eval()
         logits = []
-        normalize, layout = Normalize(self._data.mean, self._data.std), memory_format(self.numerics)
+        layout = memory_format(self.numerics)
         size = choose_eval_size(self._data.side, on_cuda=self._device.type == "cuda")
         for images_NCHW in torch.split(split.images_NCHW.to(self._device), size):
-            images = apply_normalize(images_NCHW, normalize, layout)
+            images = apply_normalize(images_NCHW, self._data, layout)
             with autocast(self.numerics):
                 logits.append(self.model(images).float())
         return torch.cat(logits)
