@@ -336,7 +336,7 @@ def count_kept_weights(state: SearchState) -> int:
 
 
 def check_tracking_uri(storage: Path, uri: str | None, console: Console) -> None:
-    """Refuse an address that can never take an upload; say so when MLflow is away for now."""
+    """Refuse an address that can never take an upload; say so when MLflow cannot be reached now."""
     from tune_cifar.tracking.store import check_tracking
 
     if (note := check_tracking(storage, uri)) is not None:

@@ -139,7 +139,7 @@ class SearchPlan:
         unable: see Found.
         past: the recorded search, when it is resumed.
         resumed: the event that a resumed search appends to its record; None for a new search.
-        notes: what was restored, what has changed and whether MLflow is away, a sentence each.
+        notes: what was restored, what has changed and whether MLflow answers, a sentence each.
         confirmation: set when a search's best trials are trained again under new seeds.
         learned: other searches' trials that the sampler knows from the start.
     """
@@ -332,7 +332,7 @@ def _check_place(
 
 
 def _check_tracking(request: SearchRequest) -> tuple[str, ...]:
-    """Return a note if MLflow is away."""
+    """Return a note if MLflow cannot be reached."""
     away = check_tracking(request.storage, request.tracking_uri)
     return () if away is None else (away,)
 
