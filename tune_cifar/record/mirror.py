@@ -34,7 +34,7 @@ class Mirror:
     """Copies one search's folder to a URL from a thread of its own. A context manager.
 
     What cannot be copied is tried again, each time with a new connection and so with fresh
-    credentials. One that cannot be reached hurts nothing.
+    credentials. A mirror that cannot be reached hurts nothing.
 
     Args:
         url: of the mirror: file://, s3://, gs:// or another that fsspec knows.
